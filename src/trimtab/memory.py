@@ -1,0 +1,189 @@
+"""Bytes: measured while a run lasts, and predicted before anything is loaded.
+
+The plan is computed, not estimated, as far as it can be: the model is laid out on the meta device and prepared there, so
+the bytes of codes, scales, adapters, gradients and optimizer state are those of the very tensors that will exist; one
+forward pass on the meta device, with a hook on every tensor that autograd keeps, gives the activations. Only what lives
+for a moment (one layer's float weight and its gradient, one chunk of logits) is a formula.
+
+"Resident" is anonymous resident memory: file-mapped pages, which the kernel can drop, are reported beside it.
+"""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trimtab import hf
+from trimtab.methods.base import Method
+from trimtab.preparing import place, targets
+from trimtab.rules import Rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+LOGITS_CHUNK_TOKENS = 128
+"""Tokens whose logits exist at once in training (see `loss`)."""
+
+
+def reset_peak() -> None:
+    """Start a new peak where the system can (Linux); elsewhere the peak is that of the whole process."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process since `reset_peak`, in bytes."""
+    if _STATUS.exists():
+        return _status("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """Anonymous resident memory of this process now, in bytes (all of it where the system does not tell)."""
+    return _status("RssAnon") if _STATUS.exists() else peak_bytes()
+
+
+def available_bytes() -> int | None:
+    """Memory that this system could still give, in bytes; None where it does not tell (it does on Linux)."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted bytes of a training run, by what they are for."""
+
+    codes: int
+    """Stored weights: codes, scales, zeros, absmax; dense weights under adapters."""
+    float_parameters: int
+    """What no rule touched: norms, biases, float embeddings and heads."""
+    adapters: int
+    gradients: int
+    optimizer: int
+    """AdamW: two float32 numbers for each trainable one."""
+    activations: int
+    """What autograd keeps between forward and backward."""
+    temporary: int
+    """The largest of: one layer's weight, levels and gradient; one chunk of logits with the head's float weight."""
+    trainable: int
+    """Trainable numbers, not bytes."""
+
+    @property
+    def total(self) -> int:
+        """Predicted peak above the interpreter and its libraries."""
+        return (
+            self.codes + self.float_parameters + self.adapters + self.gradients
+            + self.optimizer + self.activations + self.temporary
+        )  # fmt: skip
+
+
+def plan(
+    model: "PreTrainedModel",
+    method: Method,
+    rules: list[Rule] | None,
+    *,
+    micro_batch: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+) -> Plan:
+    """Predict the peak of training.
+
+    Args:
+        model: laid out on the meta device (`loading.skeleton`); it is prepared in place.
+        method: what trains it.
+        rules: see `rules.resolve`.
+        micro_batch: sequences in one forward pass.
+        block_tokens: tokens in a sequence.
+        dtype: compute dtype.
+        checkpointing: whether each block is recomputed in backward.
+    """
+    torch.nn.Module.to(model, dtype)
+    largest = prepare_meta(model, method, rules)
+    stored = {id(p): p for layer in hf.quant_layers(model).values() for p in layer.parameters()}
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    trained = {id(p) for p in adapters}
+    codes = _bytes(p for i, p in stored.items() if i not in trained)
+    floats = _bytes(p for p in model.parameters() if id(p) not in stored)
+    numbers = sum(p.numel() for p in adapters)
+    kept = kept_for_backward(model, micro_batch, block_tokens)
+    layers = model.config.get_text_config().num_hidden_layers
+    hidden = model.config.get_text_config().hidden_size
+    if checkpointing:
+        kept = kept // layers + layers * micro_batch * block_tokens * hidden * dtype.itemsize
+    vocabulary = model.config.get_text_config().vocab_size
+    # Logits in the compute dtype and as float32, and their gradient; the head's weight where it is not float anyway.
+    logits = LOGITS_CHUNK_TOKENS * vocabulary * (dtype.itemsize + 8) + vocabulary * hidden * dtype.itemsize
+    weight = largest * (3 * 4 + 2 * dtype.itemsize)
+    return Plan(
+        codes=codes,
+        float_parameters=floats,
+        adapters=_bytes(adapters),
+        gradients=_bytes(adapters),
+        optimizer=2 * 4 * numbers,
+        activations=kept,
+        temporary=max(logits, weight),
+        trainable=numbers,
+    )
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def prepare_meta(model: "PreTrainedModel", method: Method, rules: list[Rule] | None) -> int:
+    """Prepare a meta-device model, and return the largest number of weights in one trained layer."""
+    largest = 0
+    for target in targets(model, method, rules):
+        old: Any = model.get_submodule(target.name)
+        source = old.base if hasattr(old, "base") else old.weight.detach()
+        with torch.device("meta"):
+            place(model, target, source, method)
+        if target.kind in ("linear", "head"):
+            largest = max(largest, target.shape[0] * target.shape[1])
+    hf.untie(model)
+    hf.freeze(model)
+    return largest
+
+
+def kept_for_backward(model: "PreTrainedModel", micro_batch: int, block_tokens: int) -> int:
+    """Bytes that autograd keeps between one forward pass of the decoder and its backward, parameters left out."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    ids = torch.zeros(micro_batch, block_tokens, dtype=torch.int64, device=next(model.parameters()).device)
+    with saved_storages() as seen:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    del hidden
+    return sum(size for key, (size, _) in seen.items() if key not in own)
+
+
+@contextmanager
+def saved_storages() -> Iterator[dict[int, tuple[int, Tensor]]]:
+    """Collect every storage that autograd saves in this context: its bytes, and a tensor that keeps its address taken."""
+    seen: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        seen[storage._cdata] = (storage.nbytes(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield seen

@@ -1,0 +1,161 @@
+"""What a method is: a frozen dataclass that is also its block in a recipe, with one function, `build`.
+
+`build` takes a weight (a float matrix, or one that is already stored in few bits) and the grid that the rules chose for
+it, and gives back the stored weight and the adapter that trains it. Everything else about a method follows from those.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab import weights
+from trimtab.adapters import Adapter
+from trimtab.deltas import AdapterDtype, DeltaShape, PooledDelta
+from trimtab.errors import UserError
+from trimtab.grid import AnyGrid, Grid, group_size, same_form
+from trimtab.weights import AffineWeight, DenseWeight, Storage, Weight
+
+Source = Tensor | Weight
+"""Where a layer starts: a float (N, K) matrix, or a weight that is already stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to fine-tune a quantized layer."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for `trimtab methods`."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    grid: ClassVar[AnyGrid | None]
+    """Grid of every linear layer but the head where a recipe has no rules; None keeps weights in float."""
+    lr: ClassVar[float] = 2e-4
+    """Learning rate of deltas (of the master weight, for QAT) where a recipe names none."""
+    lr_scale: ClassVar[float] = 1e-5
+    """Learning rate of scales and offsets where a recipe names none."""
+
+    adapter_dtype: AdapterDtype = "bfloat16"
+    """Dtype that trained factors pass through wherever they act."""
+
+    @abstractmethod
+    def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
+        """Quantize one layer and attach what trains it.
+
+        Args:
+            source: float (N, K), or a stored weight, taken code for code where its grid is of the same form.
+            grid: from the rules; None for a float base.
+
+        Raises:
+            UserError: where the method cannot act on this grid or shape.
+        """
+
+    @abstractmethod
+    def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape | None:
+        """The update of a layer (N, K) on this grid, or None: what counts and checks a layer without touching it.
+
+        Raises:
+            UserError: where the method cannot act on this grid or shape.
+        """
+
+    def trainable(self, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
+        """Trainable numbers of a layer (N, K)."""
+        delta = self.delta(grid, shape)
+        return 0 if delta is None else delta.numbers
+
+
+def low_rank(
+    method: "LowRank", shape: tuple[int, int], *, pool: int = 1, repeat: int = 1, mean: bool = False, widen: int = 1
+) -> DeltaShape:
+    """The shape of a delta with factors A and B, scaled by alpha / r with the nominal r; inner rank `widen` * r."""
+    if method.rank < 1:
+        raise UserError(f"{method.name}: rank {method.rank} is not a positive number")
+    return DeltaShape(
+        out_features=shape[0],
+        in_features=shape[1],
+        rank=widen * method.rank,
+        scaling=method.alpha / method.rank,
+        pool=pool,
+        repeat=repeat,
+        mean=mean,
+        dtype=method.adapter_dtype,
+    )
+
+
+class LowRank(Protocol):
+    """A method with a nominal rank and an alpha."""
+
+    name: ClassVar[str]
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def alpha(self) -> float: ...  # noqa: D102
+    @property
+    def adapter_dtype(self) -> AdapterDtype: ...  # noqa: D102
+
+
+def scales(grid: AnyGrid | None, shape: tuple[int, int]) -> int:
+    """Numbers of scales, and of offsets where they are real: what the levels and master places train."""
+    affine = require_affine("training scales", grid)
+    groups = shape[0] * (shape[1] // group_size(affine, shape[1]))
+    return groups * (2 if affine.zero == "real" else 1)
+
+
+def start(source: Source, grid: AnyGrid | None, storage: Storage = "int") -> Weight:
+    """The stored weight that a layer starts from.
+
+    A stored source whose grid has the asked form is taken as it is, code for code; any other is dequantized and rounded
+    anew. `grid` None gives a dense weight.
+    """
+    if isinstance(source, Weight):
+        if same_form(source.grid, grid) and grid is not None:
+            return source
+        source = source.dequantize(source.weight.dtype if isinstance(source, DenseWeight) else _float_dtype(grid))
+    return DenseWeight(source) if grid is None else weights.quantize(source, grid, storage)
+
+
+def _float_dtype(grid: AnyGrid | None) -> torch.dtype:
+    return torch.bfloat16 if grid is None else torch.float32
+
+
+def require_affine(method: str, grid: AnyGrid | None) -> Grid:
+    """The grid, if it is affine."""
+    if not isinstance(grid, Grid):
+        found = "float" if grid is None else grid.describe()
+        raise UserError(f"{method} needs an affine grid (bits, group, zero), not {found}; set one in `rules`")
+    return grid
+
+
+def require_offset(method: str, grid: AnyGrid | None) -> AnyGrid:
+    """The grid, if its zeros can move."""
+    if grid is None:
+        raise UserError(f"{method} acts in the zeros of a grid; this layer is in float: set a grid in `rules`")
+    if isinstance(grid, Grid) and grid.zero == "symmetric":
+        raise UserError(
+            f"{method} acts in the zeros of a grid; {grid.describe()} has none: use `zero: real` or `integer`"
+        )
+    return grid
+
+
+def pool_size(method: str, pool: int | None, grid: AnyGrid, shape: tuple[int, int]) -> int:
+    """The pool p of an update that is constant on quantization blocks: the group, or a multiple of it."""
+    group = group_size(grid, shape[1])
+    if pool is None:
+        return group
+    if pool % group:
+        raise UserError(f"{method}: pool {pool} is no multiple of the group {group}; use {group} or {2 * group}")
+    return pool
+
+
+def new_delta(shape: DeltaShape, base: Weight) -> PooledDelta:
+    """A fresh delta on the device of the weight that it shifts."""
+    return PooledDelta(shape, next(base.parameters()).device)
+
+
+def as_affine(weight: Weight) -> AffineWeight:
+    """The weight, known to be affine because its grid was checked."""
+    assert isinstance(weight, AffineWeight)
+    return weight

@@ -1,0 +1,34 @@
+"""LoRA (arXiv 2106.09685): y = x W^T + (alpha / r) B A x, W in float and frozen."""
+
+from dataclasses import dataclass
+
+from trimtab.adapters import Adapter, DeltaOutput
+from trimtab.deltas import DeltaShape
+from trimtab.grid import AnyGrid, group_size
+from trimtab.methods.base import Method, Source, low_rank, new_delta, start
+from trimtab.weights import Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Method):
+    """A low-rank update beside a frozen weight: in float by default, or on any grid."""
+
+    name = "lora"
+    summary = "low-rank update beside a frozen float weight"
+    grid = None
+
+    rank: int = 16
+    """r."""
+    alpha: float = 16.0
+    """Numerator of the scaling alpha / r."""
+
+    def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
+        """r (N + K) numbers."""
+        if grid is not None:
+            group_size(grid, shape[1])
+        return low_rank(self, shape)
+
+    def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
+        """The stored weight with a delta in the output place."""
+        base = start(source, grid)
+        return base, DeltaOutput(new_delta(self.delta(grid, base.shape), base))

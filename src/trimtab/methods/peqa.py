@@ -1,0 +1,34 @@
+"""PEQA (arXiv 2305.14152): codes frozen, scales (and real offsets) trained.
+
+W_hat = s * (q - z)      ds = sum over the group of dL/dW_hat * (q - z)
+"""
+
+from dataclasses import dataclass
+
+from trimtab.adapters import Adapter, DeltaLevels
+from trimtab.grid import AnyGrid, Grid, group_size
+from trimtab.methods.base import Method, Source, as_affine, require_affine, scales, start
+from trimtab.weights import Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peqa(Method):
+    """Scales only: the codes stay, so nothing has to be folded but the scales."""
+
+    name = "peqa"
+    summary = "scales (and real offsets) only"
+    grid = Grid(4, 64)
+    lr_scale = 5e-5
+
+    def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:
+        """No delta; checks the grid."""
+        group_size(require_affine(self.name, grid), shape[1])
+
+    def trainable(self, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
+        """N G scales, twice that with real offsets."""
+        return scales(grid, shape)
+
+    def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
+        """The rounded weight with trained scales."""
+        base = as_affine(start(source, require_affine(self.name, grid)))
+        return base, DeltaLevels(None, base)

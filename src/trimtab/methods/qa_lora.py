@@ -1,0 +1,42 @@
+"""QA-LoRA (arXiv 2309.14717): a low-rank update of pooled inputs, constant on every quantization block.
+
+    y = x W_hat^T + (alpha / r) B A Pool_g(x)      A: (r, K / g)   B: (N, r)      folds into the zeros: o' = o + D
+
+The paper sums over the pool; its public code averages, which shrinks the gradient by g. Here: sum, or `mean: true`.
+"""
+
+from dataclasses import dataclass
+
+from trimtab.adapters import Adapter, DeltaOffset
+from trimtab.deltas import DeltaShape
+from trimtab.grid import AnyGrid, Grid
+from trimtab.methods.base import Method, Source, low_rank, new_delta, pool_size, require_offset, start
+from trimtab.weights import Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaLora(Method):
+    """A low-rank update that is constant on quantization blocks and folds into their zeros."""
+
+    name = "qa-lora"
+    summary = "low-rank update of pooled inputs, folds into the zeros"
+    grid = Grid(4, 32, "real")
+
+    rank: int = 16
+    """r."""
+    alpha: float = 16.0
+    """Numerator of the scaling alpha / r."""
+    pool: int | None = None
+    """p, a multiple of the group; null is the group."""
+    mean: bool = False
+    """Whether pooling averages instead of summing."""
+
+    def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
+        """r (N + K / p) numbers."""
+        pool = pool_size(self.name, self.pool, require_offset(self.name, grid), shape)
+        return low_rank(self, shape, pool=pool, mean=self.mean)
+
+    def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
+        """The stored weight with a delta in the offset place."""
+        base = start(source, grid)
+        return base, DeltaOffset(new_delta(self.delta(grid, base.shape), base))

@@ -1,0 +1,38 @@
+"""Full quantization-aware training (LSQ, arXiv 1902.08153), with a float master weight.
+
+W_hat = s * ( clamp( ste_round( W / s + z ), 0, 2^b - 1 ) - z )      W and s trained
+ds    = sum over the group of G * (q - z - inside * W / s)           G = dL/dW_hat, inside = not clipped
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trimtab.adapters import Adapter, MasterLevels
+from trimtab.grid import AnyGrid, Grid, group_size
+from trimtab.methods.base import Method, Source, as_affine, require_affine, scales, start
+from trimtab.weights import Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qat(Method):
+    """Every weight trained through the rounding: the quality to reach, at the memory to avoid."""
+
+    name = "qat"
+    summary = "every weight trained through the rounding (LSQ)"
+    grid = Grid(4, 64)
+    lr = 5e-5
+
+    def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:
+        """No delta; checks the grid."""
+        group_size(require_affine(self.name, grid), shape[1])
+
+    def trainable(self, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
+        """N K, and the scales."""
+        return shape[0] * shape[1] + scales(grid, shape)
+
+    def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
+        """The rounded weight with a trained float master."""
+        base = as_affine(start(source, require_affine(self.name, grid)))
+        master = source if isinstance(source, Tensor) else source.dequantize(base.scale.float().dtype)
+        return base, MasterLevels(master, base)

@@ -1,0 +1,34 @@
+"""QLoRA (arXiv 2305.14314): y = x NF4(W)^T + (alpha / r) B A x, with double quantization of the absmax."""
+
+from dataclasses import dataclass
+
+from trimtab.adapters import Adapter, DeltaOutput
+from trimtab.deltas import DeltaShape
+from trimtab.grid import AnyGrid, CodebookGrid, group_size
+from trimtab.methods.base import Method, Source, low_rank, new_delta, start
+from trimtab.weights import Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qlora(Method):
+    """A low-rank update beside an NF4 weight, or one on any other grid."""
+
+    name = "qlora"
+    summary = "low-rank update beside an NF4 weight"
+    grid = CodebookGrid("nf4", 64, double_quant=True)
+
+    rank: int = 16
+    """r."""
+    alpha: float = 16.0
+    """Numerator of the scaling alpha / r."""
+
+    def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
+        """r (N + K) numbers."""
+        if grid is not None:
+            group_size(grid, shape[1])
+        return low_rank(self, shape)
+
+    def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
+        """The stored weight with a delta in the output place."""
+        base = start(source, grid)
+        return base, DeltaOutput(new_delta(self.delta(grid, base.shape), base))

@@ -1,0 +1,26 @@
+"""Round to nearest: W_hat = s * (clamp(round(W / s) + z) - z). Nothing is trained."""
+
+from dataclasses import dataclass
+
+from trimtab.adapters import Adapter
+from trimtab.grid import AnyGrid, Grid, group_size
+from trimtab.methods.base import Method, Source, start
+from trimtab.weights import Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rtn(Method):
+    """Round to nearest, no training: the baseline of every table."""
+
+    name = "rtn"
+    summary = "round to nearest, nothing trained"
+    grid = Grid(4, 64)
+
+    def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:
+        """Nothing; checks the group."""
+        if grid is not None:
+            group_size(grid, shape[1])
+
+    def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
+        """The rounded weight, without an adapter."""
+        return start(source, grid), None

@@ -1,0 +1,211 @@
+"""A model in, a prepared model out: which layers are ours, swapping them one at a time, and folding them back.
+
+`targets` decides everything before a weight is touched, from names and shapes alone, so it runs on a meta-device model
+too: loading, the memory plan and checks all share it. `place` swaps one layer. `fold` turns what was trained into what is
+stored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from trimtab import hf, rules
+from trimtab.adapters import DeltaOutput, FoldKind
+from trimtab.errors import UserError
+from trimtab.grid import AnyGrid
+from trimtab.linear import QuantEmbedding, QuantLinear
+from trimtab.methods.base import Method, Source, start
+from trimtab.rules import Kind, Placement, Rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that will be ours."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, int]
+    """(N, K); (vocabulary, K) for an embedding."""
+    grid: AnyGrid | None
+    """None keeps its weight in float, under an adapter."""
+    bias: bool
+
+    def trainable(self, method: Method) -> int:
+        """Trainable numbers that the method puts on this layer."""
+        return method.trainable(self.grid, self.shape) if self.kind in ("linear", "head") else 0
+
+
+def _layers(model: "PreTrainedModel") -> dict[str, tuple[Kind, nn.Module]]:
+    """Every layer that rules can speak of."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = bool(getattr(model, "all_tied_weights_keys", {})) or getattr(head, "tied", False)
+    found: dict[str, tuple[Kind, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if module is head and isinstance(module, nn.Linear | QuantLinear):
+            found[name] = ("tied" if tied else "head", module)
+        elif module is embedding and isinstance(module, nn.Embedding | QuantEmbedding):
+            found[name] = ("embedding", module)
+        elif isinstance(module, nn.Linear | QuantLinear):
+            found[name] = ("linear", module)
+    return found
+
+
+def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> list[Target]:
+    """The layers that become ours and their grids, embeddings first.
+
+    Args:
+        model: on any device, the meta device included; its layers are float, or ours from an earlier run.
+        method: checked against every layer that it will train.
+        rule_list: None for the method's default (for a model that is already quantized: the grids it has).
+
+    Raises:
+        UserError: naming the layer, for a grid or method that does not fit it.
+    """
+    layers = _layers(model)
+    placed = rules.resolve({n: kind for n, (kind, _) in layers.items()}, rule_list, _default(method))
+    found = []
+    for name, (kind, module) in layers.items():
+        placement, stored = placed[name], isinstance(module, QuantLinear | QuantEmbedding)
+        if rule_list is None and stored:
+            placement = _as_stored(module)
+        if kind == "tied":
+            placement = placed[next(n for n, (k, _) in layers.items() if k == "embedding")]
+            placement = None if stored else placement
+        if placement is None:
+            continue
+        grid = None if placement == "float" else placement
+        target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None)
+        _check(target, module, method)
+        found.append(target)
+    if not found:
+        raise UserError("rules: no layer of the model is left to quantize or train; give a layer a grid")
+    return sorted(found, key=lambda t: t.kind != "embedding")
+
+
+def _default(method: Method) -> Placement:
+    return "float" if method.grid is None else method.grid
+
+
+def _as_stored(module: Any) -> Placement:
+    if isinstance(module, QuantLinear) and module.tied:
+        return None
+    return "float" if module.base.grid is None else module.base.grid
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    if isinstance(module, QuantLinear | QuantEmbedding):
+        return module.base.shape
+    return module.weight.shape[0], module.weight.shape[1]
+
+
+def _check(target: Target, module: nn.Module, method: Method) -> None:
+    if isinstance(module, QuantLinear) and module.adapter is not None:
+        raise UserError(
+            f"{target.name}: already has an adapter ({module.adapter.place} place); "
+            "fold it first with `trimtab.fold(model, merge=True)`, then prepare the result"
+        )
+    try:
+        if target.kind == "embedding" and target.grid is None:
+            raise UserError("an embedding takes a grid or null; it has no adapter to keep in float")
+        target.trainable(method)
+    except UserError as error:
+        raise UserError(f"{target.name}: {error}") from None
+
+
+def place(model: "PreTrainedModel", target: Target, source: Source, method: Method) -> None:
+    """Swap one layer of the model for ours, made from `source`."""
+    old = model.get_submodule(target.name)
+    if target.kind == "embedding":
+        dtype = old.dtype if isinstance(old, QuantEmbedding) else old.weight.dtype
+        scale = old.scale if isinstance(old, QuantEmbedding) else getattr(old, "scalar_embed_scale", None)
+        base = start(source, target.grid)
+        new: nn.Module = QuantEmbedding(base, dtype, old.padding_idx, scale)  # type: ignore[arg-type]
+    elif target.kind == "tied":
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, QuantEmbedding)
+        new = QuantLinear(embedding.base, tied=True)
+    else:
+        base, adapter = method.build(source, target.grid)
+        new = QuantLinear(base, adapter, getattr(old, "bias", None))
+    new.train(old.training)
+    model.set_submodule(target.name, new)
+
+
+def finish(model: "PreTrainedModel") -> None:
+    """After the last layer: freeze all but adapters, and tell transformers."""
+    hf.untie(model)
+    hf.freeze(model)
+    hf.attach(model)
+
+
+def prepare(
+    model: "PreTrainedModel", method: Method, rules_: Sequence[Rule] | Sequence[dict[str, Any]] | None = None
+) -> "PreTrainedModel":
+    """Quantize a model in memory and attach a method's adapters, in place.
+
+    Args:
+        model: a causal language model with float layers, or one of ours with folded layers.
+        method: for example `trimtab.methods.LrQat(rank=32)`.
+        rules_: `Rule`s or a recipe's mappings; None for the method's own grid on every linear layer but the head.
+
+    Returns:
+        The model itself. To quantize while reading, so that the float model never exists, use `trimtab.load`.
+    """
+    for target in targets(model, method, rules.parse_rules(rules_)):
+        old: Any = model.get_submodule(target.name)
+        source = old.base if isinstance(old, QuantLinear | QuantEmbedding) else old.weight.detach()
+        if target.kind != "tied":
+            finite(source, f"{target.name}.weight")
+        place(model, target, source, method)
+    finish(model)
+    return model
+
+
+def finite(source: Source, name: str) -> None:
+    """Raise a `UserError` naming the tensor if it holds NaN or infinity."""
+    if isinstance(source, torch.Tensor) and not torch.isfinite(source).all():
+        raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")
+
+
+@dataclass(frozen=True)
+class LayerFold:
+    """What folding did to one layer."""
+
+    name: str
+    place: str
+    action: Literal["folded", "merged", "kept"]
+    kind: FoldKind
+    error: float
+    """Relative Frobenius error of the folded or merged weight; 0 for bitwise."""
+    changed: int
+    """Weights whose float32 value differs between the trained layer and the folded one; for a bitwise fold, codes."""
+
+
+def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
+    """Turn what was trained into what is stored, in place.
+
+    Levels and offsets fold into codes, scales and zeros, to the bit. Output adapters (LoRA, QLoRA, Q-BaRA) fit in no
+    low-bit weight: they stay adapters, or with `merge` become part of a dense copy of the weight (`algebraic`).
+    """
+    report = []
+    for name, layer in hf.quant_layers(model).items():
+        if not isinstance(layer, QuantLinear) or layer.adapter is None:
+            continue
+        place_, output = layer.adapter.place, isinstance(layer.adapter, DeltaOutput)
+        folded = layer.adapter.fold(layer.base)
+        if output and not merge:
+            report.append(LayerFold(name, place_, "kept", folded.kind, folded.error, 0))
+            continue
+        with torch.no_grad():
+            trained = layer.dequantize(torch.float32)
+            changed = int((folded.weight.dequantize(torch.float32) != trained).sum())
+        report.append(LayerFold(name, place_, "merged" if output else "folded", folded.kind, folded.error, changed))
+        layer.base, layer.adapter = folded.weight, None
+    hf.attach(model)
+    return report

@@ -1,0 +1,142 @@
+"""The terminal: progress with speed, memory and time left; tables of results. The only file that imports rich."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trimtab.evaluate.parity import Parity
+from trimtab.memory import Plan
+from trimtab.train import Step
+
+_TRAINING = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}")
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000 as disks are sold: `83.1 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+class Terminal:
+    """Shows a run as it goes."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self._progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """A line about the stage that begins or has ended."""
+        self._stop()
+        self.console.print(escape(text))
+
+    def step(self, step: Step) -> None:
+        """Advance the training bar."""
+        speed = step.tokens / max(step.seconds, 1e-9)
+        fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(step.peak_bytes)}
+        if self._progress is None:
+            columns = [TextColumn("step {task.completed}/{task.total}"), BarColumn(), *map(TextColumn, _TRAINING)]
+            self._progress = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
+            self._progress.start()
+            self._progress.add_task("train", total=step.steps, **fields)
+        self._progress.update(self._progress.task_ids[0], completed=step.step, **fields)
+        if not self.console.is_terminal and (step.step == step.steps or step.step % max(step.steps // 10, 1) == 0):
+            line = f"  step {step.step}/{step.steps}  loss {step.loss:.3f}  {speed:.0f} tok/s  {size(step.peak_bytes)}"
+            self.console.print(line)
+        if step.step >= step.steps:
+            self._stop()
+
+    def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
+        """The results of a run."""
+        self._stop()
+        self._perplexities(metrics.get("perplexity", {}))
+        self._parities(metrics, parities)
+        table = Table(box=None, show_header=False, title="bytes and time", title_justify="left")
+        for name in ("peak_memory_bytes", "disk_bytes"):
+            if metrics.get(name) is not None:
+                table.add_row(name.removesuffix("_bytes").replace("_", " "), size(metrics[name]))
+        if metrics.get("train_seconds"):
+            speed = metrics["tokens"] / metrics["train_seconds"]
+            table.add_row(
+                "training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens']} tokens, {speed:.0f} tok/s"
+            )
+        self.console.print(table)
+        for when in ("before", "after"):
+            answer = metrics.get("answers", {}).get(when)
+            if answer is not None:
+                self.console.print(f"\n[bold]answer {when} tuning:[/bold] {escape(answer)}")
+        self.console.print(f"\nwritten to [bold]{escape(str(metrics['output']))}[/bold]")
+
+    def _perplexities(self, values: Mapping[str, float | None]) -> None:
+        labels = {
+            "float": "float (the untuned model)",
+            "rounded": "rounded, before tuning",
+            "tuned": "tuned, folded, reloaded",
+        }
+        table = Table(title="held-out perplexity", title_justify="left", box=None, show_header=False)
+        for key, label in labels.items():
+            value = values.get(key)
+            if value is not None:
+                table.add_row(label, f"{value:.2f}")
+        if table.row_count:
+            self.console.print(table)
+
+    def _parities(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
+        if not parities:
+            return
+        table = Table(title="trained = folded = saved", title_justify="left", box=None)
+        for column in ("", "max |d logit|", "rms", "top-1", "KL", "perplexity", "same bits"):
+            table.add_column(column, justify="left" if not column else "right")
+        for p in parities:
+            table.add_row(
+                p.stage,
+                f"{p.max_difference:.3g}",
+                f"{p.rms_difference:.3g}",
+                f"{p.top1_agreement:.2%}",
+                f"{p.kl:.3g}",
+                f"{p.perplexity:.4f}",
+                "yes" if p.identical else "no",
+            )
+        self.console.print(table)
+        self.console.print(f"codes changed by folding: {metrics['codes_changed_by_fold']} ({metrics['fold']})")
+
+    def plan(self, plan: Plan, available: int | None) -> None:
+        """The memory plan, and whether it fits."""
+        table = Table(title="predicted peak of training", title_justify="left", box=None, show_header=False)
+        names = {
+            "codes": "codes, scales, zeros",
+            "float_parameters": "float parameters",
+            "adapters": "trained parameters",
+            "gradients": "gradients",
+            "optimizer": "optimizer (AdamW)",
+            "activations": "activations kept for backward",
+            "temporary": "temporary (one layer, one chunk of logits)",
+        }
+        for key, label in names.items():
+            table.add_row(label, size(getattr(plan, key)))
+        table.add_row("[bold]total[/bold]", f"[bold]{size(plan.total)}[/bold] above the interpreter and its libraries")
+        table.add_row("trainable numbers", f"{plan.trainable:,}")
+        if available is not None:
+            verdict = "fits" if plan.total < available else "does not fit"
+            table.add_row("memory free here", f"{size(available)}: {verdict}")
+        self.console.print(table)
+
+    def rows(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Any table of text."""
+        table = Table(title=title or None, title_justify="left", box=None)
+        for column in header:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.console.print(table)
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

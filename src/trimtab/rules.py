@@ -1,0 +1,114 @@
+"""Rules: which layer gets which grid.
+
+    - {match: "model.embed_tokens", grid: {bits: 8, group: 32}}
+    - {match: "model.layers.[01].*", grid: {bits: 8, group: 32}}      first match wins
+    - {match: "*.down_proj", grid: null}                              stays an ordinary float layer, untouched
+    - {match: "*", grid: {bits: 4, group: 64}}
+
+Patterns are shell globs over module names. They stand for linear layers; an embedding is touched only by a pattern that
+names it (whose last component is more than `*`), and a tied head follows its embedding. `grid: float` keeps a layer's
+weight in float but lets the method train an adapter on it. A pattern that matches nothing is an error.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from trimtab.errors import UserError, nearest
+from trimtab.grid import AnyGrid, CodebookGrid, Grid
+
+Placement = AnyGrid | Literal["float"] | None
+"""A grid, "float" (a float weight with an adapter), or None (an untouched layer)."""
+Kind = Literal["linear", "head", "tied", "embedding"]
+"""What a layer is: the output head apart from other linear layers, and apart from that a head tied to its embedding."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pattern over module names and what it gives them."""
+
+    match: str
+    """Shell glob over module names."""
+    grid: Placement
+    """Grid of the layers it matches first."""
+
+    def names(self, module: str) -> bool:
+        """Whether the pattern means this very kind of module: it matches, and its last component is not just `*`."""
+        return fnmatchcase(module, self.match) and bool(self.match.rpartition(".")[2].strip("*"))
+
+
+def parse_grid(value: Any, where: str) -> Placement:
+    """A grid from a recipe's mapping, `null` or `float`; a `UserError` naming `where` otherwise."""
+    if value is None or value == "float" or isinstance(value, Grid | CodebookGrid):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {value!r} is no grid; write {{bits: 4, group: 64}}, float or null")
+    kind = CodebookGrid if "codebook" in value else Grid
+    known = [f.name for f in fields(kind)]
+    for key in value:
+        if key not in known:
+            raise UserError(f"{where}.{key}: unknown key{nearest(str(key), known)}; a grid has {', '.join(known)}")
+    options = {key: None if key == "group" and v == "channel" else v for key, v in value.items()}
+    for key, v in options.items():
+        if key in ("bits", "group") and v is not None and (not isinstance(v, int) or isinstance(v, bool)):
+            raise UserError(f"{where}.{key}: {v!r} is not a whole number")
+    try:
+        made: AnyGrid = kind(**options)  # type: ignore[arg-type]
+        return made
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def parse_rules(values: Sequence[Any] | None, where: str = "rules") -> list[Rule] | None:
+    """Rules from a recipe's list of mappings; None stands for the method's default."""
+    if values is None:
+        return None
+    rules = []
+    for i, value in enumerate(values):
+        place = f"{where}[{i}]"
+        if isinstance(value, Rule):
+            rules.append(value)
+            continue
+        if not isinstance(value, Mapping) or set(value) != {"match", "grid"}:
+            found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+            raise UserError(f"{place}: a rule has exactly the keys match and grid, not {found}")
+        if not isinstance(value["match"], str):
+            raise UserError(f"{place}.match: {value['match']!r} is not a pattern")
+        rules.append(Rule(value["match"], parse_grid(value["grid"], f"{place}.grid")))
+    return rules
+
+
+def resolve(layers: Mapping[str, Kind], rules: Sequence[Rule] | None, default: Placement) -> dict[str, Placement]:
+    """The placement of every layer.
+
+    Args:
+        layers: module name to kind, in the model's order.
+        rules: first match wins; None gives `default` to every linear layer but the head.
+        default: the method's own grid.
+
+    Raises:
+        UserError: for a rule that matches nothing, or that gives a tied head a grid of its own.
+    """
+    if rules is None:
+        return {name: default if kind == "linear" else None for name, kind in layers.items()}
+    used, placed = set[int](), dict[str, Placement]()
+    for name, kind in layers.items():
+        placed[name] = None
+        for i, rule in enumerate(rules):
+            # A tied head and an embedding belong to no catch-all pattern.
+            if not (rule.names(name) if kind in ("embedding", "tied") else fnmatchcase(name, rule.match)):
+                continue
+            used.add(i)
+            if kind == "tied" and rule.grid is not None:
+                raise UserError(
+                    f"rules[{i}]: {name} is tied to the embedding and follows it; write `grid: null` or leave it out"
+                )
+            placed[name] = rule.grid
+            break
+    for i, rule in enumerate(rules):
+        # A rule is only useless if nothing matches it at all: an earlier rule may well take what it matches.
+        if i not in used and not any(fnmatchcase(name, rule.match) for name in layers):
+            hint = nearest(rule.match.strip("*."), sorted(layers))
+            raise UserError(f"rules[{i}].match: {rule.match!r} matches no layer of the model{hint}")
+    return placed

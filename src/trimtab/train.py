@@ -1,0 +1,285 @@
+"""Training: TRL's SFTTrainer on accelerate, with what our models need of their own.
+
+TRL brings the data pipeline (chat templates, packing, loss on the answer only), accelerate the devices, transformers the
+loop, schedules, loggers and resuming. This file adds parameter groups (scales have their own learning rate and no decay),
+a loss for heads that have no `.weight`, checkpoints that hold trainable tensors and optimizer state only, a stop at the
+first loss that is not a number, and meters. It is the only file that imports trl.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from trimtab import data, hf, memory
+from trimtab.errors import UserError
+from trimtab.linear import QuantLinear
+from trimtab.loss import chunked_cross_entropy
+from trimtab.recipe import Recipe
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+from trl import SFTConfig, SFTTrainer
+
+CHECKPOINT = "trainable.safetensors"
+"""Trainable tensors of a checkpoint, by parameter name."""
+_SCALES = ("adapter.scale", "adapter.offset")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the meters read after an optimizer step."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens: int
+    """Tokens trained on since the start of this process."""
+    seconds: float
+    """Time since the first step of this process began."""
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    losses: list[float]
+    """Training loss of each logged step."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that want gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class _Trainer(SFTTrainer):
+    """SFTTrainer for models whose layers are ours."""
+
+    model: Any
+    args: Any
+    lr_scale: float = 0.0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over two groups: deltas and master weights; scales and offsets."""
+        if self.optimizer is None:
+            named, args = trainable(self.model), self.args
+            scales = [p for name, p in named.items() if name.endswith(_SCALES)]
+            others = [p for name, p in named.items() if not name.endswith(_SCALES)]
+            groups = [
+                {"params": others, "lr": args.learning_rate, "weight_decay": args.weight_decay},
+                {"params": scales, "lr": self.lr_scale, "weight_decay": 0.0},
+            ]
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=args.adam_epsilon)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy in chunks where the head is frozen; the model's own otherwise."""
+        labels = inputs["labels"]
+        self._count_tokens(inputs)
+        head = model.get_output_embeddings()
+        if return_outputs or any(p.requires_grad for p in head.parameters()) or _scales_logits(model.config):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        arguments = {k: v for k, v in inputs.items() if k != "labels"}
+        hidden = model.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]
+        weight = (
+            head.dequantize(hidden.dtype) if isinstance(head, QuantLinear) else head.weight.detach().to(hidden.dtype)
+        )
+        bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        total = chunked_cross_entropy(
+            hidden.flatten(0, 1), weight, labels[:, 1:].flatten(), bias_V=bias, softcap=softcap
+        )
+        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
+        return total / torch.as_tensor(count).clamp(min=1)
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+        mask = inputs.get("attention_mask")
+        count = int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        if self.model.training:
+            self._total_train_tokens += count
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-step; stops the run at a loss that is not a number."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+            raise UserError(
+                f"train: the loss became {loss.item()} in step {self.state.global_step + 1}; {kept}. "
+                "Lower train.lr (or train.lr_scale) and go on with --resume"
+            )
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainable tensors only, and none that is not finite."""
+        tensors = {name: p.detach().contiguous() for name, p in trainable(self.model).items()}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"train: {name} is no longer finite; no checkpoint written. Lower train.lr")
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / CHECKPOINT)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read trainable tensors back into the model."""
+        load_trainable(self.model, Path(resume_from_checkpoint))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: a checkpoint is not a model to publish."""
+
+
+def load_trainable(model: nn.Module, checkpoint: Path) -> None:
+    """Copy a checkpoint's trainable tensors into a prepared model.
+
+    Raises:
+        UserError: if the checkpoint belongs to another recipe.
+    """
+    named = trainable(model)
+    with safe_open(checkpoint / CHECKPOINT, framework="pt") as file:
+        if set(file.keys()) != set(named):
+            odd = sorted(set(file.keys()) ^ set(named))[0]
+            raise UserError(f"{checkpoint}: {odd} is in only one of checkpoint and model; resume with the same recipe")
+        for name, parameter in named.items():
+            tensor = file.get_tensor(name)
+            if tensor.shape != parameter.shape:
+                raise UserError(f"{checkpoint}: {name} has another shape there; resume with the same recipe")
+            with torch.no_grad():
+                parameter.copy_(tensor)
+
+
+def _scales_logits(config: Any) -> bool:
+    """Whether the model multiplies its logits, which the chunked loss does not know of."""
+    text = config.get_text_config()
+    factors = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    return any(getattr(text, name, None) not in (None, 1, 1.0) for name in factors)
+
+
+class _Meter(TrainerCallback):
+    """Feeds the caller after every logged step."""
+
+    def __init__(self, on_step: Callable[[Step], None] | None, trainer: list[_Trainer]) -> None:
+        self.on_step, self.trainer, self.losses = on_step, trainer, list[float]()
+        self.began = perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.began = perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """A step was logged."""
+        if not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        self.losses.append(loss)
+        if self.on_step is not None:
+            tokens, seconds = self.trainer[0]._total_train_tokens, perf_counter() - self.began
+            peak = memory.peak_bytes()
+            self.on_step(Step(state.global_step, state.max_steps, loss, tokens, seconds, peak))
+
+
+def _config(recipe: Recipe, checkpoints: Path, packing: str) -> SFTConfig:
+    block = recipe.train
+    assert recipe.data is not None
+    micro_tokens = block.micro_batch * recipe.data.block_tokens
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        max_steps=block.steps,
+        per_device_train_batch_size=block.micro_batch,
+        gradient_accumulation_steps=block.batch_tokens // micro_tokens,
+        learning_rate=recipe.lr,
+        lr_scheduler_type="constant_with_warmup" if block.schedule == "constant" else block.schedule,
+        warmup_steps=round(block.warmup * block.steps),
+        adam_beta1=block.betas[0],
+        adam_beta2=block.betas[1],
+        weight_decay=block.weight_decay,
+        max_grad_norm=block.clip,
+        seed=block.seed,
+        bf16=False,  # the model computes in its own dtype; autocast would only add casts
+        gradient_checkpointing=block.activation_checkpointing,
+        max_length=recipe.data.block_tokens,
+        packing=packing != "none",
+        packing_strategy="bfd" if packing == "none" else packing,
+        shuffle_dataset=True,
+        save_steps=block.save_steps,
+        save_total_limit=block.keep_checkpoints,
+        logging_steps=block.log_steps,
+        logging_nan_inf_filter=False,
+        report_to=block.report_to,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    on_step: Callable[[Step], None] | None = None,
+    rows: Any = None,
+) -> Trained:
+    """Train a prepared model by a recipe, in place.
+
+    Args:
+        model: from `loading.load` or `preparing.prepare`.
+        tokenizer: the model's.
+        recipe: `train` and `data` are read; checkpoints go to `<output>/checkpoints`.
+        resume: go on from the last checkpoint there.
+        on_step: called after every logged step.
+        rows: the data set, if it was read already.
+
+    Raises:
+        UserError: for unusable data, a loss that is not a number, or nothing to resume from.
+    """
+    assert recipe.data is not None, "the recipe was checked to have data"
+    if rows is None:
+        rows = data.load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
+    packing: str = recipe.data.packing
+    if packing == "auto":
+        packing = "wrapped" if rows.column_names == ["text"] else "bfd"
+    checkpoints = recipe.out / "checkpoints"
+    last = _last_checkpoint(checkpoints) if resume else None
+    args = _config(recipe, checkpoints, packing)
+    slot: list[_Trainer] = []
+    meter = _Meter(on_step, slot)
+    hf.attach(model)
+    model.config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        trainer = _Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[meter])
+    trainer.lr_scale = recipe.lr_scale
+    slot.append(trainer)
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(type(callback))
+    began = perf_counter()
+    result = trainer.train(resume_from_checkpoint=last)
+    seconds = perf_counter() - began
+    model.config.use_cache = True
+    model.eval()
+    return Trained(result.global_step, trainer._total_train_tokens, seconds, meter.losses)
+
+
+def _last_checkpoint(checkpoints: Path) -> str:
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last is None:
+        raise UserError(f"--resume: {checkpoints} holds no checkpoint; run without it")
+    return str(last)

@@ -1,0 +1,229 @@
+"""Every method on every kind of grid that it admits, with what docs/design.md says of it: what the contracts run over.
+
+Nothing here asks the library what a method is: place, pool, repeat, scaling, rank and the number of trained values are
+copied from the table of section 2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reference
+from trimtab import codebook
+from trimtab.grid import AnyGrid, CodebookGrid, Grid
+from trimtab.linear import QuantLinear
+from trimtab.methods import Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
+from trimtab.weights import AffineWeight, CodebookWeight
+
+N, K, RANK, ALPHA = 48, 64, 4, 8.0
+BITS, ZEROS, GROUPS = (2, 3, 4, 8), ("symmetric", "integer", "real"), (32, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One method on one grid."""
+
+    name: str
+    method: Method
+    grid: AnyGrid | None
+    place: str
+    """none, output, offset, levels or master."""
+    pool: int = 1
+    repeat: int = 1
+    mean: bool = False
+    rank: int | None = None
+    """Inner rank of the factors; None where there are none."""
+    scaling: float = 1.0
+    factors: tuple[str, ...] = ()
+    """Names of the trained factors."""
+
+    @property
+    def group(self) -> int:
+        return K if self.grid is None or self.grid.group is None else self.grid.group
+
+    @property
+    def real(self) -> bool:
+        return isinstance(self.grid, Grid) and self.grid.zero == "real"
+
+    @property
+    def exact_start(self) -> bool:
+        """Whether the start has RTN's codes: bfloat16 levels may fall on the other side of a boundary."""
+        return getattr(self.method, "storage", "int") != "bf16"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Trained numbers of each parameter, by the table of the methods."""
+        rows, columns, scales = N // self.repeat, K // self.pool, N * (K // self.group)
+        rank = self.rank or 0
+        known = {"delta.A": rank * columns, "delta.B": rows * rank, "delta.M": rows * columns}
+        sizes = {name: known[name] for name in self.factors}
+        if self.place in ("levels", "master"):
+            sizes["scale"] = scales
+            if self.real:
+                sizes["offset"] = scales
+        if self.place == "master":
+            sizes["master"] = N * K
+        return sizes
+
+
+def _grid_name(grid: AnyGrid | None) -> str:
+    return "float" if grid is None else grid.describe().replace(" ", "-")
+
+
+def _cases() -> Iterator[Case]:
+    lora: dict[str, Any] = {"rank": RANK, "scaling": ALPHA / RANK, "factors": ("delta.A", "delta.B")}
+    balanced = {**lora, "rank": 2 * RANK, "pool": 2, "repeat": 2, "mean": True}
+    affine: list[Grid] = [Grid(b, g, z) for b in BITS for z in ZEROS for g in GROUPS]  # type: ignore[arg-type]
+    tables = [CodebookGrid("nf4", 32, double_quant=d) for d in (False, True)]
+    for grid in (*affine, *tables, None):
+        yield Case(name="rtn", method=Rtn(), grid=grid, place="none")
+        yield Case(name="lora", method=Lora(rank=RANK, alpha=ALPHA), grid=grid, place="output", **lora)
+        yield Case(name="qlora", method=Qlora(rank=RANK, alpha=ALPHA), grid=grid, place="output", **lora)
+        yield Case(name="q-bara", method=QBara(rank=RANK, alpha=ALPHA, k=2), grid=grid, place="output", **balanced)
+    for moving in (*(g for g in affine if g.zero != "symmetric"), *tables):
+        p = moving.group or K
+        hira = {"pool": p, "repeat": 2, "scaling": 1.5, "factors": ("delta.M",)}
+        yield Case(name="qa-hira", method=QaHira(alpha=1.5, repeat=2), grid=moving, place="offset", **hira)
+        offset: dict[str, Any] = {"grid": moving, "place": "offset", "pool": p, **lora}
+        yield Case(name="qa-lora", method=QaLora(rank=RANK, alpha=ALPHA), **offset)
+        yield Case(name="qa-blora", method=QaBlora(rank=RANK, alpha=ALPHA, repeat=2), repeat=2, **offset)
+    for grid in affine:
+        yield Case(name="peqa", method=Peqa(), grid=grid, place="levels")
+        yield Case(name="qat", method=Qat(), grid=grid, place="master")
+        for storage in ("fixed8", "int", "bf16", "fp32"):
+            method = LrQat(rank=RANK, alpha=ALPHA, storage=storage)  # type: ignore[arg-type]
+            yield Case(name=f"lr-qat-{storage}", method=method, grid=grid, place="levels", **lora)
+        method = LrQat(rank=RANK, alpha=ALPHA, k=2)
+        yield Case(name="lr-qat-k2", method=method, grid=grid, place="levels", **balanced)
+    # A pool of several groups, and averages.
+    wide = Grid(4, 16, "real")
+    yield Case(
+        name="qa-hira-wide-mean",
+        method=QaHira(alpha=1.5, pool=32, mean=True),
+        grid=wide,
+        place="offset",
+        **{**hira, "pool": 32, "repeat": 1, "mean": True},
+    )
+    yield Case(
+        name="qa-lora-wide",
+        method=QaLora(rank=RANK, alpha=ALPHA, pool=32),
+        grid=replace(wide, zero="integer"),
+        place="offset",
+        pool=32,
+        **lora,
+    )
+
+
+CASES = {f"{c.name}-{_grid_name(c.grid)}": c for c in _cases()}
+TRAINED = {name: c for name, c in CASES.items() if c.place != "none"}
+
+
+def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def build(case: Case, weight_NK: Tensor | None = None, *, bias: bool = True, seed: int = 0) -> QuantLinear:
+    """A layer of the case, on a random weight if none is given."""
+    torch.manual_seed(seed)
+    weight_NK = random(N, K, seed=seed, scale=0.05) if weight_NK is None else weight_NK
+    base, adapter = case.method.build(weight_NK, case.grid)
+    return QuantLinear(base, adapter, random(N, seed=seed + 1) if bias else None)
+
+
+def steps(layer: QuantLinear) -> Tensor:
+    """The size of a step of the grid, (N, 1); a stand-in where there is no affine grid."""
+    if isinstance(layer.base, AffineWeight):
+        return layer.base.scale.detach().float().abs().mean(1, keepdim=True)
+    return torch.full((layer.base.shape[0], 1), 0.01)
+
+
+def perturb(layer: QuantLinear, case: Case, seed: int) -> None:
+    """Move every trained number, far enough that codes flip and some levels are clipped."""
+    adapter = layer.adapter
+    assert adapter is not None
+    torch.manual_seed(seed)
+    step = steps(layer)
+    with torch.no_grad():
+        for name, p in adapter.named_parameters():
+            noise = torch.randn_like(p)
+            if name == "scale":
+                p.mul_(1 + 0.1 * noise)
+            elif name == "offset":
+                p.add_(0.3 * step * noise)
+            elif name == "master":
+                p.add_(1.5 * step * noise)
+            else:
+                p.add_(noise)
+        if case.factors:
+            last = adapter.get_parameter(case.factors[-1])  # B or M: makes the update 1.5 steps of the grid
+            target = 1.5 if case.place == "levels" else 1.5 * step.mean()
+            last.mul_(target / adapter.delta.dense().std())  # type: ignore[union-attr,operator]
+
+
+def expected(layer: QuantLinear, case: Case, x: Tensor, g: Tensor) -> reference.Result:
+    """What the equations give for the layer's numbers, in float64."""
+    base, adapter, grid = layer.base, layer.adapter, case.grid
+    x, g = x.double(), g.double()
+    values = {} if adapter is None else {n: p.detach().double() for n, p in adapter.named_parameters()}
+    update = None
+    if case.factors:
+        factors = {n.removeprefix("delta."): reference.stored(values[n], "bfloat16") for n in case.factors}
+        update = reference.Update(factors, case.scaling, case.pool, case.repeat, case.mean)
+    if isinstance(base, CodebookWeight):
+        codes = reference.unpacked(base.codes, 4, K).long()
+        table = codebook.table(base.grid).double()[codes]
+        weight = table * reference.spread(base.read_absmax().double(), K)
+        assert update is not None
+        if case.place == "output":
+            return _with_bias(reference.output_place(x, g, weight, update), layer)
+        zeros = torch.zeros(N, K // case.group, dtype=torch.float64)
+        return _with_bias(reference.offset_real(x, g, weight, zeros, update, "float32"), layer)
+    if not isinstance(base, AffineWeight):
+        assert update is not None
+        return _with_bias(reference.output_place(x, g, base.dequantize(torch.float64), update), layer)
+    assert isinstance(grid, Grid)
+    center = torch.full(base.scale.shape, 2.0 ** (grid.bits - 1), dtype=torch.float64)
+    middle = center if base.zero is None else base.zero.double()
+    phi = reference.phi(base.codes, base.storage, grid.bits, middle, K)
+    zero = torch.zeros_like(center) if grid.zero == "real" else middle
+    scale = reference.stored(values.get("scale", base.scale.double()), grid.scale_dtype)
+    offset = None if base.offset is None else base.offset.double()
+    if "offset" in values:
+        offset = reference.stored(values["offset"], grid.scale_dtype)
+    if case.place == "levels":
+        result = reference.levels_place(x, g, phi, scale, zero, offset, update, grid.bits)
+    elif case.place == "master":
+        result = reference.master_place(x, g, values["master"], scale, zero, offset, grid.bits)
+    else:
+        assert update is not None
+        plain = reference.spread(scale, K) * (phi - reference.spread(zero, K))
+        if case.place == "output":
+            weight = plain + (0 if offset is None else reference.spread(offset, K))
+            result = reference.output_place(x, g, weight, update)
+        elif offset is not None:
+            result = reference.offset_real(x, g, plain, offset, update, grid.scale_dtype)
+        else:
+            result = reference.offset_integer(x, g, phi, scale, zero, update, grid.bits)
+    return _with_bias(result, layer)
+
+
+def _with_bias(result: reference.Result, layer: QuantLinear) -> reference.Result:
+    return result if layer.bias is None else result._replace(y=result.y + layer.bias.double())
+
+
+def trained(case: Case) -> tuple[QuantLinear, Tensor, Tensor, reference.Result]:
+    """A perturbed layer with an input, an upstream gradient and what the equations give.
+
+    Tries seeds until no level is so close to a rounding boundary that float32 and float64 may disagree on its side.
+    """
+    for seed in range(40):
+        layer = build(case, seed=seed)
+        perturb(layer, case, seed)
+        x, g = random(10, K, seed=seed + 100), random(10, N, seed=seed + 200)
+        result = expected(layer, case, x, g)
+        if result.gap > 5e-5:
+            return layer, x, g, result
+    raise AssertionError("no seed keeps every level away from a boundary")

@@ -16,15 +16,17 @@ from torch import Tensor
 
 import cases
 import reference
-from cases import CASES, TRAINED, K, N
+from cases import CASES, SOME, TRAINED, K, N
 from trimtab import linear
 from trimtab.grid import CodebookGrid, Grid
 from trimtab.linear import QuantLinear
 from trimtab.methods import LrQat, Rtn
 from trimtab.weights import AffineWeight, CodebookWeight, DenseWeight
 
-every_case = pytest.mark.parametrize("name", CASES)
+every_cases = pytest.mark.parametrize("name", CASES)
 every_trained = pytest.mark.parametrize("name", TRAINED)
+some_cases = pytest.mark.parametrize("name", SOME)
+some_trained = pytest.mark.parametrize("name", [name for name in SOME if name in TRAINED])
 
 
 def folded(layer: QuantLinear) -> QuantLinear:
@@ -39,7 +41,7 @@ def relative(ours: Tensor, exact: Tensor) -> float:
 # ---- 1. the start is the quantized base --------------------------------------------------------------------------
 
 
-@every_case
+@every_cases
 def test_the_start_is_the_quantized_base(name: str) -> None:
     case = CASES[name]
     layer, x = cases.build(case), cases.random(10, K, seed=1)
@@ -50,14 +52,11 @@ def test_the_start_is_the_quantized_base(name: str) -> None:
         if case.exact_start:
             assert torch.equal(y, expected)
             assert torch.equal(layer.dequantize(dtype), base.dequantize(dtype))
-        else:
-            step = cases.steps(layer).max()
-            assert (layer.dequantize(dtype) - base.dequantize(dtype)).abs().max() <= step * 1.1
-            flips = (layer.dequantize(dtype) - base.dequantize(dtype)).abs() > step * 0.1
-            assert flips.float().mean() < 0.15
-    assert torch.equal(base.dequantize(torch.float32), base.base.dequantize(torch.float32))
-    expected = F.linear(x, base.base.dequantize(torch.float32), layer.bias)
-    assert torch.equal(base(x), expected)
+    if not case.exact_start:
+        ours, rtn = (w.base.integer_codes().int() for w in (layer, base))  # type: ignore[operator]
+        assert (ours - rtn).abs().max() <= 1
+        assert (ours != rtn).float().mean() < (0.03 if case.grid.bits < 8 else 0.3)  # type: ignore[union-attr]
+    assert torch.equal(base(x), F.linear(x, base.base.dequantize(torch.float32), layer.bias))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -119,7 +118,24 @@ def test_outputs_and_gradients_are_those_of_the_equations(name: str) -> None:
         assert exact.clipped > 0 or not case.factors
 
 
-@every_case
+@some_cases
+def test_inputs_of_any_shape(name: str) -> None:
+    """As nn.Linear: one row without a batch dimension, several batch dimensions, no rows at all."""
+    layer = cases.build(SOME[name])
+    x = cases.random(6, K, seed=9)
+    y = layer(x)
+    for shape in ((K,), (2, 3, K), (0, K), (1, 0, K)):
+        part = x.flatten()[: torch.Size(shape).numel()].view(shape).requires_grad_()
+        out = layer(part)
+        assert out.shape == (*shape[:-1], N)
+        rows = out.detach().reshape(-1, N)
+        torch.testing.assert_close(rows, y[: len(rows)].detach(), rtol=1e-5, atol=1e-5)
+        out.sum().backward()
+        assert part.grad is not None
+        assert part.grad.shape == part.shape
+
+
+@some_cases
 def test_only_what_is_trained_wants_gradients(name: str) -> None:
     case = CASES[name]
     layer = cases.build(case)
@@ -193,7 +209,7 @@ def _moved_enough(layer: QuantLinear, after: QuantLinear, case: cases.Case, exac
         assert moved.float().mean() > 0.3  # type: ignore[union-attr]
 
 
-@every_trained
+@some_trained
 def test_backward_under_autocast_uses_the_weight_of_forward(name: str) -> None:
     """W is rebuilt after autocast has ended: dx must still be g times the very W that forward used."""
     layer, x, g, _ = cases.trained(TRAINED[name])
@@ -211,7 +227,7 @@ def test_backward_under_autocast_uses_the_weight_of_forward(name: str) -> None:
 # ---- 4. copies -----------------------------------------------------------------------------------------------------
 
 
-@every_case
+@some_cases
 def test_copies_and_casts_change_nothing(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     layer, x = cases.build(case), cases.random(5, K, seed=2)
@@ -237,7 +253,7 @@ def test_copies_and_casts_change_nothing(name: str, tmp_path: Path) -> None:
     if case.place != "none":
         with torch.no_grad():
             next(iter(copied.adapter.parameters())).add_(1)  # type: ignore[union-attr]
-    for cast in (layer.to(torch.bfloat16), layer.half(), layer.float(), layer.to(torch.float16, copy=True)):
+    for cast in (layer.to(torch.bfloat16), layer.half(), layer.float()):
         after = cast.state_dict()
         assert after.keys() == state.keys()
         for key, kept in state.items():
@@ -250,7 +266,7 @@ def test_copies_and_casts_change_nothing(name: str, tmp_path: Path) -> None:
 # ---- 6. what backward keeps ----------------------------------------------------------------------------------------
 
 
-@every_case
+@some_cases
 def test_bytes_kept_for_backward(name: str) -> None:
     """At most the input, pooled inputs and the R numbers a row between the factors, and copies of the adapter."""
     case = CASES[name]
@@ -282,7 +298,7 @@ def test_bytes_kept_for_backward(name: str) -> None:
     assert 4 * allowed < 4 * N * K + layer.base.stored_bytes()
 
 
-@every_case
+@some_cases
 def test_an_input_that_backward_does_not_need_is_freed(name: str) -> None:
     case = CASES[name]
     layer, leaf = cases.build(case), cases.random(4, K, seed=6).requires_grad_()
@@ -298,7 +314,7 @@ def test_an_input_that_backward_does_not_need_is_freed(name: str) -> None:
 # ---- 7. sizes ------------------------------------------------------------------------------------------------------
 
 
-@every_case
+@every_cases
 def test_stored_bytes_and_trained_numbers(name: str) -> None:
     case, grid = CASES[name], CASES[name].grid
     layer, groups = cases.build(case), N * (K // CASES[name].group)
@@ -319,7 +335,7 @@ def test_stored_bytes_and_trained_numbers(name: str) -> None:
 
 def test_equal_ranks_cost_equal_numbers() -> None:
     """LoRA, Q-BaRA and LR-QAT of rank r train r (N + K) numbers in the delta; QA-HiRA N K / (g e)."""
-    for name in ("lora", "qlora", "q-bara", "lr-qat-fixed8", "lr-qat-k2"):
+    for name in ("lora", "q-bara", "lr-qat-fixed8", "lr-qat-k2"):
         case = CASES[f"{name}-int4-g32-real"]
         delta = case.method.delta(case.grid, (N, K))
         assert delta is not None
@@ -332,7 +348,7 @@ def test_equal_ranks_cost_equal_numbers() -> None:
 FACTOR = 0.5
 
 
-@every_trained
+@some_trained
 def test_a_small_fit_lowers_the_loss(name: str) -> None:
     """Towards a layer of the same kind whose trained numbers were moved."""
     case = TRAINED[name]
@@ -343,6 +359,7 @@ def test_a_small_fit_lowers_the_loss(name: str) -> None:
         target = teacher(x)
     step = cases.steps(layer).mean().item()
     rates = {"delta.A": 0.05, "delta.B": 0.05, "delta.M": 0.2 * step, "scale": 0.02 * step}
+    rates["delta.M"] *= case.pool if case.mean else 1
     rates |= {"offset": 0.05 * step, "master": 0.3 * step}
     if case.place in ("output", "offset") and case.rank:
         rates["delta.B"] = 0.05 * step

@@ -4,6 +4,7 @@ Bad input ends in one line on stderr and exit status 2; anything else that goes 
 are imported when a command needs them, so `trimtab --help` is quick. The only file that imports typer.
 """
 
+import logging
 import os
 import sys
 from dataclasses import fields
@@ -28,10 +29,12 @@ _Directory = Annotated[str, typer.Argument(help="Directory of a saved model.", m
 def _quiet() -> None:
     """Leave the terminal to our own progress and messages."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 @app.command()

@@ -115,7 +115,7 @@ class TrimtabQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), marker}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        nn.Module.to(model, self._compute_dtype)
+        cast_floats(model, self._compute_dtype or torch.bfloat16)
         freeze(model)
         return model
 
@@ -154,6 +154,15 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
         if isinstance(layer, QuantEmbedding):
             return layer.dtype
     return next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in ours), torch.bfloat16)
+
+
+def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the float parameters outside our layers; buffers (rotary frequencies) keep the dtype they were made in."""
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    ours = {id(p) for layer in quant_layers(model).values() for p in layer.parameters()}
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and id(p) not in ours and not any(part in name for part in kept):
+            p.data = p.data.to(dtype)
 
 
 def untie(model: "PreTrainedModel") -> None:

@@ -117,7 +117,7 @@ def plan(
         dtype: compute dtype.
         checkpointing: whether each block is recomputed in backward.
     """
-    torch.nn.Module.to(model, dtype)
+    hf.cast_floats(model, dtype)
     largest = prepare_meta(model, method, rules)
     stored = {id(p): p for layer in hf.quant_layers(model).values() for p in layer.parameters()}
     adapters = [p for p in model.parameters() if p.requires_grad]

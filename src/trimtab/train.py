@@ -257,13 +257,13 @@ def fit(
         packing = "wrapped" if rows.column_names == ["text"] else "bfd"
     checkpoints = recipe.out / "checkpoints"
     last = _last_checkpoint(checkpoints) if resume else None
-    args = _config(recipe, checkpoints, packing)
     slot: list[_Trainer] = []
     meter = _Meter(on_step, slot)
     hf.attach(model)
     model.config.use_cache = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        args = _config(recipe, checkpoints, packing)
         trainer = _Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[meter])
     trainer.lr_scale = recipe.lr_scale
     slot.append(trainer)

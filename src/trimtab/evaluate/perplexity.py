@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+TOKENS_AT_ONCE = 1024
+"""Tokens in one forward pass, at least one window: low-bit weights are rebuilt once for all of them."""
+
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, blocks_WL: Tensor) -> float:
@@ -25,8 +28,9 @@ def perplexity(model: PreTrainedModel, blocks_WL: Tensor) -> float:
     model.eval()
     device = next(model.parameters()).device
     total = 0.0
-    for block in blocks_WL:
-        ids = block.unsqueeze(0).to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        total += F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+    for some in blocks_WL.split(max(1, TOKENS_AT_ONCE // blocks_WL.shape[1])):
+        ids_WL = some.to(device)
+        logits_WLV = model(input_ids=ids_WL, use_cache=False).logits[:, :-1]
+        for logits_LV, ids in zip(logits_WLV, ids_WL, strict=True):
+            total += F.cross_entropy(logits_LV.float(), ids[1:], reduction="sum").item()
     return math.exp(total / (blocks_WL.shape[0] * (blocks_WL.shape[1] - 1)))

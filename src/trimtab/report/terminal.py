@@ -40,15 +40,19 @@ class Terminal:
         """Advance the training bar."""
         speed = step.tokens / max(step.seconds, 1e-9)
         fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(step.peak_bytes)}
+        if not self.console.is_terminal:
+            if step.step == step.steps or step.step % max(step.steps // 10, 1) == 0:
+                line = (
+                    f"step {step.step}/{step.steps}  loss {step.loss:.3f}  {speed:.0f} tok/s  {size(step.peak_bytes)}"
+                )
+                self.console.print(f"  {line}")
+            return
         if self._progress is None:
             columns = [TextColumn("step {task.completed}/{task.total}"), BarColumn(), *map(TextColumn, _TRAINING)]
             self._progress = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
             self._progress.start()
             self._progress.add_task("train", total=step.steps, **fields)
         self._progress.update(self._progress.task_ids[0], completed=step.step, **fields)
-        if not self.console.is_terminal and (step.step == step.steps or step.step % max(step.steps // 10, 1) == 0):
-            line = f"  step {step.step}/{step.steps}  loss {step.loss:.3f}  {speed:.0f} tok/s  {size(step.peak_bytes)}"
-            self.console.print(line)
         if step.step >= step.steps:
             self._stop()
 

@@ -190,10 +190,16 @@ ROWS = {
     "q-bara": Row("trimtab q-bara, NF4 g64 double, rank 16", _trimtab, {"method": "q-bara", "rank": 16}, _OURS),
     "qa-hira": Row("trimtab qa-hira, int4 g32 real", _trimtab, {"method": "qa-hira"}, _OURS),
     "lr-qat": Row(
-        "trimtab lr-qat, int3 g32 integer, fixed8, rank 32", _trimtab, {"method": "lr-qat", "rank": 32, "grid": _INT3}, _OURS
+        "trimtab lr-qat, int3 g32 integer, fixed8, rank 32",
+        _trimtab,
+        {"method": "lr-qat", "rank": 32, "grid": _INT3},
+        _OURS,
     ),
     "lr-qat-channel": Row(
-        "trimtab lr-qat, int4 channel symmetric, rank 32", _trimtab, {"method": "lr-qat", "rank": 32, "grid": _INT4}, _OURS
+        "trimtab lr-qat, int4 channel symmetric, rank 32",
+        _trimtab,
+        {"method": "lr-qat", "rank": 32, "grid": _INT4},
+        _OURS,
     ),
     "products": Row("matrix products alone", _products, {"trained": False}),
     "products-trained": Row("  with those of weight gradients", _products, {"trained": True}),
@@ -371,10 +377,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Parse arguments, measure, write and print."""
-    parser = argparse.ArgumentParser(description="Time and memory of one training step, paired with peft and bitsandbytes.")
+    parser = argparse.ArgumentParser(
+        description="Time and memory of one training step, paired with peft and bitsandbytes."
+    )
     parser.add_argument("--rounds", type=int, default=9, help="steps of each row that count (default 9)")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each row before those (default 2)")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of each worker (default 2)")
     parser.add_argument("--out", type=Path, default=OUT, help=f"JSON file (default {OUT})")
     args = parser.parse_args()

@@ -168,6 +168,8 @@ def test_folded_is_trained(name: str) -> None:
         assert error < 4e-3
         assert fold.error == pytest.approx(error, rel=1e-3, abs=1e-7)
         assert relative(folded(layer)(x), exact.y) < 4e-3
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(folded(layer).dequantize(torch.float32), fold.weight.dequantize(torch.float32))
         return
     assert (fold.kind, fold.error) == ("bitwise", 0.0)
     after = folded(layer)

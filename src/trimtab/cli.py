@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,6 +77,19 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     Terminal().plan(predicted, memory.available_bytes())
 
 
+def _saved(directory: str) -> tuple[Any, Any]:
+    """A model as it stands, whether saved by trimtab or in float, and its tokenizer."""
+    from trimtab import loading
+
+    source = loading.open_source(directory)
+    if source is not None:
+        return loading.load_float(directory, source=source), source.tokenizer()
+    model, tokenizer = loading.load(directory)
+    if tokenizer is None:
+        raise UserError(f"{directory}: was saved without a tokenizer; add its tokenizer files to it")
+    return model, tokenizer
+
+
 @app.command("eval")
 def evaluate(
     directory: _Directory,
@@ -87,11 +100,12 @@ def evaluate(
 ) -> None:
     """Perplexity of a saved model on held-out data."""
     _quiet()
-    from trimtab import data, loading
+    from trimtab import data
     from trimtab.evaluate.perplexity import perplexity
     from trimtab.recipe import read
     from trimtab.report.terminal import Terminal
 
+    model, tokenizer = _saved(directory)
     saved = Path(directory) / "recipe.yaml"
     if path is None:
         block = read(saved).data if saved.is_file() else None
@@ -100,7 +114,6 @@ def evaluate(
         path, split = block.eval_path, block.eval_split
         block_tokens, tokens = block.block_tokens, tokens or block.eval_tokens
     rows = data.load_rows(path, split=split)
-    model, tokenizer = loading.load(directory)
     blocks = data.token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
     value = perplexity(model, blocks)
     Terminal().say(f"perplexity {value:.4f} on {blocks.numel()} tokens of {path} ({split}), windows of {block_tokens}")
@@ -114,14 +127,11 @@ def chat(
 ) -> None:
     """Talk to a saved model."""
     _quiet()
-    from trimtab import loading
     from trimtab.pipeline import answer
     from trimtab.report.terminal import Terminal
 
     terminal = Terminal()
-    model, tokenizer = loading.load(directory)
-    if tokenizer is None:
-        raise UserError(f"{directory}: no tokenizer was saved with this model")
+    model, tokenizer = _saved(directory)
     if prompt is not None:
         terminal.say(answer(model, tokenizer, prompt, tokens))
         return
@@ -160,7 +170,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        line = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
+        sys.stderr.write(f"error: {line}\n")
         raise SystemExit(2) from None
 
 

@@ -114,10 +114,11 @@ class PooledDelta(nn.Module):
         return y if shape.repeat == 1 else y.repeat_interleave(shape.repeat, -1)
 
     def _inner(self) -> Tensor:
-        """scaling * B A, or scaling * M: (N/m, K/p) in float32."""
+        """scaling * B A, or scaling * M: (N/m, K/p) in float32, also under autocast."""
         factors = self.factors()
-        product = factors[0] if len(factors) == 1 else factors[1] @ factors[0]
-        return product * self.shape.gain
+        with torch.autocast(factors[0].device.type, enabled=False):
+            product = factors[0] if len(factors) == 1 else factors[1] @ factors[0]
+            return product * self.shape.gain
 
     def dense(self) -> Tensor:
         """delta_W, float32 of shape (N, K)."""

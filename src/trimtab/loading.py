@@ -64,7 +64,7 @@ class SafetensorsSource:
                     f"{path}: only pickled weights ({pickled[0]}), which can run code when read; "
                     "convert them with transformers' `save_pretrained`, which writes safetensors"
                 )
-            raise UserError(f"{path}: holds no .safetensors file")
+            raise UserError(f"{path}: holds no .safetensors file; fetch or save it again")
         self._file_of: dict[str, Path] = {}
         for file in files:
             self._file_of.update(dict.fromkeys(self._open(file).keys(), file))
@@ -80,28 +80,71 @@ class SafetensorsSource:
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
             return
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index}: not an index of safetensors ({error!r}); fetch it again") from error
         for name, file in listed.items():
             if name not in self._file_of:
                 raise UserError(f"{self.path}: tensor {name} should be in {file}, which is missing it; fetch it again")
 
     def config(self) -> Any:
         """From config.json."""
-        return AutoConfig.from_pretrained(self.path)
+        return _config(self.path)
 
     def tokenizer(self) -> Any:
         """From the tokenizer files."""
-        return AutoTokenizer.from_pretrained(self.path)
+        return _tokenizer(self.path)
 
     def bind(self, model: PreTrainedModel) -> None:
         """Nothing to learn: names are the model's own."""
 
+    def require(self, name: str) -> None:
+        """Raise a `UserError` if no file holds this tensor."""
+        if name not in self._file_of:
+            raise UserError(
+                f"{self.path}: no tensor {name} in its safetensors; the checkpoint is incomplete, fetch or save it again"
+            )
+
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from the file."""
-        if name not in self._file_of:
-            raise UserError(f"{self.path}: no tensor {name} in its safetensors; the checkpoint is incomplete")
+        self.require(name)
         tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
         return tensor
+
+
+def _config(path: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{path}: transformers cannot read its config.json ({_first_line(error)}); fetch it again, or upgrade"
+        ) from error
+
+
+def _tokenizer(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{path}: no usable tokenizer in it ({_first_line(error)}); "
+            "add the model's tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
+    """The model that a config describes, on the meta device."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, **options)
+    except ValueError as error:
+        raise UserError(
+            f"model.path: {path}: its config.json describes no causal language model ({_first_line(error)[:200]})"
+        ) from error
 
 
 def resolve(path: str) -> Path:
@@ -115,7 +158,7 @@ def resolve(path: str) -> Path:
     if local.exists():
         return local
     if local.suffix == ".gguf" or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path: {path}: no such file or directory")
+        raise UserError(f"model.path: {path}: no such file or directory; check the path (a hub id is named owner/name)")
     return _fetch(path)
 
 
@@ -128,9 +171,9 @@ def _fetch(repo: str) -> Path:
             snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"])
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"model.path: {repo}: no such directory, and the hub did not give it ({first}); check the name and the network"
+            f"model.path: {repo}: no such directory, and the hub did not give it ({_first_line(error)}); "
+            "check the name and the network"
         ) from error
 
 
@@ -153,6 +196,8 @@ def open_source(path: str) -> ModelSource | None:
         config = json.loads((found / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{found / 'config.json'}: not valid JSON ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{found / 'config.json'}: holds no mapping of keys; fetch it again")
     quantized = config.get("quantization_config")
     if quantized is None:
         return SafetensorsSource(found)
@@ -168,13 +213,12 @@ def skeleton(path: str) -> tuple[ModelSource | None, PreTrainedModel]:
     """The source of a model and its layout on the meta device; nothing is read but names and shapes."""
     source = open_source(path)
     if source is None:
-        config = AutoConfig.from_pretrained(resolve(path))
+        config = _config(resolve(path))
         quantized = config.quantization_config
         del config.quantization_config
     else:
         config = source.config()
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _layout(path, config)
     if source is None:
         quantizer = hf.TrimtabQuantizer(hf.TrimtabConfig(**_without_method(quantized)))
         quantizer._process_model_before_weight_loading(model, dtype=getattr(torch, quantized["compute_dtype"]))
@@ -209,8 +253,7 @@ def load(
     source = source or open_source(path)
     if source is None:
         return _load_native(resolve(path), method, parsed, dtype)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(source.config(), dtype=dtype)
+    model = _layout(path, source.config(), dtype=dtype)
     source.bind(model)
     for target in targets(model, chosen, parsed):
         if target.kind == "tied":
@@ -218,6 +261,7 @@ def load(
             continue
         name = f"{target.name}.weight"
         weight = source.read(name)
+        _same_shape(source, name, weight.shape, target.shape)
         finite(weight, name)
         _fill(model.get_submodule(target.name), "bias", f"{target.name}.bias", source, dtype)
         place(model, target, weight, chosen)
@@ -230,8 +274,7 @@ def load_float(path: str, *, dtype: torch.dtype = torch.bfloat16, source: ModelS
     source = source or open_source(path)
     if source is None:
         raise UserError(f"model.path: {path}: saved by trimtab, so there is no float model to compare with")
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(source.config(), dtype=dtype)
+    model = _layout(path, source.config(), dtype=dtype)
     source.bind(model)
     return _complete(model, source, dtype)[0]
 
@@ -266,23 +309,36 @@ def _fill(module: nn.Module, name: str, full: str, source: ModelSource, dtype: t
     value = source.read(full)
     value = value.dequantize(dtype) if isinstance(value, Weight) else value.to(dtype, copy=True)
     finite(value, full)
-    if value.shape != old.shape:
-        raise UserError(f"{source.path}: {full} has shape {tuple(value.shape)}, the config says {tuple(old.shape)}")
+    _same_shape(source, full, value.shape, old.shape)
     module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def _same_shape(source: ModelSource, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise UserError(
+            f"{source.path}: {name} has shape {tuple(found)}, the config says {tuple(wanted)}; "
+            "the checkpoint is of another model, fetch it again"
+        )
 
 
 def _load_native(
     path: Path, method: Method | None, parsed: list[Rule] | None, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Any]:
     """One of our own directories, and a method on top of it if one is given."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path}: holds no .safetensors file; the save was cut off")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or damaged ({error}); save or fetch it again") from error
+    stored = SafetensorsSource(path)
+    _, laid_out = skeleton(str(path))
+    # transformers only warns of what is missing, and leaves it uninitialised.
+    for name in sorted(laid_out.state_dict().keys() - getattr(laid_out, "all_tied_weights_keys", {}).keys()):
+        stored.require(name)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    for name, p in model.named_parameters():
+        if p.is_floating_point():
+            finite(p.detach(), name)
     if method is not None:
         prepare(model, method, parsed)
-    tokenizer = AutoTokenizer.from_pretrained(path) if (path / "tokenizer_config.json").exists() else None
-    return model, tokenizer
+    return model, native_tokenizer(path)
+
+
+def native_tokenizer(path: Path) -> Any:
+    """The tokenizer saved with one of our own directories, or None."""
+    return _tokenizer(path) if (path / "tokenizer_config.json").exists() else None

@@ -7,8 +7,9 @@ bytes. For 4 bits and K = 8:
     codes    c0 c1 c2 c3 | c4 c5 c6 c7          byte j = c_j | c_(j+4) << 4
              low nibbles | high nibbles
 
-so unpacking is one shift and one mask over contiguous memory per segment, with no interleaving store. (Interleaved
-nibbles cost 3.7 times as much in eager torch, bit planes 25 times: `docs/log.md`.) The price: a row cannot be cut along K.
+so unpacking is one shift and one mask over contiguous memory per segment, with no interleaving store.
+(`benchmarks/choices.py`: interleaved nibbles take 2.4 times as long in eager torch, bit planes 19 times.)
+The price: a row cannot be cut along K.
 Rows never share a byte, so it can be cut along N. K need not divide by the number of segments: the last one is padded.
 
 Legend: N rows, K codes in a row.

@@ -71,22 +71,24 @@ def run(
     """
     watch = show or Quiet()
     check_output(recipe.out, overwrite, resume)
+    _check_inputs_apart(recipe)
     rows, held_out = _rows(recipe)
     source = loading.open_source(recipe.model.path)
-    tokenizer = None if source is None else source.tokenizer()
+    tokenizer = _tokenizer(recipe, source)
+    train.check(recipe, tokenizer, rows)
+    blocks = _blocks(recipe, held_out, tokenizer)
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     if "float" in recipe.evaluate.baselines:
         watch.say("measuring the float model (untuned)")
         model = loading.load_float(recipe.model.path, dtype=recipe.dtype, source=source)
-        blocks = _blocks(recipe, held_out, tokenizer)
-        metrics["perplexity"]["float"] = None if blocks is None else perplexity(model, blocks)
+        assert blocks is not None, "the recipe was checked to have held-out data"
+        metrics["perplexity"]["float"] = perplexity(model, blocks)
         del model
         gc.collect()
     memory.reset_peak()
     watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing while it reads")
     torch.manual_seed(recipe.train.seed)
-    model, tokenizer = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source)
-    blocks = _blocks(recipe, held_out, tokenizer)
+    model, _ = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source)
     metrics["load_peak_memory_bytes"] = memory.peak_bytes()
     if "rounded" in recipe.evaluate.baselines and blocks is not None:
         watch.say("measuring the rounded model, before tuning")
@@ -108,13 +110,21 @@ def run(
 
 def check_output(out: Path, overwrite: bool, resume: bool) -> None:
     """Refuse an output directory that holds something, unless told what to do with it."""
+    if overwrite and resume:
+        raise UserError("--overwrite removes what --resume goes on from; pass one of them")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"output: {above} is a file, so {out} cannot be made in it; set `output`")
     if not out.exists():
         if resume:
             raise UserError(f"--resume: {out} does not exist; run without it")
         return
     if not out.is_dir():
         raise UserError(f"output: {out} is a file, not a directory")
-    if resume or not any(out.iterdir()):
+    if resume:
+        train.last_checkpoint(out)
+        return
+    if not any(out.iterdir()):
         return
     if not overwrite:
         raise UserError(
@@ -122,6 +132,17 @@ def check_output(out: Path, overwrite: bool, resume: bool) -> None:
         )
     if not any((out / name).exists() for name in ("recipe.yaml", "metrics.json", "checkpoints", "quantization.json")):
         raise UserError(f"output: {out} holds something that trimtab did not write; remove it yourself or set `output`")
+
+
+def _check_inputs_apart(recipe: Recipe) -> None:
+    """Refuse to write over, or to remove, what the run reads."""
+    block, out = recipe.data, recipe.out.resolve()
+    inputs = {"model.path": recipe.model.path}
+    inputs |= {} if block is None else {"data.path": block.path, "data.eval_path": block.eval_path or ""}
+    for key, path in inputs.items():
+        found = Path(path).expanduser()
+        if path and found.exists() and (found.resolve() == out or out in found.resolve().parents):
+            raise UserError(f"{key}: {path} is in the output directory {recipe.out}; set `output` to another one")
 
 
 def _rows(recipe: Recipe) -> tuple[Any, Any]:
@@ -132,6 +153,14 @@ def _rows(recipe: Recipe) -> tuple[Any, Any]:
     rows = data.load_rows(block.path, split=block.split, limit=block.limit) if recipe.train.steps else None
     held_out = None if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
     return rows, held_out
+
+
+def _tokenizer(recipe: Recipe, source: loading.ModelSource | None) -> Any:
+    path = recipe.model.path
+    tokenizer = loading.native_tokenizer(loading.resolve(path)) if source is None else source.tokenizer()
+    if tokenizer is None and (recipe.data is not None or recipe.evaluate.prompt):
+        raise UserError(f"model.path: {path}: was saved without a tokenizer; add its tokenizer files to that directory")
+    return tokenizer
 
 
 def _blocks(recipe: Recipe, held_out: Any, tokenizer: Any) -> Tensor | None:
@@ -175,6 +204,8 @@ def _fold_and_save(
     native.save(model, recipe.out, tokenizer, recipe=recipe.to_yaml())
     metrics["disk_bytes"] = native.disk_bytes(recipe.out)
     if some is None or trained is None:
+        if recipe.evaluate.parity:
+            watch.say("no held-out data (data.eval_path), so trained, folded and saved are not compared")
         return []
     watch.say("comparing trained, folded, and reloaded in a fresh process")
     parities = parity.report(trained, parity.logits_of(model, some), recipe.out, some, recipe.dtype)

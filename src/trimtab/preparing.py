@@ -15,7 +15,7 @@ from torch import nn
 from trimtab import hf, rules
 from trimtab.adapters import DeltaOutput, FoldKind
 from trimtab.errors import UserError
-from trimtab.grid import AnyGrid
+from trimtab.grid import AnyGrid, group_size
 from trimtab.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method, Source, start
 from trimtab.rules import Kind, Placement, Rule
@@ -69,11 +69,12 @@ def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] 
     """
     layers = _layers(model)
     placed = rules.resolve({n: kind for n, (kind, _) in layers.items()}, rule_list, _default(method))
+    any_stored = any(isinstance(module, QuantLinear | QuantEmbedding) for _, module in layers.values())
     found = []
     for name, (kind, module) in layers.items():
         placement, stored = placed[name], isinstance(module, QuantLinear | QuantEmbedding)
-        if rule_list is None and stored:
-            placement = _as_stored(module)
+        if rule_list is None and any_stored:  # without rules, a quantized model keeps the grids it has
+            placement = _as_stored(module) if stored else None
         if kind == "tied":
             placement = placed[next(n for n, (k, _) in layers.items() if k == "embedding")]
             placement = None if stored else placement
@@ -113,6 +114,8 @@ def _check(target: Target, module: nn.Module, method: Method) -> None:
     try:
         if target.kind == "embedding" and target.grid is None:
             raise UserError("an embedding takes a grid or null; it has no adapter to keep in float")
+        if target.grid is not None:
+            group_size(target.grid, target.shape[1])
         target.trainable(method)
     except UserError as error:
         raise UserError(f"{target.name}: {error}") from None

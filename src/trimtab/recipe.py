@@ -10,20 +10,21 @@ import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from trimtab import methods
-from trimtab.errors import UserError
+from trimtab.errors import UserError, nearest
 from trimtab.grid import CodebookGrid, Grid
 from trimtab.methods.base import Method
 from trimtab.rules import Rule, parse_rules
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Block(BaseModel):
@@ -77,7 +78,7 @@ class TrainBlock(_Block):
     """Learning rate after warm-up."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     """Adam's decay rates."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of deltas and master weights; scales have none."""
@@ -138,9 +139,11 @@ class Recipe(_Block):
     def _method(cls, value: Any) -> Method:
         if isinstance(value, Method):
             return value
+        if not isinstance(value, str | Mapping):
+            raise UserError(f"method: {value!r} is no method; write {{name: lr-qat, rank: 32}}, see `trimtab methods`")
         options = {"name": value} if isinstance(value, str) else dict(value)
-        if "name" not in options:
-            raise UserError("method.name: missing; see `trimtab methods`")
+        if not isinstance(options.get("name"), str):
+            raise UserError("method.name: missing, or no name; see `trimtab methods`")
         name = options.pop("name")
         made = methods.make(name, **options)
         # The dataclass is the YAML block; pydantic checks the types that a dataclass does not.
@@ -209,10 +212,8 @@ def _first(error: ValidationError) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _keys_beside(problem["loc"])
-        match = get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"{key}: unknown key" + (
-            f" (did you mean {match[0]!r}?)" if match else f"; known are {', '.join(known)}"
-        )
+        hint = nearest(str(problem["loc"][-1]), known)
+        return f"{key}: unknown key{hint or '; known are ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"{key}: missing, and it has no default"
     cause = problem.get("ctx", {}).get("error")
@@ -237,14 +238,16 @@ def _check(recipe: Recipe, where: str) -> None:
     trains = recipe.method.name != "rtn"
     if not trains and recipe.train.steps:
         raise UserError(f"{where}: train.steps: {recipe.method.name} trains nothing; set it to 0")
-    if recipe.data is None:
+    if recipe.evaluate.baselines and (recipe.data is None or recipe.data.eval_path is None):
+        raise UserError(f"{where}: evaluate.baselines: are compared on held-out data; set data.eval_path")
+    if recipe.data is None or not recipe.train.steps:
         return
     sequences, rest = divmod(recipe.train.batch_tokens, recipe.data.block_tokens)
     if rest or sequences % recipe.train.micro_batch or not sequences:
         whole = recipe.train.micro_batch * recipe.data.block_tokens
         raise UserError(
             f"{where}: train.batch_tokens: {recipe.train.batch_tokens} is no multiple of "
-            f"micro_batch x block_tokens = {whole}"
+            f"micro_batch x block_tokens = {whole}; use {max(round(recipe.train.batch_tokens / whole), 1) * whole}"
         )
 
 
@@ -258,7 +261,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not file.is_file():
         raise UserError(f"{path}: no such recipe file")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -276,8 +279,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     block: Any = values
     for part in parents:
-        if isinstance(block, list) and part.isdigit() and int(part) < len(block):
-            block = block[int(part)]
+        if isinstance(block, list):
+            block = block[_index(key, part, block)]
             continue
         if not isinstance(block, dict):
             raise UserError(f"{key}: {part!r} is not inside a block")
@@ -285,9 +288,19 @@ def _override(values: dict[str, Any], override: str) -> None:
             block[part] = {"name": block[part]} if isinstance(block.get(part), str) and part == "method" else {}
         block = block[part]
     try:
-        block[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"{key}: {text!r} is not a YAML value") from None
+    if isinstance(block, list):
+        block[_index(key, last, block)] = value
+    else:
+        block[last] = value
+
+
+def _index(key: str, part: str, block: list[Any]) -> int:
+    if not part.isdigit() or int(part) >= len(block):
+        raise UserError(f"{key}: {part!r} is no entry of a list of {len(block)}; they count from 0")
+    return int(part)
 
 
 EXAMPLE = """\
@@ -316,6 +329,9 @@ def explanation() -> str:
         for key, value in ({} if inner is None else inner.model_fields).items():
             lines += [f"  {key}: {_default(value)}", f"      # {value.description}"]
     lines += ["", "# a grid, in rules", *_documented(Grid), "", "# or a codebook grid", *_documented(CodebookGrid)]
+    lines += ["", "# options of every method", *_documented(Method)]
+    for method in methods.ALL:
+        lines += ["", f"# and of {method.name}: {method.summary}", *_documented(method)]
     return "\n".join(lines) + "\n"
 
 
@@ -334,7 +350,9 @@ def _documented(cls: type) -> list[str]:
     assert isinstance(tree, ast.ClassDef)
     lines = []
     for item, below in pairwise(tree.body):
-        if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+        if not isinstance(item, ast.AnnAssign) or ast.unparse(item.annotation).startswith("ClassVar"):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             default = "" if item.value is None else f" {ast.unparse(item.value)}"
             lines += [f"  {ast.unparse(item.target)}:{default}", f"      # {below.value.value!s}"]
     return lines

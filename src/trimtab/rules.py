@@ -53,6 +53,8 @@ def parse_grid(value: Any, where: str) -> Placement:
     for key, v in options.items():
         if key in ("bits", "group") and v is not None and (not isinstance(v, int) or isinstance(v, bool)):
             raise UserError(f"{where}.{key}: {v!r} is not a whole number")
+        if key == "double_quant" and not isinstance(v, bool):
+            raise UserError(f"{where}.{key}: {v!r} is neither true nor false")
     try:
         made: AnyGrid = kind(**options)  # type: ignore[arg-type]
         return made
@@ -64,6 +66,8 @@ def parse_rules(values: Sequence[Any] | None, where: str = "rules") -> list[Rule
     """Rules from a recipe's list of mappings; None stands for the method's default."""
     if values is None:
         return None
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise UserError(f"{where}: {values!r} is no list; write `- {{match: '*', grid: {{bits: 4, group: 64}}}}`")
     rules = []
     for i, value in enumerate(values):
         place = f"{where}[{i}]"
@@ -109,6 +113,10 @@ def resolve(layers: Mapping[str, Kind], rules: Sequence[Rule] | None, default: P
     for i, rule in enumerate(rules):
         # A rule is only useless if nothing matches it at all: an earlier rule may well take what it matches.
         if i not in used and not any(fnmatchcase(name, rule.match) for name in layers):
-            hint = nearest(rule.match.strip("*."), sorted(layers))
-            raise UserError(f"rules[{i}].match: {rule.match!r} matches no layer of the model{hint}")
+            raise UserError(f"rules[{i}].match: {rule.match!r} matches no layer of the model{_hint(rule, layers)}")
     return placed
+
+
+def _hint(rule: Rule, layers: Mapping[str, Kind]) -> str:
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    return nearest(rule.match.strip("*."), [*layers, *ends]) or f"; its layers are called {', '.join(ends)}"

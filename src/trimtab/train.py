@@ -7,6 +7,7 @@ first loss that is not a number, and meters. It is the only file that imports tr
 """
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import get_available_reporting_integrations
 
 from trimtab import data, hf, memory
-from trimtab.errors import UserError
+from trimtab.errors import UserError, nearest
 from trimtab.linear import QuantLinear
-from trimtab.loss import chunked_cross_entropy
+from trimtab.loss import IGNORED, chunked_cross_entropy
 from trimtab.recipe import Recipe
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -89,24 +90,30 @@ class _Trainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy in chunks where the head is frozen; the model's own otherwise."""
+        """Mean cross-entropy of the counted tokens, in chunks where the head is frozen."""
         labels = inputs["labels"]
         self._count_tokens(inputs)
-        head = model.get_output_embeddings()
-        if return_outputs or any(p.requires_grad for p in head.parameters()) or _scales_logits(model.config):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        arguments = {k: v for k, v in inputs.items() if k != "labels"}
-        hidden = model.base_model(**arguments, use_cache=False).last_hidden_state[:, :-1]
-        weight = (
-            head.dequantize(hidden.dtype) if isinstance(head, QuantLinear) else head.weight.detach().to(hidden.dtype)
-        )
-        bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
-        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        total = chunked_cross_entropy(
-            hidden.flatten(0, 1), weight, labels[:, 1:].flatten(), bias_V=bias, softcap=softcap
-        )
-        count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum()
-        return total / torch.as_tensor(count).clamp(min=1)
+        arguments = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False}
+        outputs, targets = None, labels[:, 1:].flatten()
+        if return_outputs or self._needs_logits(model):
+            outputs = model(**arguments)
+            logits = outputs.logits[:, :-1].flatten(0, 1).float()
+            total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        else:
+            hidden = model.base_model(**arguments).last_hidden_state[:, :-1].flatten(0, 1)
+            total = chunked_cross_entropy(hidden, labels_T=targets, **_frozen_head(model, hidden.dtype))
+        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
+        loss = total / torch.as_tensor(count).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is of all devices, and they average gradients
+        return (loss, outputs) if return_outputs else loss
+
+    def _needs_logits(self, model: Any) -> bool:
+        """Whether the chunked loss cannot serve: a trained head, scaled logits, or a wrapper whose forward must run."""
+        if model is not self.model or self.accelerator.num_processes > 1:
+            return True
+        trained = any(p.requires_grad for p in model.get_output_embeddings().parameters())
+        return trained or _scales_logits(model.config)
 
     def _count_tokens(self, inputs: dict[str, Any]) -> None:
         mask = inputs.get("attention_mask")
@@ -119,20 +126,27 @@ class _Trainer(SFTTrainer):
         """One micro-step; stops the run at a loss that is not a number."""
         loss: Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
-            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
-            raise UserError(
-                f"train: the loss became {loss.item()} in step {self.state.global_step + 1}; {kept}. "
-                "Lower train.lr (or train.lr_scale) and go on with --resume"
-            )
+            # A checkpoint of this very step holds the parameters that gave this loss.
+            if self.args.should_save:
+                shutil.rmtree(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            raise self._stop(f"the loss became {loss.item()} in step {self.state.global_step + 1}")
         return loss
+
+    def _stop(self, what: str) -> UserError:
+        last = whole_checkpoint(Path(self.args.output_dir))
+        if last is None:
+            return UserError(f"train: {what}; there is no good checkpoint yet. Lower train.lr (or train.lr_scale)")
+        return UserError(
+            f"train: {what}; the last good checkpoint is {last}. "
+            "Lower train.lr (or train.lr_scale) and go on with --resume"
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainable tensors only, and none that is not finite."""
         tensors = {name: p.detach().contiguous() for name, p in trainable(self.model).items()}
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise UserError(f"train: {name} is no longer finite; no checkpoint written. Lower train.lr")
+                raise self._stop(f"{name} is no longer finite after step {self.state.global_step}")
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / CHECKPOINT)
@@ -140,6 +154,19 @@ class _Trainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read trainable tensors back into the model."""
         load_trainable(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and step of the checkpoint, but rates, betas and decay of the recipe: it may have been mended."""
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        given = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.lr_scheduler.base_lrs = [group["initial_lr"] for group in given]
+        factors = [factor(self.lr_scheduler.last_epoch) for factor in self.lr_scheduler.lr_lambdas]
+        for group, ours, factor in zip(self.optimizer.param_groups, given, factors, strict=True):
+            group.update(ours, lr=ours["initial_lr"] * factor)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is not a model to publish."""
@@ -162,6 +189,15 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
                 raise UserError(f"{checkpoint}: {name} has another shape there; resume with the same recipe")
             with torch.no_grad():
                 parameter.copy_(tensor)
+
+
+def _frozen_head(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+    """The head as the chunked loss takes it."""
+    head: Any = model.get_output_embeddings()
+    weight = head.dequantize(dtype) if isinstance(head, QuantLinear) else head.weight.detach().to(dtype)
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return {"weight_VD": weight, "bias_V": bias, "softcap": softcap}
 
 
 def _scales_logits(config: Any) -> bool:
@@ -256,7 +292,7 @@ def fit(
     if packing == "auto":
         packing = "wrapped" if rows.column_names == ["text"] else "bfd"
     checkpoints = recipe.out / "checkpoints"
-    last = _last_checkpoint(checkpoints) if resume else None
+    last = str(last_checkpoint(recipe.out)) if resume else None
     slot: list[_Trainer] = []
     meter = _Meter(on_step, slot)
     hf.attach(model)
@@ -278,8 +314,28 @@ def fit(
     return Trained(result.global_step, trainer._total_train_tokens, seconds, meter.losses)
 
 
-def _last_checkpoint(checkpoints: Path) -> str:
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+def check(recipe: Recipe, tokenizer: Any, rows: Any) -> None:
+    """Raise a `UserError` for what the trainer would only complain of later: a missing logger, rows it cannot render."""
+    loggers = ["none", "all", *get_available_reporting_integrations()]
+    if recipe.train.report_to not in loggers:
+        hint = nearest(recipe.train.report_to, loggers)
+        raise UserError(
+            f"train.report_to: {recipe.train.report_to!r} is not installed or unknown{hint}; here are {', '.join(loggers)}"
+        )
+    if rows is not None and data.conversational(rows):
+        for _ in data.text_of(rows, tokenizer):
+            pass
+
+
+def whole_checkpoint(checkpoints: Path) -> Path | None:
+    """The last checkpoint that was written to its end: the trainer's state comes last."""
+    whole = (file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json"))
+    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def last_checkpoint(out: Path) -> Path:
+    """The checkpoint that `--resume` goes on from; a `UserError` if there is none."""
+    last = whole_checkpoint(out / "checkpoints")
     if last is None:
-        raise UserError(f"--resume: {checkpoints} holds no checkpoint; run without it")
-    return str(last)
+        raise UserError(f"--resume: {out / 'checkpoints'} holds no checkpoint; run without it")
+    return last

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trimtab import registration
 from trimtab.errors import UserError
 
 
@@ -106,7 +105,6 @@ def to_json(parities: list[Parity]) -> list[dict[str, Any]]:
 
 
 def _main(directory: str, tokens: str, logits: str, dtype: str, threads: str) -> None:
-    registration.install()
     torch.set_num_threads(int(threads))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     save_file({"logits": logits_of(model, load_file(tokens)["blocks"])}, logits)

@@ -6,6 +6,7 @@ ds    = sum over the group of G * (q - z - inside * W / s)           G = dL/dW_h
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trimtab.adapters import Adapter, MasterLevels
@@ -34,5 +35,5 @@ class Qat(Method):
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The rounded weight with a trained float master."""
         base = as_affine(start(source, require_affine(self.name, grid)))
-        master = source if isinstance(source, Tensor) else source.dequantize(base.scale.float().dtype)
+        master = source if isinstance(source, Tensor) else source.dequantize(torch.float32)
         return base, MasterLevels(master, base)

@@ -28,13 +28,13 @@ class Terminal:
     """Shows a run as it goes."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, emoji=False)
         self._progress: Progress | None = None
 
     def say(self, text: str) -> None:
         """A line about the stage that begins or has ended."""
         self._stop()
-        self.console.print(escape(text))
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, step: Step) -> None:
         """Advance the training bar."""
@@ -74,8 +74,8 @@ class Terminal:
         for when in ("before", "after"):
             answer = metrics.get("answers", {}).get(when)
             if answer is not None:
-                self.console.print(f"\n[bold]answer {when} tuning:[/bold] {escape(answer)}")
-        self.console.print(f"\nwritten to [bold]{escape(str(metrics['output']))}[/bold]")
+                self.console.print(f"\n[bold]answer {when} tuning:[/bold] {escape(answer)}", soft_wrap=True)
+        self.console.print(f"\nwritten to [bold]{escape(str(metrics['output']))}[/bold]", soft_wrap=True)
 
     def _perplexities(self, values: Mapping[str, float | None]) -> None:
         labels = {

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from trimtab import cli, loading, recipe
-from trimtab.errors import UserError
+from trimtab import cli, loading
 from trimtab.export import native
 from trimtab.methods import LrQat, Qlora
 from trimtab.preparing import fold
 
+Refused = Callable[..., str]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 CLI = [sys.executable, "-m", "trimtab.cli"]
@@ -34,9 +34,6 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.model(folder / "model")
     tiny.text(folder / "data.jsonl")
     return folder
-
-
-Refused = Callable[..., str]
 
 
 @pytest.fixture
@@ -379,30 +376,6 @@ def test_other_commands(given: Path, saved: Path, tmp_path: Path, command: Refus
     holds(command("eval", saved, "--data", "/none.jsonl"), "/none.jsonl", "check the path")
     bare = shutil.copytree(saved, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
     holds(command("chat", bare, "--prompt", "hi"), str(bare), "add its tokenizer files")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [([], "Usage"), (["run"], "RECIPE"), (["run", "a.yaml", "--nosuch"], "--nosuch"), (["rum"], "rum")],
-    ids=["nothing", "no recipe", "unknown option", "unknown command"],
-)
-def test_usage(
-    arguments: list[str], part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["trimtab", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert part in printed.out + printed.err
-
-
-def test_errors_take_one_line(command: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(*_: object) -> None:
-        raise UserError("first\n  second\n\nthird")
-
-    monkeypatch.setattr(recipe, "read", read)
-    assert command("plan", "a.yaml") == "error: first second third"
 
 
 def process(*arguments: object) -> str:

@@ -209,7 +209,7 @@ def test_relative_error_of_the_signed_extreme_and_of_paper() -> None:
 # ---- storage -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.floats(-65280, 65280, width=32))
 def test_portable_values_are_exact_in_both_formats(value: float) -> None:
     x = torch.tensor([value])
@@ -303,7 +303,7 @@ def test_clamp_keeps_its_own_gradient() -> None:
     assert u.grad.tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.floats(-1e5, 1e5, width=32))
 def test_straight_through_gives_the_very_value(value: float) -> None:
     x = torch.tensor([value], requires_grad=True)

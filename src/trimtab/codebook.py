@@ -54,8 +54,8 @@ def _dynamic_map() -> list[float]:
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        for mean in ((edges[:-1] + edges[1:]) / 2.0).tolist():
-            values += [10.0 ** (exponent - 6) * mean, -(10.0 ** (exponent - 6)) * mean]
+        for value in ((edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (exponent - 6)).tolist():  # a float32 product, as theirs
+            values += [value, -value]
     return sorted(values)
 
 

@@ -128,7 +128,8 @@ class PooledDelta(nn.Module):
         """x + delta_W, in one pass where the delta is a plain low-rank product."""
         if self.shape.repeat == self.shape.pool == 1 and self.A is not None:
             a, b = self.factors()
-            return torch.addmm(x_NK, b, a, alpha=self.shape.gain)
+            with torch.autocast(x_NK.device.type, enabled=False):
+                return torch.addmm(x_NK, b, a, alpha=self.shape.gain)
         return x_NK + self.dense()
 
     def per_group(self, group: int) -> Tensor:

@@ -171,7 +171,7 @@ def stored(x: Tensor, scale_dtype: ScaleDtype) -> Tensor:
     """
     value = x.detach()
     if scale_dtype == "portable":
-        value = value.clamp(-65280.0, 65280.0).to(torch.float16).to(torch.bfloat16)
+        value = value.clamp(-65280.0, 65280.0).to(torch.bfloat16).to(torch.float16)
     else:
         value = value.to(_STORAGE[scale_dtype])
     return straight_through(x, value.to(x.dtype))

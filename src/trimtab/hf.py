@@ -160,6 +160,9 @@ def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the float parameters outside our layers; buffers (rotary frequencies) keep the dtype they were made in."""
     kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     ours = {id(p) for layer in quant_layers(model).values() for p in layer.parameters()}
+    for layer in quant_layers(model).values():
+        if isinstance(layer, QuantEmbedding):
+            layer.dtype = dtype
     for name, p in model.named_parameters():
         if p.is_floating_point() and id(p) not in ours and not any(part in name for part in kept):
             p.data = p.data.to(dtype)

@@ -99,7 +99,8 @@ class QuantLinear(_Stored):
             x_BK = x_BK.to(torch.get_autocast_dtype(device))
         trained = () if self.adapter is None else self.adapter.weight_parameters()
         bias = None if self.bias is None else self.bias.to(x_BK.dtype)
-        y = recompute.linear(x_BK, lambda: self.dequantize(x_BK.dtype), bias, trained)
+        dtype = x_BK.dtype  # the closure outlives forward: it must not hold x
+        y = recompute.linear(x_BK, lambda: self.dequantize(dtype), bias, trained)
         extra = None if self.adapter is None else self.adapter.output(self.base, x_BK)
         return y if extra is None else y + extra
 

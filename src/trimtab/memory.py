@@ -11,13 +11,15 @@ for a moment (one layer's float weight and its gradient, one chunk of logits) is
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from trimtab import hf
 from trimtab.methods.base import Method
@@ -166,13 +168,48 @@ def prepare_meta(model: "PreTrainedModel", method: Method, rules: list[Rule] | N
 
 
 def kept_for_backward(model: "PreTrainedModel", micro_batch: int, block_tokens: int) -> int:
-    """Bytes that autograd keeps between one forward pass of the decoder and its backward, parameters left out."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    ids = torch.zeros(micro_batch, block_tokens, dtype=torch.int64, device=next(model.parameters()).device)
-    with saved_storages() as seen:
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    del hidden
+    """Bytes that autograd keeps between one forward pass of the decoder and its backward, parameters left out.
+
+    A model on the meta device is run on tensors without data that pass for ones on the CPU: on the meta device itself
+    autocast, masks and the choice of an attention kernel fail, or go other ways than in training.
+    """
+    decoder: Any = model.base_model
+    parameters: dict[str, Tensor] = dict(decoder.named_parameters())
+    with ExitStack() as stack:
+        if any(p.is_meta for p in parameters.values()):
+            parameters = stack.enter_context(_without_data(decoder))
+        own = {p.untyped_storage()._cdata for p in parameters.values()}
+        ids = torch.zeros(micro_batch, block_tokens, dtype=torch.int64, device=next(iter(parameters.values())).device)
+        seen = stack.enter_context(saved_storages())
+        functional_call(decoder, parameters, kwargs={"input_ids": ids, "use_cache": False})
     return sum(size for key, (size, _) in seen.items() if key not in own)
+
+
+@contextmanager
+def _without_data(decoder: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Parameters that have a size and a device but no data, and a decoder that can run on them.
+
+    Positions and masks stay real, since transformers looks at their values. Only our layers fill tensors that they make
+    themselves, so the mode, under which new tensors have no data either, is on while they run.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def enter(*_: Any) -> None:
+        mode.__enter__()
+
+    def leave(*_: Any) -> None:
+        mode.__exit__(None, None, None)
+
+    with mode:
+        parameters = {
+            name: torch.empty(p.shape, dtype=p.dtype, device="cpu", requires_grad=p.requires_grad)
+            for name, p in decoder.named_parameters()
+        }
+    with ExitStack() as hooks:
+        for layer in hf.quant_layers(decoder).values():
+            hooks.callback(layer.register_forward_pre_hook(enter).remove)
+            hooks.callback(layer.register_forward_hook(leave, always_call=True).remove)
+        yield parameters
 
 
 @contextmanager

@@ -77,7 +77,6 @@ def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] 
             placement = _as_stored(module) if stored else None
         if kind == "tied":
             placement = placed[next(n for n, (k, _) in layers.items() if k == "embedding")]
-            placement = None if stored else placement
         if placement is None:
             continue
         grid = None if placement == "float" else placement

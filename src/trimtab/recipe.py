@@ -182,7 +182,7 @@ class Recipe(_Block):
         values["rules"] = None if self.rules is None else [_plain(rule) for rule in self.rules]
         values["output"] = str(self.out)
         values["train"]["lr"], values["train"]["lr_scale"] = self.lr, self.lr_scale
-        return yaml.safe_dump(values, sort_keys=False)
+        return yaml.safe_dump({key: values[key] for key in Recipe.model_fields}, sort_keys=False)
 
 
 def _plain(rule: Rule) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class _RebuiltLinear(torch.autograd.Function):
         with torch.enable_grad():
             weight = ctx.build()
         grad_x = grad @ weight.detach() if ctx.needs_input_grad[0] else None
-        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
         return grad_x, None, None, *torch.autograd.grad(weight, ctx.trained, grad_weight)
 
 

@@ -97,9 +97,9 @@ class LowRank(Protocol):
     def adapter_dtype(self) -> AdapterDtype: ...  # noqa: D102
 
 
-def scales(grid: AnyGrid | None, shape: tuple[int, int]) -> int:
+def scales(method: str, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
     """Numbers of scales, and of offsets where they are real: what the levels and master places train."""
-    affine = require_affine("training scales", grid)
+    affine = require_affine(method, grid)
     groups = shape[0] * (shape[1] // group_size(affine, shape[1]))
     return groups * (2 if affine.zero == "real" else 1)
 

@@ -44,7 +44,7 @@ class LrQat(Method):
 
     def trainable(self, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
         """r (N + K), and the scales."""
-        return self.delta(grid, shape).numbers + scales(grid, shape)
+        return self.delta(grid, shape).numbers + scales(self.name, grid, shape)
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """Phi with a delta in the levels place. A source that is already codes on this grid has no fraction left."""

@@ -26,7 +26,7 @@ class Peqa(Method):
 
     def trainable(self, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
         """N G scales, twice that with real offsets."""
-        return scales(grid, shape)
+        return scales(self.name, grid, shape)
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The rounded weight with trained scales."""

@@ -30,7 +30,7 @@ class Qat(Method):
 
     def trainable(self, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
         """N K, and the scales."""
-        return shape[0] * shape[1] + scales(grid, shape)
+        return shape[0] * shape[1] + scales(self.name, grid, shape)
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The rounded weight with a trained float master."""

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.deltas import DeltaShape, PooledDelta
-from trimtab.grid import Range, from_codes, round_clamp, ste_round, stored, to_levels
+from trimtab.grid import Range, ste_round, stored, to_levels
+from trimtab.kernels.levels import from_levels
 from trimtab.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
 
 FoldKind = Literal["bitwise", "algebraic", "lossy"]
@@ -183,8 +184,7 @@ class DeltaLevels(Adapter):
         """s * (q - z) of the shifted levels; level arithmetic stays float32 under autocast."""
         assert isinstance(base, AffineWeight)
         with torch.autocast(base.codes.device.type, enabled=False):
-            codes = round_clamp(self._levels(base), base.grid.top)
-            return from_codes(codes, self._range(base), base.grid, dtype)
+            return from_levels(self._levels(base), self._range(base), base.grid, dtype)
 
     def fold(self, base: Weight) -> Fold:
         """Plain b-bit codes with the trained scales: bitwise."""
@@ -220,7 +220,7 @@ class MasterLevels(Adapter):
         assert isinstance(base, AffineWeight)
         with torch.autocast(base.codes.device.type, enabled=False):
             levels, range_ = self._parts(base)
-            return from_codes(round_clamp(levels, base.grid.top), range_, base.grid, dtype)
+            return from_levels(levels, range_, base.grid, dtype)
 
     def fold(self, base: Weight) -> Fold:
         """Plain b-bit codes with the trained scales: bitwise."""

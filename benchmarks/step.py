@@ -115,7 +115,8 @@ def _nf4_layers(model: Any) -> None:
             layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", blocksize=64, module=new
         )
         model.set_submodule(name, new.to("cpu"))  # quantizes
-        assert new.weight.quant_state.nested and new.weight.dtype == torch.uint8
+        assert new.weight.quant_state.nested
+        assert new.weight.dtype == torch.uint8
     model.is_loaded_in_4bit = True  # what peft asks before it takes its bitsandbytes path
 
 
@@ -370,7 +371,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         peak, loaded, libraries = (r[f"{k}_bytes"] / 1e6 for k in ("peak", "loaded", "libraries"))
         lines.append(
             f"{ROWS[r['name']].label:52}{r['median_step_seconds']:8.3f}{r['ratio_to_dense_lora']:9.2f}"
-            f"{f'{low:.2f}-{high:.2f}':>13}{bnb}{peak:7.0f}{loaded:8.0f}{libraries:6.0f}{r['trained_parameters'] / 1e6:9.2f}"
+            f"{f'{low:.2f}-{high:.2f}':>13}{bnb}{peak:7.0f}{loaded:8.0f}{libraries:6.0f}"
+            f"{r['trained_parameters'] / 1e6:9.2f}"
         )
     return "\n".join(lines)
 

@@ -68,7 +68,7 @@ def recipe(model_path: Path, data_path: Path, output: Path, **changes: Any) -> d
     values: dict[str, Any] = {
         "name": "tiny",
         "model": {"path": str(model_path)},
-        "method": {"name": "lr-qat", "rank": 4},
+        "method": {"name": "lr-qat", "rank": 4, "alpha": 64.0},  # so that a few steps move codes
         "rules": RULES,
         "data": {"path": str(data_path), "block_tokens": 32, "eval_path": str(data_path), "eval_tokens": 256},
         "train": {"steps": 6, "batch_tokens": 128, "micro_batch": 2, "lr": 1e-2, "lr_scale": 1e-4, "save_steps": 3},

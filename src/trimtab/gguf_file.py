@@ -12,6 +12,7 @@ codes. This is the only file that imports gguf.
 Legend: N out features, K in features, G = K / 32 blocks in a row.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from trimtab import packing
 from trimtab.errors import UserError
 from trimtab.grid import Grid, Range
+from trimtab.preparing import finite
 from trimtab.weights import AffineWeight
 
 _BLOCK = 32
@@ -51,6 +53,10 @@ def from_blocks(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, rows: int) 
     kept = raw[..., header:]
     # Q8_0 holds signed bytes; flipping the sign bit adds the 128 that our unsigned codes are centred on.
     codes = kept ^ 0x80 if grid.bits == 8 else torch.cat([kept & 0x0F, kept >> 4], -1)
+    # A block of one value may have scale 0, by which levels cannot be divided: the code of zero stands for it on any scale.
+    flat = scale == 0
+    codes[flat] = 0 if grid.zero == "real" else grid.center
+    scale = torch.where(flat, torch.ones_like(scale).copysign(scale), scale)
     codes = codes.reshape(rows, -1)
     return AffineWeight(packing.pack(codes, grid.bits), Range(scale, None, offset), grid, codes.shape[1])
 
@@ -74,21 +80,40 @@ class GgufSource:
             raise UserError(f"{path}: not a complete GGUF file ({error}); fetch it again") from error
         self._names: dict[str, str] = {}
         self._processor: TensorProcessor | None = None
+        self._answers: dict[str, Any] = {}
 
     def config(self) -> Any:
         """The transformers config that the file's metadata describes."""
-        return AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        return copy.deepcopy(self._ask("model", AutoConfig))
 
     def tokenizer(self) -> Any:
         """The tokenizer that the file carries, with its chat template."""
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        return self._ask("tokenizer", AutoTokenizer)
+
+    def _ask(self, what: str, kind: Any) -> Any:
+        """Once: transformers parses the whole vocabulary each time, which takes seconds."""
+        if what in self._answers:
+            return self._answers[what]
+        try:
+            self._answers[what] = kind.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            return self._answers[what]
+        except (ValueError, LookupError, TypeError, OSError) as error:
+            raise UserError(
+                f"{self.path}: transformers cannot read its {what} ({error!r}); "
+                "use another GGUF file of it, or its safetensors"
+            ) from error
 
     def bind(self, model: PreTrainedModel) -> None:
         """Learn which tensor is which parameter of this (meta-device) model."""
         architecture = str(self._reader.fields["general.architecture"].contents())
         config = model.config.to_dict()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-        hf_of = get_gguf_hf_weights_map(model, self._processor)
+        try:
+            hf_of = get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.path}: transformers cannot read its model ({error}); use its safetensors"
+            ) from error
         self._names = {hf_name: name for name, hf_name in hf_of.items()}
 
     def read(self, name: str) -> Tensor | AffineWeight:
@@ -99,11 +124,14 @@ class GgufSource:
             raise UserError(f"{self.path}: holds no tensor for {name}; the file is incomplete or of another model")
         if tensor.tensor_type in _GRIDS and len(tensor.shape) == 2:
             weight = from_blocks(tensor.data, tensor.tensor_type, int(tensor.shape[1]))
+            finite(weight.scale, name)
+            if weight.offset is not None:
+                finite(weight.offset, name)
             order = self._row_order(tensor.name, weight.shape[0])
             return weight if order is None else _reordered(weight, order)
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         processed = self._processor.process(values, tensor.name, tensor_key_mapping=self._names, parsed_parameters={})
-        return torch.from_numpy(np.array(processed.weights, dtype=np.float32))
+        return torch.from_numpy(np.require(processed.weights, np.float32, ("C", "W")))
 
     def _row_order(self, name: str, rows: int) -> Tensor | None:
         """Where each row of a matrix comes from, found by sending row numbers through transformers' conversion."""

@@ -158,8 +158,7 @@ def prepare_meta(model: "PreTrainedModel", method: Method, rules: list[Rule] | N
     for target in targets(model, method, rules):
         old: Any = model.get_submodule(target.name)
         source = old.base if hasattr(old, "base") else old.weight.detach()
-        with torch.device("meta"):
-            place(model, target, source, method)
+        place(model, target, source, method)
         if target.kind in ("linear", "head"):
             largest = max(largest, target.shape[0] * target.shape[1])
     hf.untie(model)

@@ -72,6 +72,8 @@ def run(
     watch = show or Quiet()
     check_output(recipe.out, overwrite, resume)
     _check_inputs_apart(recipe)
+    if resume:
+        train.last_checkpoint(recipe)
     rows, held_out = _rows(recipe)
     source = loading.open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
@@ -121,10 +123,7 @@ def check_output(out: Path, overwrite: bool, resume: bool) -> None:
         return
     if not out.is_dir():
         raise UserError(f"output: {out} is a file, not a directory")
-    if resume:
-        train.last_checkpoint(out)
-        return
-    if not any(out.iterdir()):
+    if resume or not any(out.iterdir()):
         return
     if not overwrite:
         raise UserError(

@@ -90,8 +90,8 @@ class TrainBlock(_Block):
     """Recompute each block in backward: a third slower, a fraction of the activations."""
     save_steps: int = Field(default=100, ge=1)
     """Steps between checkpoints (of trainable tensors and optimizer state only)."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Checkpoints kept; at least two, since the newest may prove bad in the next step."""
     log_steps: int = Field(default=1, ge=1)
     """Steps between log lines."""
     report_to: str = "none"

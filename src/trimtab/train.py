@@ -167,6 +167,7 @@ class _Trainer(SFTTrainer):
         factors = [factor(self.lr_scheduler.last_epoch) for factor in self.lr_scheduler.lr_lambdas]
         for group, ours, factor in zip(self.optimizer.param_groups, given, factors, strict=True):
             group.update(ours, lr=ours["initial_lr"] * factor)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is not a model to publish."""
@@ -292,7 +293,10 @@ def fit(
     if packing == "auto":
         packing = "wrapped" if rows.column_names == ["text"] else "bfd"
     checkpoints = recipe.out / "checkpoints"
-    last = str(last_checkpoint(recipe.out)) if resume else None
+    last = last_checkpoint(recipe) if resume else None
+    if last is not None and _step_of(last) == recipe.train.steps:
+        load_trainable(model, last)  # the trainer would take one step more
+        return Trained(recipe.train.steps, 0, 0.0, [])
     slot: list[_Trainer] = []
     meter = _Meter(on_step, slot)
     hf.attach(model)
@@ -307,7 +311,7 @@ def fit(
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(type(callback))
     began = perf_counter()
-    result = trainer.train(resume_from_checkpoint=last)
+    result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = perf_counter() - began
     model.config.use_cache = True
     model.eval()
@@ -330,12 +334,18 @@ def check(recipe: Recipe, tokenizer: Any, rows: Any) -> None:
 def whole_checkpoint(checkpoints: Path) -> Path | None:
     """The last checkpoint that was written to its end: the trainer's state comes last."""
     whole = (file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json"))
-    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return max(whole, key=_step_of, default=None)
 
 
-def last_checkpoint(out: Path) -> Path:
-    """The checkpoint that `--resume` goes on from; a `UserError` if there is none."""
-    last = whole_checkpoint(out / "checkpoints")
+def last_checkpoint(recipe: Recipe) -> Path:
+    """The checkpoint that `--resume` goes on from; a `UserError` if there is none, or if it is past the last step."""
+    last = whole_checkpoint(recipe.out / "checkpoints")
     if last is None:
-        raise UserError(f"--resume: {out / 'checkpoints'} holds no checkpoint; run without it")
+        raise UserError(f"--resume: {recipe.out / 'checkpoints'} holds no checkpoint; run without it")
+    if _step_of(last) > recipe.train.steps:
+        raise UserError(f"--resume: {last} is past train.steps = {recipe.train.steps}; raise it, or start anew")
     return last
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -122,7 +122,6 @@ LOADS: dict[str, tuple[Method, list[dict[str, Any]] | None, str]] = {
     "tied in float": (QaHira(), [FOUR], "llama, tied"),
     "gemma": (QBara(rank=2), [EMBEDDING, {"match": "*", "grid": {"codebook": "nf4", "group": 32}}], "gemma3"),
     "qat": (Qat(), [{"match": "*", "grid": {"bits": 2, "zero": "real"}}], "sharded"),
-    "lora": (Lora(rank=2), [{"match": "*q_proj", "grid": "float"}, {"match": "*", "grid": None}], "llama"),
 }
 
 
@@ -131,8 +130,6 @@ LOADS: dict[str, tuple[Method, list[dict[str, Any]] | None, str]] = {
 def test_loading_is_preparing_in_memory(name: str, dtype: torch.dtype, paths: dict[str, Path]) -> None:
     """Every tensor, whether code, scale or bias, is the same; A is random, so it gets the same seed."""
     method, rules, path = LOADS[name]
-    if name == "lora" and dtype == torch.float32:
-        pytest.skip("the dense base of a bfloat16 file stays bfloat16: see the test of it")
     torch.manual_seed(1)
     ours, _ = loading.load(str(paths[path]), method, rules, dtype=dtype)
     torch.manual_seed(1)
@@ -212,8 +209,9 @@ def test_a_loaded_model_is_saved_and_loaded_again(paths: dict[str, Path], tmp_pa
 
 
 def test_a_layer_kept_in_float_is_a_dense_weight(paths: dict[str, Path]) -> None:
-    model, _ = loading.load(str(paths["llama"]), Lora(rank=2), dtype=torch.bfloat16)
-    assert {type(layer.base) for layer in quant_layers(model).values()} == {DenseWeight}
+    rules = [{"match": "*.1.*_proj", "grid": "float"}, {"match": "*", "grid": None}]
+    model, _ = loading.load(str(paths["llama"]), Lora(rank=2), rules, dtype=torch.bfloat16)
+    assert [type(layer.base) for layer in quant_layers(model).values()] == [DenseWeight] * 7
     assert torch.equal(logits(model), logits(theirs(paths["llama"], torch.bfloat16)))
 
 
@@ -241,7 +239,7 @@ def test_a_loaded_model_does_not_depend_on_its_file(method: Method, tmp_path: Pa
 @pytest.mark.xfail(reason="loading: generation_config.json is not read")
 def test_the_generation_config_is_kept(paths: dict[str, Path], tmp_path: Path) -> None:
     path = shutil.copytree(paths["llama"], tmp_path / "model")
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "top_k": 3}))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "do_sample": True, "top_k": 3}))
     for model in (loading.load(str(path), Rtn())[0], loading.load_float(str(path))):
         assert model.generation_config.eos_token_id == [7, 9]
         assert model.generation_config.top_k == 3

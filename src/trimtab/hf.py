@@ -115,6 +115,10 @@ class TrimtabQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), marker}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        for name, p in model.named_parameters():
+            # transformers marks what it has read; what it has not read it would have left uninitialised, with a warning.
+            if not getattr(p, "_is_hf_initialized", False):
+                raise UserError(f"no tensor {name} in the model's safetensors; save or fetch it again")
         cast_floats(model, self._compute_dtype or torch.bfloat16)
         freeze(model)
         return model

@@ -129,7 +129,7 @@ class Recipe(_Block):
     evaluate: EvaluateBlock = EvaluateBlock()
     merge: bool = False
     """Merge output adapters into a dense copy of their weights when folding."""
-    export: list[Literal["native"]] = ["native"]
+    export: list[Literal["native"]] = Field(default=["native"], min_length=1)
     """Formats to write."""
     output: str | None = None
     """Where the model is written; null is `runs/<name>`."""

@@ -84,6 +84,15 @@ def low_rank(
     )
 
 
+def balance(method: str, k: int, shape: tuple[int, int]) -> int:
+    """k, if a balanced delta of a layer (N, K) can have it."""
+    for features, side in ((shape[1], "input"), (shape[0], "output")):
+        if k < 1 or features % k:
+            fits = [d for d in (1, 2, 4, 8, 16) if shape[0] % d == 0 and shape[1] % d == 0]
+            raise UserError(f"{method}: k {k} does not divide the {features} {side} features; use one of {fits}")
+    return k
+
+
 class LowRank(Protocol):
     """A method with a nominal rank and an alpha."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from trimtab.adapters import Adapter, DeltaLevels
 from trimtab.deltas import DeltaShape
 from trimtab.grid import AnyGrid, Grid, group_size
-from trimtab.methods.base import Method, Source, as_affine, low_rank, new_delta, require_affine, scales, start
+from trimtab.methods.base import Method, Source, as_affine, balance, low_rank, new_delta, require_affine, scales, start
 from trimtab.weights import Storage, Weight
 
 
@@ -40,7 +40,8 @@ class LrQat(Method):
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
         """r (N + K) numbers for every k."""
         group_size(require_affine(self.name, grid), shape[1])
-        return low_rank(self, shape, pool=self.k, repeat=self.k, mean=self.mean, widen=self.k)
+        k = balance(self.name, self.k, shape)
+        return low_rank(self, shape, pool=k, repeat=k, mean=self.mean, widen=k)
 
     def trainable(self, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
         """r (N + K), and the scales."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from trimtab.adapters import Adapter, DeltaOutput
 from trimtab.deltas import DeltaShape
 from trimtab.grid import AnyGrid, CodebookGrid, group_size
-from trimtab.methods.base import Method, Source, low_rank, new_delta, start
+from trimtab.methods.base import Method, Source, balance, low_rank, new_delta, start
 from trimtab.weights import Weight
 
 
@@ -37,7 +37,8 @@ class QBara(Method):
         """r (N + K) numbers for every k."""
         if grid is not None:
             group_size(grid, shape[1])
-        return low_rank(self, shape, pool=self.k, repeat=self.k, mean=self.mean, widen=self.k)
+        k = balance(self.name, self.k, shape)
+        return low_rank(self, shape, pool=k, repeat=k, mean=self.mean, widen=k)
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The stored weight with a balanced delta in the output place."""

@@ -5,7 +5,8 @@ KV heads, vocabulary 49,152, tied) with random weights of a fixed seed, in bfloa
 no activation checkpointing, fused AdamW on the adapters. The embedding and the tied head are the same dense bfloat16
 matrix everywhere, so rows differ by their linear layers and nothing else.
 
-A machine that others use too gives times that drift by more than the differences in question. So times are *paired*:
+A machine that others use too gives times that drift by more than the differences in question (`others_cpus` says how many
+CPUs they kept busy during a median step). So times are *paired*:
 
     workers        A  B  C        one process a row, started once, each with its model and optimizer, asleep on a pipe
     round 1        A, B, C        the parent wakes one, it runs one step, says how long that took and sleeps again
@@ -150,7 +151,7 @@ def _training(model: Any) -> tuple[Step, int]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step, sum(p.numel() for p in trained)
 
@@ -218,14 +219,22 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux")
 
 
+def _busy_seconds() -> float:
+    """Seconds that all CPUs together have been busy, whoever used them or took them away."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
+
+
 def _work(name: str, threads: int, pipe: Connection) -> None:
     """The body of a worker: set up, then one step for each message, until the message is None."""
     import importlib
     import logging
+    import warnings
 
     import torch
 
     logging.disable(logging.WARNING)  # bitsandbytes on its optional inference kernels
+    warnings.simplefilter("ignore", FutureWarning)  # peft on transformers' old names
     torch.set_num_threads(threads)
     row = ROWS[name]
     for library in row.imports:
@@ -238,9 +247,11 @@ def _work(name: str, threads: int, pipe: Connection) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     pipe.send({"trained_parameters": trained, "libraries_bytes": libraries, "loaded_bytes": loaded})
     while pipe.recv() is not None:
-        start = time.perf_counter()
+        start, cpu, busy = time.perf_counter(), time.process_time(), _busy_seconds()
         loss = step()
-        pipe.send({"seconds": time.perf_counter() - start, "loss": loss, "peak_bytes": _resident("VmHWM")})
+        seconds, cpu, busy = time.perf_counter() - start, time.process_time() - cpu, _busy_seconds() - busy
+        others = max(0.0, busy - cpu) / seconds
+        pipe.send({"seconds": seconds, "loss": loss, "others_cpus": others, "peak_bytes": _resident("VmHWM")})
 
 
 @dataclass
@@ -325,6 +336,7 @@ def summarize(workers: list[Worker]) -> list[dict[str, Any]]:
             "ratio_to_dense_lora": statistics.median(ratios),
             "ratio_to_dense_lora_range": [min(ratios), max(ratios)],
             "first_loss": worker.steps[0]["loss"],
+            "others_cpus": statistics.median(s["others_cpus"] for s in worker.steps),
             "seconds": seconds,
             **worker.facts,
         }

@@ -218,14 +218,12 @@ def test_a_layer_kept_in_float_is_a_dense_weight(paths: dict[str, Path]) -> None
 # ---- what loading must not lose or borrow --------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="loading.load: the dense base under LoRA keeps the dtype of the file")
 @pytest.mark.parametrize(("stored", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_a_dense_base_has_the_compute_dtype(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
     model, _ = loading.load(str(write(tmp_path / "model", dtype=stored)), Lora(rank=2), dtype=dtype)
     assert {layer.base.weight.dtype for layer in quant_layers(model).values()} == {dtype}
 
 
-@pytest.mark.xfail(reason="loading.load: the dense base under LoRA, and QAT's master of a float32 file, map the file")
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("method", [Lora(rank=2), Qat()], ids=lambda m: m.name)
 def test_a_loaded_model_does_not_depend_on_its_file(method: Method, tmp_path: Path) -> None:
@@ -236,7 +234,6 @@ def test_a_loaded_model_does_not_depend_on_its_file(method: Method, tmp_path: Pa
     assert str(path) not in Path("/proc/self/maps").read_text()
 
 
-@pytest.mark.xfail(reason="loading: generation_config.json is not read")
 def test_the_generation_config_is_kept(paths: dict[str, Path], tmp_path: Path) -> None:
     path = shutil.copytree(paths["llama"], tmp_path / "model")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "do_sample": True, "top_k": 3}))
@@ -245,7 +242,6 @@ def test_the_generation_config_is_kept(paths: dict[str, Path], tmp_path: Path) -
         assert model.generation_config.top_k == 3
 
 
-@pytest.mark.xfail(reason="loading._load_native: rules without a method are ignored")
 def test_rules_on_a_saved_model_are_not_ignored(paths: dict[str, Path], tmp_path: Path) -> None:
     model, kept = loading.load(str(paths["llama"]), Rtn(), [FOUR])
     tt.save(model, tmp_path / "saved", kept)

@@ -311,7 +311,6 @@ def wide(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path / "wide")
 
 
-@pytest.mark.xfail(reason="loading.load: glibc keeps freed temporaries between the packed layers (no malloc_trim)")
 @linux
 def test_peak_memory_is_the_packed_model_and_one_float_layer(wide: Path, tmp_path: Path) -> None:
     """One layer means its temporaries: its levels, codes and their like, at most seven times its float32 weight at once."""

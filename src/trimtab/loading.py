@@ -20,9 +20,9 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from trimtab import hf, rules
+from trimtab import hf, memory, rules
 from trimtab.errors import UserError
 from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
@@ -107,9 +107,9 @@ class SafetensorsSource:
             )
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped from the file."""
+        """The tensor, as a copy: one that is mapped would change with its file."""
         self.require(name)
-        tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
+        tensor: Tensor = self._open(self._file_of[name]).get_tensor(name).clone()
         return tensor
 
 
@@ -264,9 +264,12 @@ def load(
         _same_shape(source, name, weight.shape, target.shape)
         finite(weight, name)
         _fill(model.get_submodule(target.name), "bias", f"{target.name}.bias", source, dtype)
+        if target.grid is None:  # it stays in float
+            weight = weight.dequantize(dtype) if isinstance(weight, Weight) else weight.to(dtype)
         place(model, target, weight, chosen)
         del weight
-    return _complete(model, source, dtype)
+        memory.trim()
+    return _complete(model, source, dtype), source.tokenizer()
 
 
 def load_float(path: str, *, dtype: torch.dtype = torch.bfloat16, source: ModelSource | None = None) -> PreTrainedModel:
@@ -276,10 +279,10 @@ def load_float(path: str, *, dtype: torch.dtype = torch.bfloat16, source: ModelS
         raise UserError(f"model.path: {path}: saved by trimtab, so there is no float model to compare with")
     model = _layout(path, source.config(), dtype=dtype)
     source.bind(model)
-    return _complete(model, source, dtype)[0]
+    return _complete(model, source, dtype)
 
 
-def _complete(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _complete(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     """Read what no rule touched, tie what is tied, freeze."""
     hf.untie(model)
     tied = set(getattr(model, "all_tied_weights_keys", {}))
@@ -297,8 +300,11 @@ def _complete(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -
     assert not left, left
     finish(model)
     model.eval()
+    if (source.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source.path)
     gc.collect()
-    return model, source.tokenizer()
+    memory.trim()
+    return model
 
 
 def _fill(module: nn.Module, name: str, full: str, source: ModelSource, dtype: torch.dtype) -> None:
@@ -307,7 +313,7 @@ def _fill(module: nn.Module, name: str, full: str, source: ModelSource, dtype: t
     if old is None:
         return
     value = source.read(full)
-    value = value.dequantize(dtype) if isinstance(value, Weight) else value.to(dtype, copy=True)
+    value = value.dequantize(dtype) if isinstance(value, Weight) else value.to(dtype)
     finite(value, full)
     _same_shape(source, full, value.shape, old.shape)
     module._parameters[name] = nn.Parameter(value, requires_grad=False)
@@ -334,8 +340,8 @@ def _load_native(
     for name, p in model.named_parameters():
         if p.is_floating_point():
             finite(p.detach(), name)
-    if method is not None:
-        prepare(model, method, parsed)
+    if method is not None or parsed is not None:
+        prepare(model, method or Rtn(), parsed)
     return model, native_tokenizer(path)
 
 

@@ -8,6 +8,7 @@ for a moment (one layer's float weight and its gradient, one chunk of logits) is
 "Resident" is anonymous resident memory: file-mapped pages, which the kernel can drop, are reported beside it.
 """
 
+import ctypes
 import resource
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,16 @@ def peak_bytes() -> int:
 def resident_bytes() -> int:
     """Anonymous resident memory of this process now, in bytes (all of it where the system does not tell)."""
     return _status("RssAnon") if _STATUS.exists() else peak_bytes()
+
+
+def trim() -> None:
+    """Hand freed heap pages back to the system.
+
+    glibc keeps them between small tensors that live on: loading a 65 MB model in 4 bits left up to 250 MB resident.
+    """
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if give_back is not None:
+        give_back(0)
 
 
 def available_bytes() -> int | None:

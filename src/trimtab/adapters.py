@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.deltas import DeltaShape, PooledDelta
-from trimtab.grid import Range, ste_round, stored, to_levels
+from trimtab.grid import Range, round_clamp, ste_round, stored, to_levels
+from trimtab.kernels import channel, dequantize, shifted
+from trimtab.kernels.dequantize import Levels
 from trimtab.kernels.levels import from_levels
 from trimtab.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
 
@@ -45,13 +47,34 @@ class Adapter(nn.Module, ABC):
 
     place: str
 
-    def weight(self, base: Weight, dtype: torch.dtype) -> Tensor:
-        """The (N, K) matrix that multiplies x, differentiable in `weight_parameters`."""
-        return base.dequantize(dtype)
+    def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
+        """The (N, K) matrix that multiplies x, differentiable in `weight_parameters`.
+
+        With `reuse` it may lie in memory that the next such call overwrites.
+        """
+        return base.dequantize(dtype, reuse=reuse)
 
     def weight_parameters(self) -> tuple[nn.Parameter, ...]:
         """The parameters that `weight` depends on."""
         return ()
+
+    def weight_gradients(
+        self, base: Weight, grad_NK: Tensor, wanted: tuple[nn.Parameter, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the `wanted` among `weight_parameters` from dL/dW, which may be overwritten."""
+        with torch.enable_grad():
+            weight = self.weight(base, grad_NK.dtype)
+        return torch.autograd.grad(weight, wanted, grad_NK)
+
+    def uses_output(self, base: Weight, dtype: torch.dtype) -> bool:
+        """Whether `gradients_from_output` may serve."""
+        return False
+
+    def gradients_from_output(
+        self, base: Weight, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor, wanted: tuple[nn.Parameter, ...]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+        """`weight` with `reuse`, and the gradients of the `wanted` from dL/dy, x and y; None if dL/dW is cheaper."""
+        raise NotImplementedError
 
     def output(self, base: Weight, x_BK: Tensor) -> Tensor | None:
         """What is added to the product (..., N), or None."""
@@ -123,14 +146,14 @@ class DeltaOffset(Adapter):
         zero = ste_round(range_.zero_NG - d_NG / range_.scale_NG).clamp(0, base.grid.top)
         return -range_.scale_NG * zero, zero
 
-    def weight(self, base: Weight, dtype: torch.dtype) -> Tensor:
+    def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
         """The base with its zeros moved; carries no gradient."""
         with torch.no_grad():
             o_eff, zero = self._effective(base)
             if isinstance(base, CodebookWeight):
-                return base.dequantize(dtype, offset_NG=o_eff)
+                return base.dequantize(dtype, reuse=reuse, offset_NG=o_eff)
             assert isinstance(base, AffineWeight)
-            return base.dequantize(dtype, range_=_moved(base, o_eff, zero))
+            return base.dequantize(dtype, reuse=reuse, range_=_moved(base, o_eff, zero))
 
     def output(self, base: Weight, x_BK: Tensor) -> Tensor | None:
         """Exact zeros that carry the gradient of the offsets; nothing where none is wanted."""
@@ -173,24 +196,76 @@ class DeltaLevels(Adapter):
         """Everything: the factors, the scales and the offsets."""
         return tuple(self.parameters())
 
+    def _tensors(self, base: AffineWeight) -> tuple[tuple[Tensor, Tensor] | None, Range]:
+        """The factors of an ordinary low-rank shift, and scales and zeros, as they act."""
+        factors = None if self.delta is None else self.delta.as_plain()
+        return factors, _trained_range(base, self.scale, self.offset)
+
+    def _about(self, base: AffineWeight) -> Levels:
+        factors, range_ = self._tensors(base)
+        return base.described(range_, factors, 1.0 if self.delta is None else self.delta.shape.gain)
+
     def _levels(self, base: AffineWeight) -> Tensor:
         levels = base.levels()
         return levels if self.delta is None else self.delta.added_to(levels)
 
-    def _range(self, base: AffineWeight) -> Range:
-        return _trained_range(base, self.scale, self.offset)
-
-    def weight(self, base: Weight, dtype: torch.dtype) -> Tensor:
+    def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
         """s * (q - z) of the shifted levels; level arithmetic stays float32 under autocast."""
         assert isinstance(base, AffineWeight)
         with torch.autocast(base.codes.device.type, enabled=False):
-            return from_levels(self._levels(base), self._range(base), base.grid, dtype)
+            if not base.packed:
+                range_ = _trained_range(base, self.scale, self.offset)
+                return from_levels(self._levels(base), range_, base.grid, dtype)
+            about = self._about(base)
+            if torch.is_grad_enabled():
+                return shifted.weight(about, dtype, base.shape[1])
+            out = base.result(dtype, None, reuse)
+            dequantize.levels(out, *about)
+            return out
+
+    def weight_gradients(
+        self, base: Weight, grad_NK: Tensor, wanted: tuple[nn.Parameter, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Those of the fused kernel, carried on from what acts (rounded, pooled) to what is trained."""
+        assert isinstance(base, AffineWeight)
+        if not base.packed:
+            return super().weight_gradients(base, grad_NK, wanted)
+        with torch.enable_grad():
+            about = self._about(base)
+        with torch.no_grad():
+            return _carried_on(about, shifted.gradients(about, grad_NK), wanted)
+
+    def uses_output(self, base: Weight, dtype: torch.dtype) -> bool:
+        """Per channel, LR-QAT's gradients need no dL/dW (see `kernels.channel`)."""
+        if not isinstance(base, AffineWeight) or not base.packed or self.delta is None:
+            return False
+        return base.scale.shape[1] == 1 and channel.fits(base.codes, dtype)
+
+    def gradients_from_output(
+        self, base: Weight, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor, wanted: tuple[nn.Parameter, ...]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+        """As long as few levels are clipped."""
+        assert isinstance(base, AffineWeight)
+        with torch.enable_grad():
+            about = self._about(base)
+        with torch.no_grad():
+            weight = base.result(grad_BN.dtype, None, True)
+            clipped = channel.weight_and_clipped(about, weight)
+            if len(clipped[0]) > channel.FEW * weight.numel():
+                return weight, None
+            return weight, _carried_on(about, channel.gradients(about, grad_BN, x_BK, y_BN, clipped), wanted)
 
     def fold(self, base: Weight) -> Fold:
         """Plain b-bit codes with the trained scales: bitwise."""
         assert isinstance(base, AffineWeight)
         with torch.no_grad():
-            return Fold(base.with_levels(self._levels(base), self._range(base)), "bitwise", 0.0)
+            range_ = _trained_range(base, self.scale, self.offset)
+            if base.packed:
+                codes = torch.empty(base.shape, dtype=torch.uint8, device=base.codes.device)
+                dequantize.levels(codes, *self._about(base))
+            else:
+                codes = round_clamp(self._levels(base), base.grid.top).to(torch.uint8)
+            return Fold(base.with_codes(codes, range_), "bitwise", 0.0)
 
     def spec(self) -> dict[str, Any]:
         """Place and shape of the delta."""
@@ -215,7 +290,7 @@ class MasterLevels(Adapter):
         range_ = _trained_range(base, self.scale, self.offset)
         return to_levels(self.master, range_, base.grid), range_
 
-    def weight(self, base: Weight, dtype: torch.dtype) -> Tensor:
+    def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
         """The master weight rounded to the grid."""
         assert isinstance(base, AffineWeight)
         with torch.autocast(base.codes.device.type, enabled=False):
@@ -227,11 +302,22 @@ class MasterLevels(Adapter):
         assert isinstance(base, AffineWeight)
         with torch.no_grad():
             levels, range_ = self._parts(base)
-            return Fold(base.with_levels(levels, range_), "bitwise", 0.0)
+            codes = round_clamp(levels, base.grid.top).to(torch.uint8)
+            return Fold(base.with_codes(codes, range_), "bitwise", 0.0)
 
     def spec(self) -> dict[str, Any]:
         """Only the place: the master has the base's shape."""
         return {"place": self.place}
+
+
+def _carried_on(
+    about: Levels, found: tuple[Tensor | None, ...], wanted: tuple[nn.Parameter, ...]
+) -> tuple[Tensor | None, ...]:
+    """From the gradients of what acts (rounded, pooled) to those of what is trained."""
+    acting = (about.a_RK, about.b_NR, about.scale_NG, about.offset_NG)
+    pairs = [(t, g) for t, g in zip(acting, found, strict=True) if t is not None and t.requires_grad]
+    tensors, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(tensors, wanted, grads)
 
 
 def _groups(base: Weight) -> int:

@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from trimtab.grid import CodebookGrid, group_size
 
@@ -59,9 +60,28 @@ def _dynamic_map() -> list[float]:
     return sorted(values)
 
 
+_tensors: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def _tensor(name: str, device: torch.device | str) -> Tensor:
+    """The dynamic map or a table, made once for each device (but anew where tensors are fake or being traced)."""
+
+    def make() -> Tensor:
+        values = _dynamic_map() if name == "dynamic" else _table(name)
+        with torch.inference_mode(False):
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return make()
+    key = name, torch.device(device)
+    if key not in _tensors:
+        _tensors[key] = make()
+    return _tensors[key]
+
+
 def table(grid: CodebookGrid, device: torch.device | str = "cpu") -> Tensor:
-    """The ascending float32 values of the codebook; code q stands for entry q."""
-    return torch.tensor(_table(grid.codebook), dtype=torch.float32, device=device)
+    """The ascending float32 values of the codebook; code q stands for entry q. Not to be written to."""
+    return _tensor(grid.codebook, device)
 
 
 def _nearest(x: Tensor, values: Tensor) -> Tensor:
@@ -80,9 +100,9 @@ def to_codebook(weight_NK: Tensor, grid: CodebookGrid) -> tuple[Tensor, Tensor]:
     return _nearest(w_NGg * inverse, table(grid, weight_NK.device)).flatten(1), absmax_NG
 
 
-def from_codebook(codes_NK: Tensor, absmax_NG: Tensor, grid: CodebookGrid, offset_NG: Tensor | None = None) -> Tensor:
-    """absmax * table[q] (+ offset), float32 of shape (N, K)."""
-    values = torch.index_select(table(grid, codes_NK.device), 0, codes_NK.flatten().int())
+def from_codebook(codes_NK: Tensor, absmax_NG: Tensor, table: Tensor, offset_NG: Tensor | None = None) -> Tensor:
+    """absmax * table[q] (+ offset), float32 of shape (N, K): the reference of `kernels.dequantize.codebook`."""
+    values = torch.index_select(table, 0, codes_NK.flatten().int())
     w_NGg = values.view(*absmax_NG.shape, -1).mul_(absmax_NG.unsqueeze(-1))
     if offset_NG is not None:
         w_NGg += offset_NG.unsqueeze(-1)
@@ -100,13 +120,16 @@ def compress_absmax(absmax_NG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     padded = torch.nn.functional.pad(centred, (0, -centred.numel() % DOUBLE_BLOCK)).view(-1, DOUBLE_BLOCK)
     scale = padded.abs().amax(1)
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale)).unsqueeze(1)
-    values = torch.tensor(_dynamic_map(), dtype=torch.float32, device=absmax_NG.device)
-    codes = _nearest(padded * inverse, values).flatten()[: centred.numel()]
+    codes = _nearest(padded * inverse, dynamic_map(absmax_NG.device)).flatten()[: centred.numel()]
     return codes.view_as(absmax_NG), scale, mean
+
+
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """The 256 ascending float32 values of the map that double quantization rounds to. Not to be written to."""
+    return _tensor("dynamic", device)
 
 
 def expand_absmax(codes_NG: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
     """The inverse of `compress_absmax`: float32 absmax (N, G)."""
-    values = torch.tensor(_dynamic_map(), dtype=torch.float32, device=codes_NG.device)
-    flat = torch.index_select(values, 0, codes_NG.flatten().int())
+    flat = torch.index_select(dynamic_map(codes_NG.device), 0, codes_NG.flatten().int())
     return (flat * scale.repeat_interleave(DOUBLE_BLOCK)[: flat.numel()] + mean).view(codes_NG.shape)

@@ -138,17 +138,24 @@ class PooledDelta(nn.Module):
         assert self.shape.pool % group == 0, (self.shape.pool, group)
         return _tile(self._inner(), self.shape.repeat, self.shape.pool // group)
 
-    def as_lora(self) -> tuple[Tensor, Tensor]:
-        """The ordinary LoRA that this delta equals: A' = A Pool (R, K) and B' = scaling * Repeat B (N, R).
-
-        A single matrix M becomes A' = Pool (K/p, K), B' = scaling * Repeat M, of rank K/p.
-        """
+    def as_plain(self) -> tuple[Tensor, Tensor]:
+        """The factors of the plain low-rank update that this one equals: A Pool (R, K) and Repeat B (N, R), unscaled."""
         factors, shape = self.factors(), self.shape
         if len(factors) == 1:
             a, b = torch.eye(shape.in_features // shape.pool, device=factors[0].device), factors[0]
         else:
             a, b = factors
-        return a.repeat_interleave(shape.pool, 1), (b * shape.gain).repeat_interleave(shape.repeat, 0)
+        if shape.pool > 1:
+            a = a.repeat_interleave(shape.pool, 1)
+        return a, b if shape.repeat == 1 else b.repeat_interleave(shape.repeat, 0)
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        """The ordinary LoRA that this delta equals: A' = A Pool (R, K) and B' = scaling * Repeat B (N, R).
+
+        A single matrix M becomes A' = Pool (K/p, K), B' = scaling * Repeat M, of rank K/p.
+        """
+        a, b = self.as_plain()
+        return a, b * self.shape.gain
 
 
 def _add_adjacent(x_BK: Tensor, pool: int) -> Tensor:

@@ -29,6 +29,9 @@ _NO_WEIGHT = (
     "Use `.dequantize(dtype)` for a copy, `.base` for what is stored, or `trimtab.fold(model)` to merge the adapter."
 )
 
+_FEW = 8
+"""Rows of x up to which a product is bound by reading the weight."""
+
 
 class _Stored(nn.Module):
     """What both modules share: a weight that keeps its dtypes, and no `.weight`."""
@@ -88,21 +91,58 @@ class QuantLinear(_Stored):
         """Whether the weight is borrowed from an embedding."""
         return self._borrowed is not None
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The (N, K) matrix that multiplies x, in `dtype`: base and adapter, except an output adapter."""
-        return self.base.dequantize(dtype) if self.adapter is None else self.adapter.weight(self.base, dtype)
+    def dequantize(self, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
+        """The (N, K) matrix that multiplies x, in `dtype`: base and adapter, except an output adapter.
+
+        With `reuse` it may lie in memory that the next such call overwrites.
+        """
+        if self.adapter is None:
+            return self.base.dequantize(dtype, reuse=reuse)
+        return self.adapter.weight(self.base, dtype, reuse=reuse)
+
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the matrix depends on and that are trained."""
+        found = () if self.adapter is None else self.adapter.weight_parameters()
+        return tuple(p for p in found if p.requires_grad)
+
+    def _moves_weight(self) -> bool:
+        return self.adapter is not None and self.adapter.place != "output"
+
+    def weight_gradients(self, grad_NK: Tensor) -> tuple[Tensor | None, ...]:
+        """Their gradients from dL/dW (N, K), which may be overwritten."""
+        assert self.adapter is not None
+        return self.adapter.weight_gradients(self.base, grad_NK, self.weight_parameters())
+
+    def uses_output(self, dtype: torch.dtype) -> bool:
+        """Whether the adapter's gradients come more cheaply from the layer's output than from dL/dW."""
+        return self.adapter is not None and self.adapter.uses_output(self.base, dtype)
+
+    def gradients_from_output(
+        self, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+        """The matrix, and those gradients, or None where too many levels are clipped."""
+        assert self.adapter is not None
+        return self.adapter.gradients_from_output(self.base, grad_BN, x_BK, y_BN, self.weight_parameters())
 
     def forward(self, x_BK: Tensor) -> Tensor:
         """(..., K) to (..., N), computed in x's dtype (or autocast's)."""
         device = x_BK.device.type
         if torch.is_autocast_enabled(device):
             x_BK = x_BK.to(torch.get_autocast_dtype(device))
-        trained = () if self.adapter is None else self.adapter.weight_parameters()
         bias = None if self.bias is None else self.bias.to(x_BK.dtype)
-        dtype = x_BK.dtype  # the closure outlives forward: it must not hold x
-        y = recompute.linear(x_BK, lambda: self.dequantize(dtype), bias, trained)
+        y = self._product_of_few(x_BK, bias)
+        if y is None:
+            y = recompute.linear(x_BK, self, bias)
         extra = None if self.adapter is None else self.adapter.output(self.base, x_BK)
         return y if extra is None else y + extra
+
+    def _product_of_few(self, x_BK: Tensor, bias: Tensor | None) -> Tensor | None:
+        """y for a one-token step of generation, where reading W's few bits is all the work; else None."""
+        one_token = x_BK.dim() == 3 and x_BK.shape[1] == 1 and x_BK.shape[0] <= _FEW
+        if not one_token or torch.is_grad_enabled() or self._moves_weight():
+            return None
+        y = self.base.product_of_few(x_BK.flatten(0, 1))
+        return None if y is None else (y if bias is None else y + bias).unflatten(0, x_BK.shape[:2])
 
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to lay this layer out without data."""

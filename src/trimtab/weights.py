@@ -33,6 +33,8 @@ from trimtab.grid import (
     set_range,
     to_levels,
 )
+from trimtab.kernels import dequantize, workspace
+from trimtab.kernels.dequantize import Levels
 
 Storage = Literal["int", "fixed8", "bf16", "fp32"]
 Spec = dict[str, Any]
@@ -55,12 +57,27 @@ class Weight(nn.Module, ABC):
         """The grid that the values lie on; None for a dense weight."""
 
     @abstractmethod
-    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None) -> Tensor:
-        """The matrix (N, K), or the given rows of it, rounded once to `dtype`."""
+    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False) -> Tensor:
+        """The matrix (N, K), or the given rows of it, rounded once to `dtype`.
+
+        With `reuse` the result may lie in memory that the next such call overwrites (see `kernels.workspace`).
+        """
 
     @abstractmethod
     def spec(self) -> Spec:
         """What `empty` needs to lay this weight out without data."""
+
+    def product_of_few(self, x_TK: Tensor) -> Tensor | None:
+        """x W^T (T, N) of a few rows without ever writing W, summed in float32; None where there is no such way."""
+        return None
+
+    def result(self, dtype: torch.dtype, rows: Tensor | None, reuse: bool) -> Tensor:
+        """Memory for what `dequantize` returns."""
+        shape = (self.shape[0] if rows is None else rows.numel(), self.shape[1])
+        device = next(self.parameters()).device
+        return (
+            workspace.take("weight", shape, dtype, device) if reuse else torch.empty(shape, dtype=dtype, device=device)
+        )
 
     def stored_bytes(self) -> int:
         """Bytes of all tensors as kept in memory and on disk."""
@@ -79,7 +96,7 @@ class DenseWeight(Weight):
         """A dense weight is on no grid."""
         return None
 
-    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False) -> Tensor:
         """The matrix itself, cast to `dtype`."""
         return (self.weight if rows is None else self.weight[rows]).to(dtype)
 
@@ -137,21 +154,14 @@ class AffineWeight(Weight):
         elif storage == "fixed8":
             codes = _to_fixed8(levels_NK, grid)
         else:
-            centred = levels_NK - _center(range_, grid, levels_NK.shape)
+            centred = levels_NK - _center(range_, grid, in_features)
             codes = centred.to(torch.bfloat16 if storage == "bf16" else torch.float32)
         return cls(codes, range_, grid, in_features, storage)
 
     def range(self) -> Range:
         """Scales and zeros (N, G) as float32."""
-        return self._range_of(None)
-
-    def _range_of(self, rows: Tensor | None) -> Range:
-        def read(p: nn.Parameter | None) -> Tensor | None:
-            return None if p is None else (p if rows is None else p[rows]).float()
-
-        scale = read(self.scale)
-        assert scale is not None
-        return Range(scale, read(self.zero), read(self.offset))
+        zero, offset = (None if p is None else p.float() for p in (self.zero, self.offset))
+        return Range(self.scale.float(), zero, offset)
 
     def levels(self, rows: Tensor | None = None) -> Tensor:
         """Levels in [0, 2^b - 1] as this storage remembers them: fresh float32 of shape (N, K)."""
@@ -161,7 +171,7 @@ class AffineWeight(Weight):
             return codes.float()
         if self.storage == "fixed8":
             return kept.float().add_(0.5).mul_(1.0 / (1 << (8 - self.grid.bits)))
-        return kept.float() + _center(self._range_of(rows), self.grid, kept.shape)
+        return kept.float() + _center(self.range(), self.grid, self.shape[1], rows)
 
     def integer_codes(self, rows: Tensor | None = None) -> Tensor:
         """The b-bit codes: uint8 of shape (N, K)."""
@@ -169,14 +179,44 @@ class AffineWeight(Weight):
             return packing.unpack(self.codes if rows is None else self.codes[rows], self.grid.bits, self.shape[1])
         return round_clamp(self.levels(rows), self.grid.top).to(torch.uint8)
 
-    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None, range_: Range | None = None) -> Tensor:
-        """s * (q - z), or s * q + o; with `range_` in place of the stored scales and zeros if given."""
-        return from_codes(self.integer_codes(rows), range_ or self._range_of(rows), self.grid, dtype)
+    def dequantize(
+        self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False, range_: Range | None = None
+    ) -> Tensor:
+        """s * (q - z), or s * q + o; with `range_` (of all rows) in place of the stored scales and zeros if given."""
+        if self.storage == "int":
+            range_ = range_ or self.range()
+            out = self.result(dtype, rows, reuse)
+            dequantize.affine(out, self.codes, rows, *range_, self.grid.bits, self.grid.center)
+            return out
+        if self.storage == "fixed8" and rows is None:
+            out = self.result(dtype, None, reuse)
+            dequantize.levels(out, *self.described(range_ or self.range()))
+            return out
+        range_ = Range(*(t if t is None or rows is None else t[rows] for t in range_ or self.range()))  # type: ignore[arg-type]
+        return from_codes(self.integer_codes(rows), range_, self.grid, dtype)
 
-    def with_levels(self, levels_NK: Tensor, range_: Range) -> "AffineWeight":
-        """A weight of plain codes: these levels rounded and clamped, with these scales and zeros."""
-        codes = round_clamp(levels_NK.detach(), self.grid.top)
-        return AffineWeight.of_levels(codes, range_, self.grid)
+    def product_of_few(self, x_TK: Tensor) -> Tensor | None:
+        """As for every weight; for plain codes."""
+        if self.storage != "int":
+            return None
+        y = torch.empty(x_TK.shape[0], self.shape[0], device=x_TK.device)
+        dequantize.affine_product(y, x_TK.float(), self.codes, *self.range(), self.grid.bits, self.grid.center)
+        return y.to(x_TK.dtype)
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes or levels are integers, as the kernels read them."""
+        return self.storage in ("int", "fixed8")
+
+    def described(self, range_: Range, factors: tuple[Tensor, Tensor] | None = None, gain: float = 1.0) -> Levels:
+        """These levels, moved by gain * B A if `factors` (A, B) are given, as the kernels take them."""
+        a, b = factors or (None, None)
+        fixed, grid = self.storage == "fixed8", self.grid
+        return Levels(self.codes, grid.bits, fixed, a, b, gain, *range_, grid.center)
+
+    def with_codes(self, codes_NK: Tensor, range_: Range) -> "AffineWeight":
+        """A weight of these plain codes, uint8 (N, K), with these scales and zeros."""
+        return AffineWeight(packing.pack(codes_NK, self.grid.bits), range_, self.grid, self.shape[1])
 
     def spec(self) -> Spec:
         """Kind, shape, grid and storage."""
@@ -233,12 +273,31 @@ class CodebookWeight(Weight):
             return self.absmax
         return codebook.expand_absmax(self.absmax, self.absmax_scale, self.absmax_mean)
 
-    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None, offset_NG: Tensor | None = None) -> Tensor:
+    def dequantize(
+        self,
+        dtype: torch.dtype,
+        *,
+        rows: Tensor | None = None,
+        reuse: bool = False,
+        offset_NG: Tensor | None = None,
+    ) -> Tensor:
         """absmax * table[q] + offset; with `offset_NG` in place of the stored offset if given."""
-        absmax, offset = self.read_absmax(), self.offset if offset_NG is None else offset_NG
-        if rows is not None:
-            absmax, offset = absmax[rows], None if offset is None else offset[rows]
-        return codebook.from_codebook(self.integer_codes(rows), absmax, self.grid, offset).to(dtype)
+        out = self.result(dtype, rows, reuse)
+        dequantize.codebook(out, self.codes, rows, *self._about(self.offset if offset_NG is None else offset_NG))
+        return out
+
+    def product_of_few(self, x_TK: Tensor) -> Tensor | None:
+        """As for every weight."""
+        y = torch.empty(x_TK.shape[0], self.shape[0], device=x_TK.device)
+        dequantize.codebook_product(y, x_TK.float(), self.codes, *self._about(self.offset))
+        return y.to(x_TK.dtype)
+
+    def _about(self, offset_NG: Tensor | None) -> tuple[Tensor | int | None, ...]:
+        """Everything but the codes, as the kernels take it."""
+        device = self.codes.device
+        map_ = codebook.dynamic_map(device) if self.grid.double_quant else None
+        absmax = (self.absmax, map_, self.absmax_scale, self.absmax_mean)
+        return codebook.table(self.grid, device), *absmax, offset_NG, self.grid.bits
 
     def with_offset(self, offset_NG: Tensor) -> "CodebookWeight":
         """The same codes and absmax with another offset."""
@@ -256,11 +315,12 @@ def _rows_at_once(weight_NK: Tensor) -> int:
     return max(1, (1 << 22) // weight_NK.shape[1])
 
 
-def _center(range_: Range, grid: Grid, shape: torch.Size) -> Tensor | float:
+def _center(range_: Range, grid: Grid, in_features: int, rows: Tensor | None = None) -> Tensor | float:
     """What float storages subtract from u: z spread over its group, or the middle code where z is not an integer."""
     if range_.zero_NG is None:
         return float(grid.center)
-    return range_.zero_NG.repeat_interleave(shape[1] // range_.zero_NG.shape[1], 1)
+    zero = range_.zero_NG if rows is None else range_.zero_NG[rows]
+    return zero.repeat_interleave(in_features // zero.shape[1], 1)
 
 
 def _to_fixed8(levels_NK: Tensor, grid: Grid) -> Tensor:

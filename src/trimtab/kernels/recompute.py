@@ -1,59 +1,89 @@
 """y = x W^T where W is rebuilt whenever it is needed: the one line that decides what backward keeps.
 
-`linear(x, build, ...)` calls `build()` to get W in forward, throws it away, and calls it again in backward. What survives
-between the two is x (only where the weight is trained) and what `build` itself reads: codes, scales, factors. Neither W,
-nor levels, nor any other N x K float tensor outlives the call.
+`linear(x, source, bias)` asks its source for W in forward, throws it away, and asks again in backward. What survives
+between the two is x (only where the weight is trained) and what the source itself reads: codes, scales, factors. Neither
+W, nor levels, nor any other N x K float tensor outlives the call; W lies in memory that every layer shares (`workspace`),
+and so does dW.
 
 `torch.utils.checkpoint` around the same two operations is the plain way to say this (and is what runs under
 `torch.compile`); the function below does the same with less bookkeeping, never keeps x for a frozen weight, and hands
-dW straight to the graph of `build`: `docs/log.md` has the numbers.
+dW to the source, which knows its gradients: `docs/log.md` has the numbers.
 
 Legend: B batch rows (leading dims), N out features, K in features.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from trimtab.kernels import workspace
+
+
+class Source(Protocol):
+    """What a weight is rebuilt from."""
+
+    def dequantize(self, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
+        """W (N, K), the same bits each time; without `reuse` and under grad mode, differentiable in what is trained."""
+
+    def weight_parameters(self) -> tuple[Tensor, ...]:
+        """The leaves that W depends on and that want gradients."""
+
+    def weight_gradients(self, grad_NK: Tensor) -> tuple[Tensor | None, ...]:
+        """Their gradients from dL/dW, which may be overwritten."""
+
+    def uses_output(self, dtype: torch.dtype) -> bool:
+        """Whether `gradients_from_output` may serve instead (see `channel`): the product is then kept, too."""
+
+    def gradients_from_output(
+        self, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+        """W as `dequantize` with `reuse`, and the gradients without forming dL/dW; None where that would cost more."""
+
 
 class _RebuiltLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, build: Callable[[], Tensor], bias: Tensor | None, *trained: Tensor) -> Tensor:
-        ctx.build, ctx.trained = build, trained
-        ctx.save_for_backward(*((x,) if trained else ()))
-        return F.linear(x, build(), bias)
+    def forward(ctx: Any, x: Tensor, source: Source, bias: Tensor | None, *trained: Tensor) -> Tensor:
+        ctx.source, ctx.trained = source, trained
+        y = F.linear(x, source.dequantize(x.dtype, reuse=True), bias)
+        ctx.bias = bias  # frozen, and kept by its layer
+        by_output = bool(trained) and source.uses_output(x.dtype)
+        ctx.save_for_backward(*((x, y) if by_output else (x,) if trained else ()))
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.trained:
-            return (grad @ ctx.build() if ctx.needs_input_grad[0] else None), None, None
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            weight = ctx.build()
-        grad_x = grad @ weight.detach() if ctx.needs_input_grad[0] else None
-        grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        return grad_x, None, None, *torch.autograd.grad(weight, ctx.trained, grad_weight)
+        source: Source = ctx.source
+        found, x, y = None, *(*ctx.saved_tensors, None, None)[:2]
+        if y is not None:
+            y_BN = (y if ctx.bias is None else y - ctx.bias).flatten(0, -2)
+            weight, found = source.gradients_from_output(grad.flatten(0, -2).contiguous(), x.flatten(0, -2), y_BN)
+        elif ctx.needs_input_grad[0]:
+            weight = source.dequantize(grad.dtype, reuse=True)
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        if x is None:
+            return grad_x, None, None
+        if found is None:
+            grad_BN, x_BK = grad.flatten(0, -2), x.flatten(0, -2)
+            grad_NK = workspace.take("gradient", (grad_BN.shape[1], x_BK.shape[1]), grad.dtype, grad.device)
+            torch.mm(grad_BN.t(), x_BK, out=grad_NK)
+            found = source.weight_gradients(grad_NK)
+        return grad_x, None, None, *found
 
 
-def linear(
-    x_BK: Tensor, build: Callable[[], Tensor], bias_N: Tensor | None = None, trained: tuple[Tensor, ...] = ()
-) -> Tensor:
-    """x W^T + bias with W = build(), rebuilt in backward.
+def linear(x_BK: Tensor, source: Source, bias_N: Tensor | None = None) -> Tensor:
+    """x W^T + bias with W from `source`, made again in backward.
 
     Args:
         x_BK: (..., K).
-        build: makes W (N, K) in x's dtype; it must give the same bits each time it is called.
+        source: makes W in x's dtype.
         bias_N: frozen bias (N,), or None.
-        trained: the leaf parameters that `build` reads and that want gradients.
 
     Returns:
         (..., N) in x's dtype.
     """
     if torch.compiler.is_compiling():
-        return checkpoint(lambda t: F.linear(t, build(), bias_N), x_BK, use_reentrant=False)
-    needed = tuple(p for p in trained if p.requires_grad)
-    return _RebuiltLinear.apply(x_BK, build, bias_N, *needed)  # type: ignore[no-untyped-call]
+        return checkpoint(lambda t: F.linear(t, source.dequantize(t.dtype), bias_N), x_BK, use_reentrant=False)
+    return _RebuiltLinear.apply(x_BK, source, bias_N, *source.weight_parameters())  # type: ignore[no-untyped-call]

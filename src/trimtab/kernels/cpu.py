@@ -1,0 +1,241 @@
+"""The C kernels of `c/`: compiled on first use, kept in a cache, called through ctypes.
+
+A build is keyed by source, flags, compiler and processor, so a cache shared by machines is safe. It needs only a C
+compiler that knows OpenMP (`cc`, `gcc` or `clang`, or what CC names); without one, a single warning says so and the plain
+torch references run. The library asks for the `libgomp` that torch has already loaded, so both share one thread pool.
+
+    TRIMTAB_KERNELS=torch      never compile, always the references
+    TRIMTAB_CACHE=DIR          where builds are kept (default ~/.cache/trimtab)
+
+Every function here takes CPU tensors that its caller (`dequantize`) has checked, and fills `out`.
+
+Legend: N out features, K in features, G groups in a row, R rank.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SOURCES = tuple(sorted(Path(__file__).with_name("c").glob("*.[ch]")))
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+
+
+def _fields(pointers: str = "", longs: str = "", ints: str = "", floats: str = "") -> list[tuple[str, Any]]:
+    kinds = ((pointers, ctypes.c_void_p), (longs, ctypes.c_long), (ints, ctypes.c_int), (floats, ctypes.c_float))
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+class _Codes(ctypes.Structure):
+    """`Codes` of codes.c, field for field."""
+
+    _fields_ = (
+        *_fields(pointers="codes", longs="row_bytes", ints="bits"),
+        *_fields(longs="K G"),
+        *_fields(pointers="scales zeros offsets", floats="center"),
+        *_fields(pointers="table absmax map block_scales mean"),
+    )
+
+
+class _Levels(ctypes.Structure):
+    """`Levels` of levels.c, field for field."""
+
+    _fields_ = (
+        *_fields(pointers="phi", longs="row_bytes", ints="bits"),
+        *_fields(floats="half unit"),
+        *_fields(pointers="A B", longs="R"),
+        *_fields(floats="gain top"),
+        *_fields(pointers="scales zeros offsets", floats="center"),
+        *_fields(longs="N K G"),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None (after one warning) where they cannot be had."""
+    if os.environ.get("TRIMTAB_KERNELS") == "torch":
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        warnings.warn(
+            "no C compiler found (cc, gcc, clang or $CC): trimtab uses its slower torch kernels", stacklevel=2
+        )
+        return None
+    try:
+        return _declare(ctypes.CDLL(str(_build(compiler))))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(f"trimtab's C kernels could not be built, its slower torch kernels run: {said}", stacklevel=2)
+        return None
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CC")
+    return next((path for name in (named, "cc", "gcc", "clang") if name and (path := shutil.which(name))), None)
+
+
+def _build(compiler: str) -> Path:
+    """The path of the shared library, compiled if the cache has none for this source, compiler and processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = "\n".join([*(f.read_text() for f in _SOURCES), *_FLAGS, version, _processor()])
+    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab")
+    if (folder / name).exists():
+        return folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    # Compiled under a name of its own and renamed: processes that start together never load half a file.
+    with tempfile.TemporaryDirectory(dir=folder) as staging:
+        built = Path(staging) / name
+        command = [compiler, *_FLAGS, "-o", str(built), *(str(f) for f in _SOURCES if f.suffix == ".c")]
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        built.replace(folder / name)
+    return folder / name
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.machine() + platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "".join(sorted({line for line in info.read_text().splitlines() if line.startswith(wanted)}))
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    p, n, i = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    codes, levels = ctypes.POINTER(_Codes), ctypes.POINTER(_Levels)
+    for name, arguments in {
+        "dequantize": [codes, p, n, p, i],
+        "product_of_few": [codes, p, n, n, p],
+        "level_codes": [levels, p],
+        "level_weights": [levels, p, i],
+        "level_gradients": [levels, p, p, p],
+        "level_weights_clipped": [levels, p, p],
+        "column_products": [p, p, n, n, p],
+        "entries_of_product": [p, p, n, n, n, p, p, n, p],
+    }.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, None
+    return lib
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    """The address of a contiguous tensor's data."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous(), tensor.shape
+    return tensor.data_ptr()
+
+
+def _affine(columns: int, codes: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, bits: int,
+            center: float) -> _Codes:  # fmt: skip
+    groups = scale.shape[1]
+    return _Codes(
+        _at(codes), codes.shape[1], bits, columns, groups, _at(scale), _at(zero), _at(offset), center,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+def _codebook(columns: int, codes: Tensor, table: Tensor, absmax: Tensor, dynamic_map: Tensor | None,
+              block_scale: Tensor | None, mean: Tensor | None, offset: Tensor | None, bits: int) -> _Codes:  # fmt: skip
+    groups = absmax.shape[1]
+    return _Codes(
+        _at(codes), codes.shape[1], bits, columns, groups, None, None, _at(offset), 0.0,
+        _at(table), _at(absmax), _at(dynamic_map), _at(block_scale), _at(mean),
+    )  # fmt: skip
+
+
+def _dequantize(out: Tensor, rows: Tensor | None, described: _Codes) -> None:
+    lib = library()
+    assert lib is not None
+    lib.dequantize(ctypes.byref(described), _at(rows), out.shape[0], _at(out), out.dtype == torch.bfloat16)
+
+
+def affine(out: Tensor, codes: Tensor, rows: Tensor | None, *about: Any) -> None:
+    """s * (q - z), or s * q + o, of packed codes into `out` (N, K), float32 or bfloat16; scales and zeros are float32."""
+    _dequantize(out, rows, _affine(out.shape[1], codes, *about))
+
+
+def codebook(out: Tensor, codes: Tensor, rows: Tensor | None, *about: Any) -> None:
+    """absmax * table[q] + o of packed codes into `out` (N, K); absmax is float32, or uint8 with the three after it."""
+    _dequantize(out, rows, _codebook(out.shape[1], codes, *about))
+
+
+def _product(y: Tensor, x: Tensor, described: _Codes) -> None:
+    lib = library()
+    assert lib is not None
+    lib.product_of_few(ctypes.byref(described), _at(x), x.shape[0], y.shape[1], _at(y))
+
+
+def affine_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
+    """x W^T of a few rows x (T, K), in float32, into `y` (T, N)."""
+    _product(y, x, _affine(x.shape[1], codes, *about))
+
+
+def codebook_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
+    """The same for codebook codes."""
+    _product(y, x, _codebook(x.shape[1], codes, *about))
+
+
+def _levels(shape: torch.Size, phi: Tensor, bits: int, fixed: bool, a: Tensor | None, b: Tensor | None, gain: float,
+            scale: Tensor, zero: Tensor | None, offset: Tensor | None, center: float) -> Any:  # fmt: skip
+    return ctypes.byref(
+        _Levels(
+            _at(phi), phi.shape[1], 8 if fixed else bits, 0.5 if fixed else 0.0, 2.0 ** (bits - 8) if fixed else 1.0,
+            _at(a), _at(b), 0 if a is None else a.shape[0], gain, 2.0**bits - 1,
+            _at(scale), _at(zero), _at(offset), center, *shape, scale.shape[1],
+        )
+    )  # fmt: skip
+
+
+def levels(out: Tensor, *about: Any) -> None:
+    """What levels round to into `out` (N, K): codes if it is uint8, else weights in float32 or bfloat16."""
+    lib = library()
+    assert lib is not None
+    described = _levels(out.shape, *about)
+    if out.dtype == torch.uint8:
+        lib.level_codes(described, _at(out))
+    else:
+        lib.level_weights(described, _at(out), out.dtype == torch.bfloat16)
+
+
+def level_gradients(grad: Tensor, of_scale: Tensor, of_offset: Tensor | None, *about: Any) -> None:
+    """From dL/dW in `grad` (bfloat16) to dL/du in its place, and to the gradients of scale and offset."""
+    lib = library()
+    assert lib is not None
+    lib.level_gradients(_levels(grad.shape, *about), _at(grad), _at(of_scale), _at(of_offset))
+
+
+def level_weights_clipped(out: Tensor, clipped: Tensor, *about: Any) -> None:
+    """Weights in bfloat16 into `out`, and a bit for each clipped level into `clipped`: int64 (N, ceil(K / 64))."""
+    lib = library()
+    assert lib is not None
+    lib.level_weights_clipped(_levels(out.shape, *about), _at(out), _at(clipped))
+
+
+def column_products(a_TN: Tensor, b_TN: Tensor) -> Tensor:
+    """Sums over T of a * b, both bfloat16: float32 (N,)."""
+    lib = library()
+    assert lib is not None
+    out = torch.empty(a_TN.shape[1])
+    lib.column_products(_at(a_TN), _at(b_TN), *a_TN.shape, _at(out))
+    return out
+
+
+def entries_of_product(g_TN: Tensor, x_TK: Tensor, n: Tensor, k: Tensor) -> Tensor:
+    """The entries (n[p], k[p]) of g^T x, both bfloat16: float32."""
+    lib = library()
+    assert lib is not None
+    out = torch.empty(len(n))
+    lib.entries_of_product(_at(g_TN), _at(x_TK), *g_TN.shape, x_TK.shape[1], _at(n), _at(k), len(n), _at(out))
+    return out

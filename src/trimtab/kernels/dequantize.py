@@ -1,0 +1,192 @@
+"""Every stored form to weights in one fused pass, as operators that torch.library knows.
+
+    affine            packed codes, scales, zeros              ->  s * (q - z), or s * q + o
+    codebook          packed codes, absmax, a table            ->  absmax * table[q] (+ o)
+    .._product        a few rows x and either of these     ->  x W^T in float32, W never written (generation)
+    levels            stored levels (+ gain * B A), scales     ->  round, clamp; codes, or their weights
+    level_gradients   dL/dW and the same                       ->  dL/du, dL/ds, dL/do
+
+Each operator fills a tensor that its caller made, so the caller decides where a result of N x K lives (`workspace`), and
+has three backends: C on the CPU (`cpu`), Triton on a GPU (`triton_gpu`), and the plain torch composition below, which is
+the reference for both and serves every other device and dtype. Values agree to the bit, but for the sum over the rank in
+`levels`, whose order of adding is each backend's own.
+
+Legend: N out features, K in features, G groups in a row, R rank.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab import packing
+from trimtab.codebook import expand_absmax, from_codebook
+from trimtab.grid import Grid, Range, Zero, from_codes
+from trimtab.kernels import cpu
+
+_AFFINE = "Tensor scale, Tensor? zero, Tensor? offset, int bits, float center"
+_CODEBOOK = (
+    "Tensor table, Tensor absmax, Tensor? dynamic_map, Tensor? block_scale, Tensor? mean, Tensor? offset, int bits"
+)
+_LEVELS = (
+    "Tensor phi, int bits, bool fixed, Tensor? a, Tensor? b, float gain, Tensor scale, Tensor? zero, Tensor? offset, "
+    "float center"
+)
+
+
+class Levels(NamedTuple):
+    """What levels are made of: the arguments of `levels` and `level_gradients`, in their order."""
+
+    phi: Tensor
+    """Packed codes (N, bytes); or with `fixed` one byte a level (N, K), read as (n + 0.5) / 2^(8 - bits)."""
+    bits: int
+    fixed: bool
+    a_RK: Tensor | None
+    """float32 factors of the shift gain * B A, or None for no shift."""
+    b_NR: Tensor | None
+    gain: float
+    scale_NG: Tensor
+    """float32, as are the zeros and offsets."""
+    zero_NG: Tensor | None
+    offset_NG: Tensor | None
+    center: float
+
+
+# ---- the plain torch references ---------------------------------------------------------------------------------
+
+
+def _grid(bits: int, zero: Tensor | None, offset: Tensor | None) -> Grid:
+    """The form of values. Scales come in float32 here: `from_codes` must not take its way for bfloat16 scales."""
+    kind: Zero = "real" if offset is not None else "symmetric" if zero is None else "integer"
+    return Grid(bits, zero=kind, scale_dtype="float32")
+
+
+def _take(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or rows is None else tensor[rows]
+
+
+def _affine(
+    out: Tensor, codes: Tensor, rows: Tensor | None, scale: Tensor, zero: Tensor | None, offset: Tensor | None,
+    bits: int, center: float,
+) -> None:  # fmt: skip
+    kept, s, z, o = (_take(t, rows) for t in (codes, scale, zero, offset))
+    assert kept is not None
+    assert s is not None
+    unpacked = packing.unpack(kept, bits, out.shape[1])
+    out.copy_(from_codes(unpacked, Range(s, z, o), _grid(bits, zero, offset), out.dtype))
+
+
+def _codebook(
+    out: Tensor, codes: Tensor, rows: Tensor | None, table: Tensor, absmax: Tensor, dynamic_map: Tensor | None,
+    block_scale: Tensor | None, mean: Tensor | None, offset: Tensor | None, bits: int,
+) -> None:  # fmt: skip
+    if block_scale is not None and mean is not None:
+        absmax = expand_absmax(absmax, block_scale, mean)
+    kept, a, o = (_take(t, rows) for t in (codes, absmax, offset))
+    assert kept is not None
+    assert a is not None
+    out.copy_(from_codebook(packing.unpack(kept, bits, out.shape[1]), a, table, o))
+
+
+def _affine_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
+    weight = torch.empty(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    _affine(weight, codes, None, *about)
+    torch.mm(x, weight.t(), out=y)
+
+
+def _codebook_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
+    weight = torch.empty(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    _codebook(weight, codes, None, *about)
+    torch.mm(x, weight.t(), out=y)
+
+
+def level_values(about: Levels, columns: int) -> Tensor:
+    """Levels, neither rounded nor clamped: fresh float32 of shape (N, K)."""
+    if about.fixed:
+        u = about.phi.float().add_(0.5).mul_(2.0 ** (about.bits - 8))
+    else:
+        u = packing.unpack(about.phi, about.bits, columns).float()
+    if about.a_RK is None or about.b_NR is None:
+        return u
+    return torch.addmm(u, about.b_NR.to(u.dtype), about.a_RK.to(u.dtype), alpha=about.gain)
+
+
+def _levels(out: Tensor, *arguments: Any) -> None:
+    about = Levels(*arguments)
+    codes = level_values(about, out.shape[1]).round_().clamp_(0, 2**about.bits - 1)
+    if out.dtype == torch.uint8:
+        out.copy_(codes)
+    else:
+        grid = _grid(about.bits, about.zero_NG, about.offset_NG)
+        out.copy_(from_codes(codes, Range(about.scale_NG, about.zero_NG, about.offset_NG), grid, out.dtype))
+
+
+def _level_gradients(grad: Tensor, of_scale: Tensor, of_offset: Tensor | None, *arguments: Any) -> None:
+    about = Levels(*arguments)
+    rounded = level_values(about, grad.shape[1]).round_()
+    codes = rounded.clamp(0, 2**about.bits - 1)
+    grouped = grad.to(of_scale.dtype).unflatten(1, (of_scale.shape[1], -1))
+    total = grouped.sum(-1)
+    zero = 0.0 if about.offset_NG is not None else about.center if about.zero_NG is None else about.zero_NG
+    # sum of G (q - z) = sum of G q - z sum of G, which spares a pass for q - z
+    of_scale.copy_((grouped * codes.unflatten(1, (of_scale.shape[1], -1))).sum(-1) - zero * total)
+    if of_offset is not None:
+        of_offset.copy_(total)
+    grad.copy_((grouped * about.scale_NG.unsqueeze(-1)).flatten(1).mul_(codes == rounded))
+
+
+# ---- operators --------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("trimtab", "DEF")
+_OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., None]]] = {
+    "affine": (f"Tensor(a!) out, Tensor codes, Tensor? rows, {_AFFINE}", _affine, cpu.affine),
+    "codebook": (f"Tensor(a!) out, Tensor codes, Tensor? rows, {_CODEBOOK}", _codebook, cpu.codebook),
+    "affine_product": (f"Tensor(a!) y, Tensor x, Tensor codes, {_AFFINE}", _affine_product, cpu.affine_product),
+    "codebook_product": (f"Tensor(a!) y, Tensor x, Tensor codes, {_CODEBOOK}", _codebook_product, cpu.codebook_product),
+    "levels": (f"Tensor(a!) out, {_LEVELS}", _levels, cpu.levels),
+    "level_gradients": (
+        f"Tensor(a!) grad, Tensor(b!) of_scale, Tensor(c!)? of_offset, {_LEVELS}",
+        _level_gradients,
+        cpu.level_gradients,
+    ),
+}
+
+
+def _on_cpu(reference: Callable[..., None], compiled: Callable[..., None]) -> Callable[..., None]:
+    dtypes = [torch.bfloat16] if compiled is cpu.level_gradients else [torch.bfloat16, torch.float32, torch.uint8]
+
+    def run(out: Tensor, *rest: Any) -> None:
+        fits = out.dtype in dtypes and all(t.dtype != torch.float64 for t in rest if isinstance(t, Tensor))
+        (compiled if fits and cpu.library() is not None else reference)(out, *rest)
+
+    return run
+
+
+def _on_cuda(name: str, reference: Callable[..., None]) -> Callable[..., None]:
+    def run(out: Tensor, *rest: Any) -> None:
+        from trimtab.kernels import triton_gpu  # not before a GPU is used: it imports Triton
+
+        fits = all(t.dtype != torch.float64 for t in (out, *rest) if isinstance(t, Tensor))
+        (getattr(triton_gpu, name) if fits and triton_gpu.available() else reference)(out, *rest)
+
+    return run
+
+
+def _nothing(*_: Any) -> None:
+    """On tensors without data an operator that fills its arguments has nothing to do."""
+
+
+for _name, (_schema, _reference, _compiled) in _OPERATORS.items():
+    _LIBRARY.define(f"{_name}({_schema}) -> ()")
+    _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _on_cpu(_reference, _compiled), "CPU")
+    _LIBRARY.impl(_name, _on_cuda(_name, _reference), "CUDA")
+    torch.library.register_fake(f"trimtab::{_name}", _nothing, lib=_LIBRARY)
+
+affine = torch.ops.trimtab.affine.default
+codebook = torch.ops.trimtab.codebook.default
+affine_product = torch.ops.trimtab.affine_product.default
+codebook_product = torch.ops.trimtab.codebook_product.default
+levels = torch.ops.trimtab.levels.default
+level_gradients = torch.ops.trimtab.level_gradients.default

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.codebook import from_codebook, table
-from trimtab.grid import CodebookGrid, Grid, from_codes
-from trimtab.kernels import channel, cpu, dequantize, shifted, workspace
+from trimtab.codebook import from_codebook, table, to_codebook
+from trimtab.grid import CodebookGrid, Grid, from_codes, set_range, to_levels
+from trimtab.kernels import channel, cpu, dequantize, encode, shifted, workspace
+from trimtab.packing import pack
 from trimtab.weights import AffineWeight, CodebookWeight
 
 SHAPES = ((48, 96, 32), (7, 160, 32), (33, 60, 20), (5, 72, 12), (16, 577, None), (3, 5, None))
@@ -55,6 +56,37 @@ def test_codebook_values_have_the_reference_bits(name: str, double: bool, moved:
             expected = from_codebook(weight.integer_codes(), weight.read_absmax(), table(grid), offset).to(dtype)
             assert torch.equal(weight.dequantize(dtype, offset_NG=offset), expected)
             assert torch.equal(weight.dequantize(dtype, rows=rows, offset_NG=offset), expected[rows])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("zero", ["symmetric", "integer", "real"])
+@pytest.mark.parametrize("storage", ["int", "fixed8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encoding_is_that_of_the_torch_functions(bits: int, zero: str, storage: str, dtype: torch.dtype) -> None:
+    for n, k, group in SHAPES:
+        w = random(n, k, seed=n).to(dtype)
+        w[0, : group or k] = 0
+        grid = Grid(bits, group, zero)  # type: ignore[arg-type]
+        range_ = set_range(w, grid)
+        levels = to_levels(w.float(), range_, grid).clamp(0, grid.top)
+        expected = AffineWeight.of_levels(levels, range_, grid, storage)  # type: ignore[arg-type]
+        found = AffineWeight.quantize(w, grid, storage)  # type: ignore[arg-type]
+        assert encode.fits(w)
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[name], tensor), (n, k, name)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf3", "nf2", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_table_encoding_is_that_of_the_torch_functions(name: str, dtype: torch.dtype) -> None:
+    for n, k, group in SHAPES:
+        w = random(n, k, seed=n).to(dtype)
+        w[0, : group or k] = 0
+        grid = CodebookGrid(name, group)  # type: ignore[arg-type]
+        codes, absmax = to_codebook(w, grid)
+        found = CodebookWeight.quantize(w, grid)
+        assert torch.equal(found.codes, pack(codes, grid.bits))
+        assert torch.equal(found.absmax, absmax)
 
 
 def moved(bits: int, zero: str, storage: str) -> Iterator[tuple[AffineWeight, dequantize.Levels]]:
@@ -224,9 +256,9 @@ warnings.simplefilter("error")
 import torch
 from trimtab.grid import Grid
 from trimtab.weights import AffineWeight
-w = AffineWeight.quantize(torch.arange(64.0).view(2, 32), Grid(4, 32))
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
+    w = AffineWeight.quantize(torch.arange(64.0).view(2, 32), Grid(4, 32))
     first, again = w.dequantize(torch.bfloat16), w.dequantize(torch.bfloat16)
 print(len(seen), *(str(s.message).splitlines()[0] for s in seen), sep="|")
 print(first.float().sum().item())

@@ -190,32 +190,34 @@ class Range(NamedTuple):
     """Real offsets; None for symmetric and integer."""
 
 
-def set_range(weight_NK: Tensor, grid: Grid) -> Range:
+def set_range(weight_NK: Tensor, grid: Grid, extremes: tuple[Tensor, Tensor] | None = None) -> Range:
     """Choose scales and zeros by the grid's range rule.
 
     Args:
         weight_NK: (N, K), any floating dtype.
         grid: an affine grid whose group divides K.
+        extremes: the least and the largest weight of each group, float32 (N, G), where they are known already.
 
     Returns:
         Scales (and zeros or offsets) of shape (N, G). An all-zero group has scale 1.
     """
-    w_NGg = weight_NK.detach().float().unflatten(1, (-1, group_size(grid, weight_NK.shape[1])))
+    if extremes is None:
+        w_NGg = weight_NK.detach().float().unflatten(1, (-1, group_size(grid, weight_NK.shape[1])))
+        extremes = w_NGg.amin(-1), w_NGg.amax(-1)
     if grid.range in ("minmax", "paper"):
-        return _full_range(w_NGg, grid, 1.0)
-    return _search_range(w_NGg, grid, float(grid.range.removeprefix("lp")))
+        return _full_range(*extremes, grid, 1.0)
+    return _search_range(weight_NK.detach().float(), *extremes, grid, float(grid.range.removeprefix("lp")))
 
 
-def _full_range(w_NGg: Tensor, grid: Grid, shrink: float) -> Range:
+def _full_range(low: Tensor, high: Tensor, grid: Grid, shrink: float) -> Range:
     if grid.zero == "symmetric":
         if grid.range == "paper":
-            scale = w_NGg.abs().amax(-1) / max(grid.center - 1, 1)
+            scale = torch.maximum(high, -low) / max(grid.center - 1, 1)
         else:
             # The signed extreme maps to code 0, the end of the range that reaches furthest.
-            low, high = w_NGg.amin(-1), w_NGg.amax(-1)
             scale = torch.where(high > -low, high, low) / -grid.center
         return Range(_nonzero(scale * shrink, grid), None, None)
-    low, high = w_NGg.amin(-1).clamp(max=0) * shrink, w_NGg.amax(-1).clamp(min=0) * shrink
+    low, high = low.clamp(max=0) * shrink, high.clamp(min=0) * shrink
     if grid.zero == "integer":
         scale = _nonzero((high - low) / grid.top, grid)
         return Range(scale, (-low / scale).round().clamp(0, grid.top), None)
@@ -230,14 +232,14 @@ def _nonzero(scale: Tensor, grid: Grid) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), torch.where(rounded == 0, least, rounded))
 
 
-def _search_range(w_NGg: Tensor, grid: Grid, p: float) -> Range:
+def _search_range(w_NK: Tensor, low: Tensor, high: Tensor, grid: Grid, p: float) -> Range:
     """For each group, the shrunken range with the least sum of |w - w_hat|^p."""
-    best = _full_range(w_NGg, grid, 1.0)
+    best = _full_range(low, high, grid, 1.0)
     least = torch.full_like(best.scale_NG, torch.inf)
     for i in range(_CANDIDATES):
-        tried = _full_range(w_NGg, grid, 1.0 - i / _CANDIDATES)
-        codes = round_clamp(to_levels(w_NGg.flatten(1), tried, grid), grid.top)
-        error = (from_codes(codes, tried, grid) - w_NGg.flatten(1)).abs().pow(p).view_as(w_NGg).sum(-1)
+        tried = _full_range(low, high, grid, 1.0 - i / _CANDIDATES)
+        codes = round_clamp(to_levels(w_NK, tried, grid), grid.top)
+        error = (from_codes(codes, tried, grid) - w_NK).abs().pow(p).unflatten(1, (low.shape[1], -1)).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         best = Range(

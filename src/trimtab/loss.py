@@ -11,9 +11,13 @@ also reads `lm_head.weight`, which a quantized head does not have.)
 Legend: T tokens, D hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from trimtab.linear import QuantLinear
 from trimtab.memory import LOGITS_CHUNK_TOKENS
 
 IGNORED = -100
@@ -68,3 +72,22 @@ def _chunk(
     if slope is not None:
         error *= slope
     return loss, error.to(hidden.dtype) @ weight
+
+
+def summed_loss(model: PreTrainedModel, labels_BL: Tensor, **inputs: Any) -> Tensor:
+    """Sum of the next-token losses of a causal model whose head is frozen, never holding all logits.
+
+    Args:
+        model: on its base model's hidden states the head is all that follows.
+        labels_BL: int64 labels in step with the tokens; -100 does not count.
+        inputs: what the model's forward takes.
+    """
+    hidden = model.base_model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+    head: Any = model.get_output_embeddings()
+    dtype = hidden.dtype
+    # The head's weight lies in the shared buffer: no other layer runs until the loss is there.
+    quantized = isinstance(head, QuantLinear)
+    weight = head.dequantize(dtype, reuse=True) if quantized else head.weight.detach().to(dtype)
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return chunked_cross_entropy(hidden, weight, labels_BL[:, 1:].flatten(), bias_V=bias, softcap=softcap)

@@ -24,8 +24,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from trimtab import data, hf, memory
 from trimtab.errors import UserError, nearest
-from trimtab.linear import QuantLinear
-from trimtab.loss import IGNORED, chunked_cross_entropy
+from trimtab.loss import IGNORED, summed_loss
 from trimtab.recipe import Recipe
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -100,8 +99,7 @@ class _Trainer(SFTTrainer):
             logits = outputs.logits[:, :-1].flatten(0, 1).float()
             total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         else:
-            hidden = model.base_model(**arguments).last_hidden_state[:, :-1].flatten(0, 1)
-            total = chunked_cross_entropy(hidden, labels_T=targets, **_frozen_head(model, hidden.dtype))
+            total = summed_loss(model, labels, **arguments)
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
         loss = total / torch.as_tensor(count).clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -190,15 +188,6 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
                 raise UserError(f"{checkpoint}: {name} has another shape there; resume with the same recipe")
             with torch.no_grad():
                 parameter.copy_(tensor)
-
-
-def _frozen_head(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
-    """The head as the chunked loss takes it."""
-    head: Any = model.get_output_embeddings()
-    weight = head.dequantize(dtype) if isinstance(head, QuantLinear) else head.weight.detach().to(dtype)
-    bias = None if head.bias is None else head.bias.detach().to(dtype)
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return {"weight_VD": weight, "bias_V": bias, "softcap": softcap}
 
 
 def _scales_logits(config: Any) -> bool:

@@ -33,7 +33,7 @@ from trimtab.grid import (
     set_range,
     to_levels,
 )
-from trimtab.kernels import dequantize, workspace
+from trimtab.kernels import dequantize, encode, workspace
 from trimtab.kernels.dequantize import Levels
 
 Storage = Literal["int", "fixed8", "bf16", "fp32"]
@@ -132,6 +132,13 @@ class AffineWeight(Weight):
     @classmethod
     def quantize(cls, weight_NK: Tensor, grid: Grid, storage: Storage = "int") -> "AffineWeight":
         """Round a weight to the nearest codes (or store its levels) in the range that the grid's rule chooses."""
+        if grid.bits == 8 and storage == "fixed8":
+            storage = "int"  # no bits are left for a fraction
+        if storage in ("int", "fixed8") and encode.fits(weight_NK):
+            groups = weight_NK.shape[1] // group_size(grid, weight_NK.shape[1])
+            range_ = set_range(weight_NK, grid, encode.extremes(weight_NK, groups))
+            codes = encode.codes(weight_NK, range_, grid, storage == "fixed8")
+            return cls(codes, range_, grid, weight_NK.shape[1], storage)
         pieces = []
         for rows in weight_NK.detach().split(_rows_at_once(weight_NK)):
             range_ = set_range(rows, grid)
@@ -148,7 +155,7 @@ class AffineWeight(Weight):
         """Store levels, clamped to the code range. Rounding what is stored gives the codes that levels round to."""
         in_features = levels_NK.shape[1]
         if storage == "fixed8" and grid.bits == 8:
-            storage = "int"  # no bits are left for a fraction
+            storage = "int"
         if storage == "int":
             codes = packing.pack(levels_NK.round().to(torch.uint8), grid.bits)
         elif storage == "fixed8":
@@ -258,6 +265,11 @@ class CodebookWeight(Weight):
     @classmethod
     def quantize(cls, weight_NK: Tensor, grid: CodebookGrid) -> "CodebookWeight":
         """The nearest table entries."""
+        if encode.fits(weight_NK):
+            groups = weight_NK.shape[1] // group_size(grid, weight_NK.shape[1])
+            packed, absmax = encode.table_codes(weight_NK, grid, groups)
+            kept = codebook.compress_absmax(absmax) if grid.double_quant else (absmax,)
+            return cls(packed, kept, grid, weight_NK.shape[1])
         pieces = [codebook.to_codebook(rows, grid) for rows in weight_NK.detach().split(_rows_at_once(weight_NK))]
         codes, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         kept = codebook.compress_absmax(absmax) if grid.double_quant else (absmax,)
@@ -312,7 +324,7 @@ class CodebookWeight(Weight):
 
 def _rows_at_once(weight_NK: Tensor) -> int:
     """Rows that are quantized together: float temporaries stay small beside a large embedding, and in the cache."""
-    return max(1, (1 << 22) // weight_NK.shape[1])
+    return weight_NK.shape[0] if weight_NK.is_meta else max(1, (1 << 22) // weight_NK.shape[1])
 
 
 def _center(range_: Range, grid: Grid, in_features: int, rows: Tensor | None = None) -> Tensor | float:

@@ -123,6 +123,9 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "level_weights_clipped": [levels, p, p],
         "column_products": [p, p, n, n, p],
         "entries_of_product": [p, p, n, n, n, p, p, n, p],
+        "extremes": [p, i, n, n, n, p, p],
+        "encode": [p, i, n, n, n, p, p, p, ctypes.c_float, i, i, n, p],
+        "encode_table": [p, i, n, n, n, p, i, i, n, p, p],
     }.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, None
@@ -239,3 +242,42 @@ def entries_of_product(g_TN: Tensor, x_TK: Tensor, n: Tensor, k: Tensor) -> Tens
     out = torch.empty(len(n))
     lib.entries_of_product(_at(g_TN), _at(x_TK), *g_TN.shape, x_TK.shape[1], _at(n), _at(k), len(n), _at(out))
     return out
+
+
+def extremes(weight: Tensor, low: Tensor, high: Tensor) -> None:
+    """The least and largest weight of each group of (N, K), float32 or bfloat16, into float32 (N, G)."""
+    lib = library()
+    assert lib is not None
+    lib.extremes(_at(weight), weight.dtype == torch.bfloat16, *weight.shape, low.shape[1], _at(low), _at(high))
+
+
+def encode(
+    out: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, center: float, bits: int,
+    fixed: bool,
+) -> None:  # fmt: skip
+    """Packed codes, or fixed8 levels, of a weight (N, K), float32 or bfloat16, into `out` (N, bytes)."""
+    lib = library()
+    assert lib is not None
+    lib.encode(
+        _at(weight), weight.dtype == torch.bfloat16, *weight.shape, scale.shape[1], _at(scale), _at(zero), _at(offset),
+        center, bits, fixed, out.shape[1], _at(out),
+    )  # fmt: skip
+
+
+def encode_table(out: Tensor, absmax: Tensor, weight: Tensor, middles: Tensor, bits: int) -> None:
+    """Packed codes (N, bytes) and absmax (N, G) of a weight; `middles` lie between neighbouring entries of the table."""
+    lib = library()
+    assert lib is not None
+    narrow, groups = weight.dtype == torch.bfloat16, absmax.shape[1]
+    lib.encode_table(
+        _at(weight),
+        narrow,
+        *weight.shape,
+        groups,
+        _at(middles),
+        len(middles),
+        bits,
+        out.shape[1],
+        _at(absmax),
+        _at(out),
+    )

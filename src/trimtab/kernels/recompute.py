@@ -43,6 +43,11 @@ class Source(Protocol):
         """W as `dequantize` with `reuse`, and the gradients without forming dL/dW; None where that would cost more."""
 
 
+def _rows(t: Tensor) -> Tensor:
+    """All leading dimensions as one, contiguous."""
+    return t.reshape(-1, t.shape[-1]).contiguous()
+
+
 class _RebuiltLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Source, bias: Tensor | None, *trained: Tensor) -> Tensor:
@@ -58,15 +63,15 @@ class _RebuiltLinear(torch.autograd.Function):
         source: Source = ctx.source
         found, x, y = None, *(*ctx.saved_tensors, None, None)[:2]
         if y is not None:
-            y_BN = (y if ctx.bias is None else y - ctx.bias).flatten(0, -2)
-            weight, found = source.gradients_from_output(grad.flatten(0, -2).contiguous(), x.flatten(0, -2), y_BN)
+            product = y if ctx.bias is None else y - ctx.bias
+            weight, found = source.gradients_from_output(_rows(grad), _rows(x), _rows(product))
         elif ctx.needs_input_grad[0]:
             weight = source.dequantize(grad.dtype, reuse=True)
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         if x is None:
             return grad_x, None, None
         if found is None:
-            grad_BN, x_BK = grad.flatten(0, -2), x.flatten(0, -2)
+            grad_BN, x_BK = _rows(grad), _rows(x)
             grad_NK = workspace.take("gradient", (grad_BN.shape[1], x_BK.shape[1]), grad.dtype, grad.device)
             torch.mm(grad_BN.t(), x_BK, out=grad_NK)
             found = source.weight_gradients(grad_NK)

@@ -6,7 +6,7 @@ in bfloat16 (13.5 GB), `run` loads it by every method in turn, quantizing while 
     row     a process of its own, alone on the machine
     load    `loading.load`, as a recipe does it; embedding, norms and head stay in bfloat16
     step    1 x 512 tokens, each block recomputed in backward, chunked loss, AdamW on what is trained; one warm-up step
-            (not timed, but its memory counts) and two that are timed
+            (not timed, but its memory counts) and one that is timed
 
 Memory is *anonymous* resident memory, read from /proc/self/status every 10 ms: the kernel keeps a high-water mark for all
 resident pages only, and those of mapped files can be dropped at any time, so they stand beside it (`file_bytes`, at the
@@ -60,7 +60,7 @@ SHAPES = {  # hidden, MLP, layers, heads, KV heads
 }
 FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 VOCABULARY, TOKENS = 32000, 512
-STEPS, SLICE_LOADS = 2, 3
+STEPS, SLICE_LOADS = 1, 3
 SHARD_BYTES, SAMPLE_SECONDS = 2_000_000_000, 0.01
 OUT = Path(__file__).parent / "results" / "7b.json"
 

@@ -9,8 +9,6 @@ and a linear fraction in the bits that are left), scaled by the largest magnitud
 Legend: N out features, K in features, g group size, G = K / g groups in a row.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -40,16 +38,6 @@ def _normal_float(bits: int) -> list[float]:
     return [float(v) for v in values / values.max()]
 
 
-@cache
-def _table(name: str) -> list[float]:
-    if name == "nf4":
-        return _NF4
-    if name == "fp4":
-        return [-v for v in reversed(_FP4_POSITIVE)] + [0.0, *_FP4_POSITIVE]
-    return _normal_float(int(name.removeprefix("nf")))
-
-
-@cache
 def _dynamic_map() -> list[float]:
     """The 256 ascending values of the signed dynamic 8-bit map."""
     values = [0.0, 1.0]
@@ -60,6 +48,14 @@ def _dynamic_map() -> list[float]:
     return sorted(values)
 
 
+_VALUES = {
+    "nf4": _NF4,
+    "nf3": _normal_float(3),
+    "nf2": _normal_float(2),
+    "fp4": [-v for v in reversed(_FP4_POSITIVE)] + [0.0, *_FP4_POSITIVE],
+    "dynamic": _dynamic_map(),
+}
+
 _tensors: dict[tuple[str, torch.device], Tensor] = {}
 
 
@@ -67,15 +63,14 @@ def _tensor(name: str, device: torch.device | str) -> Tensor:
     """The dynamic map or a table, made once for each device (but anew where tensors are fake or being traced)."""
 
     def make() -> Tensor:
-        values = _dynamic_map() if name == "dynamic" else _table(name)
-        with torch.inference_mode(False):
-            return torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.tensor(_VALUES[name], dtype=torch.float32, device=device)
 
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return make()
     key = name, torch.device(device)
     if key not in _tensors:
-        _tensors[key] = make()
+        with torch.inference_mode(False):
+            _tensors[key] = make()
     return _tensors[key]
 
 

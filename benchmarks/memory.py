@@ -2,32 +2,46 @@
 
     llama   tied embedding of 32,000 rows (stored in 8 bits, so that the head is made from it), MLP 2.75 x hidden, no biases
     qwen2   untied float head of 16,000 rows, biases on q, k and v, few KV heads, few but wide layers: MLP 5.4 x hidden
+    small   for the tests, and only where asked for
 
 Weights are random and of a fixed seed, the compute dtype is bfloat16. A row is a process of its own, forked from one that
-has only imported the libraries. It trains a model of a few thousand weights first, so that what libraries make on first
-use is there, drops it, hands freed pages back and reads what is resident: that much is no part of a plan. Then it
-prepares the model, as a recipe would, and takes two optimizer steps of two micro-batches each (gradients are there while
-the second one goes forward) of 2 x 256 tokens, with the chunked loss and AdamW. Resident is anonymous memory, read every
-5 ms; `ratio` is planned / measured.
+has only imported the libraries. It trains one layer of the model first, so that what libraries make on first use is there
+(oneDNN keeps 0.6 MB for every shape of a product), drops it, hands freed pages back and reads what is resident: that
+much is no part of a plan. Then it prepares the model, as a recipe would, and takes two optimizer steps, the
+second of two micro-batches (gradients are there while its second one goes forward), of 2 x 256 tokens, with the chunked
+loss and AdamW. Resident is anonymous memory, read every 5 ms; `ratio` is planned / measured.
+
+What is measured is what lives: tensors above 64 kB go back to the system when they are freed. By default glibc keeps many
+of them (`default_malloc_bytes`); with models of this size, whose tensors all lie below its 32 MB, that is the worst case.
+
+A row is written as soon as it is measured, and replaces the one of its name.
 
     python benchmarks/memory.py                                all rows, writes benchmarks/results/memory.json
     python benchmarks/memory.py --rows qlora qat --models llama --out /tmp/memory.json
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
-import os
 import threading
+import time
+import warnings
+from dataclasses import asdict
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).parent / "results" / "memory.json"
-BATCH, TOKENS, STEPS, MICRO_BATCHES = 2, 256, 2, 2
+BATCH, TOKENS = 2, 256
+MICRO_BATCHES = (1, 2)
+"""Of each optimizer step: in the last, gradients and the optimizer's state are there while a batch goes forward."""
 SAMPLE_SECONDS = 0.005
 PATIENCE_SECONDS = 600
+_M_MMAP_THRESHOLD = -3
+"""Of malloc.h: allocations from this size on are mapped, and unmapped when freed."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -50,14 +64,24 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": False,
     },
+    "small": {
+        "model_type": "llama",
+        "vocab_size": 8000,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
 }
-TINY = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 _NF4 = {"codebook": "nf4", "group": 64, "double_quant": True}
 _REAL = {"bits": 4, "group": 32, "zero": "real"}
 _INT3 = {"bits": 3, "group": 32, "zero": "integer"}
 _CHANNEL = {"bits": 4, "group": None, "zero": "symmetric"}
 _EMBEDDING = {"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}
+_HEAD = {"match": "lm_head", "grid": None}
 # name -> method, grid of every linear layer, options
 ROWS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "lora": ("lora", "float", {"rank": 16}),
@@ -89,7 +113,7 @@ def _about(name: str, tied: bool) -> tuple[Any, list[dict[str, Any]]]:
     from trimtab import methods
 
     method, grid, options = ROWS[name]
-    return methods.make(method, **options), [*([_EMBEDDING] if tied else []), {"match": "*", "grid": grid}]
+    return methods.make(method, **options), [_EMBEDDING if tied else _HEAD, {"match": "*", "grid": grid}]
 
 
 def planned(name: str, shape: dict[str, Any], checkpointing: bool) -> Any:
@@ -130,7 +154,8 @@ def train(name: str, shape: dict[str, Any], checkpointing: bool, watch: bool = T
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
     model = trimtab.prepare(model, method, rules)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
     ids = torch.randint(config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
@@ -145,8 +170,8 @@ def train(name: str, shape: dict[str, Any], checkpointing: bool, watch: bool = T
     sampler = threading.Thread(target=sample)
     if watch:
         sampler.start()
-    for _ in range(STEPS):
-        for _ in range(MICRO_BATCHES):
+    for micro_batches in MICRO_BATCHES:
+        for _ in range(micro_batches):
             (summed_loss(model, ids, input_ids=ids) / ids.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -156,80 +181,99 @@ def train(name: str, shape: dict[str, Any], checkpointing: bool, watch: bool = T
     return max(peak)
 
 
-def measure(name: str, model: str, checkpointing: bool) -> dict[str, Any]:
-    """A row; call it in a process of its own."""
+def measure(name: str, model: str, checkpointing: bool, give_back: bool) -> tuple[Any, int, int]:
+    """What is planned, measured and held by libraries; call it in a process of its own."""
     import torch
 
     from trimtab import memory
     from trimtab.kernels import workspace
 
     torch.set_num_threads(1)
+    if give_back:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     shape = MODELS[model]
     predicted = planned(name, shape, checkpointing)
-    train(name, {**shape, **TINY, "num_key_value_heads": 1}, checkpointing, watch=False)
+    train(name, {**shape, "num_hidden_layers": 1}, checkpointing, watch=False)
     workspace.clear()
     gc.collect()
     memory.trim()
     before = memory.resident_bytes()
-    measured = train(name, shape, checkpointing) - before
-    return {
+    return predicted, train(name, shape, checkpointing) - before, before
+
+
+def _work(pipe: Connection, *arguments: Any) -> None:
+    pipe.send(measure(*arguments))
+
+
+# ---- the run ------------------------------------------------------------------------------------------------------
+
+
+def _apart(*arguments: Any) -> tuple[Any, int, int]:
+    """`measure` in a process forked from one that has only imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    models = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2")]
+    context.set_forkserver_preload(["torch._dynamo", "accelerate", "trimtab", "trimtab.loss", *models])
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    if not pipe.poll(PATIENCE_SECONDS):
+        raise RuntimeError(f"{arguments}: no answer in {PATIENCE_SECONDS} s")
+    try:
+        found: tuple[Any, int, int] = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"{arguments}: its process died; what it said is above") from None
+    process.join(30)
+    return found
+
+
+def row(name: str, model: str, checkpointing: bool, default_malloc: bool) -> dict[str, Any]:
+    """One line of the table."""
+    predicted, measured, libraries = _apart(name, model, checkpointing, True)
+    found = {
         "name": name,
         "model": model,
         "checkpointing": checkpointing,
         "planned_bytes": predicted.total,
         "measured_bytes": measured,
         "ratio": predicted.total / measured,
-        "libraries_bytes": before,
-        "parts": {k: v for k, v in vars(predicted).items() if k != "trainable"},
+        "default_malloc_bytes": _apart(name, model, checkpointing, False)[1] if default_malloc else None,
+        "libraries_bytes": libraries,
+        "parts": {k: v for k, v in asdict(predicted).items() if k != "trainable"},
     }
-
-
-def _work(pipe: Connection, *row: Any) -> None:
-    pipe.send(measure(*row))
-
-
-# ---- the run ------------------------------------------------------------------------------------------------------
-
-
-def measure_all(rows: list[tuple[str, str, bool]]) -> list[dict[str, Any]]:
-    """Every row in turn, each in a process forked from one that has the libraries."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "accelerate", "trimtab", "trimtab.loss"])
-    found = []
-    for row in rows:
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, *row), daemon=True)
-        process.start()
-        theirs.close()
-        if not pipe.poll(PATIENCE_SECONDS):
-            raise RuntimeError(f"{row}: no answer in {PATIENCE_SECONDS} s")
-        try:
-            found.append(pipe.recv())
-        except EOFError:
-            raise RuntimeError(f"{row}: its process died; what it said is above") from None
-        process.join(30)
-        print(_line(found[-1]), flush=True)
+    print(_line(found), flush=True)
     return found
 
 
 def _line(row: dict[str, Any]) -> str:
-    recomputed = "recomputed" if row["checkpointing"] else ""
-    planned_mb, measured_mb = row["planned_bytes"] / 1e6, row["measured_bytes"] / 1e6
-    return f"{row['name']:16}{row['model']:8}{recomputed:12}{planned_mb:9.1f}{measured_mb:9.1f}{row['ratio']:8.3f}"
+    kept = row["default_malloc_bytes"]
+    line = f"{row['name']:16}{row['model']:8}{'recomputed' if row['checkpointing'] else '':12}"
+    line += f"{row['planned_bytes'] / 1e6:9.1f}{row['measured_bytes'] / 1e6:10.1f}{row['ratio']:8.3f}"
+    return line + (f"{'-':>10}" if kept is None else f"{kept / 1e6:10.1f}")
+
+
+def _key(row: dict[str, Any]) -> tuple[int, int, bool]:
+    return list(MODELS).index(row["model"]), list(ROWS).index(row["name"]), row["checkpointing"]
 
 
 def main() -> None:
     """Parse arguments, measure, write and print."""
     parser = argparse.ArgumentParser(description="Planned against measured memory of training.")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS)[:2])
+    parser.add_argument("--once", action="store_true", help="leave the default heap out")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two rows (default 0)")
     parser.add_argument("--out", type=Path, default=OUT, help=f"JSON file (default {OUT})")
     args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print(f"{'':36}{'planned':>9}{'measured':>9}{'ratio':>8}\n{'':36}{'MB':>9}{'MB':>9}")
-    rows = measure_all([(n, m, c) for m in args.models for n in args.rows for c in (False, True)])
+    print(f"{'':36}{'planned':>9}{'measured':>10}{'ratio':>8}{'default':>10}\n{'MB':>45}{'MB':>10}{'heap':>18}")
+    about = {"batch": [BATCH, TOKENS], "micro_batches": MICRO_BATCHES, "models": MODELS}
+    rows = {_key(r): r for r in json.loads(args.out.read_text())["rows"]} if args.out.exists() else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"batch": [BATCH, TOKENS], "models": MODELS, "rows": rows}, indent=1) + "\n")
+    for model, name, checkpointing in product(args.models, args.rows, (False, True)):
+        found = row(name, model, checkpointing, not args.once)
+        rows[_key(found)] = found
+        args.out.write_text(json.dumps({**about, "rows": [rows[k] for k in sorted(rows)]}, indent=1) + "\n")
+        time.sleep(args.pause)
 
 
 if __name__ == "__main__":

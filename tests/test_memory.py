@@ -1,6 +1,7 @@
 """Predicted bytes against the bytes of real models and real forward passes, and the two ways to read what is resident."""
 
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -153,13 +154,43 @@ def test_a_plan_adds_up() -> None:
     plan = planned("lr-qat", torch.bfloat16)
     parts = ("codes", "float_parameters", "adapters", "gradients", "optimizer", "activations", "temporary")
     assert plan.total == sum(getattr(plan, part) for part in parts)
-    # the largest trained layer as float32 weight, levels and gradient at least, and a chunk of logits
-    assert plan.temporary >= max(3 * 4 * 64 * 96, memory.LOGITS_CHUNK_TOKENS * 96 * 8)
+    assert plan.trainable == plan.adapters // 4
     longer = planned("lr-qat", torch.bfloat16, block_tokens=48)
     assert longer.activations > 1.9 * plan.activations
     recomputed = planned("lr-qat", torch.bfloat16, block_tokens=48, checkpointing=True)
     assert recomputed.activations < longer.activations
     assert recomputed.codes == longer.codes == plan.codes
+
+
+BUFFER, TOKENS = 64 * 96 * 2, 48
+# name -> bytes of the shared buffers, and floats of a layer's levels
+TEMPORARY = {
+    "lora": (0, 0),
+    "qlora": (BUFFER, 0),
+    "qa-lora": (BUFFER, 0),
+    "peqa": (2 * BUFFER, 0),  # W and dL/dW
+    "lr-qat": (2 * BUFFER, 0),  # a head made from codes shares the buffer
+    "lr-qat, head": (BUFFER, 64 * 96 * (3 * 4 + 1 + 4 * 2)),  # float levels: only dL/dW
+    "qat": (BUFFER, 64 * 96 * (4 * 4 + 1 + 4 * 2)),  # only dL/dW
+}
+
+
+@pytest.mark.parametrize("name", TEMPORARY)
+def test_temporary_is_the_shared_buffers_and_the_larger_moment(name: str) -> None:
+    """The loss (logits and their exponentials, twice the hidden states) or one layer (and its widest activations)."""
+    buffers, levels = TEMPORARY[name]
+    trained_head = name not in ("lora", "lr-qat")  # then all logits are there, and their gradient
+    loss = (2 if trained_head else 1) * TOKENS * 96 * 8 + 2 * TOKENS * 64 * 2
+    assert planned(name, torch.bfloat16).temporary == buffers + max(loss, levels + 2 * TOKENS * 96 * 2)
+
+
+def test_recomputed_blocks_are_not_there_in_the_loss() -> None:
+    """What a block keeps is in `activations`; the logits of its absence are counted only beyond that."""
+    kept, recomputed = (planned("qlora", torch.bfloat16, checkpointing=c) for c in (False, True))
+    block = kept.activations // 2
+    assert recomputed.activations == block + 2 * TOKENS * 64 * 2
+    loss = 2 * TOKENS * 96 * 8 + 2 * TOKENS * 64 * 2  # the head is trained: all logits and their gradient
+    assert recomputed.temporary == BUFFER + max(loss - block, 2 * TOKENS * 96 * 2)
 
 
 # ---- what backward keeps -------------------------------------------------------------------------------------------
@@ -249,6 +280,24 @@ def test_mapped_files_are_not_resident_memory(tmp_path: Path) -> None:
 def test_available_memory_is_plausible() -> None:
     available = memory.available_bytes()
     assert available is None or 0 < available < 1 << 50
+
+
+@linux
+def test_a_plan_is_what_training_takes(tmp_path: Path) -> None:
+    """Three ways to train a weight, with and without recomputed blocks; every method is in `benchmarks/memory.py`."""
+    benchmark, out = Path(__file__).parents[1] / "benchmarks" / "memory.py", tmp_path / "memory.json"
+    command = [sys.executable, str(benchmark), "--once", "--models", "small", "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--rows", "qlora", "lr-qat", "qat"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ratios = {(r["name"], r["checkpointing"]): r["ratio"] for r in json.loads(out.read_text())["rows"]}
+    assert len(ratios) == 6
+    assert all(0.9 < ratio < 1.1 for ratio in ratios.values()), ratios
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------

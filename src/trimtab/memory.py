@@ -2,8 +2,15 @@
 
 The plan is computed, not estimated, as far as it can be: the model is laid out on the meta device and prepared there, so
 the bytes of codes, scales, adapters, gradients and optimizer state are those of the very tensors that will exist; one
-forward pass on the meta device, with a hook on every tensor that autograd keeps, gives the activations. Only what lives
-for a moment (one layer's float weight and its gradient, one chunk of logits) is a formula.
+forward pass on the meta device, with a hook on every tensor that autograd keeps, gives the activations. What lives for a
+moment is a formula, for the two moments at which most of it lives:
+
+    the loss        the shared buffers, the head's weight if it is made from codes, and one chunk of logits
+    one layer       the shared buffers, gradients of activations, and what its way of training a weight needs beside them
+
+The shared buffers (`kernels.workspace`) are as large as the largest weight that passes through them: W wherever it is
+made from packed codes, and dL/dW wherever levels are trained. `benchmarks/memory.py` holds the sum to what is measured.
+A heap that keeps freed memory (glibc does, up to 32 MB a tensor) needs more than what lives; no plan counts that.
 
 "Resident" is anonymous resident memory: file-mapped pages, which the kernel can drop, are reported beside it.
 """
@@ -23,9 +30,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from trimtab import hf
+from trimtab.linear import QuantLinear
 from trimtab.methods.base import Method
 from trimtab.preparing import place, targets
 from trimtab.rules import Rule
+from trimtab.weights import AffineWeight, DenseWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +105,7 @@ class Plan:
     activations: int
     """What autograd keeps between forward and backward."""
     temporary: int
-    """The largest of: one layer's weight, levels and gradient; one chunk of logits with the head's float weight."""
+    """The shared buffers, and the largest that lives beside them for a moment: see above."""
     trainable: int
     """Trainable numbers, not bytes."""
 
@@ -131,50 +140,89 @@ def plan(
         checkpointing: whether each block is recomputed in backward.
     """
     hf.cast_floats(model, dtype)
-    largest = prepare_meta(model, method, rules)
+    prepare_meta(model, method, rules)
     stored = {id(p): p for layer in hf.quant_layers(model).values() for p in layer.parameters()}
     adapters = [p for p in model.parameters() if p.requires_grad]
     trained = {id(p) for p in adapters}
-    codes = _bytes(p for i, p in stored.items() if i not in trained)
-    floats = _bytes(p for p in model.parameters() if id(p) not in stored)
-    numbers = sum(p.numel() for p in adapters)
-    kept = kept_for_backward(model, micro_batch, block_tokens)
-    layers = model.config.get_text_config().num_hidden_layers
-    hidden = model.config.get_text_config().hidden_size
+    config, tokens = model.config.get_text_config(), micro_batch * block_tokens
+    kept = block = kept_for_backward(model, micro_batch, block_tokens)
     if checkpointing:
-        kept = kept // layers + layers * micro_batch * block_tokens * hidden * dtype.itemsize
-    vocabulary = model.config.get_text_config().vocab_size
-    # Logits in the compute dtype and as float32, and their gradient; the head's weight where it is not float anyway.
-    logits = LOGITS_CHUNK_TOKENS * vocabulary * (dtype.itemsize + 8) + vocabulary * hidden * dtype.itemsize
-    weight = largest * (3 * 4 + 2 * dtype.itemsize)
+        block = kept // config.num_hidden_layers
+        kept = block + config.num_hidden_layers * tokens * config.hidden_size * dtype.itemsize
+    # Each block's activations are there in the loss, too, but for those that are recomputed later.
+    at_loss = _at_loss(model, tokens, dtype) - (block if checkpointing else 0)
     return Plan(
-        codes=codes,
-        float_parameters=floats,
+        codes=_bytes(p for i, p in stored.items() if i not in trained),
+        float_parameters=_bytes(p for p in model.parameters() if id(p) not in stored),
         adapters=_bytes(adapters),
         gradients=_bytes(adapters),
-        optimizer=2 * 4 * numbers,
+        optimizer=2 * 4 * sum(p.numel() for p in adapters),
         activations=kept,
-        temporary=max(logits, weight),
-        trainable=numbers,
+        temporary=_buffers(model, dtype) + max(at_loss, _in_layer(model, tokens, dtype)),
+        trainable=sum(p.numel() for p in adapters),
     )
+
+
+def _linears(model: "PreTrainedModel") -> list[QuantLinear]:
+    return [layer for layer in hf.quant_layers(model).values() if isinstance(layer, QuantLinear)]
+
+
+def _fresh(layer: QuantLinear) -> bool:
+    """Whether autograd makes the weight, in memory of its own, from float levels or a master weight."""
+    if layer.adapter is None or layer.adapter.place not in ("levels", "master"):
+        return False
+    return layer.adapter.place == "master" or not (isinstance(layer.base, AffineWeight) and layer.base.packed)
+
+
+def _buffers(model: "PreTrainedModel", dtype: torch.dtype) -> int:
+    """The two slots of the workspace: the largest weight made from codes, the largest dL/dW."""
+    weight = gradient = 0
+    for layer in _linears(model):
+        size = layer.base.shape[0] * layer.base.shape[1] * dtype.itemsize
+        if not isinstance(layer.base, DenseWeight) and not _fresh(layer):
+            weight = max(weight, size)
+        if layer.weight_parameters() and not layer.uses_output(dtype):
+            gradient = max(gradient, size)
+    return weight + gradient
+
+
+def _at_loss(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
+    """One chunk of logits and their exponentials; the counted hidden states and their gradient."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None) is not None
+    whole = any(p.requires_grad for p in head.parameters())  # a trained head: all logits and their gradient
+    count = 2 * tokens if whole else min(tokens, LOGITS_CHUNK_TOKENS)
+    logits = count * config.vocab_size * max(4 + dtype.itemsize, (4 if softcap else 2) * 4)
+    return logits + 2 * tokens * config.hidden_size * dtype.itemsize
+
+
+def _in_layer(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
+    """Gradients of the widest activations, and floats of (N, K) that autograd makes of a layer's levels.
+
+    Those of a layer are at once W and its copy under autograd, levels, rounded levels, codes and whether they were clipped,
+    and in the compute dtype the three steps from codes to W; for a master weight, then, the gradients of W / s.
+    """
+    largest, head = 0, model.get_output_embeddings()
+    for layer in _linears(model):
+        n, k = layer.base.shape
+        activations = 0 if layer is head else 2 * tokens * max(n, k) * dtype.itemsize  # its logits are in the loss
+        master = layer.adapter is not None and layer.adapter.place == "master"
+        floats = n * k * (3 * 4 + 1 + (4 if master else 0) + 4 * dtype.itemsize) if _fresh(layer) else 0
+        largest = max(largest, activations + floats)
+    return largest
 
 
 def _bytes(parameters: Any) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def prepare_meta(model: "PreTrainedModel", method: Method, rules: list[Rule] | None) -> int:
-    """Prepare a meta-device model, and return the largest number of weights in one trained layer."""
-    largest = 0
+def prepare_meta(model: "PreTrainedModel", method: Method, rules: list[Rule] | None) -> None:
+    """Prepare a meta-device model."""
     for target in targets(model, method, rules):
         old: Any = model.get_submodule(target.name)
-        source = old.base if hasattr(old, "base") else old.weight.detach()
-        place(model, target, source, method)
-        if target.kind in ("linear", "head"):
-            largest = max(largest, target.shape[0] * target.shape[1])
+        place(model, target, old.base if hasattr(old, "base") else old.weight.detach(), method)
     hf.untie(model)
     hf.freeze(model)
-    return largest
 
 
 def kept_for_backward(model: "PreTrainedModel", micro_batch: int, block_tokens: int) -> int:

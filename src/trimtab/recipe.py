@@ -84,10 +84,14 @@ class TrainBlock(_Block):
     """Weight decay of deltas and master weights; scales have none."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
+    """8bit keeps the two moments in 8 bits, paged in the computer's memory when a GPU's is full; both need bitsandbytes."""
     seed: int = 0
     """Seed of the adapters' start and of the order of the data."""
     activation_checkpointing: bool = True
     """Recompute each block in backward: a third slower, a fraction of the activations."""
+    offload_activations: bool = False
+    """Keep what backward needs in the computer's memory instead of the GPU's."""
     save_steps: int = Field(default=100, ge=1)
     """Steps between checkpoints (of trainable tensors and optimizer state only)."""
     keep_checkpoints: int = Field(default=2, ge=2)

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,6 +34,13 @@ from trl import SFTConfig, SFTTrainer
 CHECKPOINT = "trainable.safetensors"
 """Trainable tensors of a checkpoint, by parameter name."""
 _SCALES = ("adapter.scale", "adapter.offset")
+_OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw-8bit": "adamw_bnb_8bit",
+    "adamw-paged": "paged_adamw_32bit",
+    "adamw-8bit-paged": "paged_adamw_8bit",
+}
+"""Ours to transformers' names."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,8 @@ class _Trainer(SFTTrainer):
                 {"params": others, "lr": args.learning_rate, "weight_decay": args.weight_decay},
                 {"params": scales, "lr": self.lr_scale, "weight_decay": 0.0},
             ]
-            betas = (args.adam_beta1, args.adam_beta2)
-            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=args.adam_epsilon)
+            kind, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+            self.optimizer = kind([g for g in groups if g["params"]], **options)
         return self.optimizer
 
     def compute_loss(
@@ -236,6 +244,8 @@ def _config(recipe: Recipe, checkpoints: Path, packing: str) -> SFTConfig:
         adam_beta2=block.betas[1],
         weight_decay=block.weight_decay,
         max_grad_norm=block.clip,
+        optim=_OPTIMIZERS[block.optimizer],
+        activation_offloading=block.offload_activations,
         seed=block.seed,
         bf16=False,  # the model computes in its own dtype; autocast would only add casts
         gradient_checkpointing=block.activation_checkpointing,
@@ -315,6 +325,15 @@ def check(recipe: Recipe, tokenizer: Any, rows: Any) -> None:
         raise UserError(
             f"train.report_to: {recipe.train.report_to!r} is not installed or unknown{hint}; here are {', '.join(loggers)}"
         )
+    if recipe.train.optimizer != "adamw" and find_spec("bitsandbytes") is None:
+        raise UserError(f"train.optimizer: {recipe.train.optimizer} is bitsandbytes', which is not installed")
+    if not torch.cuda.is_available():
+        if "paged" in recipe.train.optimizer:
+            raise UserError(
+                "train.optimizer: pages between a GPU's memory and the computer's, and there is no GPU here"
+            )
+        if recipe.train.offload_activations:
+            raise UserError("train.offload_activations: moves from a GPU's memory, and there is no GPU here")
     if rows is not None and data.conversational(rows):
         for _ in data.text_of(rows, tokenizer):
             pass

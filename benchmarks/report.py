@@ -1,4 +1,4 @@
-"""Write docs/results.md from what the scripts left in benchmarks/results: numbers in the docs are generated, not typed.
+"""Write docs/results.md and docs/performance.md from benchmarks/results: numbers in the docs are generated, not typed.
 
 make demo && python benchmarks/report.py --demo runs/demo      also takes the demo's metrics into benchmarks/results
 python benchmarks/report.py
@@ -43,24 +43,104 @@ def demo(metrics: dict[str, Any], parity: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _table(head: str, rows: list[list[str]]) -> list[str]:
+    columns = head.split("|")
+    return [f"| {' | '.join(c.strip() for c in columns)} |", "|---" * len(columns) + "|"] + [
+        f"| {' | '.join(row)} |" for row in rows
+    ]
+
+
+STEP_AIMS = {"qlora": 0.85, "q-bara": 0.85, "qa-hira": 0.85, "lr-qat-channel": 1.0, "lr-qat-g64": 1.0}
+
+
 def step(found: dict[str, Any]) -> list[str]:
     """Step times beside the peers."""
-    lines = [
+    by_name = {row["name"]: row for row in found["rows"]}
+    floor = by_name["products"]["median_step_seconds"]
+    rows = []
+    for name, row in by_name.items():
+        aim, ratio = STEP_AIMS.get(name), row["ratio_to_dense_lora"]
+        met = "" if aim is None else f"{aim:.2f}{'' if ratio <= aim else ', missed'}"
+        low, high = row["ratio_to_dense_lora_range"]
+        cells = [row["label"], f"{row['median_step_seconds']:.2f}", f"{ratio:.2f} ({low:.2f} to {high:.2f})", met]
+        bnb = f"{row['ratio_to_bitsandbytes']:.2f}" if "ratio_to_bitsandbytes" in row else "-"
+        rows.append([*cells, bnb, f"{row['median_step_seconds'] / floor:.2f}", f"{row['peak_bytes'] / 1e6:.0f}"])
+    return [
         "## One training step",
         "",
-        "135M Llama shapes, 4 x 256 tokens, bfloat16, AdamW, no activation checkpointing; a process a row, run in turn;",
-        "median of the paired ratios to the dense LoRA step of the same round. `python benchmarks/step.py`.",
+        "135M Llama shapes, 4 x 256 tokens, bfloat16, AdamW, no activation checkpointing, each library with the loss that",
+        "it trains with; a process a row, run in turn; median (and range) of the paired ratios to the dense LoRA step of",
+        "the same round. `python benchmarks/step.py`.",
         "",
-        "| row | median s | x dense LoRA | x bitsandbytes | peak MB |",
-        "|---|---|---|---|---|",
+        *_table("row | median s | x dense LoRA | aim | x bitsandbytes | x matrix products | peak MB", rows),
     ]
-    for row in found["rows"]:
-        peer = f"{row['ratio_to_bitsandbytes']:.2f}" if "ratio_to_bitsandbytes" in row else "-"
-        lines.append(
-            f"| {row.get('label', row['name'])} | {row['median_step_seconds']:.2f} | {row['ratio_to_dense_lora']:.2f} "
-            f"| {peer} | {row['peak_bytes'] / 1e6:.0f} |"
-        )
+
+
+def dequantize(found: dict[str, Any]) -> list[str]:
+    """Dequantizing beside copying."""
+    rows = [[r["name"], f"{r['median_ms']:.2f}", f"{r['ratio_to_copy']:.2f}"] for r in found["rows"]]
+    return [
+        "## Making a 4096 x 4096 bfloat16 weight",
+        "",
+        "Aim: int4 into a reused buffer at most 1.5 times the copy. `python benchmarks/dequantize.py`.",
+        "",
+        *_table("form | median ms | x copy", rows),
+    ]
+
+
+def generate(found: dict[str, Any]) -> list[str]:
+    """Tokens per second."""
+    rows = [[r["name"], f"{r['tokens_per_second']:.1f}", f"{r['ratio']:.2f}"] for r in found["rows"]]
+    return [
+        "## Generation, one sequence",
+        "",
+        "1.1 billion parameters, one-token steps. Aim: int4 folded at least twice dense bfloat16.",
+        "`python benchmarks/generate.py`.",
+        "",
+        *_table("linear layers | tokens/s | x dense", rows),
+    ]
+
+
+def seven(found: dict[str, Any]) -> list[str]:
+    """7B shapes on this machine, larger ones on paper."""
+    rows = []
+    for r in found["rows"]:
+        met = "" if r["peak_bytes"] <= r["aim_bytes"] else ", missed"
+        memory = [f"{r[k] / 1e9:.2f}" for k in ("planned_bytes", "load_peak_bytes", "peak_bytes")]
+        aim = f"{r['aim_bytes'] / 1e9:.1f}{met}"
+        rows.append([r["label"], *memory, aim, f"{r['step_seconds']:.0f}", f"{r['load_ratio']:.1f}"])
+    lines = [
+        "## LLaMA-2-7B shapes",
+        "",
+        "Random weights, 1 x 512 tokens, activation checkpointing, bfloat16, 2 CPU cores. GB of anonymous resident memory",
+        "with interpreter and libraries (0.4 GB; the plan is without them); load x read: loading and quantizing a 4-layer",
+        "slice over reading its files from the page cache. `python benchmarks/seven_b.py`. Seconds were taken beside other",
+        "work: they are no measure of speed.",
+        "",
+        *_table("row | planned | load peak | step peak | aim | step s | load x read (aim 3)", rows),
+    ]
+    planned = found.get("planned") or []
+    if planned:
+        cells = [[p["model"], p["label"], f"{p['total'] / 1e9:.1f}"] for p in planned]
+        lines += ["", "On paper (`memory.plan`):", "", *_table("model | row | GB", cells)]
     return lines
+
+
+def memory(found: dict[str, Any]) -> list[str]:
+    """The plan against what was measured."""
+    rows = [
+        [r["name"], r["model"], "yes" if r["checkpointing"] else "no"]
+        + [f"{r[k] / 1e6:.0f}" for k in ("planned_bytes", "measured_bytes")]
+        + [f"{r['ratio']:.2f}"]
+        for r in found["rows"]
+    ]
+    return [
+        "## The plan and the measured peak",
+        "",
+        "Training peak above interpreter and libraries. `python benchmarks/memory.py`.",
+        "",
+        *_table("method | model | checkpointing | planned MB | measured MB | planned / measured", rows),
+    ]
 
 
 def choices(found: dict[str, Any]) -> list[str]:
@@ -86,20 +166,30 @@ def main() -> None:
     if args.demo is not None:
         shutil.copy(args.demo / "metrics.json", RESULTS / "demo.json")
         shutil.copy(args.demo / "parity.json", RESULTS / "demo_parity.json")
+    read = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
+    results: list[list[str]] = []
+    if "demo" in read:
+        results.append(demo(read["demo"], read["demo_parity"]))
+    if "choices" in read:
+        results.append(choices(read["choices"]))
+    _write("results", "Results", results)
+    sections = {"step": step, "dequantize": dequantize, "generate": generate, "7b": seven, "memory": memory}
+    _write("performance", "Performance", [make(read[name]) for name, make in sections.items() if name in read])
+
+
+def _write(name: str, title: str, sections: list[list[str]]) -> None:
     lines = [
-        "# Results",
+        f"# {title}",
         "",
         "Generated by `benchmarks/report.py` from `benchmarks/results/`. The machines are shared and noisy:",
+        "compare ratios within a table, not seconds.",
     ]
-    lines += ["compare ratios within a table, not seconds.", ""]
-    read = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
-    if "demo" in read:
-        lines += [*demo(read["demo"], read["demo_parity"]), ""]
-    if "step" in read:
-        lines += [*step(read["step"]), ""]
-    if "choices" in read:
-        lines += choices(read["choices"])
-    (DOCS / "results.md").write_text("\n".join(lines).rstrip() + "\n")
+    notes = DOCS / f"{name}_notes.md"
+    if notes.exists():
+        lines += ["", notes.read_text().rstrip()]
+    for section in sections:
+        lines += ["", *section]
+    (DOCS / f"{name}.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 LAYOUT = "segments-v1"
-"""The name of this layout in stored files. Provisional: loaders check it."""
+"""The name of this layout in stored files; loaders check it, and `tests/stored` holds it fixed."""
 
 _PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 

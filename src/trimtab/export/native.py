@@ -46,6 +46,7 @@ def save(
             stale.unlink()
         (target / "config.json").unlink(missing_ok=True)
         for file in sorted(staging.iterdir(), key=lambda f: f.name == "config.json"):
+            file.chmod(target.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -267,6 +267,7 @@ def measure(name: str, folder: str, threads: int) -> dict[str, Any]:
     """Memory of loading and training, and the seconds of a step."""
     _quiet(threads)
     import_module("trimtab.pipeline")  # a run holds all of it
+    memory.return_freed()  # as `train.fit` does
     gc.collect()
     memory.trim()
     libraries, start = memory.resident_bytes(), time.perf_counter()

@@ -309,6 +309,7 @@ def fit(
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(type(callback))
+    memory.return_freed()
     began = perf_counter()
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = perf_counter() - began

@@ -28,6 +28,7 @@ interpreter and libraries too; what those take is in `libraries_bytes`, and what
 
     python benchmarks/step.py                                 all rows, 9 rounds, writes benchmarks/results/step.json
     python benchmarks/step.py --rows lora-peft lr-qat --rounds 5 --out /tmp/step.json
+    python benchmarks/step.py --profile qlora                 where a step's time goes, by torch's profiler; writes nothing
 """
 
 import argparse
@@ -384,6 +385,19 @@ def environment(rounds: int, warmup: int, threads: int) -> dict[str, Any]:
     }
 
 
+def profile(name: str, threads: int) -> str:
+    """The operations of one step of a row, by their own time."""
+    import torch
+
+    torch.set_num_threads(threads)
+    step, _ = ROWS[name].setup(**ROWS[name].options)
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step()
+    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
     lines = [
@@ -414,7 +428,11 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of each worker (default 2)")
     parser.add_argument("--out", type=Path, default=OUT, help=f"JSON file (default {OUT})")
+    parser.add_argument("--profile", choices=list(ROWS), metavar="ROW", help="only profile one step of this row")
     args = parser.parse_args()
+    if args.profile:
+        print(profile(args.profile, args.threads))
+        return
     if args.rounds < 1 or args.warmup < 0 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1, --warmup at least 0")
     rows = summarize(measure(list(dict.fromkeys(args.rows)), args.rounds, args.warmup, args.threads))

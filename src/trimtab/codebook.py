@@ -63,7 +63,9 @@ def _tensor(name: str, device: torch.device | str) -> Tensor:
     """The dynamic map or a table, made once for each device (but anew where tensors are fake or being traced)."""
 
     def make() -> Tensor:
-        return torch.tensor(_VALUES[name], dtype=torch.float32, device=device)
+        values = _VALUES[name]
+        # One entry more in memory than is shown: kernels read 2^b of them, and FP4 has one less.
+        return torch.tensor([*values, 0.0], dtype=torch.float32, device=device)[: len(values)]
 
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return make()

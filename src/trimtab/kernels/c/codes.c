@@ -32,10 +32,43 @@ static void values_of_group(const Codes *C, long at, float *values) {
         for (int q = 0; q < count; q++) values[q] = (q - z) * s;
 }
 
-static void look_up_bf16(const uint8_t *codes, const float *values, int count, long length, bf16 *out) {
-    bf16 table[32] = {0};
+#ifdef WIDE
+/* The same for up to 4 bits, as one register. */
+static inline __m512 wide_values(const Codes *C, long at) {
+    const __m512 q = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    if (C->table) {
+        float a = C->map ? C->map[((const uint8_t *)C->absmax)[at]] * C->block_scales[at / 256] + *C->mean
+                         : ((const float *)C->absmax)[at];
+        __m512 entries = _mm512_maskz_loadu_ps((1 << (1 << C->bits)) - 1, C->table);
+        __m512 values = _mm512_mul_ps(entries, _mm512_set1_ps(a));
+        return C->offsets ? _mm512_add_ps(values, _mm512_set1_ps(C->offsets[at])) : values;
+    }
+    __m512 s = _mm512_set1_ps(C->scales[at]);
+    if (C->offsets) return _mm512_add_ps(_mm512_mul_ps(q, s), _mm512_set1_ps(C->offsets[at]));
+    return _mm512_mul_ps(_mm512_sub_ps(q, _mm512_set1_ps(C->zeros ? C->zeros[at] : C->center)), s);
+}
+
+/* One product of row n with x, up to 4 bits: codes become indices into that register and are used at once. */
+static float wide_product(const Codes *C, long n, const uint8_t *codes, const float *x) {
+    long g = C->K / C->G;
+    __m512 sum = _mm512_setzero_ps(), other = _mm512_setzero_ps();
+    for (long j = 0, at = n * C->G; j < C->G; j++, at++) {
+        __m512 values = wide_values(C, at);
+        for (long k = 0; k < g; k += 32, codes += 32, x += 32) {
+            __m512i first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+            __m512i second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16)));
+            sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(first, values), _mm512_loadu_ps(x), sum);
+            other = _mm512_fmadd_ps(_mm512_permutexvar_ps(second, values), _mm512_loadu_ps(x + 16), other);
+        }
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(sum, other));
+}
+#endif
+
+static void look_up_bf16(const uint8_t *codes, const float *values, long length, bf16 *out) {
+    bf16 table[32];
     long k = 0;
-    for (int i = 0; i < count; i++) table[i] = narrow(values[i]);
+    for (int i = 0; i < 32; i++) table[i] = narrow(values[i]);
 #ifdef WIDE
     __m512i entries = _mm512_loadu_si512(table);
     for (; k + 32 <= length; k += 32) {
@@ -80,8 +113,13 @@ static void row_values(const Codes *C, long n, uint8_t *buffer, void *out, int i
     long g = C->K / C->G;
     for (long j = 0, at = n * C->G; j < C->G; j++, at++, codes += g) {
         float values[32] = {0};
-        if (C->bits <= 5) values_of_group(C, at, values);
-        if (is_bf16 && C->bits <= 5) look_up_bf16(codes, values, 1 << C->bits, g, (bf16 *)out + j * g);
+#ifdef WIDE
+        if (C->bits <= 4) _mm512_storeu_ps(values, wide_values(C, at));
+#else
+        if (C->bits <= 4) values_of_group(C, at, values);
+#endif
+        if (C->bits == 5) values_of_group(C, at, values);
+        if (is_bf16 && C->bits <= 5) look_up_bf16(codes, values, g, (bf16 *)out + j * g);
         else if (is_bf16) compute_bf16(C, codes, at, g, (bf16 *)out + j * g);
         else if (C->bits <= 5) look_up_float(codes, values, g, (float *)out + j * g);
         else compute_float(C, codes, at, g, (float *)out + j * g);
@@ -109,6 +147,12 @@ void product_of_few(const Codes *C, const float *x, long T, long N, float *y) {
         float *w = malloc(K * sizeof(float));
 #pragma omp for schedule(static)
         for (long n = 0; n < N; n++) {
+#ifdef WIDE
+            if (T == 1 && C->bits <= 4 && C->K / C->G % 32 == 0) {
+                y[n] = wide_product(C, n, read_row(C->codes + n * C->row_bytes, C->bits, K, buffer), x);
+                continue;
+            }
+#endif
             row_values(C, n, buffer, w, 0);
             for (long t = 0; t < T; t++) {
                 const float *row = x + t * K;

@@ -50,10 +50,18 @@ static void unpack_row(const uint8_t *packed, int bits, long K, uint8_t *restric
         for (int i = 0; i < segments; i++) {
             long count = K - i * length < length ? K - i * length : length;
             if (count <= 0) break;
-            const uint8_t *in = packed;
-            uint8_t *out = codes + i * length;
+            const uint8_t *restrict in = packed;
+            uint8_t *restrict out = codes + i * length;
             int down = i * width;
             long j = 0;
+#ifdef WIDE
+            __m512i wide = _mm512_set1_epi64(masks);
+            for (; j + 64 <= count; j += 64) {
+                __m512i piece = _mm512_and_si512(_mm512_srli_epi64(_mm512_loadu_si512(in + j), down), wide);
+                if (shift) piece = _mm512_or_si512(_mm512_slli_epi64(piece, shift), _mm512_loadu_si512(out + j));
+                _mm512_storeu_si512(out + j, piece);
+            }
+#endif
             if (shift == 0) {
                 for (; j + 8 <= count; j += 8) *(word *)(out + j) = (*(const word *)(in + j) >> down) & masks;
                 for (; j < count; j++) out[j] = (in[j] >> down) & mask;

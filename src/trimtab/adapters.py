@@ -196,14 +196,11 @@ class DeltaLevels(Adapter):
         """Everything: the factors, the scales and the offsets."""
         return tuple(self.parameters())
 
-    def _tensors(self, base: AffineWeight) -> tuple[tuple[Tensor, Tensor] | None, Range]:
-        """The factors of an ordinary low-rank shift, and scales and zeros, as they act."""
-        factors = None if self.delta is None else self.delta.as_plain()
-        return factors, _trained_range(base, self.scale, self.offset)
-
     def _about(self, base: AffineWeight) -> Levels:
-        factors, range_ = self._tensors(base)
-        return base.described(range_, factors, 1.0 if self.delta is None else self.delta.shape.gain)
+        """The levels with the factors of an ordinary low-rank shift, and scales and zeros as they act."""
+        factors = None if self.delta is None else self.delta.as_plain()
+        gain = 1.0 if self.delta is None else self.delta.shape.gain
+        return base.described(_trained_range(base, self.scale, self.offset), factors, gain)
 
     def _levels(self, base: AffineWeight) -> Tensor:
         levels = base.levels()

@@ -25,6 +25,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from trimtab import data, hf, memory
 from trimtab.errors import UserError, nearest
+from trimtab.kernels import workspace
 from trimtab.loss import IGNORED, summed_loss
 from trimtab.recipe import Recipe
 
@@ -313,6 +314,7 @@ def fit(
     began = perf_counter()
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = perf_counter() - began
+    workspace.clear()
     model.config.use_cache = True
     model.eval()
     return Trained(result.global_step, trainer._total_train_tokens, seconds, meter.losses)

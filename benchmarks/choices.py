@@ -3,6 +3,8 @@
     unpack      the layout of packed codes, one layer of 1536 x 576
     round       rounding levels to codes with a clamp, same layer
     linear      y = x W^T with W rebuilt in backward: the library's function against torch's checkpoint
+    finite      whether a loaded weight of 4096 x 4096 is finite
+    attention   how much longer than its forward the backward of attention takes
     loss        cross-entropy over 49,152 words, 1024 tokens: ours, TRL's tiles, and the plain one
 
 Within a group the cases are run in turn, round after round, and medians are compared with the group's first case.
@@ -25,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trimtab.grid import Grid
 from trimtab.kernels import recompute
+from trimtab.linear import QuantLinear
 from trimtab.loss import chunked_cross_entropy
 from trimtab.packing import LAYOUT, pack, unpack
 from trimtab.weights import AffineWeight
@@ -66,13 +69,14 @@ def round_cases() -> Cases:
 def linear_cases() -> Cases:
     """Forward and backward of a frozen 4-bit layer."""
     weight = AffineWeight.quantize(torch.randn(N, K), Grid(4, 64))
+    layer = QuantLinear(weight)
     x = torch.randn(TOKENS, K, dtype=torch.bfloat16, requires_grad=True)
 
     def build() -> Tensor:
         return weight.dequantize(torch.bfloat16)
 
     def ours() -> None:
-        recompute.linear(x, build).sum().backward()
+        recompute.linear(x, layer).sum().backward()
 
     def checkpointed() -> None:
         y: Tensor = checkpoint(lambda t: F.linear(t, build()), x, use_reentrant=False)
@@ -82,6 +86,25 @@ def linear_cases() -> Cases:
         F.linear(x, build()).sum().backward()
 
     return {"rebuilt by our function": ours, "rebuilt by torch's checkpoint": checkpointed, "weight kept": kept}
+
+
+def finite_cases() -> Cases:
+    """Whether a weight that is loaded holds a number everywhere."""
+    weight = torch.randn(4096, 4096, dtype=torch.bfloat16)
+    return {
+        "extremes": lambda: all(x.isfinite() for x in torch.aminmax(weight)),
+        "isfinite": lambda: torch.isfinite(weight).all(),
+    }
+
+
+def attention_cases() -> Cases:
+    """torch's causal attention, 4 x 256 tokens, 9 heads of 64."""
+    q, k, v = (torch.randn(4, 9, 256, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return {"forward": forward, "forward and backward": lambda: forward().sum().backward()}
 
 
 def loss_cases() -> Cases:
@@ -109,6 +132,8 @@ GROUPS = {
     "unpack": (unpack_cases, 50),
     "round": (round_cases, 30),
     "linear": (linear_cases, 30),
+    "finite": (finite_cases, 15),
+    "attention": (attention_cases, 15),
     "loss": (loss_cases, 7),
 }
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from trimtab.codebook import from_codebook, table, to_codebook
 from trimtab.grid import CodebookGrid, Grid, from_codes, set_range, to_levels
 from trimtab.kernels import channel, cpu, dequantize, encode, shifted, workspace
+from trimtab.linear import QuantLinear
+from trimtab.methods import LrQat
 from trimtab.packing import pack
 from trimtab.weights import AffineWeight, CodebookWeight
 
@@ -203,6 +205,46 @@ def test_products_of_few_rows(grid: Grid | CodebookGrid, rows: int) -> None:
     exact = x.double() @ weight.dequantize(torch.float32).double().t()
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
     assert weight.product_of_few(x.bfloat16()).dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+def test_every_dtype_gets_the_codes_that_folding_gets() -> None:
+    """A level beside a tie must not round one way while training in float16 and the other way when it is folded."""
+    weight = AffineWeight.quantize(random(2048, 512, seed=0), Grid(4, None), "int")
+    about = weight.described(weight.range(), (random(32, 512, seed=1), random(2048, 32, seed=2)), 0.3)
+    codes, other = (torch.empty(weight.shape, dtype=torch.uint8) for _ in range(2))
+    dequantize.levels(codes, *about)
+    dequantize._levels(other, *about)
+    assert not torch.equal(codes, other), "no level is near enough to a tie to tell the two orders of adding apart"
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        values = torch.empty(weight.shape, dtype=dtype)
+        dequantize.levels(values, *about)
+        assert torch.equal(values, from_codes(codes, weight.range(), weight.grid, dtype)), dtype
+
+
+@pytest.mark.parametrize("grid", [Grid(8, 32), CodebookGrid("nf4", 32)])
+@pytest.mark.parametrize("row", [-1, 8, 1 << 40])
+def test_a_row_that_is_not_there(grid: Grid | CodebookGrid, row: int) -> None:
+    """A token id beyond the vocabulary must not read whatever memory lies there."""
+    kind = AffineWeight if isinstance(grid, Grid) else CodebookWeight
+    weight = kind.quantize(random(8, 64, seed=0), grid)  # type: ignore[arg-type]
+    with pytest.raises(IndexError, match=f"row {row} of a weight that has 8"):
+        weight.dequantize(torch.bfloat16, rows=torch.tensor([0, row]))
+    narrow = weight.dequantize(torch.bfloat16, rows=torch.tensor([7, 0], dtype=torch.int32))
+    assert torch.equal(narrow, weight.dequantize(torch.bfloat16)[[7, 0]])
+    assert weight.dequantize(torch.bfloat16, rows=torch.tensor([], dtype=torch.int64)).shape == (0, 64)
+
+
+def test_a_large_bias_does_not_drown_the_gradient_of_the_scales() -> None:
+    """As beside Qwen2's keys: the scales' gradient must not be read off an output that is mostly bias."""
+    base, adapter = LrQat(rank=2).build(random(40, 64, seed=0), Grid(4, None))
+    x, g = random(32, 64, seed=1).bfloat16(), random(32, 40, seed=2).bfloat16()
+    found = {}
+    for size in (0.0, 300.0):
+        layer = QuantLinear(base, adapter, torch.full((40,), size))
+        layer(x).backward(g)
+        found[size] = layer.adapter.scale.grad  # type: ignore[union-attr]
+        layer.adapter.scale.grad = None  # type: ignore[union-attr]
+    assert (found[300.0] - found[0.0]).norm() <= 0.01 * found[0.0].norm()  # type: ignore[operator,union-attr]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

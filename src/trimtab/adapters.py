@@ -74,7 +74,7 @@ class Adapter(nn.Module, ABC):
         self, base: Weight, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor, wanted: tuple[nn.Parameter, ...]
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
         """`weight` with `reuse`, and the gradients of the `wanted` from dL/dy, x and y; None if dL/dW is cheaper."""
-        raise NotImplementedError
+        return self.weight(base, grad_BN.dtype, reuse=True), None
 
     def output(self, base: Weight, x_BK: Tensor) -> Tensor | None:
         """What is added to the product (..., N), or None."""

@@ -73,6 +73,7 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
         block_tokens=parsed.data.block_tokens if parsed.data else 1024,
         dtype=parsed.dtype,
         checkpointing=parsed.train.activation_checkpointing,
+        moment_bytes=parsed.train.moment_bytes,
     )
     Terminal().plan(predicted, memory.available_bytes())
 

@@ -114,8 +114,11 @@ class QuantLinear(_Stored):
         return self.adapter.weight_gradients(self.base, grad_NK, self.weight_parameters())
 
     def uses_output(self, dtype: torch.dtype) -> bool:
-        """Whether the adapter's gradients come more cheaply from the layer's output than from dL/dW."""
-        return self.adapter is not None and self.adapter.uses_output(self.base, dtype)
+        """Whether the adapter's gradients come more cheaply from the layer's output than from dL/dW.
+
+        Never with a bias: beside a large one (Qwen2's keys) the product is lost in bfloat16's rounding of the output.
+        """
+        return self.bias is None and self.adapter is not None and self.adapter.uses_output(self.base, dtype)
 
     def gradients_from_output(
         self, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor

@@ -111,7 +111,7 @@ class Plan:
     adapters: int
     gradients: int
     optimizer: int
-    """AdamW: two float32 numbers for each trainable one."""
+    """Adam: two numbers for each trainable one."""
     activations: int
     """What autograd keeps between forward and backward."""
     temporary: int
@@ -137,6 +137,7 @@ def plan(
     block_tokens: int,
     dtype: torch.dtype,
     checkpointing: bool,
+    moment_bytes: int = 4,
 ) -> Plan:
     """Predict the peak of training.
 
@@ -148,6 +149,7 @@ def plan(
         block_tokens: tokens in a sequence.
         dtype: compute dtype.
         checkpointing: whether each block is recomputed in backward.
+        moment_bytes: of each of Adam's two numbers for a trainable one.
     """
     hf.cast_floats(model, dtype)
     prepare_meta(model, method, rules)
@@ -166,7 +168,7 @@ def plan(
         float_parameters=_bytes(p for p in model.parameters() if id(p) not in stored),
         adapters=_bytes(adapters),
         gradients=_bytes(adapters),
-        optimizer=2 * 4 * sum(p.numel() for p in adapters),
+        optimizer=2 * moment_bytes * sum(p.numel() for p in adapters),
         activations=kept,
         temporary=_buffers(model, dtype) + max(at_loss, _in_layer(model, tokens, dtype)),
         trainable=sum(p.numel() for p in adapters),

@@ -101,6 +101,11 @@ class TrainBlock(_Block):
     report_to: str = "none"
     """Logger that transformers knows: none, tensorboard, wandb, trackio."""
 
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of each of Adam's two numbers for a trainable one."""
+        return 1 if "8bit" in self.optimizer else 4
+
 
 class EvaluateBlock(_Block):
     """What to measure after the run, besides the tuned model."""

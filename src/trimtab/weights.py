@@ -33,7 +33,7 @@ from trimtab.grid import (
     set_range,
     to_levels,
 )
-from trimtab.kernels import dequantize, encode, workspace
+from trimtab.kernels import cpu, dequantize, encode, workspace
 from trimtab.kernels.dequantize import Levels
 
 Storage = Literal["int", "fixed8", "bf16", "fp32"]
@@ -69,7 +69,14 @@ class Weight(nn.Module, ABC):
 
     def product_of_few(self, x_TK: Tensor) -> Tensor | None:
         """x W^T (T, N) of a few rows without ever writing W, summed in float32; None where there is no such way."""
-        return None
+        if x_TK.dtype == torch.float64 or not cpu.serves(x_TK):
+            return None
+        y = torch.empty(x_TK.shape[0], self.shape[0])
+        return y.to(x_TK.dtype) if self._multiply(y, x_TK.float()) else None
+
+    def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
+        """Fill y (T, N) with x W^T in float32, if this kind can."""
+        return False
 
     def result(self, dtype: torch.dtype, rows: Tensor | None, reuse: bool) -> Tensor:
         """Memory for what `dequantize` returns."""
@@ -202,13 +209,10 @@ class AffineWeight(Weight):
         range_ = Range(*(t if t is None or rows is None else t[rows] for t in range_ or self.range()))  # type: ignore[arg-type]
         return from_codes(self.integer_codes(rows), range_, self.grid, dtype)
 
-    def product_of_few(self, x_TK: Tensor) -> Tensor | None:
-        """As for every weight; for plain codes."""
-        if self.storage != "int":
-            return None
-        y = torch.empty(x_TK.shape[0], self.shape[0], device=x_TK.device)
-        dequantize.affine_product(y, x_TK.float(), self.codes, *self.range(), self.grid.bits, self.grid.center)
-        return y.to(x_TK.dtype)
+    def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
+        if self.storage == "int":
+            dequantize.affine_product(y, x_TK, self.codes, *self.range(), self.grid.bits, self.grid.center)
+        return self.storage == "int"
 
     @property
     def packed(self) -> bool:
@@ -298,11 +302,9 @@ class CodebookWeight(Weight):
         dequantize.codebook(out, self.codes, rows, *self._about(self.offset if offset_NG is None else offset_NG))
         return out
 
-    def product_of_few(self, x_TK: Tensor) -> Tensor | None:
-        """As for every weight."""
-        y = torch.empty(x_TK.shape[0], self.shape[0], device=x_TK.device)
-        dequantize.codebook_product(y, x_TK.float(), self.codes, *self._about(self.offset))
-        return y.to(x_TK.dtype)
+    def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
+        dequantize.codebook_product(y, x_TK, self.codes, *self._about(self.offset))
+        return True
 
     def _about(self, offset_NG: Tensor | None) -> tuple[Tensor | int | None, ...]:
         """Everything but the codes, as the kernels take it."""

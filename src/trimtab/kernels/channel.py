@@ -27,9 +27,9 @@ FEW = 1 / 128
 """Share of clipped levels up to which this way is taken."""
 
 
-def fits(codes: Tensor, dtype: torch.dtype) -> bool:
-    """Whether there are kernels for it."""
-    return codes.device.type == "cpu" and dtype == torch.bfloat16 and cpu.library() is not None
+def fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for it: in bfloat16 on this device."""
+    return dtype == torch.bfloat16 and cpu.serves(tensor)
 
 
 def weight_and_clipped(about: Levels, out_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,12 +85,12 @@ def gradients(
 
 
 def _columns(g_TN: Tensor, y_TN: Tensor) -> Tensor:
-    if g_TN.dtype == torch.bfloat16 and g_TN.device.type == "cpu" and cpu.library() is not None:
+    if fits(g_TN, g_TN.dtype):
         return cpu.column_products(g_TN, y_TN)
     return (g_TN * y_TN).sum(0)
 
 
 def _entries(g_TN: Tensor, x_TK: Tensor, n: Tensor, k: Tensor) -> Tensor:
-    if g_TN.dtype == torch.bfloat16 and g_TN.device.type == "cpu" and cpu.library() is not None:
+    if fits(g_TN, g_TN.dtype):
         return cpu.entries_of_product(g_TN, x_TK, n, k)
     return (g_TN[:, n] * x_TK[:, k]).sum(0)

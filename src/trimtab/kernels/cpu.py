@@ -79,6 +79,11 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def serves(tensor: Tensor) -> bool:
+    """Whether there are kernels for a tensor on its device."""
+    return tensor.device.type == "cpu" and library() is not None
+
+
 def _compiler() -> str | None:
     named = os.environ.get("CC")
     return next((path for name in (named, "cc", "gcc", "clang") if name and (path := shutil.which(name))), None)
@@ -158,20 +163,25 @@ def _codebook(columns: int, codes: Tensor, table: Tensor, absmax: Tensor, dynami
     )  # fmt: skip
 
 
-def _dequantize(out: Tensor, rows: Tensor | None, described: _Codes) -> None:
+def _dequantize(out: Tensor, stored: int, rows: Tensor | None, described: _Codes) -> None:
     lib = library()
     assert lib is not None
+    if rows is not None and rows.numel():
+        rows = rows.long()
+        least, most = torch.aminmax(rows)
+        if least < 0 or most >= stored:  # C would read whatever lies there
+            raise IndexError(f"row {int(least if least < 0 else most)} of a weight that has {stored}")
     lib.dequantize(ctypes.byref(described), _at(rows), out.shape[0], _at(out), out.dtype == torch.bfloat16)
 
 
 def affine(out: Tensor, codes: Tensor, rows: Tensor | None, *about: Any) -> None:
     """s * (q - z), or s * q + o, of packed codes into `out` (N, K), float32 or bfloat16; scales and zeros are float32."""
-    _dequantize(out, rows, _affine(out.shape[1], codes, *about))
+    _dequantize(out, codes.shape[0], rows, _affine(out.shape[1], codes, *about))
 
 
 def codebook(out: Tensor, codes: Tensor, rows: Tensor | None, *about: Any) -> None:
     """absmax * table[q] + o of packed codes into `out` (N, K); absmax is float32, or uint8 with the three after it."""
-    _dequantize(out, rows, _codebook(out.shape[1], codes, *about))
+    _dequantize(out, codes.shape[0], rows, _codebook(out.shape[1], codes, *about))
 
 
 def _product(y: Tensor, x: Tensor, described: _Codes) -> None:

@@ -114,12 +114,16 @@ def level_values(about: Levels, columns: int) -> Tensor:
 
 def _levels(out: Tensor, *arguments: Any) -> None:
     about = Levels(*arguments)
-    codes = level_values(about, out.shape[1]).round_().clamp_(0, 2**about.bits - 1)
+    _valued(out, level_values(about, out.shape[1]).round_().clamp_(0, 2**about.bits - 1), about)
+
+
+def _valued(out: Tensor, codes_NK: Tensor, about: Levels) -> None:
+    """These codes into `out` if it is uint8, else their weights."""
     if out.dtype == torch.uint8:
-        out.copy_(codes)
+        out.copy_(codes_NK)
     else:
         grid = _grid(about.bits, about.zero_NG, about.offset_NG)
-        out.copy_(from_codes(codes, Range(about.scale_NG, about.zero_NG, about.offset_NG), grid, out.dtype))
+        out.copy_(from_codes(codes_NK, Range(about.scale_NG, about.zero_NG, about.offset_NG), grid, out.dtype))
 
 
 def _level_gradients(grad: Tensor, of_scale: Tensor, of_offset: Tensor | None, *arguments: Any) -> None:
@@ -154,13 +158,25 @@ _OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., None]]] = {
 
 
 def _on_cpu(reference: Callable[..., None], compiled: Callable[..., None]) -> Callable[..., None]:
-    dtypes = [torch.bfloat16] if compiled is cpu.level_gradients else [torch.bfloat16, torch.float32, torch.uint8]
+    dtypes = [torch.bfloat16] if compiled is cpu.level_gradients else [torch.bfloat16, torch.float32]
 
     def run(out: Tensor, *rest: Any) -> None:
         fits = out.dtype in dtypes and all(t.dtype != torch.float64 for t in rest if isinstance(t, Tensor))
         (compiled if fits and cpu.library() is not None else reference)(out, *rest)
 
     return run
+
+
+def _levels_on_cpu(out: Tensor, *arguments: Any) -> None:
+    """In every dtype the codes that C gives, as in folding: another order of the sum over the rank differs at ties."""
+    if cpu.library() is None:
+        _levels(out, *arguments)
+    elif out.dtype in (torch.bfloat16, torch.float32, torch.uint8):
+        cpu.levels(out, *arguments)
+    else:
+        codes = torch.empty(out.shape, dtype=torch.uint8)
+        cpu.levels(codes, *arguments)
+        _valued(out, codes, Levels(*arguments))
 
 
 def _on_cuda(name: str, reference: Callable[..., None]) -> Callable[..., None]:
@@ -180,8 +196,9 @@ def _nothing(*_: Any) -> None:
 for _name, (_schema, _reference, _compiled) in _OPERATORS.items():
     _LIBRARY.define(f"{_name}({_schema}) -> ()")
     _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _on_cpu(_reference, _compiled), "CPU")
-    _LIBRARY.impl(_name, _on_cuda(_name, _reference), "CUDA")
+    _LIBRARY.impl(_name, _levels_on_cpu if _name == "levels" else _on_cpu(_reference, _compiled), "CPU")
+    if not _name.endswith("_product"):  # on a GPU one-token steps go the ordinary way (`weights.product_of_few`)
+        _LIBRARY.impl(_name, _on_cuda(_name, _reference), "CUDA")
     torch.library.register_fake(f"trimtab::{_name}", _nothing, lib=_LIBRARY)
 
 affine = torch.ops.trimtab.affine.default

@@ -17,7 +17,7 @@ from trimtab.kernels import cpu
 def fits(weight_NK: Tensor) -> bool:
     """Whether there are kernels for this weight."""
     known = weight_NK.dtype in (torch.bfloat16, torch.float32) and weight_NK.is_contiguous()
-    return known and weight_NK.device.type == "cpu" and type(weight_NK) is Tensor and cpu.library() is not None
+    return known and type(weight_NK) is Tensor and cpu.serves(weight_NK)
 
 
 def extremes(weight_NK: Tensor, groups: int) -> tuple[Tensor, Tensor]:

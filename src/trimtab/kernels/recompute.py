@@ -53,7 +53,6 @@ class _RebuiltLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, source: Source, bias: Tensor | None, *trained: Tensor) -> Tensor:
         ctx.source, ctx.trained = source, trained
         y = F.linear(x, source.dequantize(x.dtype, reuse=True), bias)
-        ctx.bias = bias  # frozen, and kept by its layer
         by_output = bool(trained) and source.uses_output(x.dtype)
         ctx.save_for_backward(*((x, y) if by_output else (x,) if trained else ()))
         return y
@@ -63,8 +62,7 @@ class _RebuiltLinear(torch.autograd.Function):
         source: Source = ctx.source
         found, x, y = None, *(*ctx.saved_tensors, None, None)[:2]
         if y is not None:
-            product = y if ctx.bias is None else y - ctx.bias
-            weight, found = source.gradients_from_output(_rows(grad), _rows(x), _rows(product))
+            weight, found = source.gradients_from_output(_rows(grad), _rows(x), _rows(y))
         elif ctx.needs_input_grad[0]:
             weight = source.dequantize(grad.dtype, reuse=True)
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None

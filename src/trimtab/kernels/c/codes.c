@@ -16,12 +16,16 @@ typedef struct {
     const float *map, *block_scales, *mean;
 } Codes;
 
+static inline float absmax_of(const Codes *C, long at) {
+    if (!C->map) return ((const float *)C->absmax)[at];
+    return C->map[((const uint8_t *)C->absmax)[at]] * C->block_scales[at / 256] + *C->mean;
+}
+
 /* The values that the codes of a group stand for: 2^bits of them. */
 static void values_of_group(const Codes *C, long at, float *values) {
     int count = 1 << C->bits;
     if (C->table) {
-        float a = C->map ? C->map[((const uint8_t *)C->absmax)[at]] * C->block_scales[at / 256] + *C->mean
-                         : ((const float *)C->absmax)[at];
+        float a = absmax_of(C, at);
         for (int q = 0; q < count; q++) values[q] = C->offsets ? C->table[q] * a + C->offsets[at] : C->table[q] * a;
         return;
     }
@@ -37,8 +41,7 @@ static void values_of_group(const Codes *C, long at, float *values) {
 static inline __m512 wide_values(const Codes *C, long at) {
     const __m512 q = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     if (C->table) {
-        float a = C->map ? C->map[((const uint8_t *)C->absmax)[at]] * C->block_scales[at / 256] + *C->mean
-                         : ((const float *)C->absmax)[at];
+        float a = absmax_of(C, at);
         __m512 entries = _mm512_maskz_loadu_ps((1 << (1 << C->bits)) - 1, C->table);
         __m512 values = _mm512_mul_ps(entries, _mm512_set1_ps(a));
         return C->offsets ? _mm512_add_ps(values, _mm512_set1_ps(C->offsets[at])) : values;

@@ -3,13 +3,14 @@
     unpack      the layout of packed codes, one layer of 1536 x 576
     round       rounding levels to codes with a clamp, same layer
     linear      y = x W^T with W rebuilt in backward: the library's function against torch's checkpoint
+    pool        pooling and repeating by two, 1024 x 1536
     finite      whether a loaded weight of 4096 x 4096 is finite
     attention   how much longer than its forward the backward of attention takes
     loss        cross-entropy over 49,152 words, 1024 tokens: ours, TRL's tiles, and the plain one
 
 Within a group the cases are run in turn, round after round, and medians are compared with the group's first case.
 
-    python benchmarks/choices.py [--groups unpack round]            writes benchmarks/results/choices.json
+    python benchmarks/choices.py [--groups unpack round]            replaces these groups in benchmarks/results/choices.json
 """
 
 import argparse
@@ -88,6 +89,17 @@ def linear_cases() -> Cases:
     return {"rebuilt by our function": ours, "rebuilt by torch's checkpoint": checkpointed, "weight kept": kept}
 
 
+def pool_cases() -> Cases:
+    """Sums of pairs of neighbours, and each number twice: Q-BaRA's pool and repeat."""
+    x = torch.randn(4, TOKENS // 4, N, dtype=torch.bfloat16)
+    return {
+        "pairs, strided adds": lambda: torch.add(*x.unflatten(-1, (-1, 2)).unbind(-1)),
+        "pairs, sum over the last axis": lambda: x.unflatten(-1, (-1, 2)).sum(-1),
+        "twice, stack": lambda: torch.stack([x, x], -1).flatten(-2),
+        "twice, repeat_interleave": lambda: x.repeat_interleave(2, -1),
+    }
+
+
 def finite_cases() -> Cases:
     """Whether a weight that is loaded holds a number everywhere."""
     weight = torch.randn(4096, 4096, dtype=torch.bfloat16)
@@ -132,6 +144,7 @@ GROUPS = {
     "unpack": (unpack_cases, 50),
     "round": (round_cases, 30),
     "linear": (linear_cases, 30),
+    "pool": (pool_cases, 30),
     "finite": (finite_cases, 15),
     "attention": (attention_cases, 15),
     "loss": (loss_cases, 7),
@@ -159,7 +172,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "choices.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "groups": {}}
+    kept = json.loads(args.out.read_text())["groups"] if args.out.exists() else {}
+    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "groups": kept}
     for group in args.groups:
         cases, rounds = GROUPS[group]
         found["groups"][group] = measure(cases(), rounds)

@@ -10,9 +10,8 @@ from cases import CASES, SOME, K
 # Dynamo itself instantiates the class that it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
-FEW = sorted(
-    {found[i] for c in SOME.values() for found in [[n for n in SOME if SOME[n].name == c.name]] for i in (0, -1)}
-)
+BY_METHOD = {name: [key for key in SOME if SOME[key].name == name] for name in {case.name for case in SOME.values()}}
+FEW = sorted({key for keys in BY_METHOD.values() for key in (keys[0], keys[-1])})
 """Two kinds of grid for each method: tracing takes a second."""
 
 

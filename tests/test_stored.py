@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import trimtab
-from trimtab import linear
+from trimtab import linear, packing
 from trimtab.grid import CodebookGrid, Grid
 from trimtab.linear import QuantLinear
 from trimtab.methods import LrQat, QaHira, Qlora, Rtn
@@ -73,6 +73,9 @@ def test_a_stored_layer_reads_the_same(name: str) -> None:
     layer.load_state_dict(own, assign=True)
     assert isinstance(layer, QuantLinear)
     assert torch.equal(values(layer), tensors[f"{name}/values"])
+    if SPECS[name]["weight"].get("storage") == "int":  # folding packs by the torch function, loading by C
+        base = layer.base
+        assert torch.equal(packing.pack(base.integer_codes(), base.grid.bits), base.codes)  # type: ignore[operator,union-attr,arg-type]
 
 
 def test_forms_are_stored_as_they_were() -> None:

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 import tiny
-from trimtab import cli, data, loading, methods, pipeline, recipe
+from trimtab import cli, data, explain, loading, methods, pipeline, recipe
 from trimtab.errors import UserError
 from trimtab.evaluate.parity import Parity
 from trimtab.evaluate.perplexity import perplexity
@@ -114,7 +114,7 @@ def test_methods_and_recipe(command: Command) -> None:
     for method in methods.ALL:
         assert method.name in printed
     assert command("recipe") == recipe.EXAMPLE
-    assert command("recipe", "--explain") == recipe.explanation()
+    assert command("recipe", "--explain") == explain.explanation()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from trimtab import methods, recipe
+from trimtab import explain, methods, recipe
 from trimtab.errors import UserError
 from trimtab.grid import CodebookGrid, Grid
 from trimtab.methods import LrQat, Method, Peqa, QaHira, Rtn
@@ -191,7 +191,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 def test_the_explanation_mentions_every_field() -> None:
     """With its help below it, and under its own heading."""
-    lines = recipe.explanation().splitlines()
+    lines = explain.explanation().splitlines()
     keys = {}
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
         if line.strip().startswith("#") or not line.strip():

@@ -161,7 +161,8 @@ def recipe(
     explain: Annotated[bool, typer.Option("--explain", help="Explain every field.")] = False,
 ) -> None:
     """Print a recipe to start from; with --explain, what every field means."""
-    from trimtab.recipe import EXAMPLE, explanation
+    from trimtab.explain import explanation
+    from trimtab.recipe import EXAMPLE
 
     sys.stdout.write(explanation() if explain else EXAMPLE)
 

@@ -1,128 +1,27 @@
 """A recipe: everything about a run, validated before anything is loaded.
 
-One YAML file, read into the models below; `key=value` overrides with dotted keys (`train.steps=10`, values in YAML). Each
-field's docstring is its help: `trimtab recipe --explain` prints them. What only the model can tell (does a pattern match a
-layer, does a group divide it) is checked by `preparing.targets`, on names and shapes, before a weight is read.
+One YAML file, read into `Recipe` and the models of `blocks`; `key=value` overrides with dotted keys (`train.steps=10`,
+values in YAML). What only the model can tell (does a pattern match a layer, does a group divide it) is checked by
+`preparing.targets`, on names and shapes, before a weight is read.
 """
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from trimtab import methods
+from trimtab.blocks import Block, DataBlock, EvaluateBlock, ModelBlock, TrainBlock
 from trimtab.errors import UserError, nearest
-from trimtab.grid import CodebookGrid, Grid
 from trimtab.methods.base import Method
 from trimtab.rules import Rule, parse_rules
 
-_Decay = Annotated[float, Field(ge=0, lt=1)]
 
-
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True)
-
-
-class ModelBlock(_Block):
-    """Which model to start from."""
-
-    path: str
-    """Directory (safetensors, or saved by trimtab), .gguf file, hub id, or `smollm2-135m`."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype to compute in, and of every weight that stays float."""
-
-
-class DataBlock(_Block):
-    """What to train on, and what to measure perplexity on."""
-
-    path: str
-    """JSONL, Parquet or text file, directory of such, hub id, or `pydoc-topics`."""
-    split: str = "train"
-    """Split of a hub data set or of `pydoc-topics`."""
-    limit: int | None = Field(default=None, ge=1)
-    """Read only this many rows."""
-    block_tokens: int = Field(default=1024, ge=2)
-    """Length of a training sequence, in tokens."""
-    packing: Literal["auto", "wrapped", "bfd", "none"] = "auto"
-    """How rows fill sequences: wrapped (cut to blocks), bfd (whole rows, best fit), none; auto: wrapped for text."""
-    eval_path: str | None = None
-    """Held-out data for perplexity, in the same forms; null for none."""
-    eval_split: str = "train"
-    """Split of the held-out data."""
-    eval_tokens: int | None = Field(default=None, ge=2)
-    """Measure on at most this many tokens."""
-
-
-class TrainBlock(_Block):
-    """How to train. `steps: 0` only quantizes."""
-
-    steps: int = Field(default=1000, ge=0)
-    """Optimizer steps."""
-    batch_tokens: int = Field(default=8192, ge=2)
-    """Tokens in one optimizer step, over all sequences and accumulation."""
-    micro_batch: int = Field(default=4, ge=1)
-    """Sequences in one forward pass; batch_tokens is reached by accumulating gradients."""
-    lr: float | None = Field(default=None, gt=0)
-    """Learning rate of deltas (and of QAT's master weight); null is the method's own."""
-    lr_scale: float | None = Field(default=None, ge=0)
-    """Learning rate of scales and offsets; null is the method's own."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate after warm-up."""
-    warmup: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
-    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
-    """Adam's decay rates."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of deltas and master weights; scales have none."""
-    clip: float = Field(default=1.0, gt=0)
-    """Largest norm of the gradient."""
-    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
-    """8bit keeps the two moments in 8 bits, paged in the computer's memory when a GPU's is full; both need bitsandbytes."""
-    seed: int = 0
-    """Seed of the adapters' start and of the order of the data."""
-    activation_checkpointing: bool = True
-    """Recompute each block in backward: a third slower, a fraction of the activations."""
-    offload_activations: bool = False
-    """Keep what backward needs in the computer's memory instead of the GPU's."""
-    save_steps: int = Field(default=100, ge=1)
-    """Steps between checkpoints (of trainable tensors and optimizer state only)."""
-    keep_checkpoints: int = Field(default=2, ge=2)
-    """Checkpoints kept; at least two, since the newest may prove bad in the next step."""
-    log_steps: int = Field(default=1, ge=1)
-    """Steps between log lines."""
-    report_to: str = "none"
-    """Logger that transformers knows: none, tensorboard, wandb, trackio."""
-
-    @property
-    def moment_bytes(self) -> int:
-        """Bytes of each of Adam's two numbers for a trainable one."""
-        return 1 if "8bit" in self.optimizer else 4
-
-
-class EvaluateBlock(_Block):
-    """What to measure after the run, besides the tuned model."""
-
-    baselines: tuple[Literal["float", "rounded"], ...] = ()
-    """Perplexity of the untuned float model and of the rounded one before tuning."""
-    parity: bool = True
-    """Compare trained, folded and reloaded-in-a-fresh-process, logit by logit."""
-    parity_tokens: int = Field(default=512, ge=8)
-    """Tokens that parity is measured on."""
-    prompt: str | None = None
-    """A question answered before and after tuning."""
-    answer_tokens: int = Field(default=48, ge=1)
-    """Length of that answer."""
-
-
-class Recipe(_Block):
+class Recipe(Block):
     """The whole configuration of a run."""
 
     name: str = "run"
@@ -323,45 +222,3 @@ data: {path: alpaca.jsonl, block_tokens: 1024}
 train: {steps: 1000, batch_tokens: 8192}
 """
 """A recipe to start from."""
-
-
-def explanation() -> str:
-    """Every field of a recipe, grid and method: its type, default and meaning, as commented YAML keys."""
-    lines: list[str] = []
-    for name, field in Recipe.model_fields.items():
-        block = field.annotation if isinstance(field.annotation, type) else None
-        inner = block if block is not None and issubclass(block, _Block) else None
-        inner = DataBlock if name == "data" else inner
-        lines.append(f"{name}:" + ("" if inner else f" {_default(field)}"))
-        if field.description or (inner and inner.__doc__):
-            lines.append(f"    # {field.description or inner.__doc__}")
-        for key, value in ({} if inner is None else inner.model_fields).items():
-            lines += [f"  {key}: {_default(value)}", f"      # {value.description}"]
-    lines += ["", "# a grid, in rules", *_documented(Grid), "", "# or a codebook grid", *_documented(CodebookGrid)]
-    lines += ["", "# options of every method", *_documented(Method)]
-    for method in methods.ALL:
-        lines += ["", f"# and of {method.name}: {method.summary}", *_documented(method)]
-    return "\n".join(lines) + "\n"
-
-
-def _default(field: Any) -> str:
-    if field.is_required():
-        return "(required)"
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, _Block):
-        return "{}"
-    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
-
-
-def _documented(cls: type) -> list[str]:
-    """Fields of a dataclass with the strings that stand below them in its source."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    lines = []
-    for item, below in pairwise(tree.body):
-        if not isinstance(item, ast.AnnAssign) or ast.unparse(item.annotation).startswith("ClassVar"):
-            continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            default = "" if item.value is None else f" {ast.unparse(item.value)}"
-            lines += [f"  {ast.unparse(item.target)}:{default}", f"      # {below.value.value!s}"]
-    return lines

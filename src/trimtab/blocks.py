@@ -1,0 +1,104 @@
+"""The blocks of a recipe: pydantic models of frozen values, whose field docstrings are the help that users read."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Block(BaseModel):
+    """Frozen, and without keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True)
+
+
+class ModelBlock(Block):
+    """Which model to start from."""
+
+    path: str
+    """Directory (safetensors, or saved by trimtab), .gguf file, hub id, or `smollm2-135m`."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype to compute in, and of every weight that stays float."""
+
+
+class DataBlock(Block):
+    """What to train on, and what to measure perplexity on."""
+
+    path: str
+    """JSONL, Parquet or text file, directory of such, hub id, or `pydoc-topics`."""
+    split: str = "train"
+    """Split of a hub data set or of `pydoc-topics`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read only this many rows."""
+    block_tokens: int = Field(default=1024, ge=2)
+    """Length of a training sequence, in tokens."""
+    packing: Literal["auto", "wrapped", "bfd", "none"] = "auto"
+    """How rows fill sequences: wrapped (cut to blocks), bfd (whole rows, best fit), none; auto: wrapped for text."""
+    eval_path: str | None = None
+    """Held-out data for perplexity, in the same forms; null for none."""
+    eval_split: str = "train"
+    """Split of the held-out data."""
+    eval_tokens: int | None = Field(default=None, ge=2)
+    """Measure on at most this many tokens."""
+
+
+class TrainBlock(Block):
+    """How to train. `steps: 0` only quantizes."""
+
+    steps: int = Field(default=1000, ge=0)
+    """Optimizer steps."""
+    batch_tokens: int = Field(default=8192, ge=2)
+    """Tokens in one optimizer step, over all sequences and accumulation."""
+    micro_batch: int = Field(default=4, ge=1)
+    """Sequences in one forward pass; batch_tokens is reached by accumulating gradients."""
+    lr: float | None = Field(default=None, gt=0)
+    """Learning rate of deltas (and of QAT's master weight); null is the method's own."""
+    lr_scale: float | None = Field(default=None, ge=0)
+    """Learning rate of scales and offsets; null is the method's own."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after warm-up."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
+    """Adam's decay rates."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of deltas and master weights; scales have none."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
+    """8bit keeps the two moments in 8 bits, paged in the computer's memory when a GPU's is full; both need bitsandbytes."""
+    seed: int = 0
+    """Seed of the adapters' start and of the order of the data."""
+    activation_checkpointing: bool = True
+    """Recompute each block in backward: a third slower, a fraction of the activations."""
+    offload_activations: bool = False
+    """Keep what backward needs in the computer's memory instead of the GPU's."""
+    save_steps: int = Field(default=100, ge=1)
+    """Steps between checkpoints (of trainable tensors and optimizer state only)."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Checkpoints kept; at least two, since the newest may prove bad in the next step."""
+    log_steps: int = Field(default=1, ge=1)
+    """Steps between log lines."""
+    report_to: str = "none"
+    """Logger that transformers knows: none, tensorboard, wandb, trackio."""
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of each of Adam's two numbers for a trainable one."""
+        return 1 if "8bit" in self.optimizer else 4
+
+
+class EvaluateBlock(Block):
+    """What to measure after the run, besides the tuned model."""
+
+    baselines: tuple[Literal["float", "rounded"], ...] = ()
+    """Perplexity of the untuned float model and of the rounded one before tuning."""
+    parity: bool = True
+    """Compare trained, folded and reloaded-in-a-fresh-process, logit by logit."""
+    parity_tokens: int = Field(default=512, ge=8)
+    """Tokens that parity is measured on."""
+    prompt: str | None = None
+    """A question answered before and after tuning."""
+    answer_tokens: int = Field(default=48, ge=1)
+    """Length of that answer."""

@@ -23,10 +23,13 @@ interpreter and libraries too; what those take is in `libraries_bytes`, and what
 
     peft rows       adapters in bfloat16 (`autocast_adapter_dtype=False`), the fastest that peft does here: its default
                     keeps them, and their activations, in float32 (row `lora-peft-float32`)
+    torchao rows    want torchao, which is no part of the development environment, since transformers imports it
+                    wherever it finds it: pip install --no-deps --target DIR torchao==0.18.0, then PYTHONPATH=DIR
     products        no model: only the matrix products that any method needs (x W^T and dy W of every linear layer and the
                     head), one after another; `products-trained` adds dy^T x of the linear layers
 
     python benchmarks/step.py                                 all rows, 9 rounds, writes benchmarks/results/step.json
+    python benchmarks/step.py --shape 1b                      four layers of 1B shapes, writes step_1b.json
     python benchmarks/step.py --rows lora-peft lr-qat --rounds 5 --out /tmp/step.json
     python benchmarks/step.py --profile qlora                 where a step's time goes, by torch's profiler; writes nothing
 """
@@ -44,23 +47,39 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 # torch and everything built on it is imported in the workers, each only what its row needs.
 
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+    },
+    "1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+    },
 }
+"""A whole small model, and four layers of a model of a billion parameters."""
+SHAPE = SHAPES["135m"]
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, TOKENS = 4, 256
 REFERENCE = "lora-peft"
@@ -133,6 +152,24 @@ def _peft(rank: int, nf4: bool, float32: bool = False) -> tuple[Step, int]:
     return _training(peft.get_peft_model(model, config, autocast_adapter_dtype=float32))
 
 
+def _torchao(rank: int | None) -> tuple[Step, int]:
+    """Fake quantization of the weights: under peft's LoRA with this rank, or with every linear weight trained."""
+    import peft
+    import torch
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    model = _float_model()
+    grid = QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=64), step="prepare")
+    quantize_(model, grid, lambda layer, name: name.rpartition(".")[2] in LINEAR_LAYERS)
+    if rank is None:
+        for name, p in model.named_parameters():
+            p.requires_grad_(any(part in name for part in LINEAR_LAYERS))
+        return _training(model)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM")
+    return _training(peft.get_peft_model(model, config, autocast_adapter_dtype=False))
+
+
 def _trimtab(method: str, grid: dict[str, Any] | None = None, **options: Any) -> tuple[Step, int]:
     import trimtab
 
@@ -187,6 +224,7 @@ def _products(trained: bool) -> tuple[Step, int]:
 
 
 _PEFT, _BNB = ("transformers", "peft"), ("transformers", "peft", "bitsandbytes")
+_AO = ("transformers", "peft", "torchao")
 _OURS = ("transformers", "trimtab")
 _INT3 = {"bits": 3, "group": 32, "zero": "integer"}
 _INT4 = {"bits": 4, "group": None, "zero": "symmetric"}
@@ -217,6 +255,8 @@ ROWS = {
         {"method": "lr-qat", "rank": 32, "grid": _INT4_G64},
         _OURS,
     ),
+    "qat-lora-torchao": Row("torchao QAT + peft LoRA, int4 g64, rank 32", _torchao, {"rank": 32}, _AO),
+    "qat-torchao": Row("torchao full QAT, int4 g64", _torchao, {"rank": None}, _AO),
     "products": Row("matrix products alone", _products, {"trained": False}),
     "products-trained": Row("  with those of weight gradients", _products, {"trained": True}),
 }
@@ -239,7 +279,12 @@ def _busy_seconds() -> float:
     return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
 
 
-def _work(name: str, threads: int, pipe: Connection) -> None:
+def _use(shape: str) -> None:
+    global SHAPE
+    SHAPE = SHAPES[shape]
+
+
+def _work(name: str, shape: str, threads: int, pipe: Connection) -> None:
     """The body of a worker: set up, then one step for each message, until the message is None."""
     import importlib
     import logging
@@ -250,6 +295,7 @@ def _work(name: str, threads: int, pipe: Connection) -> None:
     logging.disable(logging.WARNING)  # bitsandbytes on its optional inference kernels
     warnings.simplefilter("ignore", FutureWarning)  # peft on transformers' old names
     torch.set_num_threads(threads)
+    _use(shape)
     row = ROWS[name]
     for library in row.imports:
         importlib.import_module(library)
@@ -279,11 +325,11 @@ class Worker:
     steps: list[dict[str, float]]
 
     @classmethod
-    def start(cls, name: str, threads: int) -> "Worker":
+    def start(cls, name: str, shape: str, threads: int) -> "Worker":
         """Start a process for a row and wait until its model stands."""
         context = multiprocessing.get_context("spawn")
         pipe, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(name, threads, theirs), daemon=True)
+        process = context.Process(target=_work, args=(name, shape, threads, theirs), daemon=True)
         process.start()
         theirs.close()
         worker = cls(name, process, pipe, {}, [])
@@ -313,12 +359,12 @@ class Worker:
 # ---- the run ----------------------------------------------------------------------------------------------------
 
 
-def measure(names: list[str], rounds: int, warmup: int, threads: int) -> list[Worker]:
+def measure(names: list[str], shape: str, rounds: int, warmup: int, threads: int) -> list[Worker]:
     """Run every row `warmup + rounds` times in turn; the warm-up steps are dropped (not their memory)."""
     workers = []
     for name in names:
         print(f"starting {name}", file=sys.stderr, flush=True)
-        workers.append(Worker.start(name, threads))
+        workers.append(Worker.start(name, shape, threads))
     for i in range(warmup + rounds):
         shift = i % len(workers)
         for worker in workers[shift:] + workers[:shift]:
@@ -360,6 +406,9 @@ def summarize(workers: list[Worker]) -> list[dict[str, Any]]:
     return rows
 
 
+_VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
+
+
 def environment(rounds: int, warmup: int, threads: int) -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     import torch
@@ -376,7 +425,7 @@ def environment(rounds: int, warmup: int, threads: int) -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "versions": {name: version(name) for name in _VERSIONED if find_spec(name)},
         "model": SHAPE,
         "batch": [BATCH, TOKENS],
         "rounds": rounds,
@@ -424,21 +473,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="steps of each row that count (default 9)")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each row before those (default 2)")
     parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+        "--rows",
+        nargs="+",
+        choices=list(ROWS),
+        default=[n for n, row in ROWS.items() if all(map(find_spec, row.imports))],
+        metavar="ROW",
+        help=", ".join(ROWS),
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of each worker (default 2)")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"JSON file (default {OUT})")
+    parser.add_argument("--shape", choices=list(SHAPES), default="135m", help="model (default 135m)")
+    parser.add_argument("--out", type=Path, help=f"JSON file (default {OUT}, step_1b.json beside it for 1b)")
     parser.add_argument("--profile", choices=list(ROWS), metavar="ROW", help="only profile one step of this row")
     args = parser.parse_args()
+    _use(args.shape)
     if args.profile:
         print(profile(args.profile, args.threads))
         return
     if args.rounds < 1 or args.warmup < 0 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1, --warmup at least 0")
-    rows = summarize(measure(list(dict.fromkeys(args.rows)), args.rounds, args.warmup, args.threads))
+    out = args.out or (OUT if args.shape == "135m" else OUT.with_name(f"step_{args.shape}.json"))
+    rows = summarize(measure(list(dict.fromkeys(args.rows)), args.shape, args.rounds, args.warmup, args.threads))
     result = {"environment": environment(args.rounds, args.warmup, args.threads), "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
 
 

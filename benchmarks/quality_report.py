@@ -1,0 +1,145 @@
+"""docs/quality.md from benchmarks/results/quality.jsonl: tables, paired differences, what was not run.
+
+    python benchmarks/quality_report.py
+
+Intervals are Student's t over seeds. Seeds pair: a seed draws the same order of the data for every row, so a difference
+of two rows is a mean of differences. A verdict is computed from that interval, never typed.
+"""
+
+import statistics
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from quality import RESULTS, ROWS, SEEDS, STEP_TOKENS, STEPS, TEST_TOKENS, WINDOW, read, seeds_of
+
+OUT = Path(__file__).parent.parent / "docs" / "quality.md"
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Two-sided 95 % quantile of Student's t for n values."""
+
+TITLES = {
+    "w3": "3 bits, group 64, integer zeros",
+    "w2": "2 bits, group 64, integer zeros",
+    "nf4": "NF4, group 64, double quantization",
+    "int3": "3 bits, group 32: what folds into the zeros, at equal trainable numbers",
+    "w4": "4 bits, group 64",
+    "w4-channel": "4 bits, per channel",
+    "w3-channel": "3 bits, per channel",
+    "int2": "2 bits, group 32: what folds into the zeros, at equal trainable numbers",
+    "detail": "LR-QAT at 3 bits, group 64: details against the row w3-lr-qat",
+}
+CLAIMS = [
+    ("w{}-gptq", "w{}-rtn", "GPTQ below round to nearest"),
+    ("w{}-peqa", "w{}-rtn", "PEQA below round to nearest (LR-QAT paper, tables 3 to 5)"),
+    ("w{}-lr-qat", "w{}-peqa", "LR-QAT below PEQA (LR-QAT paper)"),
+    ("w{}-lr-qat", "w{}-qat", "LR-QAT no worse than full QAT (LR-QAT paper)"),
+    ("nf4-q-bara", "nf4-qlora", "Q-BaRA below QLoRA (Q-BaRA paper)"),
+    ("nf4-loftq", "nf4-qlora", "LoftQ below QLoRA (LoftQ paper)"),
+    ("nf4-q-bara", "nf4-loftq", "Q-BaRA below LoftQ"),
+    ("int3-qa-hira", "int3-qa-lora", "QA-HiRA below QA-LoRA (QA-HiRA paper)"),
+    ("int3-qa-blora", "int3-qa-lora", "QA-BLoRA below QA-LoRA (published version)"),
+    ("int3-qa-hira", "int3-qlora", "QA-HiRA below QLoRA merged and rounded again"),
+    ("int3-qa-hira", "int3-mean-qa-hira", "QA-HiRA pooling by sum below pooling by mean"),
+    ("int3-qa-hira", "int3-integer-qa-hira", "real zeros below integer zeros"),
+    ("int2-qa-hira", "int2-qa-lora", "QA-HiRA below QA-LoRA, 2 bits"),
+    ("int2-qa-hira", "int2-qlora", "QA-HiRA below QLoRA merged and rounded again, 2 bits"),
+    ("detail-storage-fp32", "w3-lr-qat", "Phi in float32 below fixed8 (the paper: no difference)"),
+    ("detail-adapter-float32", "w3-lr-qat", "factors acting in float32 below bfloat16"),
+    ("detail-adam-8bit", "w3-lr-qat", "8-bit Adam below float32 moments"),
+    ("detail-balanced", "w3-lr-qat", "balanced LR-QAT (k 2) below LR-QAT"),
+]
+"""(a, b, what is claimed of a against b)."""
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the width of the 95 % interval of the mean."""
+    n = len(values)
+    return None if n < 2 else T95[n] * statistics.stdev(values) / sqrt(n)
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def table(name: str, cells: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    rows = [r for r in ROWS.values() if r.table == name and r.name in cells]
+    if not rows:
+        return []
+    lines = ["", f"## {TITLES[name]}", "", "| row | perplexity | seeds | trained numbers | learning rate | of scales |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        found = list(cells[row.name].values())
+        values = [c["value"] for c in found]
+        wide = interval(values)
+        shown = _number(statistics.fmean(values)) + ("" if wide is None else f" ± {_number(wide)}")
+        rates = [f"{found[0][k]:g}" if found[0][k] else "-" for k in ("lr", "lr_scale")]
+        trained = f"{found[0]['trainable']:,}" if row.trained else "-"
+        lines.append(f"| {row.name} | {shown} | {len(found)} | {trained} | {rates[0]} | {rates[1]} |")
+        if row.round_to:
+            before = statistics.fmean(c["before_rounding"] for c in found)
+            lines.append(f"| {row.name}, merged but not rounded again | {_number(before)} | {len(found)} | | | |")
+    return lines
+
+
+def claims(cells: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    lines = ["", "## Claims", "", "| claim | difference of perplexity (a - b) | seeds | verdict |", "|---|---|---|---|"]
+    for a, b, text in CLAIMS:
+        for bits in ("3", "2", "4", "4-channel", "3-channel") if "{}" in a else ("",):
+            first, second = a.format(bits), b.format(bits)
+            if first not in cells or second not in cells:
+                continue
+            lines.append(_claim(first, second, text, cells))
+    return lines
+
+
+def _claim(first: str, second: str, text: str, cells: dict[str, dict[int, dict[str, Any]]]) -> str:
+    # A row without seeds (round to nearest) has the same value for each.
+    one = cells[second] if ROWS[second].trained else dict.fromkeys(cells[first], cells[second][0])
+    shared = sorted(cells[first].keys() & one.keys())
+    differences = [cells[first][s]["value"] - one[s]["value"] for s in shared]
+    mean, wide = statistics.fmean(differences), interval(differences)
+    shown = f"{mean:+.2f}" if abs(mean) < 1000 else f"{mean:+.3g}"
+    if wide is None:
+        verdict = "one seed: no interval"
+    elif abs(mean) <= wide:
+        verdict = "no difference beyond seeds"
+    else:
+        verdict = "yes" if mean < 0 else "no, the other way round"
+    shown += "" if wide is None else f" ± {_number(wide)}"
+    return f"| {first} against {second}: {text} | {shown} | {len(shared)} | {verdict} |"
+
+
+def main() -> None:
+    cells: dict[str, dict[int, dict[str, Any]]] = {}
+    for c in read(RESULTS / "quality.jsonl"):
+        cells.setdefault(c["row"], {})[c["seed"]] = c
+    missing = [
+        f"{r.name} (seed {', '.join(map(str, left))})"
+        for r in ROWS.values()
+        if (left := [s for s in seeds_of(r, list(SEEDS)) if s not in cells.get(r.name, {})])
+    ]
+    lines = [
+        "# Quality",
+        "",
+        "Generated by `python benchmarks/quality_report.py` from `benchmarks/results/quality.jsonl`, which",
+        "`python benchmarks/quality.py --data DIR` fills.",
+        "",
+        f"SmolLM2-135M-Instruct, WikiText-2: {STEPS} steps of {STEP_TOKENS} tokens of the train part, perplexity on",
+        f"the first {TEST_TOKENS:,} test tokens in windows of {WINDOW}; every model is folded, saved and reloaded",
+        "before it is measured.",
+        "`float` is the dequantized 4-bit GGUF, not the vendor's release, so these numbers compare with one another and",
+        "with no published ones. Rates were chosen on text held out of the train part (`quality_rates.jsonl`). Training is",
+        "short: it says which method repairs a rounded model fastest, not where each ends.",
+    ]
+    if "float" in cells:
+        lines += ["", f"Float (untuned): {_number(cells['float'][0]['value'])}."]
+    for name in TITLES:
+        lines += table(name, cells)
+    lines += claims(cells)
+    lines += ["", "## Not run", "", ", ".join(missing) + "." if missing else "Nothing: every cell above was run."]
+    OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{OUT}: {sum(map(len, cells.values()))} cells, {len(missing)} rows not complete")
+
+
+if __name__ == "__main__":
+    main()

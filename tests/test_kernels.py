@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -195,15 +196,33 @@ def test_gradients_per_channel_in_bfloat16(zero: str, shift: float) -> None:
             assert (mine - other).norm() <= 0.02 * other.norm()
 
 
-@pytest.mark.parametrize("grid", [Grid(3, 32, "integer"), Grid(4, None), Grid(8, 32, "real"), CodebookGrid("nf4", 32)])
+FEW = [
+    *(Grid(b, g, zero) for b in (2, 3, 4, 8) for g in (32, 64, None) for zero in ("symmetric", "integer", "real")),
+    Grid(4, 32, "integer", scale_dtype="float16"),
+    *(CodebookGrid(name, 32, double) for name in ("nf4", "nf3") for double in (False, True)),
+]
+
+
+@pytest.mark.parametrize("grid", FEW, ids=lambda g: g.describe())
+@pytest.mark.parametrize(
+    "shape", [(50, 192), (7, 320), (3, 1088)], ids=str
+)  # 320 / 2 and 1088 / 2 are no multiple of 64
 @pytest.mark.parametrize("rows", [1, 3])
-def test_products_of_few_rows(grid: Grid | CodebookGrid, rows: int) -> None:
+def test_products_of_few_rows(grid: Grid | CodebookGrid, shape: tuple[int, int], rows: int) -> None:
+    """In float32 to rounding; for a bfloat16 x the weights may be float32, or bfloat16 as `dequantize` makes them."""
+    if grid.group and shape[1] % grid.group:
+        grid = replace(grid, group=32)
     kind = AffineWeight if isinstance(grid, Grid) else CodebookWeight
-    weight, x = kind.quantize(random(50, 96, seed=0), grid), random(rows, 96, seed=1)  # type: ignore[arg-type]
+    weight, x = kind.quantize(random(*shape, seed=0), grid), random(rows, shape[1], seed=1)  # type: ignore[arg-type]
     y = weight.product_of_few(x)
     assert y is not None
     exact = x.double() @ weight.dequantize(torch.float32).double().t()
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+    narrow = torch.empty(rows, shape[0])
+    assert weight._multiply(narrow, x.bfloat16())
+    ways = [x.bfloat16().double() @ weight.dequantize(d).double().t() for d in (torch.float32, torch.bfloat16)]
+    assert min((narrow.double() - way).abs().max() for way in ways) < 1e-4
     assert weight.product_of_few(x.bfloat16()).dtype == torch.bfloat16  # type: ignore[union-attr]
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 import tiny
-from trimtab import hf, memory
+from trimtab import hf, memory, methods
 from trimtab.hf import quant_layers
 from trimtab.linear import QuantLinear
 from trimtab.memory import Plan, kept_for_backward
@@ -280,6 +281,15 @@ def test_mapped_files_are_not_resident_memory(tmp_path: Path) -> None:
 def test_available_memory_is_plausible() -> None:
     available = memory.available_bytes()
     assert available is None or 0 < available < 1 << 50
+
+
+def test_the_measurements_kept_hold_every_method_on_two_models() -> None:
+    kept = Path(__file__).parents[1] / "benchmarks" / "results" / "memory.json"
+    rows = json.loads(kept.read_text())["rows"]
+    measured = {(r["name"], r["model"], r["checkpointing"]): r["ratio"] for r in rows}
+    for name in (m.name for m in methods.ALL if m.name not in ("rtn", "loftq")):  # LoftQ trains as QLoRA does
+        for model, recomputed in product(("llama", "qwen2"), (False, True)):
+            assert 0.9 < measured[name, model, recomputed] < 1.1, (name, model, recomputed)
 
 
 @linux

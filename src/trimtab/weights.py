@@ -72,10 +72,11 @@ class Weight(nn.Module, ABC):
         if x_TK.dtype == torch.float64 or not cpu.serves(x_TK):
             return None
         y = torch.empty(x_TK.shape[0], self.shape[0])
-        return y.to(x_TK.dtype) if self._multiply(y, x_TK.float()) else None
+        x = x_TK if x_TK.dtype == torch.bfloat16 else x_TK.float()
+        return y.to(x_TK.dtype) if self._multiply(y, x.contiguous()) else None
 
     def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
-        """Fill y (T, N) with x W^T in float32, if this kind can."""
+        """Fill y (T, N), float32, with x W^T of an x in float32 or bfloat16, if this kind can."""
         return False
 
     def result(self, dtype: torch.dtype, rows: Tensor | None, reuse: bool) -> Tensor:
@@ -177,6 +178,12 @@ class AffineWeight(Weight):
         zero, offset = (None if p is None else p.float() for p in (self.zero, self.offset))
         return Range(self.scale.float(), zero, offset)
 
+    def _kept_range(self) -> Range:
+        """The same in the dtypes they are stored in, where the kernels read those."""
+        if self.scale.dtype == torch.float16 or not cpu.serves(self.scale):
+            return self.range()
+        return Range(self.scale, self.zero, self.offset)
+
     def levels(self, rows: Tensor | None = None) -> Tensor:
         """Levels in [0, 2^b - 1] as this storage remembers them: fresh float32 of shape (N, K)."""
         kept = self.codes if rows is None else self.codes[rows]
@@ -198,9 +205,8 @@ class AffineWeight(Weight):
     ) -> Tensor:
         """s * (q - z), or s * q + o; with `range_` (of all rows) in place of the stored scales and zeros if given."""
         if self.storage == "int":
-            range_ = range_ or self.range()
             out = self.result(dtype, rows, reuse)
-            dequantize.affine(out, self.codes, rows, *range_, self.grid.bits, self.grid.center)
+            dequantize.affine(out, self.codes, rows, *(range_ or self._kept_range()), self.grid.bits, self.grid.center)
             return out
         if self.storage == "fixed8" and rows is None:
             out = self.result(dtype, None, reuse)
@@ -211,7 +217,7 @@ class AffineWeight(Weight):
 
     def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
         if self.storage == "int":
-            dequantize.affine_product(y, x_TK, self.codes, *self.range(), self.grid.bits, self.grid.center)
+            dequantize.affine_product(y, x_TK, self.codes, *self._kept_range(), self.grid.bits, self.grid.center)
         return self.storage == "int"
 
     @property

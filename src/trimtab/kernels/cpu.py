@@ -42,7 +42,7 @@ class _Codes(ctypes.Structure):
     _fields_ = (
         *_fields(pointers="codes", longs="row_bytes", ints="bits"),
         *_fields(longs="K G"),
-        *_fields(pointers="scales zeros offsets", floats="center"),
+        *_fields(pointers="scales zeros offsets", ints="scale_kind zero_kind", floats="center"),
         *_fields(pointers="table absmax map block_scales mean"),
     )
 
@@ -121,7 +121,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     codes, levels = ctypes.POINTER(_Codes), ctypes.POINTER(_Levels)
     for name, arguments in {
         "dequantize": [codes, p, n, p, i],
-        "product_of_few": [codes, p, n, n, p],
+        "product_of_few": [codes, p, i, n, n, p],
         "level_codes": [levels, p],
         "level_weights": [levels, p, i],
         "level_gradients": [levels, p, p, p],
@@ -145,11 +145,16 @@ def _at(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+"""`Kind` of codes.c: dtypes that scales and zeros are read in."""
+
+
 def _affine(columns: int, codes: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, bits: int,
             center: float) -> _Codes:  # fmt: skip
-    groups = scale.shape[1]
+    assert offset is None or offset.dtype == scale.dtype
+    kinds = _KINDS[scale.dtype], 0 if zero is None else _KINDS[zero.dtype]
     return _Codes(
-        _at(codes), codes.shape[1], bits, columns, groups, _at(scale), _at(zero), _at(offset), center,
+        _at(codes), codes.shape[1], bits, columns, scale.shape[1], _at(scale), _at(zero), _at(offset), *kinds, center,
         None, None, None, None, None,
     )  # fmt: skip
 
@@ -158,7 +163,7 @@ def _codebook(columns: int, codes: Tensor, table: Tensor, absmax: Tensor, dynami
               block_scale: Tensor | None, mean: Tensor | None, offset: Tensor | None, bits: int) -> _Codes:  # fmt: skip
     groups = absmax.shape[1]
     return _Codes(
-        _at(codes), codes.shape[1], bits, columns, groups, None, None, _at(offset), 0.0,
+        _at(codes), codes.shape[1], bits, columns, groups, None, None, _at(offset), 0, 0, 0.0,
         _at(table), _at(absmax), _at(dynamic_map), _at(block_scale), _at(mean),
     )  # fmt: skip
 
@@ -175,7 +180,7 @@ def _dequantize(out: Tensor, stored: int, rows: Tensor | None, described: _Codes
 
 
 def affine(out: Tensor, codes: Tensor, rows: Tensor | None, *about: Any) -> None:
-    """s * (q - z), or s * q + o, of packed codes into `out` (N, K), float32 or bfloat16; scales and zeros are float32."""
+    """s * (q - z), or s * q + o, of packed codes into `out` (N, K), float32 or bfloat16; scales and zeros: `_KINDS`."""
     _dequantize(out, codes.shape[0], rows, _affine(out.shape[1], codes, *about))
 
 
@@ -187,11 +192,14 @@ def codebook(out: Tensor, codes: Tensor, rows: Tensor | None, *about: Any) -> No
 def _product(y: Tensor, x: Tensor, described: _Codes) -> None:
     lib = library()
     assert lib is not None
-    lib.product_of_few(ctypes.byref(described), _at(x), x.shape[0], y.shape[1], _at(y))
+    lib.product_of_few(ctypes.byref(described), _at(x), x.dtype == torch.bfloat16, *x.shape[:1], y.shape[1], _at(y))
 
 
 def affine_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
-    """x W^T of a few rows x (T, K), in float32, into `y` (T, N)."""
+    """x W^T of a few rows x (T, K), float32 or bfloat16, summed in float32, into `y` (T, N), float32.
+
+    For a bfloat16 x the weights may be rounded to bfloat16 first, as the ordinary way rounds them.
+    """
     _product(y, x, _affine(x.shape[1], codes, *about))
 
 

@@ -90,15 +90,15 @@ def _codebook(
 
 
 def _affine_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
-    weight = torch.empty(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.empty(y.shape[1], x.shape[1], device=x.device)
     _affine(weight, codes, None, *about)
-    torch.mm(x, weight.t(), out=y)
+    torch.mm(x.float(), weight.t(), out=y)
 
 
 def _codebook_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
-    weight = torch.empty(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.empty(y.shape[1], x.shape[1], device=x.device)
     _codebook(weight, codes, None, *about)
-    torch.mm(x, weight.t(), out=y)
+    torch.mm(x.float(), weight.t(), out=y)
 
 
 def level_values(about: Levels, columns: int) -> Tensor:

@@ -9,12 +9,26 @@ typedef struct {
     long row_bytes;
     int bits;
     long K, G;
-    const float *scales, *zeros, *offsets;  /* (N, G) */
+    const void *scales, *zeros, *offsets;  /* (N, G) */
+    int scale_kind, zero_kind;  /* of Kind; offsets are of the scales' */
     float center;
     const float *table;
     const void *absmax;
     const float *map, *block_scales, *mean;
 } Codes;
+
+/* How scales and zeros are stored: read as they are, so that no widened copy is made for each token. */
+enum Kind { FLOAT32, BFLOAT16, UINT8 };
+
+static inline float read_at(const void *tensor, int kind, long at) {
+    if (kind == BFLOAT16) return widen(((const bf16 *)tensor)[at]);
+    return kind == UINT8 ? ((const uint8_t *)tensor)[at] : ((const float *)tensor)[at];
+}
+static inline float scale_of(const Codes *C, long at) { return read_at(C->scales, C->scale_kind, at); }
+static inline float offset_of(const Codes *C, long at) { return read_at(C->offsets, C->scale_kind, at); }
+static inline float zero_of(const Codes *C, long at) {
+    return C->zeros ? read_at(C->zeros, C->zero_kind, at) : C->center;
+}
 
 static inline float absmax_of(const Codes *C, long at) {
     if (!C->map) return ((const float *)C->absmax)[at];
@@ -26,12 +40,12 @@ static void values_of_group(const Codes *C, long at, float *values) {
     int count = 1 << C->bits;
     if (C->table) {
         float a = absmax_of(C, at);
-        for (int q = 0; q < count; q++) values[q] = C->offsets ? C->table[q] * a + C->offsets[at] : C->table[q] * a;
+        for (int q = 0; q < count; q++) values[q] = C->offsets ? C->table[q] * a + offset_of(C, at) : C->table[q] * a;
         return;
     }
-    float s = C->scales[at], z = C->zeros ? C->zeros[at] : C->center;
+    float s = scale_of(C, at), z = zero_of(C, at);
     if (C->offsets)
-        for (int q = 0; q < count; q++) values[q] = q * s + C->offsets[at];
+        for (int q = 0; q < count; q++) values[q] = q * s + offset_of(C, at);
     else
         for (int q = 0; q < count; q++) values[q] = (q - z) * s;
 }
@@ -44,11 +58,11 @@ static inline __m512 wide_values(const Codes *C, long at) {
         float a = absmax_of(C, at);
         __m512 entries = _mm512_maskz_loadu_ps((1 << (1 << C->bits)) - 1, C->table);
         __m512 values = _mm512_mul_ps(entries, _mm512_set1_ps(a));
-        return C->offsets ? _mm512_add_ps(values, _mm512_set1_ps(C->offsets[at])) : values;
+        return C->offsets ? _mm512_add_ps(values, _mm512_set1_ps(offset_of(C, at))) : values;
     }
-    __m512 s = _mm512_set1_ps(C->scales[at]);
-    if (C->offsets) return _mm512_add_ps(_mm512_mul_ps(q, s), _mm512_set1_ps(C->offsets[at]));
-    return _mm512_mul_ps(_mm512_sub_ps(q, _mm512_set1_ps(C->zeros ? C->zeros[at] : C->center)), s);
+    __m512 s = _mm512_set1_ps(scale_of(C, at));
+    if (C->offsets) return _mm512_add_ps(_mm512_mul_ps(q, s), _mm512_set1_ps(offset_of(C, at)));
+    return _mm512_mul_ps(_mm512_sub_ps(q, _mm512_set1_ps(zero_of(C, at))), s);
 }
 
 /* One product of row n with x, up to 4 bits: codes become indices into that register and are used at once. */
@@ -65,6 +79,93 @@ static float wide_product(const Codes *C, long n, const uint8_t *codes, const fl
         }
     }
     return _mm512_reduce_add_ps(_mm512_add_ps(sum, other));
+}
+
+/* The same for more bits, where codes are computed with. */
+static float wide_product_computed(const Codes *C, long n, const uint8_t *codes, const float *x) {
+    long g = C->K / C->G;
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (long j = 0, at = n * C->G; j < C->G; j++, at++) {
+        __m512 s = _mm512_set1_ps(scale_of(C, at)), z = _mm512_set1_ps(zero_of(C, at));
+        __m512 o = _mm512_set1_ps(C->offsets ? offset_of(C, at) : 0);
+        for (long k = 0; k < g; k += 16, codes += 16, x += 16) {
+            __m512 q = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+            __m512 w = C->offsets ? _mm512_add_ps(_mm512_mul_ps(q, s), o) : _mm512_mul_ps(_mm512_sub_ps(q, z), s);
+            sums[k / 16 % 2] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sums[k / 16 % 2]);
+        }
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+}
+#endif
+
+#ifdef WIDE_BF16
+/* Up to 4 bits and x in bfloat16, two products at a time. q - z is exact in bfloat16, so an affine group is summed over
+ * small integers from one table for each zero and scaled once; a codebook's group has a table of its own, rounded to
+ * bfloat16 as `dequantize` rounds it. */
+typedef struct {
+    bf16 tables[16][32];  /* q - z for each z */
+    float *sums;          /* of x in each group, for offsets */
+} Prepared;
+
+static void prepare(const Codes *C, const bf16 *x, Prepared *P) {
+    long g = C->K / C->G;
+    for (int z = 0; z < 16; z++)
+        for (int q = 0; q < 32; q++) P->tables[z][q] = narrow(q - z);
+    for (long j = 0; C->offsets && j < C->G; j++) {
+        P->sums[j] = 0;
+        for (long k = j * g; k < (j + 1) * g; k++) P->sums[j] += widen(x[k]);
+    }
+}
+
+static inline __m512i table_of_group(const Codes *C, const Prepared *P, long at) {
+    if (!C->table) return _mm512_loadu_si512(P->tables[C->offsets ? 0 : (int)zero_of(C, at)]);
+    return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(wide_values(C, at)));
+}
+
+static inline __m512 settle(const Codes *C, long at, __m512 group, __m512 total) {
+    return C->table ? _mm512_add_ps(group, total) : _mm512_fmadd_ps(group, _mm512_set1_ps(scale_of(C, at)), total);
+}
+
+static inline __m512 add_pairs(__m512 sum, __m512i index, __m512i values, const bf16 *x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_permutexvar_epi16(index, values), (__m512bh)_mm512_loadu_si512(x));
+}
+
+static float bf16_product(const Codes *C, const Prepared *P, long n, const uint8_t *codes, const bf16 *x) {
+    long g = C->K / C->G;
+    float moved = 0;
+    __m512 total = _mm512_setzero_ps();
+    for (long j = 0, at = n * C->G; j < C->G; j++, at++) {
+        __m512i values = table_of_group(C, P, at);
+        __m512 sum = _mm512_setzero_ps();
+        for (long k = 0; k < g; k += 32, codes += 32, x += 32)
+            sum = add_pairs(sum, _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes)), values, x);
+        total = settle(C, at, sum, total);
+        if (C->offsets && !C->table) moved += offset_of(C, at) * P->sums[j];
+    }
+    return _mm512_reduce_add_ps(total) + moved;
+}
+
+/* 4 bits straight from the packed row: the low halves of its bytes are its first K / 2 codes, the high ones the rest. */
+static float bf16_product_of_halves(const Codes *C, const Prepared *P, long n, const uint8_t *packed, const bf16 *x) {
+    long half = C->K / 2, groups = C->G == 1 ? 1 : C->G / 2, g = half / groups, apart = C->G == 1 ? 0 : groups;
+    float moved = 0;
+    __m512 total = _mm512_setzero_ps();
+    __m512i mask = _mm512_set1_epi16(15);
+    for (long j = 0, at = n * C->G; j < groups; j++, at++) {
+        __m512i lows = table_of_group(C, P, at), highs = apart ? table_of_group(C, P, at + apart) : lows;
+        __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+        for (long k = 0; k < g; k += 32, packed += 32, x += 32) {
+            __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)packed));
+            low = add_pairs(low, _mm512_and_si512(both, mask), lows, x);
+            high = add_pairs(high, _mm512_srli_epi16(both, 4), highs, x + half);
+        }
+        total = settle(C, at + apart, high, settle(C, at, low, total));
+        if (C->offsets && !C->table) {
+            moved += offset_of(C, at) * P->sums[j];
+            if (apart) moved += offset_of(C, at + apart) * P->sums[j + apart];
+        }
+    }
+    return _mm512_reduce_add_ps(total) + moved;
 }
 #endif
 
@@ -95,7 +196,7 @@ static void look_up_float(const uint8_t *codes, const float *values, long length
 }
 
 static void compute_float(const Codes *C, const uint8_t *codes, long at, long length, float *out) {
-    float s = C->scales[at], z = C->zeros ? C->zeros[at] : C->center, o = C->offsets ? C->offsets[at] : 0;
+    float s = scale_of(C, at), z = zero_of(C, at), o = C->offsets ? offset_of(C, at) : 0;
     if (C->offsets)
         for (long k = 0; k < length; k++) out[k] = codes[k] * s + o;
     else
@@ -103,7 +204,7 @@ static void compute_float(const Codes *C, const uint8_t *codes, long at, long le
 }
 
 static void compute_bf16(const Codes *C, const uint8_t *codes, long at, long length, bf16 *out) {
-    float s = C->scales[at], z = C->zeros ? C->zeros[at] : C->center, o = C->offsets ? C->offsets[at] : 0;
+    float s = scale_of(C, at), z = zero_of(C, at), o = C->offsets ? offset_of(C, at) : 0;
     if (C->offsets)
         for (long k = 0; k < length; k++) out[k] = narrow(codes[k] * s + o);
     else
@@ -141,21 +242,53 @@ void dequantize(const Codes *C, const int64_t *rows, long N, void *out, int is_b
     }
 }
 
-/* y (T, N) = x (T, K) W^T for a few rows x, in float32: a row of W is made in the L1 cache and used at once. */
-void product_of_few(const Codes *C, const float *x, long T, long N, float *y) {
+/* One product of row n with x by the quickest way that the processor and the shapes allow; 0 where there is none. */
+static int quick_product(const Codes *C, const void *prepared, long n, const float *x, const bf16 *x16,
+                         uint8_t *buffer, float *y) {
+    const uint8_t *row = C->codes + n * C->row_bytes;
+    long g = C->K / C->G;
+#ifdef WIDE_BF16
+    if (x16 && C->bits == 4 && g % 32 == 0 && (C->G == 1 ? C->K % 64 : C->G % 2) == 0) {
+        *y = bf16_product_of_halves(C, prepared, n, row, x16);
+        return 1;
+    }
+    if (x16 && C->bits <= 4 && g % 32 == 0) {
+        *y = bf16_product(C, prepared, n, read_row(row, C->bits, C->K, buffer), x16);
+        return 1;
+    }
+#endif
+#ifdef WIDE
+    if (C->bits <= 4 && g % 32 == 0) {
+        *y = wide_product(C, n, read_row(row, C->bits, C->K, buffer), x);
+        return 1;
+    }
+    if (C->bits > 4 && !C->table && g % 16 == 0) {
+        *y = wide_product_computed(C, n, read_row(row, C->bits, C->K, buffer), x);
+        return 1;
+    }
+#endif
+    return 0;
+}
+
+/* y (T, N) = x (T, K) W^T for a few rows x, summed in float32: a row of W is made in the L1 cache and used at once. */
+void product_of_few(const Codes *C, const void *given, int is_bf16, long T, long N, float *y) {
     long K = C->K;
+    float *wide = is_bf16 ? malloc(T * K * sizeof(float)) : 0;
+    for (long i = 0; is_bf16 && i < T * K; i++) wide[i] = widen(((const bf16 *)given)[i]);
+    const float *x = is_bf16 ? wide : given;
+    const void *prepared = 0;
+#ifdef WIDE_BF16
+    Prepared tables = {.sums = malloc(C->G * sizeof(float))};
+    if (T == 1 && is_bf16) prepare(C, given, &tables);
+    prepared = &tables;
+#endif
 #pragma omp parallel
     {
         uint8_t *buffer = malloc(K + 64);
         float *w = malloc(K * sizeof(float));
 #pragma omp for schedule(static)
         for (long n = 0; n < N; n++) {
-#ifdef WIDE
-            if (T == 1 && C->bits <= 4 && C->K / C->G % 32 == 0) {
-                y[n] = wide_product(C, n, read_row(C->codes + n * C->row_bytes, C->bits, K, buffer), x);
-                continue;
-            }
-#endif
+            if (T == 1 && quick_product(C, prepared, n, x, is_bf16 ? given : 0, buffer, y + n)) continue;
             row_values(C, n, buffer, w, 0);
             for (long t = 0; t < T; t++) {
                 const float *row = x + t * K;
@@ -168,4 +301,8 @@ void product_of_few(const Codes *C, const float *x, long T, long N, float *y) {
         free(w);
         free(buffer);
     }
+#ifdef WIDE_BF16
+    free(tables.sums);
+#endif
+    free(wide);
 }

@@ -13,6 +13,9 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define WIDE 1
+#if defined(__AVX512BF16__)
+#define WIDE_BF16 1
+#endif
 #endif
 
 #define TILE 64  /* columns that are worked on at once */

@@ -23,7 +23,7 @@ from trimtab.evaluate.parity import Parity
 from trimtab.evaluate.perplexity import perplexity
 from trimtab.export import native
 from trimtab.gptq import Gptq
-from trimtab.preparing import LayerFold, fold
+from trimtab.preparing import LayerFold, fitted_starts, fold
 from trimtab.recipe import Recipe
 
 
@@ -97,6 +97,8 @@ def run(
         recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source, start=start
     )
     metrics["load_peak_memory_bytes"] = memory.peak_bytes()
+    for line in fitted_starts(model):
+        watch.say(line)
     if "rounded" in recipe.evaluate.baselines and blocks is not None:
         watch.say("measuring the rounded model, before tuning")
         metrics["perplexity"]["rounded"] = perplexity(model, blocks)

@@ -141,6 +141,18 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
     model.set_submodule(target.name, new)
 
 
+def fitted_starts(model: "PreTrainedModel") -> list[str]:
+    """How the fitted starts of its adapters were found, one line for each way: how often, and what error they leave."""
+    found: dict[str, list[float]] = {}
+    for layer in hf.quant_layers(model).values():
+        if isinstance(layer, QuantLinear) and layer.adapter is not None and layer.adapter.start is not None:
+            how, left = layer.adapter.start
+            found.setdefault(how, []).append(left)
+    return [
+        f"{how}: {len(e)} layers, {sum(e) / len(e):.2f} of the rounding error left" for how, e in sorted(found.items())
+    ]
+
+
 def finish(model: "PreTrainedModel") -> None:
     """After the last layer: freeze all but adapters, and tell transformers."""
     hf.untie(model)

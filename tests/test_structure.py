@@ -34,7 +34,7 @@ LEVELS = (
     ("adapters",),
     ("linear",),
     ("methods",),
-    ("stats", "rules"),
+    ("stats", "gptq", "rules"),
     ("hf",),
     ("blocks",),
     ("recipe", "preparing"),
@@ -80,7 +80,7 @@ LIBRARY_EXCEPTIONS: dict[str, set[str]] = {
 HEAVY_LIBRARIES = {*SINGLE_PURPOSE_LIBRARIES, "pandas", "pyarrow", "scipy", "sklearn"}
 MAX_IMPORT_SECONDS = 1.0
 
-PUBLIC_NAMES = ["CodebookGrid", "Grid", "UserError", "fold", "load", "methods", "prepare", "run", "save"]
+PUBLIC_NAMES = ["CodebookGrid", "Gptq", "Grid", "UserError", "fold", "load", "methods", "prepare", "run", "save"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading the tree.

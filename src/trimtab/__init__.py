@@ -19,14 +19,16 @@ from trimtab.grid import CodebookGrid, Grid
 
 if TYPE_CHECKING:
     from trimtab.export.native import save
+    from trimtab.gptq import Gptq
     from trimtab.loading import load
     from trimtab.pipeline import run
     from trimtab.preparing import fold, prepare
 
 __version__ = "0.1.0"
-__all__ = ["CodebookGrid", "Grid", "UserError", "fold", "load", "methods", "prepare", "run", "save"]
+__all__ = ["CodebookGrid", "Gptq", "Grid", "UserError", "fold", "load", "methods", "prepare", "run", "save"]
 
 _LAZY = {
+    "Gptq": "trimtab.gptq",
     "fold": "trimtab.preparing",
     "load": "trimtab.loading",
     "prepare": "trimtab.preparing",

@@ -46,6 +46,8 @@ class Adapter(nn.Module, ABC):
     """What is trained on one layer."""
 
     place: str
+    start: tuple[str, float] | None = None
+    """How a fitted start was found, and its share of the base's error; for reports, not saved."""
 
     def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
         """The (N, K) matrix that multiplies x, differentiable in `weight_parameters`.

@@ -22,6 +22,23 @@ class ModelBlock(Block):
     """Dtype to compute in, and of every weight that stays float."""
 
 
+class StartBlock(Block):
+    """How layers find the codes that training starts from."""
+
+    name: Literal["rtn", "gptq"] = "rtn"
+    """rtn (to nearest; the ranges that cost least are the grid's own `range: lp2` .. `lp4`) or gptq (calibrated)."""
+    path: str | None = None
+    """GPTQ's calibration data, in the forms of data.path; null is the training data."""
+    split: str = "train"
+    """Split of a hub data set or of `pydoc-topics`."""
+    tokens: int = Field(default=16384, ge=2)
+    """Calibrate on at most this many tokens."""
+    damping: float = Field(default=0.01, ge=0)
+    """Added to the Hessian's diagonal, as a share of its mean."""
+    act_order: bool = False
+    """Round columns in the order of the Hessian's diagonal; the ranges of groups are then set beforehand."""
+
+
 class DataBlock(Block):
     """What to train on, and what to measure perplexity on."""
 

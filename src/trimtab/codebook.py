@@ -81,7 +81,8 @@ def table(grid: CodebookGrid, device: torch.device | str = "cpu") -> Tensor:
     return _tensor(grid.codebook, device)
 
 
-def _nearest(x: Tensor, values: Tensor) -> Tensor:
+def nearest(x: Tensor, values: Tensor) -> Tensor:
+    """The index of the nearest of ascending `values`, uint8."""
     return torch.bucketize(x, (values[1:] + values[:-1]) / 2).to(torch.uint8)
 
 
@@ -94,7 +95,7 @@ def to_codebook(weight_NK: Tensor, grid: CodebookGrid) -> tuple[Tensor, Tensor]:
     w_NGg = weight_NK.detach().float().unflatten(1, (-1, group_size(grid, weight_NK.shape[1])))
     absmax_NG = w_NGg.abs().amax(-1)
     inverse = torch.where(absmax_NG > 0, 1.0 / absmax_NG, torch.zeros_like(absmax_NG)).unsqueeze(-1)
-    return _nearest(w_NGg * inverse, table(grid, weight_NK.device)).flatten(1), absmax_NG
+    return nearest(w_NGg * inverse, table(grid, weight_NK.device)).flatten(1), absmax_NG
 
 
 def from_codebook(codes_NK: Tensor, absmax_NG: Tensor, table: Tensor, offset_NG: Tensor | None = None) -> Tensor:
@@ -117,7 +118,7 @@ def compress_absmax(absmax_NG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     padded = torch.nn.functional.pad(centred, (0, -centred.numel() % DOUBLE_BLOCK)).view(-1, DOUBLE_BLOCK)
     scale = padded.abs().amax(1)
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale)).unsqueeze(1)
-    codes = _nearest(padded * inverse, dynamic_map(absmax_NG.device)).flatten()[: centred.numel()]
+    codes = nearest(padded * inverse, dynamic_map(absmax_NG.device)).flatten()[: centred.numel()]
     return codes.view_as(absmax_NG), scale, mean
 
 

@@ -11,7 +11,8 @@ is read, quantized and put in place before the next is read. A path is
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from trimtab import hf, memory, rules
+from trimtab import hf, memory, rules, stats
 from trimtab.errors import UserError
+from trimtab.gptq import Gptq
 from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
-from trimtab.preparing import finish, finite, place, prepare, targets
+from trimtab.preparing import Target, finish, finite, place, place_calibrated, prepare, rounded, targets
 from trimtab.rules import Rule
 from trimtab.weights import Weight
 
@@ -236,6 +238,7 @@ def load(
     *,
     dtype: torch.dtype = torch.bfloat16,
     source: ModelSource | None = None,
+    start: Gptq | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A prepared model and its tokenizer.
 
@@ -245,31 +248,60 @@ def load(
         rule_list: `Rule`s or a recipe's mappings; None for the method's default.
         dtype: dtype to compute in, and of everything that stays float.
         source: an already opened source of this path, to save parsing it again.
+        start: how layers find their codes, see `prepare`; GPTQ has one decoder block in float at a time.
 
     Raises:
         UserError: naming the file, tensor or layer that is wrong.
     """
     chosen, parsed = method or Rtn(), rules.parse_rules(rule_list)
-    source = source or open_source(path)
-    if source is None:
-        return _load_native(resolve(path), method, parsed, dtype)
-    model = _layout(path, source.config(), dtype=dtype)
-    source.bind(model)
-    for target in targets(model, chosen, parsed):
-        if target.kind == "tied":
-            place(model, target, torch.empty(0), chosen)
-            continue
-        name = f"{target.name}.weight"
-        weight = source.read(name)
-        _same_shape(source, name, weight.shape, target.shape)
-        finite(weight, name)
-        _fill(model.get_submodule(target.name), "bias", f"{target.name}.bias", source, dtype)
-        if target.grid is None:  # it stays in float
-            weight = weight.dequantize(dtype) if isinstance(weight, Weight) else weight.to(dtype)
-        place(model, target, weight, chosen)
-        del weight
-        memory.trim()
-    return _complete(model, source, dtype), source.tokenizer()
+    found = source or open_source(path)
+    if found is None:
+        return _load_native(resolve(path), method, parsed, dtype, start)
+    model = _layout(path, found.config(), dtype=dtype)
+    found.bind(model)
+    todo = targets(model, chosen, parsed)
+    if start is None:
+        for target in todo:
+            _put(model, target, found, chosen, dtype)
+        return _complete(model, found, dtype), found.tokenizer()
+
+    def put(target: Target, hessian_KK: Tensor | None) -> None:
+        how = None if hessian_KK is None else partial(rounded, target=target, start=start, hessian_KK=hessian_KK)
+        _put(model, target, found, chosen, dtype, how)
+
+    blocks = tuple(f"{name}." for name in stats.block_names(model))
+
+    def enter(block: str) -> None:
+        _fill_where(
+            model, found, dtype, lambda name: name.startswith(f"{block}.") if block else not name.startswith(blocks)
+        )
+
+    place_calibrated(model, todo, chosen, start, put, enter)
+    return _complete(model, found, dtype), found.tokenizer()
+
+
+def _put(
+    model: PreTrainedModel,
+    target: Target,
+    source: ModelSource,
+    method: Method,
+    dtype: torch.dtype,
+    how: Callable[[Tensor | Weight], Tensor | Weight] | None = None,
+) -> None:
+    """Read one layer and put ours in its place, its weight first rounded by `how` if given."""
+    if target.kind == "tied":
+        return place(model, target, torch.empty(0), method)
+    name = f"{target.name}.weight"
+    weight = source.read(name)
+    _same_shape(source, name, weight.shape, target.shape)
+    finite(weight, name)
+    _fill(model.get_submodule(target.name), "bias", f"{target.name}.bias", source, dtype)
+    if target.grid is None:  # it stays in float
+        weight = weight.dequantize(dtype) if isinstance(weight, Weight) else weight.to(dtype)
+    place(model, target, weight if how is None else how(weight), method)
+    del weight
+    memory.trim()
+    return None
 
 
 def load_float(path: str, *, dtype: torch.dtype = torch.bfloat16, source: ModelSource | None = None) -> PreTrainedModel:
@@ -285,16 +317,8 @@ def load_float(path: str, *, dtype: torch.dtype = torch.bfloat16, source: ModelS
 def _complete(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     """Read what no rule touched, tie what is tied, freeze."""
     hf.untie(model)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    for module_name, module in model.named_modules():
-        if isinstance(module, hf.QuantLinear | hf.QuantEmbedding):
-            continue
-        for name in list(module._parameters):
-            full = f"{module_name}.{name}" if module_name else name
-            parameter = module._parameters[name]
-            if full not in tied and parameter is not None and parameter.is_meta:
-                _fill(module, name, full, source, dtype)
-    if tied:
+    _fill_where(model, source, dtype, lambda _: True)
+    if getattr(model, "all_tied_weights_keys", {}):
         model.tie_weights()
     left = [name for name, p in model.named_parameters() if p.is_meta]
     assert not left, left
@@ -305,6 +329,19 @@ def _complete(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -
     gc.collect()
     memory.trim()
     return model
+
+
+def _fill_where(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, wanted: Callable[[str], bool]) -> None:
+    """Read the parameters of ordinary modules that are wanted by name and still on the meta device."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    for module_name, module in model.named_modules():
+        if isinstance(module, hf.QuantLinear | hf.QuantEmbedding):
+            continue
+        for name in list(module._parameters):
+            full = f"{module_name}.{name}" if module_name else name
+            parameter = module._parameters[name]
+            if full not in tied and parameter is not None and parameter.is_meta and wanted(full):
+                _fill(module, name, full, source, dtype)
 
 
 def _fill(module: nn.Module, name: str, full: str, source: ModelSource, dtype: torch.dtype) -> None:
@@ -328,7 +365,7 @@ def _same_shape(source: ModelSource, name: str, found: tuple[int, ...], wanted: 
 
 
 def _load_native(
-    path: Path, method: Method | None, parsed: list[Rule] | None, dtype: torch.dtype
+    path: Path, method: Method | None, parsed: list[Rule] | None, dtype: torch.dtype, start: Gptq | None
 ) -> tuple[PreTrainedModel, Any]:
     """One of our own directories, and a method on top of it if one is given."""
     stored = SafetensorsSource(path)
@@ -341,7 +378,7 @@ def _load_native(
         if p.is_floating_point():
             finite(p.detach(), name)
     if method is not None or parsed is not None:
-        prepare(model, method or Rtn(), parsed)
+        prepare(model, method or Rtn(), parsed, start=start)
     return model, native_tokenizer(path)
 
 

@@ -22,7 +22,8 @@ from trimtab.evaluate import parity
 from trimtab.evaluate.parity import Parity
 from trimtab.evaluate.perplexity import perplexity
 from trimtab.export import native
-from trimtab.preparing import LayerFold, fold
+from trimtab.gptq import Gptq
+from trimtab.preparing import LayerFold, fitted_starts, fold
 from trimtab.recipe import Recipe
 
 
@@ -79,6 +80,7 @@ def run(
     tokenizer = _tokenizer(recipe, source)
     train.check(recipe, tokenizer, rows)
     blocks = _blocks(recipe, held_out, tokenizer)
+    start = _start(recipe, rows, tokenizer)
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     if "float" in recipe.evaluate.baselines:
         watch.say("measuring the float model (untuned)")
@@ -88,10 +90,15 @@ def run(
         del model
         gc.collect()
     memory.reset_peak()
-    watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing while it reads")
+    how = "" if start is None else f" by GPTQ on {start.tokens.numel():,} tokens"
+    watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
     torch.manual_seed(recipe.train.seed)
-    model, _ = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source)
+    model, _ = loading.load(
+        recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source, start=start
+    )
     metrics["load_peak_memory_bytes"] = memory.peak_bytes()
+    for line in fitted_starts(model):
+        watch.say(line)
     if "rounded" in recipe.evaluate.baselines and blocks is not None:
         watch.say("measuring the rounded model, before tuning")
         metrics["perplexity"]["rounded"] = perplexity(model, blocks)
@@ -136,7 +143,7 @@ def check_output(out: Path, overwrite: bool, resume: bool) -> None:
 def _check_inputs_apart(recipe: Recipe) -> None:
     """Refuse to write over, or to remove, what the run reads."""
     block, out = recipe.data, recipe.out.resolve()
-    inputs = {"model.path": recipe.model.path}
+    inputs = {"model.path": recipe.model.path, "start.path": recipe.start.path or ""}
     inputs |= {} if block is None else {"data.path": block.path, "data.eval_path": block.eval_path or ""}
     for key, path in inputs.items():
         found = Path(path).expanduser()
@@ -154,10 +161,25 @@ def _rows(recipe: Recipe) -> tuple[Any, Any]:
     return rows, held_out
 
 
+def _start(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
+    """GPTQ with its calibration windows, from data of its own or from the training data."""
+    block = recipe.start
+    if block.name == "rtn":
+        return None
+    if block.path is not None:
+        rows = data.load_rows(block.path, split=block.split)
+    elif rows is None and recipe.data is not None:
+        rows = data.load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
+    length = min(recipe.data.block_tokens if recipe.data is not None else 1024, block.tokens)
+    windows = data.token_blocks(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
+    return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
+
+
 def _tokenizer(recipe: Recipe, source: loading.ModelSource | None) -> Any:
     path = recipe.model.path
     tokenizer = loading.native_tokenizer(loading.resolve(path)) if source is None else source.tokenizer()
-    if tokenizer is None and (recipe.data is not None or recipe.evaluate.prompt):
+    needs = recipe.data is not None or recipe.evaluate.prompt or recipe.start.name == "gptq"
+    if tokenizer is None and needs:
         raise UserError(f"model.path: {path}: was saved without a tokenizer; add its tokenizer files to that directory")
     return tokenizer
 

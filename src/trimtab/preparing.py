@@ -5,20 +5,22 @@ too: loading, the memory plan and checks all share it. `place` swaps one layer. 
 stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trimtab import hf, rules
+from trimtab import gptq, hf, rules, stats
 from trimtab.adapters import DeltaOutput, FoldKind
 from trimtab.errors import UserError
-from trimtab.grid import AnyGrid, group_size
+from trimtab.gptq import Gptq
+from trimtab.grid import AnyGrid, group_size, same_form
 from trimtab.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method, Source, start
 from trimtab.rules import Kind, Placement, Rule
+from trimtab.weights import Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,6 +141,18 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
     model.set_submodule(target.name, new)
 
 
+def fitted_starts(model: "PreTrainedModel") -> list[str]:
+    """How the fitted starts of its adapters were found, one line for each way: how often, and what error they leave."""
+    found: dict[str, list[float]] = {}
+    for layer in hf.quant_layers(model).values():
+        if isinstance(layer, QuantLinear) and layer.adapter is not None and layer.adapter.start is not None:
+            how, left = layer.adapter.start
+            found.setdefault(how, []).append(left)
+    return [
+        f"{how}: {len(e)} layers, {sum(e) / len(e):.2f} of the rounding error left" for how, e in sorted(found.items())
+    ]
+
+
 def finish(model: "PreTrainedModel") -> None:
     """After the last layer: freeze all but adapters, and tell transformers."""
     hf.untie(model)
@@ -146,8 +160,61 @@ def finish(model: "PreTrainedModel") -> None:
     hf.attach(model)
 
 
+def rounded(source: Source, target: Target, start: Gptq, hessian_KK: Tensor) -> Source:
+    """A layer's weight on its grid by GPTQ; what is stored on that grid already has nothing left to round."""
+    if target.grid is None or (isinstance(source, Weight) and same_form(source.grid, target.grid)):
+        return source
+    weight = source if isinstance(source, Tensor) else source.dequantize(torch.float32)
+    try:
+        return gptq.quantize(weight, hessian_KK, target.grid, start)
+    except UserError as error:
+        raise UserError(f"{target.name}: {error}") from None
+
+
+def place_calibrated(
+    model: "PreTrainedModel",
+    todo: Sequence[Target],
+    method: Method,
+    start: Gptq,
+    put: Callable[[Target, Tensor | None], None],
+    enter: Callable[[str], None],
+) -> None:
+    """Put every layer in place, block by block: the inputs of a block come from the quantized blocks before it.
+
+    Args:
+        model: float where it is not meta.
+        todo: from `targets`.
+        method: what will train the layers.
+        start: GPTQ, with its calibration windows.
+        put: puts one layer in place, given the Hessian of its inputs; None rounds to nearest (layers outside the blocks).
+        enter: makes a block float before it is run; `""` stands for all that is outside the blocks.
+    """
+    if method.rounds_itself:
+        raise UserError(f"{method.name} finds its own codes, so gptq would be in vain; use `start: rtn`")
+    inside = stats.by_block(model, [t.name for t in todo])
+    by_name = {t.name: t for t in todo}
+    calibrated = {name for names in inside.values() for name in names}
+    for target in todo:
+        if target.name not in calibrated:
+            put(target, None)
+    enter("")
+    watched = {block: [n for n in names if by_name[n].grid is not None] for block, names in inside.items()}
+    if not any(watched.values()):
+        raise UserError(f"gptq: no layer in the decoder blocks has a grid to round to under {method.name}; give it one")
+
+    def leave(block: str, hessians: dict[str, Tensor]) -> None:
+        for name in inside[block]:
+            put(by_name[name], hessians.get(name))
+
+    stats.calibrate(model, start.tokens, watched, enter, leave)
+
+
 def prepare(
-    model: "PreTrainedModel", method: Method, rules_: Sequence[Rule] | Sequence[dict[str, Any]] | None = None
+    model: "PreTrainedModel",
+    method: Method,
+    rules_: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
+    *,
+    start: Gptq | None = None,
 ) -> "PreTrainedModel":
     """Quantize a model in memory and attach a method's adapters, in place.
 
@@ -155,16 +222,27 @@ def prepare(
         model: a causal language model with float layers, or one of ours with folded layers.
         method: for example `trimtab.methods.LrQat(rank=32)`.
         rules_: `Rule`s or a recipe's mappings; None for the method's own grid on every linear layer but the head.
+        start: how the layers in the decoder blocks find their codes: `trimtab.Gptq(tokens=...)`; None rounds to nearest.
 
     Returns:
         The model itself. To quantize while reading, so that the float model never exists, use `trimtab.load`.
     """
-    for target in targets(model, method, rules.parse_rules(rules_)):
+    todo = targets(model, method, rules.parse_rules(rules_))
+
+    def put(target: Target, hessian_KK: Tensor | None = None) -> None:
         old: Any = model.get_submodule(target.name)
-        source = old.base if isinstance(old, QuantLinear | QuantEmbedding) else old.weight.detach()
+        source: Source = old.base if isinstance(old, QuantLinear | QuantEmbedding) else old.weight.detach()
         if target.kind != "tied":
             finite(source, f"{target.name}.weight")
+        if start is not None and hessian_KK is not None:
+            source = rounded(source, target, start, hessian_KK)
         place(model, target, source, method)
+
+    if start is None:
+        for target in todo:
+            put(target)
+    else:
+        place_calibrated(model, todo, method, start, put, lambda _: None)
     finish(model)
     return model
 
@@ -172,7 +250,7 @@ def prepare(
 def finite(source: Source, name: str) -> None:
     """Raise a `UserError` naming the tensor if it holds NaN or infinity."""
     # NaN spreads to the extremes, and they are one pass: a sixteenth of the time of `isfinite` (`benchmarks/choices.py`).
-    if isinstance(source, torch.Tensor) and not all(x.isfinite() for x in torch.aminmax(source)):
+    if isinstance(source, Tensor) and not all(x.isfinite() for x in torch.aminmax(source)):
         raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")
 
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from trimtab import methods
-from trimtab.blocks import Block, DataBlock, EvaluateBlock, ModelBlock, TrainBlock
+from trimtab.blocks import Block, DataBlock, EvaluateBlock, ModelBlock, StartBlock, TrainBlock
 from trimtab.errors import UserError, nearest
 from trimtab.methods.base import Method
 from trimtab.rules import Rule, parse_rules
@@ -31,6 +31,7 @@ class Recipe(Block):
     """`name` and that method's options: `trimtab methods` lists them."""
     rules: list[Rule] | None = None
     """Grids by layer name, first match wins; null is the method's default on every linear layer but the head."""
+    start: StartBlock = StartBlock()
     data: DataBlock | None = None
     """Needed unless train.steps is 0."""
     train: TrainBlock = TrainBlock()
@@ -143,6 +144,8 @@ def _check(recipe: Recipe, where: str) -> None:
     """What single fields cannot say."""
     if recipe.train.steps and recipe.data is None:
         raise UserError(f"{where}: data: missing; training needs it (or set train.steps to 0)")
+    if recipe.start.name == "gptq" and recipe.start.path is None and recipe.data is None:
+        raise UserError(f"{where}: start.path: gptq is calibrated on text; name some, or set data.path")
     trains = recipe.method.name != "rtn"
     if not trains and recipe.train.steps:
         raise UserError(f"{where}: train.steps: {recipe.method.name} trains nothing; set it to 0")

@@ -173,6 +173,12 @@ class AffineWeight(Weight):
             codes = centred.to(torch.bfloat16 if storage == "bf16" else torch.float32)
         return cls(codes, range_, grid, in_features, storage)
 
+    def kept_as(self, storage: Storage) -> "AffineWeight":
+        """The same codes with levels in float brought into `storage`; a weight of integers has none and stays as it is."""
+        if self.packed or storage == self.storage:
+            return self
+        return AffineWeight.of_levels(self.levels(), self.range(), self.grid, storage)
+
     def range(self) -> Range:
         """Scales and zeros (N, G) as float32."""
         zero, offset = (None if p is None else p.float() for p in (self.zero, self.offset))

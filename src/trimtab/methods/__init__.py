@@ -1,6 +1,6 @@
 """The methods: one file each, found by name.
 
-rtn  lora  qlora  qa-lora  q-bara  qa-hira  qa-blora  peqa  lr-qat  qat
+rtn  lora  qlora  loftq  qa-lora  q-bara  qa-hira  qa-blora  peqa  lr-qat  qat
 """
 
 from dataclasses import fields
@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.errors import UserError, nearest
 from trimtab.methods.base import Method
+from trimtab.methods.loftq import Loftq
 from trimtab.methods.lora import Lora
 from trimtab.methods.lr_qat import LrQat
 from trimtab.methods.peqa import Peqa
@@ -19,7 +20,7 @@ from trimtab.methods.qat import Qat
 from trimtab.methods.qlora import Qlora
 from trimtab.methods.rtn import Rtn
 
-ALL: tuple[type[Method], ...] = (Rtn, Lora, Qlora, QaLora, QBara, QaHira, QaBlora, Peqa, LrQat, Qat)
+ALL: tuple[type[Method], ...] = (Rtn, Lora, Qlora, Loftq, QaLora, QBara, QaHira, QaBlora, Peqa, LrQat, Qat)
 """Every method, in the order of the tables."""
 
 _BY_NAME = {name: method for method in ALL for name in (method.name, *method.aliases)}
@@ -48,5 +49,6 @@ def make(name: str, **options: Any) -> Method:
 
 
 __all__ = [
-    "ALL", "Lora", "LrQat", "Method", "Peqa", "QBara", "QaBlora", "QaHira", "QaLora", "Qat", "Qlora", "Rtn", "get", "make",
+    "ALL", "Loftq", "Lora", "LrQat", "Method", "Peqa", "QBara", "QaBlora", "QaHira", "QaLora", "Qat", "Qlora", "Rtn",
+    "get", "make",
 ]  # fmt: skip

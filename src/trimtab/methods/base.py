@@ -36,6 +36,8 @@ class Method(ABC):
     """Learning rate of deltas (of the master weight, for QAT) where a recipe names none."""
     lr_scale: ClassVar[float] = 1e-5
     """Learning rate of scales and offsets where a recipe names none."""
+    rounds_itself: ClassVar[bool] = False
+    """Whether the method finds its own codes, so that it cannot start from another's."""
 
     adapter_dtype: AdapterDtype = "bfloat16"
     """Dtype that trained factors pass through wherever they act."""
@@ -116,12 +118,12 @@ def scales(method: str, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
 def start(source: Source, grid: AnyGrid | None, storage: Storage = "int") -> Weight:
     """The stored weight that a layer starts from.
 
-    A stored source whose grid has the asked form is taken as it is, code for code; any other is dequantized and rounded
-    anew. `grid` None gives a dense weight.
+    A stored source whose grid has the asked form is taken code for code (levels in float, as `gptq` gives them, are kept
+    as `storage`); any other is dequantized and rounded anew. `grid` None gives a dense weight.
     """
     if isinstance(source, Weight):
         if same_form(source.grid, grid) and grid is not None:
-            return source
+            return source.kept_as(storage) if isinstance(source, AffineWeight) else source
         source = source.dequantize(source.weight.dtype if isinstance(source, DenseWeight) else _float_dtype(grid))
     return DenseWeight(source) if grid is None else weights.quantize(source, grid, storage)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import Adapter, MasterLevels
-from trimtab.grid import AnyGrid, Grid, group_size
+from trimtab.grid import AnyGrid, Grid, from_codes, group_size
 from trimtab.methods.base import Method, Source, as_affine, require_affine, scales, start
-from trimtab.weights import Weight
+from trimtab.weights import AffineWeight, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,15 @@ class Qat(Method):
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The rounded weight with a trained float master."""
-        base = as_affine(start(source, require_affine(self.name, grid)))
-        master = source if isinstance(source, Tensor) else source.dequantize(torch.float32)
-        return base, MasterLevels(master, base)
+        affine = require_affine(self.name, grid)
+        base = as_affine(start(source, affine))
+        return base, MasterLevels(_master(source), base)
+
+
+def _master(source: Source) -> Tensor:
+    """The float weight; where a start gave levels instead, the weight that has these levels."""
+    if isinstance(source, Tensor):
+        return source
+    if isinstance(source, AffineWeight) and not source.packed:
+        return from_codes(source.levels(), source.range(), source.grid)
+    return source.dequantize(torch.float32)

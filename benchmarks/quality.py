@@ -326,8 +326,8 @@ def _split(source: Path, work: Path) -> Path:
 
 
 def seeds_of(row: Row, seeds: list[int]) -> list[int]:
-    """Without training every seed gives the same; GPTQ alone draws its calibration by one."""
-    return seeds if row.trained or "start" in row.more else seeds[:1]
+    """Without training every seed gives the same."""
+    return seeds if row.trained else seeds[:1]
 
 
 def say(text: str) -> None:

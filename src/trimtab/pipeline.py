@@ -82,23 +82,8 @@ def run(
     blocks = _blocks(recipe, held_out, tokenizer)
     start = _start(recipe, rows, tokenizer)
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
-    if "float" in recipe.evaluate.baselines:
-        watch.say("measuring the float model (untuned)")
-        model = loading.load_float(recipe.model.path, dtype=recipe.dtype, source=source)
-        assert blocks is not None, "the recipe was checked to have held-out data"
-        metrics["perplexity"]["float"] = perplexity(model, blocks)
-        del model
-        gc.collect()
-    memory.reset_peak()
-    how = "" if start is None else f" by GPTQ on {start.tokens.numel():,} tokens"
-    watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
-    torch.manual_seed(recipe.train.seed)
-    model, _ = loading.load(
-        recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source, start=start
-    )
-    metrics["load_peak_memory_bytes"] = memory.peak_bytes()
-    for line in fitted_starts(model):
-        watch.say(line)
+    _measure_float(recipe, source, blocks, metrics, watch)
+    model = _load(recipe, source, start, metrics, watch)
     if "rounded" in recipe.evaluate.baselines and blocks is not None:
         watch.say("measuring the rounded model, before tuning")
         metrics["perplexity"]["rounded"] = perplexity(model, blocks)
@@ -115,6 +100,45 @@ def run(
     (recipe.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     watch.finish(metrics, parities)
     return metrics
+
+
+def _measure_float(
+    recipe: Recipe,
+    source: loading.ModelSource | None,
+    blocks: Tensor | None,
+    metrics: dict[str, Any],
+    watch: Observer,
+) -> None:
+    """Perplexity of the untuned float model where asked; it is gone before the next model comes."""
+    if "float" not in recipe.evaluate.baselines:
+        return
+    watch.say("measuring the float model (untuned)")
+    model = loading.load_float(recipe.model.path, dtype=recipe.dtype, source=source)
+    assert blocks is not None, "the recipe was checked to have held-out data"
+    metrics["perplexity"]["float"] = perplexity(model, blocks)
+    del model
+    gc.collect()
+
+
+def _load(
+    recipe: Recipe,
+    source: loading.ModelSource | None,
+    start: Gptq | None,
+    metrics: dict[str, Any],
+    watch: Observer,
+) -> PreTrainedModel:
+    """The model, quantized and with adapters."""
+    memory.reset_peak()
+    how = "" if start is None else f" by GPTQ on {start.tokens.numel():,} tokens"
+    watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
+    torch.manual_seed(recipe.train.seed)
+    model, _ = loading.load(
+        recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source, start=start
+    )
+    metrics["load_peak_memory_bytes"] = memory.peak_bytes()
+    for line in fitted_starts(model):
+        watch.say(line)
+    return model
 
 
 def check_output(out: Path, overwrite: bool, resume: bool) -> None:

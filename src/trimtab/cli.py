@@ -59,7 +59,7 @@ def run(
 def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Predict the memory that a recipe's training needs; loads nothing."""
     _quiet()
-    from trimtab import loading, memory
+    from trimtab import loading, memory, teacher
     from trimtab.recipe import read
     from trimtab.report.terminal import Terminal
 
@@ -74,6 +74,7 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
         dtype=parsed.dtype,
         checkpointing=parsed.train.activation_checkpointing,
         moment_bytes=parsed.train.moment_bytes,
+        teaching=teacher.needs(parsed),
     )
     Terminal().plan(predicted, memory.available_bytes())
 

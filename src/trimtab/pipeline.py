@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trimtab import data, loading, memory, train
+from trimtab import data, loading, memory, teacher, teacher_cache, train
 from trimtab.errors import UserError
 from trimtab.evaluate import parity
 from trimtab.evaluate.parity import Parity
@@ -78,6 +78,7 @@ def run(
     source = loading.open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
     train.check(recipe, tokenizer, rows)
+    teacher.check(recipe, source)
     blocks = _blocks(recipe, held_out, tokenizer)
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     if "float" in recipe.evaluate.baselines:
@@ -88,6 +89,8 @@ def run(
         del model
         gc.collect()
     memory.reset_peak()
+    teacher_cache.ask(recipe, tokenizer, rows, train.packed, source=source, say=watch.say)
+    gc.collect()
     watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing while it reads")
     torch.manual_seed(recipe.train.seed)
     model, _ = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source)

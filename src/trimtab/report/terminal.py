@@ -122,6 +122,8 @@ class Terminal:
             "activations": "activations kept for backward",
             "temporary": "temporary (one layer, one chunk of logits)",
         }
+        names |= {"teacher": "the teacher"} if plan.teacher else {}
+        names |= {"before": "asking the teacher first (not added)"} if plan.before else {}
         for key, label in names.items():
             table.add_row(label, size(getattr(plan, key)))
         table.add_row("[bold]total[/bold]", f"[bold]{size(plan.total)}[/bold] above the interpreter and its libraries")

@@ -113,6 +113,12 @@ class EvaluateBlock(Block):
     """Compare trained, folded and reloaded-in-a-fresh-process, logit by logit."""
     parity_tokens: int = Field(default=512, ge=8)
     """Tokens that parity is measured on."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness for the saved model: piqa, arc_easy, ... (`trimtab harness` compares two models)."""
+    tasks_data: str | None = None
+    """Directory that holds <task>/<split>.jsonl, in the data sets' original fields."""
+    tasks_limit: int | None = Field(default=200, ge=2)
+    """Items of each task, spread evenly; null for all."""
     prompt: str | None = None
     """A question answered before and after tuning."""
     answer_tokens: int = Field(default=48, ge=1)

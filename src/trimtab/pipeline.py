@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trimtab import data, loading, memory, teacher, teacher_cache, train
 from trimtab.errors import UserError
-from trimtab.evaluate import parity
+from trimtab.evaluate import harness, parity
 from trimtab.evaluate.parity import Parity
 from trimtab.evaluate.perplexity import perplexity
 from trimtab.export import native
@@ -79,6 +79,8 @@ def run(
     tokenizer = _tokenizer(recipe, source)
     train.check(recipe, tokenizer, rows)
     teacher.check(recipe, source)
+    if recipe.evaluate.tasks:
+        harness.check(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
     blocks = _blocks(recipe, held_out, tokenizer)
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     if "float" in recipe.evaluate.baselines:
@@ -160,7 +162,7 @@ def _rows(recipe: Recipe) -> tuple[Any, Any]:
 def _tokenizer(recipe: Recipe, source: loading.ModelSource | None) -> Any:
     path = recipe.model.path
     tokenizer = loading.native_tokenizer(loading.resolve(path)) if source is None else source.tokenizer()
-    if tokenizer is None and (recipe.data is not None or recipe.evaluate.prompt):
+    if tokenizer is None and (recipe.data is not None or recipe.evaluate.prompt or recipe.evaluate.tasks):
         raise UserError(f"model.path: {path}: was saved without a tokenizer; add its tokenizer files to that directory")
     return tokenizer
 
@@ -230,12 +232,17 @@ def _measure_saved(
     recipe: Recipe, tokenizer: Any, blocks: Tensor | None, metrics: dict[str, Any], watch: Observer
 ) -> None:
     """Perplexity and an answer of what was saved: what is evaluated is what is served."""
-    if blocks is None and not recipe.evaluate.prompt:
+    if blocks is None and not recipe.evaluate.prompt and not recipe.evaluate.tasks:
         return
     watch.say("measuring the saved model")
     model = AutoModelForCausalLM.from_pretrained(recipe.out, dtype=recipe.dtype)
     if blocks is not None:
         metrics["perplexity"]["tuned"] = perplexity(model, blocks)
+    if recipe.evaluate.tasks:
+        block = recipe.evaluate
+        scores = harness.run(model, tokenizer, block.tasks, block.tasks_data or "", limit=block.tasks_limit)
+        harness.write(recipe.out / "harness.json", {str(recipe.out): scores})
+        metrics["tasks"] = {f"{s.task} {s.metric}": [s.value, s.stderr, len(s.items)] for s in scores}
     if recipe.evaluate.prompt:
         metrics["answers"]["after"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
 

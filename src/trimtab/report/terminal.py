@@ -60,6 +60,9 @@ class Terminal:
         """The results of a run."""
         self._stop()
         self._perplexities(metrics.get("perplexity", {}))
+        if metrics.get("tasks"):
+            tasks = [(name, f"{v:.4f} ± {e:.4f}", str(n)) for name, (v, e, n) in metrics["tasks"].items()]
+            self.rows("tasks, tuned", ("", "accuracy", "items"), tasks)
         self._parities(metrics, parities)
         table = Table(box=None, show_header=False, title="bytes and time", title_justify="left")
         for name in ("peak_memory_bytes", "disk_bytes"):

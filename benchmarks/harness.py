@@ -5,8 +5,9 @@ zeros, embedding at 8 bits, and tuned by LR-QAT; zero-shot, lm-evaluation-harnes
 
     python benchmarks/harness.py --data DIR [--tuned DIR | --train FILE] [--limit 200]
 
-It writes benchmarks/results/harness.json. `--data` holds <task>/<split>.jsonl in the data sets' original fields. Without `--tuned`, a short recipe is run on `--train`
-(JSON lines with a text). Rows that are there already (same items) are not asked again.
+It writes benchmarks/results/harness.json. `--data` holds <task>/<split>.jsonl in the data sets' original fields. Without
+`--tuned`, a short recipe is run on `--train` (JSON lines with a text).
+Models that were asked as many items already are not asked again.
 """
 
 import argparse

@@ -203,7 +203,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parsed(given: Path, output: Path, file: str = "data.jsonl", **changes: Any) -> Recipe:
-    changes = {"distill": {"teacher": "cached", "top_k": 8}, **changes}
+    changes = {"distill": {"teacher": "cached", "top_k": 8}, "evaluate": {"parity": False}, **changes}
     return recipe.from_dict(tiny.recipe(given / "model", given / file, output, **changes))
 
 
@@ -361,10 +361,9 @@ def sharp(given: Path) -> Path:
 @pytest.mark.parametrize("kind", ["cached", "bfloat16", "int8"])
 def test_a_run_comes_nearer_to_the_float_model(given: Path, sharp: Path, tmp_path: Path, kind: str) -> None:
     train_block = {"steps": 25, "lr": 1e-2, "lr_scale": 1e-3}
-    distill = {"teacher": kind, "weight": 1.0, "top_k": 32}
-    of = recipe.from_dict(
-        tiny.recipe(sharp, given / "data.jsonl", tmp_path / "run", train=train_block, distill=distill)
-    )
+    changes: Any = {"train": train_block, "distill": {"teacher": kind, "weight": 1.0, "top_k": 32}}
+    changes["evaluate"] = {"parity": kind == "cached"}
+    of = recipe.from_dict(tiny.recipe(sharp, given / "data.jsonl", tmp_path / "run", **changes))
     metrics = pipeline.run(of)
     blocks = data.token_blocks(rows_of(of), tiny.tokenizer(), block_tokens=32, limit_tokens=256)
     exact = parity.logits_of(loading.load_float(str(sharp)), blocks)
@@ -373,7 +372,7 @@ def test_a_run_comes_nearer_to_the_float_model(given: Path, sharp: Path, tmp_pat
     before, after = (parity.compare("", exact, parity.logits_of(m, blocks), blocks).kl for m in (rounded, tuned))
     assert after < 0.6 * before
     assert metrics["losses"][-1] < 0.8 * metrics["losses"][0]
-    assert metrics["max_logit_difference"] == 0
+    assert kind != "cached" or metrics["max_logit_difference"] == 0
     # The first loss is the divergence of the rounded model, about: other tokens, and tokens only part of which are kept.
     assert metrics["losses"][0] == pytest.approx(before, rel=0.5)
 
@@ -388,6 +387,7 @@ def test_teachers_agree_on_the_loss(given: Path, sharp: Path, tmp_path: Path) ->
             distill = {"teacher": kind, "weight": 0.7, "temperature": 2.0, "top_k": 260}
             options: Any = {
                 "train": {"steps": 1},
+                "evaluate": {"parity": False},
                 "distill": distill,
                 "rules": rules if head == "trained" else tiny.RULES,
             }

@@ -77,10 +77,7 @@ def run(
     rows, held_out = _rows(recipe)
     source = loading.open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
-    train.check(recipe, tokenizer, rows)
-    teacher.check(recipe, source)
-    if recipe.evaluate.tasks:
-        harness.check(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
+    _check(recipe, tokenizer, rows, source)
     blocks = _blocks(recipe, held_out, tokenizer)
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     if "float" in recipe.evaluate.baselines:
@@ -93,6 +90,8 @@ def run(
     memory.reset_peak()
     teacher_cache.ask(recipe, tokenizer, rows, train.packed, source=source, say=watch.say)
     gc.collect()
+    asking_bytes = memory.peak_bytes()
+    memory.reset_peak()
     watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing while it reads")
     torch.manual_seed(recipe.train.seed)
     model, _ = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source)
@@ -105,7 +104,7 @@ def run(
     if overwrite and recipe.out.exists():
         shutil.rmtree(recipe.out)
     metrics |= _tune(recipe, model, tokenizer, rows, resume, watch)
-    metrics["peak_memory_bytes"] = memory.peak_bytes()
+    metrics["peak_memory_bytes"] = max(memory.peak_bytes(), asking_bytes)
     parities = _fold_and_save(recipe, model, tokenizer, blocks, metrics, watch)
     del model
     gc.collect()
@@ -147,6 +146,14 @@ def _check_inputs_apart(recipe: Recipe) -> None:
         found = Path(path).expanduser()
         if path and found.exists() and (found.resolve() == out or out in found.resolve().parents):
             raise UserError(f"{key}: {path} is in the output directory {recipe.out}; set `output` to another one")
+
+
+def _check(recipe: Recipe, tokenizer: Any, rows: Any, source: loading.ModelSource | None) -> None:
+    """Raise a `UserError` for what training, its teacher and the tasks would only complain of later."""
+    train.check(recipe, tokenizer, rows)
+    teacher.check(recipe, source)
+    if recipe.evaluate.tasks:
+        harness.check(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
 
 
 def _rows(recipe: Recipe) -> tuple[Any, Any]:

@@ -106,6 +106,21 @@ class TrainBlock(Block):
         return 1 if "8bit" in self.optimizer else 4
 
 
+class DistillBlock(Block):
+    """Learn from the float model as well: (1 - weight) cross-entropy + weight temperature^2 KL(float || tuned)."""
+
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the divergence in the loss; cross-entropy has the rest."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits of both are divided by it in the divergence; above 1, unlikely tokens count for more."""
+    teacher: Literal["bfloat16", "int8", "cached"] = "cached"
+    """The float model in bfloat16 or rounded to 8 bits, in memory; cached: its likeliest tokens, written to disk first."""
+    top_k: int = Field(default=64, ge=1)
+    """Tokens whose probabilities a cache keeps at every position; the mass of all others is kept as one number."""
+    cache: str | None = None
+    """Directory of the cache, for every run on the same sequences; null is `<output>-teacher`."""
+
+
 class EvaluateBlock(Block):
     """What to measure after the run, besides the tuned model."""
 
@@ -115,6 +130,12 @@ class EvaluateBlock(Block):
     """Compare trained, folded and reloaded-in-a-fresh-process, logit by logit."""
     parity_tokens: int = Field(default=512, ge=8)
     """Tokens that parity is measured on."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness for the saved model: piqa, arc_easy, ... (`trimtab harness` compares two models)."""
+    tasks_data: str | None = None
+    """Directory that holds <task>/<split>.jsonl, in the data sets' original fields."""
+    tasks_limit: int | None = Field(default=200, ge=2)
+    """Items of each task, spread evenly; null for all."""
     prompt: str | None = None
     """A question answered before and after tuning."""
     answer_tokens: int = Field(default=48, ge=1)

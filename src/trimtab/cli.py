@@ -1,4 +1,4 @@
-"""The command line: `trimtab run|plan|eval|chat|methods|recipe`.
+"""The command line: `trimtab run|plan|eval|harness|chat|methods|recipe`.
 
 Bad input ends in one line on stderr and exit status 2; anything else that goes wrong keeps its traceback. Heavy libraries
 are imported when a command needs them, so `trimtab --help` is quick. The only file that imports typer.
@@ -59,7 +59,7 @@ def run(
 def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Predict the memory that a recipe's training needs; loads nothing."""
     _quiet()
-    from trimtab import loading, memory
+    from trimtab import loading, memory, teacher
     from trimtab.recipe import read
     from trimtab.report.terminal import Terminal
 
@@ -74,6 +74,7 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
         dtype=parsed.dtype,
         checkpointing=parsed.train.activation_checkpointing,
         moment_bytes=parsed.train.moment_bytes,
+        teaching=teacher.needs(parsed),
     )
     Terminal().plan(predicted, memory.available_bytes())
 
@@ -118,6 +119,39 @@ def evaluate(
     blocks = data.token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
     value = perplexity(model, blocks)
     Terminal().say(f"perplexity {value:.4f} on {blocks.numel()} tokens of {path} ({split}), windows of {block_tokens}")
+
+
+@app.command()
+def harness(
+    directory: _Directory,
+    other: Annotated[
+        str | None, typer.Argument(help="A second model, paired with the first.", metavar="[DIR2]")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = "piqa,arc_easy",
+    path: Annotated[str | None, typer.Option("--data", help="Directory that holds <task>/<split>.jsonl.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task, spread evenly; default: all.")] = None,
+    out: Annotated[str | None, typer.Option(help="JSON file; default: harness.json in DIR.")] = None,
+) -> None:
+    """Accuracies with standard errors on local files; with two models, their paired differences."""
+    _quiet()
+    from trimtab.evaluate import harness as asking
+    from trimtab.report.terminal import Terminal
+
+    names = [name.strip() for name in tasks.split(",")]
+    asking.check(names, path)
+    if out is None and not Path(directory).is_dir():
+        raise UserError(f"{directory}: is no directory to write harness.json into; pass --out")
+    terminal, scores = Terminal(), {}
+    for model in (directory,) if other is None else (directory, other):
+        scores[model] = asking.run(*_saved(model), names, path or "", limit=limit)
+        terminal.rows(model, ("task", "metric", "accuracy", "items"), asking.rows(scores[model]))
+    found = [] if other is None else asking.differences(scores[directory], scores[other])
+    if other is not None:
+        header = ("task", "metric", "difference", "only first / only second right", "p")
+        terminal.rows(f"{other} minus {directory}, on the same items", header, asking.difference_rows(found))
+    file = out or str(Path(directory) / "harness.json")
+    asking.write(file, scores, found)
+    terminal.say(f"written to {file}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from trimtab import methods
-from trimtab.blocks import Block, DataBlock
+from trimtab.blocks import Block
 from trimtab.grid import CodebookGrid, Grid
 from trimtab.methods.base import Method
 from trimtab.recipe import Recipe
@@ -18,12 +18,10 @@ def explanation() -> str:
     """Every field of a recipe, grid and method: its type, default and meaning, as commented YAML keys."""
     lines: list[str] = []
     for name, field in Recipe.model_fields.items():
-        block = field.annotation if isinstance(field.annotation, type) else None
-        inner = block if block is not None and issubclass(block, Block) else None
-        inner = DataBlock if name == "data" else inner
+        inner = _block(field.annotation)
         lines.append(f"{name}:" + ("" if inner else f" {_default(field)}"))
-        if field.description or (inner and inner.__doc__):
-            lines.append(f"    # {field.description or inner.__doc__}")
+        told = [inner.__doc__ if inner else None, field.description]
+        lines += [f"    # {text}" for text in told if text]
         for key, value in ({} if inner is None else inner.model_fields).items():
             lines += [f"  {key}: {_default(value)}", f"      # {value.description}"]
     lines += ["", "# a grid, in rules", *_documented(Grid), "", "# or a codebook grid", *_documented(CodebookGrid)]
@@ -31,6 +29,12 @@ def explanation() -> str:
     for method in methods.ALL:
         lines += ["", f"# and of {method.name}: {method.summary}", *_documented(method)]
     return "\n".join(lines) + "\n"
+
+
+def _block(annotation: Any) -> type[Block] | None:
+    """The block that a key holds, or may hold."""
+    options = getattr(annotation, "__args__", (annotation,))
+    return next((o for o in options if isinstance(o, type) and issubclass(o, Block)), None)
 
 
 def _default(field: Any) -> str:

@@ -177,6 +177,9 @@ def untie(model: "PreTrainedModel") -> None:
     names = {f"{n}.weight" for n in quant_layers(model)}
     keys = getattr(model, "all_tied_weights_keys", {})
     model.all_tied_weights_keys = {k: v for k, v in keys.items() if k not in names and v not in names}
+    # From these it is made anew by whoever calls `tie_weights` (lm-evaluation-harness does).
+    declared = model._tied_weights_keys or {}
+    model._tied_weights_keys = {k: v for k, v in declared.items() if k not in names and v not in names}
 
 
 def freeze(model: nn.Module) -> None:

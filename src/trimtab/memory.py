@@ -118,14 +118,31 @@ class Plan:
     """The shared buffers, and the largest that lives beside them for a moment: see above."""
     trainable: int
     """Trainable numbers, not bytes."""
+    teacher: int = 0
+    """A float or 8-bit model to learn from, in memory as long as training lasts."""
+    before: int = 0
+    """Peak of asking such a model once, before the one that is trained is loaded; it does not add up with the rest."""
 
     @property
     def total(self) -> int:
         """Predicted peak above the interpreter and its libraries."""
-        return (
+        training = (
             self.codes + self.float_parameters + self.adapters + self.gradients
-            + self.optimizer + self.activations + self.temporary
+            + self.optimizer + self.activations + self.temporary + self.teacher
         )  # fmt: skip
+        return max(training, self.before)
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Bytes that distillation adds to a plan (see `teacher.needs`)."""
+
+    resident: int = 0
+    """The teacher itself."""
+    at_loss: int = 0
+    """Its hidden states and logits beside the student's."""
+    before: int = 0
+    """See `Plan`."""
 
 
 def plan(
@@ -138,6 +155,7 @@ def plan(
     dtype: torch.dtype,
     checkpointing: bool,
     moment_bytes: int = 4,
+    teaching: Teaching = Teaching(),
 ) -> Plan:
     """Predict the peak of training.
 
@@ -150,6 +168,7 @@ def plan(
         dtype: compute dtype.
         checkpointing: whether each block is recomputed in backward.
         moment_bytes: of each of Adam's two numbers for a trainable one.
+        teaching: what a teacher adds.
     """
     hf.cast_floats(model, dtype)
     prepare_meta(model, method, rules)
@@ -162,7 +181,7 @@ def plan(
         block = kept // config.num_hidden_layers
         kept = block + config.num_hidden_layers * tokens * config.hidden_size * dtype.itemsize
     # Each block's activations are there in the loss, too, but for those that are recomputed later.
-    at_loss = _at_loss(model, tokens, dtype) - (block if checkpointing else 0)
+    at_loss = _at_loss(model, tokens, dtype) + teaching.at_loss - (block if checkpointing else 0)
     return Plan(
         codes=_bytes(p for i, p in stored.items() if i not in trained),
         float_parameters=_bytes(p for p in model.parameters() if id(p) not in stored),
@@ -172,6 +191,8 @@ def plan(
         activations=kept,
         temporary=_buffers(model, dtype) + max(at_loss, _in_layer(model, tokens, dtype)),
         trainable=sum(p.numel() for p in adapters),
+        teacher=teaching.resident,
+        before=teaching.before,
     )
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trimtab import data, loading, memory, train
+from trimtab import data, loading, memory, teacher, teacher_cache, train
 from trimtab.errors import UserError
-from trimtab.evaluate import parity
+from trimtab.evaluate import harness, parity
 from trimtab.evaluate.parity import Parity
 from trimtab.evaluate.perplexity import perplexity
 from trimtab.export import native
@@ -78,11 +78,12 @@ def run(
     rows, held_out = _rows(recipe)
     source = loading.open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
-    train.check(recipe, tokenizer, rows)
+    _check(recipe, tokenizer, rows, source)
     blocks = _blocks(recipe, held_out, tokenizer)
     start = _start(recipe, rows, tokenizer)
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     _measure_float(recipe, source, blocks, metrics, watch)
+    asking_bytes = _ask_teacher(recipe, source, tokenizer, rows, watch)
     model = _load(recipe, source, start, metrics, watch)
     if "rounded" in recipe.evaluate.baselines and blocks is not None:
         watch.say("measuring the rounded model, before tuning")
@@ -92,7 +93,7 @@ def run(
     if overwrite and recipe.out.exists():
         shutil.rmtree(recipe.out)
     metrics |= _tune(recipe, model, tokenizer, rows, resume, watch)
-    metrics["peak_memory_bytes"] = memory.peak_bytes()
+    metrics["peak_memory_bytes"] = max(memory.peak_bytes(), asking_bytes)
     parities = _fold_and_save(recipe, model, tokenizer, blocks, metrics, watch)
     del model
     gc.collect()
@@ -118,6 +119,14 @@ def _measure_float(
     metrics["perplexity"]["float"] = perplexity(model, blocks)
     del model
     gc.collect()
+
+
+def _ask_teacher(recipe: Recipe, source: loading.ModelSource | None, tokenizer: Any, rows: Any, watch: Observer) -> int:
+    """Fill the teacher's cache where the recipe has one; returns the peak memory that took."""
+    memory.reset_peak()
+    teacher_cache.ask(recipe, tokenizer, rows, train.packed, source=source, say=watch.say)
+    gc.collect()
+    return memory.peak_bytes()
 
 
 def _load(
@@ -175,6 +184,14 @@ def _check_inputs_apart(recipe: Recipe) -> None:
             raise UserError(f"{key}: {path} is in the output directory {recipe.out}; set `output` to another one")
 
 
+def _check(recipe: Recipe, tokenizer: Any, rows: Any, source: loading.ModelSource | None) -> None:
+    """Raise a `UserError` for what training, its teacher and the tasks would only complain of later."""
+    train.check(recipe, tokenizer, rows)
+    teacher.check(recipe, source)
+    if recipe.evaluate.tasks:
+        harness.check(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
+
+
 def _rows(recipe: Recipe) -> tuple[Any, Any]:
     """Training rows and held-out rows, read before any model is."""
     block = recipe.data
@@ -202,7 +219,7 @@ def _start(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
 def _tokenizer(recipe: Recipe, source: loading.ModelSource | None) -> Any:
     path = recipe.model.path
     tokenizer = loading.native_tokenizer(loading.resolve(path)) if source is None else source.tokenizer()
-    needs = recipe.data is not None or recipe.evaluate.prompt or recipe.start.name == "gptq"
+    needs = recipe.data or recipe.evaluate.prompt or recipe.evaluate.tasks or recipe.start.name == "gptq"
     if tokenizer is None and needs:
         raise UserError(f"model.path: {path}: was saved without a tokenizer; add its tokenizer files to that directory")
     return tokenizer
@@ -273,12 +290,17 @@ def _measure_saved(
     recipe: Recipe, tokenizer: Any, blocks: Tensor | None, metrics: dict[str, Any], watch: Observer
 ) -> None:
     """Perplexity and an answer of what was saved: what is evaluated is what is served."""
-    if blocks is None and not recipe.evaluate.prompt:
+    if blocks is None and not recipe.evaluate.prompt and not recipe.evaluate.tasks:
         return
     watch.say("measuring the saved model")
     model = AutoModelForCausalLM.from_pretrained(recipe.out, dtype=recipe.dtype)
     if blocks is not None:
         metrics["perplexity"]["tuned"] = perplexity(model, blocks)
+    if recipe.evaluate.tasks:
+        block = recipe.evaluate
+        scores = harness.run(model, tokenizer, block.tasks, block.tasks_data or "", limit=block.tasks_limit)
+        harness.write(recipe.out / "harness.json", {str(recipe.out): scores})
+        metrics["tasks"] = {f"{s.task} {s.metric}": [s.value, s.stderr, len(s.items)] for s in scores}
     if recipe.evaluate.prompt:
         metrics["answers"]["after"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
 

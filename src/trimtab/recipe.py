@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from trimtab import methods
-from trimtab.blocks import Block, DataBlock, EvaluateBlock, ModelBlock, StartBlock, TrainBlock
+from trimtab.blocks import Block, DataBlock, DistillBlock, EvaluateBlock, ModelBlock, StartBlock, TrainBlock
 from trimtab.errors import UserError, nearest
 from trimtab.methods.base import Method
 from trimtab.rules import Rule, parse_rules
@@ -35,6 +35,8 @@ class Recipe(Block):
     data: DataBlock | None = None
     """Needed unless train.steps is 0."""
     train: TrainBlock = TrainBlock()
+    distill: DistillBlock | None = None
+    """null trains on the data alone; `{}` takes these defaults."""
     evaluate: EvaluateBlock = EvaluateBlock()
     merge: bool = False
     """Merge output adapters into a dense copy of their weights when folding."""
@@ -67,6 +69,13 @@ class Recipe(Block):
     def out(self) -> Path:
         """The output directory."""
         return Path(self.output or f"runs/{self.name}")
+
+    @property
+    def teacher_cache(self) -> Path | None:
+        """Where the teacher's predictions are kept on disk, if they are."""
+        if self.distill is None or self.distill.teacher != "cached":
+            return None
+        return Path(self.distill.cache or f"{self.out}-teacher")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,6 +160,9 @@ def _check(recipe: Recipe, where: str) -> None:
         raise UserError(f"{where}: train.steps: {recipe.method.name} trains nothing; set it to 0")
     if recipe.evaluate.baselines and (recipe.data is None or recipe.data.eval_path is None):
         raise UserError(f"{where}: evaluate.baselines: are compared on held-out data; set data.eval_path")
+    cache = recipe.teacher_cache
+    if cache is not None and recipe.out.resolve() in (cache.resolve(), *cache.resolve().parents):
+        raise UserError(f"{where}: distill.cache: {cache} is in the output directory; give it one of its own")
     if recipe.data is None or not recipe.train.steps:
         return
     sequences, rest = divmod(recipe.train.batch_tokens, recipe.data.block_tokens)

@@ -23,11 +23,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
-from trimtab import data, hf, memory
+from trimtab import data, hf, memory, teacher_cache
+from trimtab.blocks import DistillBlock
+from trimtab.divergence import Distillation
 from trimtab.errors import UserError, nearest
 from trimtab.kernels import workspace
-from trimtab.loss import IGNORED, summed_loss
+from trimtab.loss import IGNORED, loss_of_logits, scales_logits, summed_loss
 from trimtab.recipe import Recipe
+from trimtab.teacher import LiveTeacher
+from trimtab.teacher_cache import NUMBER, CachedTeacher
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl import SFTConfig, SFTTrainer
@@ -80,6 +84,8 @@ class _Trainer(SFTTrainer):
     model: Any
     args: Any
     lr_scale: float = 0.0
+    teacher: LiveTeacher | CachedTeacher | None = None
+    distill: DistillBlock | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over two groups: deltas and master weights; scales and offsets."""
@@ -98,29 +104,36 @@ class _Trainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy of the counted tokens, in chunks where the head is frozen."""
+        """Mean loss of the counted tokens, with the teacher's divergence, in chunks where the head is frozen."""
         labels = inputs["labels"]
         self._count_tokens(inputs)
-        arguments = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False}
+        distillation = self._distillation(
+            inputs
+        )  # before the student's forward: the teacher's activations are gone then
+        arguments = {k: v for k, v in inputs.items() if k not in ("labels", NUMBER)} | {"use_cache": False}
         outputs, targets = None, labels[:, 1:].flatten()
         if return_outputs or self._needs_logits(model):
             outputs = model(**arguments)
-            logits = outputs.logits[:, :-1].flatten(0, 1).float()
-            total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+            total = loss_of_logits(outputs.logits[:, :-1].flatten(0, 1), targets, distillation)
         else:
-            total = summed_loss(model, labels, **arguments)
+            total = summed_loss(model, labels, distillation, **arguments)
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
         loss = total / torch.as_tensor(count).clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is of all devices, and they average gradients
         return (loss, outputs) if return_outputs else loss
 
+    def _distillation(self, inputs: dict[str, Any]) -> Distillation | None:
+        if self.distill is None or self.teacher is None:
+            return None
+        return Distillation(self.distill.weight, self.distill.temperature, self.teacher.targets(inputs))
+
     def _needs_logits(self, model: Any) -> bool:
         """Whether the chunked loss cannot serve: a trained head, scaled logits, or a wrapper whose forward must run."""
         if model is not self.model or self.accelerator.num_processes > 1:
             return True
         trained = any(p.requires_grad for p in model.get_output_embeddings().parameters())
-        return trained or _scales_logits(model.config)
+        return trained or scales_logits(model.config)
 
     def _count_tokens(self, inputs: dict[str, Any]) -> None:
         mask = inputs.get("attention_mask")
@@ -197,13 +210,6 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
                 raise UserError(f"{checkpoint}: {name} has another shape there; resume with the same recipe")
             with torch.no_grad():
                 parameter.copy_(tensor)
-
-
-def _scales_logits(config: Any) -> bool:
-    """Whether the model multiplies its logits, which the chunked loss does not know of."""
-    text = config.get_text_config()
-    factors = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-    return any(getattr(text, name, None) not in (None, 1, 1.0) for name in factors)
 
 
 class _Meter(TrainerCallback):
@@ -289,10 +295,6 @@ def fit(
     assert recipe.data is not None, "the recipe was checked to have data"
     if rows is None:
         rows = data.load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
-    packing: str = recipe.data.packing
-    if packing == "auto":
-        packing = "wrapped" if rows.column_names == ["text"] else "bfd"
-    checkpoints = recipe.out / "checkpoints"
     last = last_checkpoint(recipe) if resume else None
     if last is not None and _step_of(last) == recipe.train.steps:
         load_trainable(model, last)  # the trainer would take one step more
@@ -301,15 +303,10 @@ def fit(
     meter = _Meter(on_step, slot)
     hf.attach(model)
     model.config.use_cache = False
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-        args = _config(recipe, checkpoints, packing)
-        trainer = _Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[meter])
+    trainer = _trainer(model, tokenizer, recipe, rows, [meter])
     trainer.lr_scale = recipe.lr_scale
     slot.append(trainer)
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-            trainer.remove_callback(type(callback))
+    teacher_cache.attach(trainer, recipe, tokenizer, rows)
     memory.return_freed()
     began = perf_counter()
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -318,6 +315,28 @@ def fit(
     model.config.use_cache = True
     model.eval()
     return Trained(result.global_step, trainer._total_train_tokens, seconds, meter.losses)
+
+
+def _trainer(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any, callbacks: list[Any]) -> _Trainer:
+    """A trainer, and with it the packed sequences in the order that the seed gives them."""
+    assert recipe.data is not None
+    packing: str = recipe.data.packing
+    if packing == "auto":
+        packing = "wrapped" if rows.column_names == ["text"] else "bfd"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        args = _config(recipe, recipe.out / "checkpoints", packing)
+        trainer = _Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(type(callback))
+    return trainer
+
+
+def packed(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any) -> tuple[Any, Any]:
+    """The training sequences as they will be packed and ordered, and what makes batches of them."""
+    trainer = _trainer(model, tokenizer, recipe, rows, [])
+    return trainer.train_dataset, trainer.data_collator
 
 
 def check(recipe: Recipe, tokenizer: Any, rows: Any) -> None:

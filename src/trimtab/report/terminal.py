@@ -60,6 +60,9 @@ class Terminal:
         """The results of a run."""
         self._stop()
         self._perplexities(metrics.get("perplexity", {}))
+        if metrics.get("tasks"):
+            tasks = [(name, f"{v:.4f} ± {e:.4f}", str(n)) for name, (v, e, n) in metrics["tasks"].items()]
+            self.rows("tasks, tuned", ("", "accuracy", "items"), tasks)
         self._parities(metrics, parities)
         table = Table(box=None, show_header=False, title="bytes and time", title_justify="left")
         for name in ("peak_memory_bytes", "disk_bytes"):
@@ -122,6 +125,8 @@ class Terminal:
             "activations": "activations kept for backward",
             "temporary": "temporary (one layer, one chunk of logits)",
         }
+        names |= {"teacher": "the teacher"} if plan.teacher else {}
+        names |= {"before": "asking the teacher first (not added)"} if plan.before else {}
         for key, label in names.items():
             table.add_row(label, size(getattr(plan, key)))
         table.add_row("[bold]total[/bold]", f"[bold]{size(plan.total)}[/bold] above the interpreter and its libraries")

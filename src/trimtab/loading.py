@@ -142,11 +142,13 @@ def _layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
     """The model that a config describes, on the meta device."""
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     except ValueError as error:
         raise UserError(
             f"model.path: {path}: its config.json describes no causal language model ({_first_line(error)[:200]})"
         ) from error
+    model.tie_weights()  # accelerate gives a tied head a parameter of its own on the way to the meta device
+    return model
 
 
 def resolve(path: str) -> Path:

@@ -38,6 +38,8 @@ _STORAGE = {
 }
 _CANDIDATES = 100
 """Shrunken ranges tried by the L_p search, as in LR-QAT's paper."""
+_SEARCHED = 1 << 18
+"""Weights that the search looks at together."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,14 @@ def _nonzero(scale: Tensor, grid: Grid) -> Tensor:
 
 
 def _search_range(w_NK: Tensor, low: Tensor, high: Tensor, grid: Grid, p: float) -> Range:
-    """For each group, the shrunken range with the least sum of |w - w_hat|^p."""
+    """For each group, the shrunken range with the least sum of |w - w_hat|^p; some rows at a time, for memory's sake."""
+    rows = w_NK.shape[0] if w_NK.is_meta else max(1, _SEARCHED // w_NK.shape[1])
+    parts = zip(w_NK.split(rows), low.split(rows), high.split(rows), strict=True)
+    columns = zip(*(_search_rows(*part, grid, p) for part in parts), strict=True)
+    return Range(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
+
+
+def _search_rows(w_NK: Tensor, low: Tensor, high: Tensor, grid: Grid, p: float) -> Range:
     best = _full_range(low, high, grid, 1.0)
     least = torch.full_like(best.scale_NG, torch.inf)
     for i in range(_CANDIDATES):

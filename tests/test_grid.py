@@ -27,6 +27,7 @@ from trimtab.grid import (
     straight_through,
     to_levels,
 )
+from trimtab.kernels import cpu, encode
 
 N, K = 24, 96
 BITS = (2, 3, 4, 8)
@@ -224,6 +225,22 @@ def test_a_search_takes_the_best_of_100_shrunken_ranges(rule: RangeRule, zero: Z
     assert clear.float().mean() > 0.3
     assert torch.equal(found.scale_NG[clear].double(), scales[clear])
     assert (errors.argmin(0) > 0).float().mean() > 0.3
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C kernels")
+@pytest.mark.parametrize("rule", ["lp2", "lp2.4", "lp3", "lp3.5", "lp4"])
+@pytest.mark.parametrize("zero", get_args(Zero))
+def test_the_searching_kernel_finds_the_same_ranges(rule: RangeRule, zero: Zero) -> None:
+    """Its sums are in float32 and another order; an all-zero group and whole rows are among the groups."""
+    for group in (32, None):
+        w, grid = weight(5), Grid(3, group, zero, range=rule)
+        w[2, :32] = 0
+        range_, p = set_range(w, Grid(3, group, zero)), float(rule.removeprefix("lp"))
+        values = from_codes(round_clamp(to_levels(w, range_, grid), grid.top), range_, grid)
+        exact = grouped((values.double() - w.double()).abs() ** p, grid).sum(-1)
+        torch.testing.assert_close(encode._errors(w, range_, grid, p).double(), exact, rtol=1e-5, atol=1e-30)
+        ours, plain = encode.ranges(w, grid), set_range(w, grid)
+        assert (ours.scale_NG == plain.scale_NG).float().mean() > 0.98
 
 
 def test_relative_error_of_the_signed_extreme_and_of_paper() -> None:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import reference
-from trimtab import codebook
+from trimtab import codebook, gptq
+from trimtab.gptq import Gptq
 from trimtab.grid import AnyGrid, CodebookGrid, Grid
 from trimtab.linear import QuantLinear
-from trimtab.methods import Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
+from trimtab.methods import Loftq, Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
+from trimtab.methods.base import Source
 from trimtab.weights import AffineWeight, CodebookWeight
 
 N, K, RANK, ALPHA = 48, 64, 4, 8.0
@@ -39,6 +41,8 @@ class Case:
     scaling: float = 1.0
     factors: tuple[str, ...] = ()
     """Names of the trained factors."""
+    gptq: bool = False
+    """Whether codes come from GPTQ, not from rounding to nearest."""
 
     @property
     def group(self) -> int:
@@ -99,6 +103,11 @@ def _cases() -> Iterator[Case]:
             yield Case(name=f"lr-qat-{storage}", method=method, grid=grid, place="levels", **lora)
         method = LrQat(rank=RANK, alpha=ALPHA, k=2)
         yield Case(name="lr-qat-k2", method=method, grid=grid, place="levels", **balanced)
+        method = LrQat(rank=RANK, alpha=ALPHA, storage="int", svd=True)
+        yield Case(name="lr-qat-svd", method=method, grid=grid, place="levels", **lora)
+    for grid in (*affine, *tables):
+        yield Case(name="loftq", method=Loftq(rank=RANK, alpha=ALPHA), grid=grid, place="output", **lora)
+    yield from _from_gptq(lora)
     # A pool of several groups, and averages.
     wide = Grid(4, 16, "real")
     yield Case(
@@ -118,10 +127,33 @@ def _cases() -> Iterator[Case]:
     )
 
 
+def _from_gptq(lora: dict[str, Any]) -> Iterator[Case]:
+    """Each place, and each way to keep what GPTQ found."""
+    levels: list[tuple[Method, str, dict[str, Any]]] = [
+        (Rtn(), "none", {}), (Lora(rank=RANK, alpha=ALPHA), "output", lora), (Peqa(), "levels", {}), (Qat(), "master", {}),
+        *((LrQat(rank=RANK, alpha=ALPHA, storage=s), "levels", lora) for s in ("fixed8", "int", "fp32")),  # type: ignore[arg-type]
+        (LrQat(rank=RANK, alpha=ALPHA, storage="int", svd=True), "levels", lora),
+    ]  # fmt: skip
+    for i, (method, place, about) in enumerate(levels):
+        for j, grid in enumerate(
+            (Grid(3, 32, "integer"), Grid(2, None, "real"), Grid(4, 32), Grid(8, None, "integer"))
+        ):
+            name = f"gptq-{i}-{method.name}"
+            if (i + j) % 2 == 0 or i == 4:
+                yield Case(name=name, method=method, grid=grid, place=place, gptq=True, **about)
+    double = CodebookGrid("nf4", 32, double_quant=True)
+    yield Case(name="gptq-qlora", method=levels[1][0], grid=double, place="output", gptq=True, **lora)
+    hira = {"pool": 32, "repeat": 2, "scaling": 1.5, "factors": ("delta.M",)}
+    for grid in (Grid(3, 32, "integer"), Grid(3, 32, "real"), double):
+        yield Case(
+            name="gptq-qa-hira", method=QaHira(alpha=1.5, repeat=2), grid=grid, place="offset", gptq=True, **hira
+        )
+
+
 def _thinned(case: Case) -> bool:
     """One width for each method, zero and group, all four in turn: for contracts in which the width hardly matters."""
     grid = case.grid
-    if not isinstance(grid, Grid) or grid.group not in GROUPS:
+    if not isinstance(grid, Grid) or grid.group not in GROUPS or case.gptq:
         return True
     turn = len(case.name) + 2 * ZEROS.index(grid.zero) + GROUPS.index(grid.group)
     return grid.bits == BITS[turn % 4]
@@ -136,11 +168,20 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+def source(case: Case, weight_NK: Tensor) -> Source:
+    """What the method is given: the weight, or what GPTQ made of it for correlated inputs."""
+    if not case.gptq or case.grid is None:
+        return weight_NK
+    x = random(100, K, seed=50)
+    x += x.roll(1, 1)
+    return gptq.quantize(weight_NK, x.T @ x, case.grid, Gptq(tokens=torch.zeros(1, 1, dtype=torch.int64)))
+
+
 def build(case: Case, weight_NK: Tensor | None = None, *, bias: bool = True, seed: int = 0) -> QuantLinear:
     """A layer of the case, on a random weight if none is given."""
     torch.manual_seed(seed)
     weight_NK = random(N, K, seed=seed, scale=0.05) if weight_NK is None else weight_NK
-    base, adapter = case.method.build(weight_NK, case.grid)
+    base, adapter = case.method.build(source(case, weight_NK), case.grid)
     return QuantLinear(base, adapter, random(N, seed=seed + 1) if bias else None)
 
 

@@ -27,6 +27,7 @@ from trimtab.grid import (
     straight_through,
     to_levels,
 )
+from trimtab.kernels import cpu, encode
 
 N, K = 24, 96
 BITS = (2, 3, 4, 8)
@@ -193,6 +194,53 @@ def test_a_search_is_never_worse_than_minmax_in_its_own_norm(rule: RangeRule, ze
     assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
     # ... and clearly better for many groups: the search does search.
     assert (errors[1] < errors[0] * 0.95).float().mean() > 0.1
+
+
+@pytest.mark.parametrize(("rule", "bits"), [("lp2", 3), ("lp2.4", 2), ("lp3", 4), ("lp3.5", 2), ("lp4", 3)])
+@pytest.mark.parametrize("zero", get_args(Zero))
+def test_a_search_takes_the_best_of_100_shrunken_ranges(rule: RangeRule, zero: Zero, bits: int) -> None:
+    """By brute force in float64, from the equations: groups shrunk to 1, 0.99 .. 0.01 of their extremes."""
+    w, grid, top = weight(4), Grid(bits, 32, zero, range=rule), 2**bits - 1
+    w_NGg = grouped(w.double(), grid)
+    tried = []
+    for i in range(100):
+        low, high = ((1 - i / 100) * e.double() for e in (w_NGg.amin(-1), w_NGg.amax(-1)))
+        middle, offset = torch.full_like(low, 2.0 ** (bits - 1)), torch.zeros_like(low)
+        if zero == "symmetric":
+            s = reference.stored(torch.where(high > -low, high, low) / -(2.0 ** (bits - 1)), "portable")
+        else:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            offset = reference.stored(low, "portable") if zero == "real" else offset
+            s = reference.stored((high - (offset if zero == "real" else low)) / top, "portable")
+            middle = torch.zeros_like(low) if zero == "real" else (-low / s).round().clamp(0, top)
+        s, z, o = (t.unsqueeze(-1) for t in (s, middle, offset))
+        codes = ((w_NGg - o) / s + z).round().clamp(0, top)
+        error = ((s * (codes - z) + o - w_NGg).abs() ** float(rule.removeprefix("lp"))).sum(-1)
+        tried.append((error, s.squeeze(-1)))
+    errors = torch.stack([error for error, _ in tried])
+    scales = torch.stack([s for _, s in tried]).gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
+    found = set_range(w, grid)
+    two = errors.topk(2, 0, largest=False).values
+    clear = two[1] > two[0] * (1 + 1e-4)  # neighbouring candidates may be stored alike
+    assert clear.float().mean() > 0.3
+    assert torch.equal(found.scale_NG[clear].double(), scales[clear])
+    assert (errors.argmin(0) > 0).float().mean() > 0.3
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C kernels")
+@pytest.mark.parametrize("rule", ["lp2", "lp2.4", "lp3", "lp3.5", "lp4"])
+@pytest.mark.parametrize("zero", get_args(Zero))
+def test_the_searching_kernel_finds_the_same_ranges(rule: RangeRule, zero: Zero) -> None:
+    """Its sums are in float32 and another order; an all-zero group and whole rows are among the groups."""
+    for group in (32, None):
+        w, grid = weight(5), Grid(3, group, zero, range=rule)
+        w[2, :32] = 0
+        range_, p = set_range(w, Grid(3, group, zero)), float(rule.removeprefix("lp"))
+        values = from_codes(round_clamp(to_levels(w, range_, grid), grid.top), range_, grid)
+        exact = grouped((values.double() - w.double()).abs() ** p, grid).sum(-1)
+        torch.testing.assert_close(encode._errors(w, range_, grid, p).double(), exact, rtol=1e-5, atol=1e-30)
+        ours, plain = encode.ranges(w, grid), set_range(w, grid)
+        assert (ours.scale_NG == plain.scale_NG).float().mean() > 0.98
 
 
 def test_relative_error_of_the_signed_extreme_and_of_paper() -> None:

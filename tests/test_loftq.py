@@ -1,5 +1,6 @@
 """LoftQ and the SVD start against float64 loops, and against peft's own LoftQ where the two can be compared."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,17 @@ import torch
 from torch import Tensor
 
 import cases
+import reference
 import tiny
 import trimtab as tt
 from trimtab import loading, pipeline, preparing, recipe, weights
-from trimtab.adapters import DeltaOutput
+from trimtab.adapters import DeltaLevels, DeltaOutput
 from trimtab.deltas import DeltaShape, PooledDelta
 from trimtab.errors import UserError
 from trimtab.gptq import Gptq
 from trimtab.grid import AnyGrid, CodebookGrid, Grid
-from trimtab.methods import Loftq, Rtn
-from trimtab.weights import DenseWeight
+from trimtab.methods import Loftq, LrQat, Rtn
+from trimtab.weights import AffineWeight, DenseWeight
 
 N, K = 48, 64
 GRIDS: list[AnyGrid] = [
@@ -79,6 +81,63 @@ def test_it_starts_nearer_than_its_base_and_never_gets_worse_with_turns(grid: An
     plain = (weights.quantize(w, grid).dequantize(torch.float32) - w).norm().item()
     assert errors[0] < 0.95 * plain
     assert "stopped falling" in adapter.start[0]  # type: ignore[index]
+
+
+def test_peft_fits_the_same_update_in_its_first_turn() -> None:
+    """peft leaves the scaling out (its issue 1982), so it is compared at alpha = r. It names a GPU in its source."""
+    pytest.importorskip("bitsandbytes")
+    theirs = pytest.importorskip("peft.utils.loftq_utils")
+    on_cpu = dict(vars(theirs))
+    exec(
+        "from __future__ import annotations\n" + inspect.getsource(theirs.loftq_init).replace('"cuda"', '"cpu"'), on_cpu
+    )
+    w = cases.random(128, 128, seed=4, scale=0.05)
+    dequantized, a, b = on_cpu["loftq_init"](w, num_bits=4, reduced_rank=8, num_iter=1)
+    base, adapter = layer(w, CodebookGrid("nf4", 64), rank=8, turns=1, adapter_dtype="float32")
+    torch.testing.assert_close(base.dequantize(torch.float32), dequantized, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(adapter.delta.dense(), b @ a, rtol=1e-2, atol=1e-4)
+
+
+# ---- LR-QAT's SVD start --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("grid", [g for g in GRIDS if isinstance(g, Grid)], ids=lambda g: g.describe())
+def test_svd_starts_at_the_fractions_that_int_drops(grid: Grid, k: int) -> None:
+    """clamp(W / s + z) - q and its leading singular values in float64, of the means over k x k tiles; codes do not move."""
+    w, rank = cases.random(N, K, seed=7, scale=0.05), 6
+    base, adapter = LrQat(rank=rank, alpha=3.0, storage="int", svd=True, k=k, adapter_dtype="float32").build(w, grid)
+    assert isinstance(base, AffineWeight)
+    assert isinstance(adapter, DeltaLevels)
+    assert adapter.delta is not None
+    range_ = base.range()
+    zero = torch.full_like(range_.scale_NG, 2.0 ** (grid.bits - 1)) if range_.zero_NG is None else range_.zero_NG
+    zero = torch.zeros_like(zero) if range_.offset_NG is not None else zero
+    offset = torch.zeros_like(zero) if range_.offset_NG is None else range_.offset_NG
+    scale, zero, offset = (reference.spread(t.double(), K) for t in (range_.scale_NG, zero, offset))
+    u = ((w.double() - offset) / scale + zero).clamp(0, grid.top)
+    means = (u - u.round()).reshape(N // k, k, K // k, k).mean((1, 3))
+    exact = low_rank(means, k * rank).repeat_interleave(k, 0).repeat_interleave(k, 1)
+    exact *= min(1.0, 0.49 / exact.abs().max().item())
+    torch.testing.assert_close(adapter.delta.dense().double(), exact, rtol=1e-3, atol=1e-4)
+    rtn = weights.quantize(w, grid)
+    assert torch.equal(base.codes, rtn.codes)
+    assert torch.equal(adapter.fold(base).weight.dequantize(torch.float32), rtn.dequantize(torch.float32))
+    # The kept level is nearer to the float weight than whole codes are.
+    assert (base.levels() + adapter.delta.dense() - u).norm() < (0.99 if k == 1 else 1.0) * (base.levels() - u).norm()
+
+
+def test_svd_is_refused_where_there_is_nothing_to_start_from() -> None:
+    w, grid = cases.random(N, K, seed=8), Grid(4, 32)
+    for method in (LrQat(svd=True), LrQat(svd=True, storage="fp32"), LrQat(svd=True, storage="int", alpha=0.0)):
+        with pytest.raises(UserError, match="svd"):
+            method.delta(grid, (N, K))
+    method = LrQat(svd=True, storage="int", rank=4)
+    with pytest.raises(UserError, match="codes already"):
+        method.build(weights.quantize(w, grid), grid)
+    with torch.device("meta"):
+        base, _ = method.build(torch.empty(N, K), grid)
+    assert base.codes.is_meta  # type: ignore[union-attr]
 
 
 def test_what_it_cannot_start_from_is_refused() -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from trimtab import codebook, packing
 from trimtab.errors import UserError
 from trimtab.grid import AnyGrid, CodebookGrid, Grid, Range, from_codes, group_size, set_range, to_levels
+from trimtab.kernels import encode
 from trimtab.weights import AffineWeight, CodebookWeight
 
 _UNIT = 4096
@@ -67,13 +68,13 @@ class _Affine:
         self.grid, self.whole = grid, replace(grid, group=None)
         self.ranges: list[Range] = []
         if ahead:
-            parts = [[None] * 0 if t is None else t.split(1, 1) for t in set_range(weight_NK, grid)]
+            parts = [[None] * 0 if t is None else t.split(1, 1) for t in _ranges(weight_NK, grid)]
             groups = len(parts[0])
             self.ranges = [Range(*(p[i] if p else None for p in parts)) for i in range(groups)]  # type: ignore[arg-type]
 
     def meet(self, weight_Ng: Tensor) -> None:
         """Set the range of the next group."""
-        self.ranges.append(set_range(weight_Ng, self.whole))
+        self.ranges.append(_ranges(weight_Ng.contiguous(), self.whole))
 
     def round(self, w_N1: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Levels, clamped to the code range, and the values of the codes they round to."""
@@ -158,6 +159,10 @@ def quantize(weight_NK: Tensor, hessian_KK: Tensor, grid: AnyGrid, options: Gptq
     if order is not None:
         kept_KN = torch.empty_like(kept_KN).index_copy_(0, order, kept_KN)
     return rounder.stored(kept_KN.T.contiguous())
+
+
+def _ranges(weight_NK: Tensor, grid: Grid) -> Range:
+    return encode.ranges(weight_NK, grid) if encode.fits(weight_NK) else set_range(weight_NK, grid)
 
 
 def _chunks(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:

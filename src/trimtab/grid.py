@@ -18,6 +18,7 @@ is put on the grid, and `from_codes` is the one way back, in training, folding a
 Legend: N out features, K in features, g group size, G = K / g groups in a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -38,6 +39,8 @@ _STORAGE = {
 }
 _CANDIDATES = 100
 """Shrunken ranges tried by the L_p search, as in LR-QAT's paper."""
+_SEARCHED = 1 << 18
+"""Weights that the search looks at together."""
 
 
 @dataclass(frozen=True)
@@ -190,23 +193,31 @@ class Range(NamedTuple):
     """Real offsets; None for symmetric and integer."""
 
 
-def set_range(weight_NK: Tensor, grid: Grid, extremes: tuple[Tensor, Tensor] | None = None) -> Range:
+Errors = Callable[[Tensor, "Range", Grid, float], Tensor]
+"""(w, range, grid, p) to the sum of |w - w_hat|^p over each group, float32 (N, G)."""
+
+
+def set_range(
+    weight_NK: Tensor, grid: Grid, extremes: tuple[Tensor, Tensor] | None = None, errors: Errors | None = None
+) -> Range:
     """Choose scales and zeros by the grid's range rule.
 
     Args:
         weight_NK: (N, K), any floating dtype.
         grid: an affine grid whose group divides K.
         extremes: the least and the largest weight of each group, float32 (N, G), where they are known already.
+        errors: a faster way to compute what a search compares.
 
     Returns:
         Scales (and zeros or offsets) of shape (N, G). An all-zero group has scale 1.
     """
+    weight_NK = weight_NK.detach()
     if extremes is None:
-        w_NGg = weight_NK.detach().float().unflatten(1, (-1, group_size(grid, weight_NK.shape[1])))
+        w_NGg = weight_NK.float().unflatten(1, (-1, group_size(grid, weight_NK.shape[1])))
         extremes = w_NGg.amin(-1), w_NGg.amax(-1)
     if grid.range in ("minmax", "paper"):
         return _full_range(*extremes, grid, 1.0)
-    return _search_range(weight_NK.detach().float(), *extremes, grid, float(grid.range.removeprefix("lp")))
+    return _search_range(weight_NK, *extremes, grid, errors or _errors)
 
 
 def _full_range(low: Tensor, high: Tensor, grid: Grid, shrink: float) -> Range:
@@ -232,20 +243,33 @@ def _nonzero(scale: Tensor, grid: Grid) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), torch.where(rounded == 0, least, rounded))
 
 
-def _search_range(w_NK: Tensor, low: Tensor, high: Tensor, grid: Grid, p: float) -> Range:
-    """For each group, the shrunken range with the least sum of |w - w_hat|^p."""
+def _search_range(weight_NK: Tensor, low: Tensor, high: Tensor, grid: Grid, errors: Errors) -> Range:
+    """For each group, the shrunken range with the least sum of |w - w_hat|^p; some rows at a time, for memory's sake."""
+    rows = weight_NK.shape[0] if weight_NK.is_meta else max(1, _SEARCHED // weight_NK.shape[1])
+    parts = zip(weight_NK.split(rows), low.split(rows), high.split(rows), strict=True)
+    columns = zip(*(_search_rows(*part, grid, errors) for part in parts), strict=True)
+    return Range(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
+
+
+def _search_rows(weight_NK: Tensor, low: Tensor, high: Tensor, grid: Grid, errors: Errors) -> Range:
+    p, w_NK = float(grid.range.removeprefix("lp")), weight_NK.float()
     best = _full_range(low, high, grid, 1.0)
     least = torch.full_like(best.scale_NG, torch.inf)
     for i in range(_CANDIDATES):
         tried = _full_range(low, high, grid, 1.0 - i / _CANDIDATES)
-        codes = round_clamp(to_levels(w_NK, tried, grid), grid.top)
-        error = (from_codes(codes, tried, grid) - w_NK).abs().pow(p).unflatten(1, (low.shape[1], -1)).sum(-1)
+        error = errors(w_NK, tried, grid, p)
         better = error < least
         least = torch.where(better, error, least)
         best = Range(
             *(None if a is None else torch.where(better, a, b) for a, b in zip(tried, best, strict=True))  # type: ignore[arg-type]
         )
     return best
+
+
+def _errors(w_NK: Tensor, tried: Range, grid: Grid, p: float) -> Tensor:
+    codes = round_clamp(to_levels(w_NK, tried, grid), grid.top)
+    distance = (from_codes(codes, tried, grid) - w_NK).abs()
+    return distance.pow(p).unflatten(1, (tried.scale_NG.shape[1], -1)).sum(-1)
 
 
 # ---- weights <-> levels <-> codes ---------------------------------------------------------------------------------

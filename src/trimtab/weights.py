@@ -143,8 +143,7 @@ class AffineWeight(Weight):
         if grid.bits == 8 and storage == "fixed8":
             storage = "int"  # no bits are left for a fraction
         if storage in ("int", "fixed8") and encode.fits(weight_NK):
-            groups = weight_NK.shape[1] // group_size(grid, weight_NK.shape[1])
-            range_ = set_range(weight_NK, grid, encode.extremes(weight_NK, groups))
+            range_ = encode.ranges(weight_NK, grid)
             codes = encode.codes(weight_NK, range_, grid, storage == "fixed8")
             return cls(codes, range_, grid, weight_NK.shape[1], storage)
         pieces = []

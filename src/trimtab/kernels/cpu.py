@@ -129,6 +129,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "column_products": [p, p, n, n, p],
         "entries_of_product": [p, p, n, n, n, p, p, n, p],
         "extremes": [p, i, n, n, n, p, p],
+        "range_errors": [p, n, n, n, p, p, p, ctypes.c_float, i, ctypes.c_float, p],
         "encode": [p, i, n, n, n, p, p, p, ctypes.c_float, i, i, n, p],
         "encode_table": [p, i, n, n, n, p, i, i, n, p, p],
     }.items():
@@ -267,6 +268,18 @@ def extremes(weight: Tensor, low: Tensor, high: Tensor) -> None:
     lib = library()
     assert lib is not None
     lib.extremes(_at(weight), weight.dtype == torch.bfloat16, *weight.shape, low.shape[1], _at(low), _at(high))
+
+
+def range_errors(
+    out: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, center: float, bits: int,
+    power: float,
+) -> None:  # fmt: skip
+    """The sum of |w - w_hat|^power over each group of a float32 weight (N, K) into `out` (N, G)."""
+    lib = library()
+    assert lib is not None
+    lib.range_errors(
+        _at(weight), *weight.shape, scale.shape[1], _at(scale), _at(zero), _at(offset), center, bits, power, _at(out)
+    )
 
 
 def encode(

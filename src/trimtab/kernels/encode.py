@@ -1,6 +1,7 @@
 """Weights to stored codes in one pass, for loading; C on the CPU, None where the caller's torch composition must serve.
 
-The values are those of `grid.set_range`, `grid.to_levels`, `codebook.to_codebook` and `packing.pack`, bit for bit.
+The values are those of `grid.set_range`, `grid.to_levels`, `codebook.to_codebook` and `packing.pack`, bit for bit; only
+the sums that a range search compares differ in their last bits, which decides between ranges as good as each other.
 
 Legend: N out features, K in features, G groups in a row.
 """
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from trimtab import packing
 from trimtab.codebook import table
-from trimtab.grid import CodebookGrid, Grid, Range
+from trimtab.grid import CodebookGrid, Grid, Range, group_size, set_range
 from trimtab.kernels import cpu
 
 
@@ -25,6 +26,18 @@ def extremes(weight_NK: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     low, high = (torch.empty(weight_NK.shape[0], groups) for _ in range(2))
     cpu.extremes(weight_NK, low, high)
     return low, high
+
+
+def ranges(weight_NK: Tensor, grid: Grid) -> Range:
+    """`grid.set_range`, a range search included."""
+    groups = weight_NK.shape[1] // group_size(grid, weight_NK.shape[1])
+    return set_range(weight_NK, grid, extremes(weight_NK, groups), _errors)
+
+
+def _errors(w_NK: Tensor, tried: Range, grid: Grid, p: float) -> Tensor:
+    out = torch.empty_like(tried.scale_NG)
+    cpu.range_errors(out, w_NK, *tried, grid.center, grid.bits, p)
+    return out
 
 
 def codes(weight_NK: Tensor, range_: Range, grid: Grid, fixed: bool) -> Tensor:

@@ -80,6 +80,66 @@ static void levels_of_group(const float *restrict w, long g, float s, float z, f
     }
 }
 
+/* y^(1/5) for y >= 0, to a few units in the last place: a fifth of the exponent, then Newton's steps. */
+static inline float fifth_root(float y) {
+    uint32_t bits;
+    memcpy(&bits, &y, 4);
+    bits = bits / 5 + 852282573;
+    float t;
+    memcpy(&t, &bits, 4);
+    for (int i = 0; i < 3; i++) {
+        float squared = t * t;
+        t = 0.2f * (4.0f * t + y / (squared * squared));
+    }
+    return t;
+}
+
+/* d^p for d >= 0 and one of five p, without a call: 2, 2.4, 3, 3.5, 4. */
+static inline float power(float d, int tenths) {
+    float squared = d * d;
+    switch (tenths) {
+    case 20: return squared;
+    case 24: { float root = fifth_root(squared); return squared * root; }
+    case 30: return squared * d;
+    case 35: return squared * d * __builtin_sqrtf(d);
+    default: return squared * squared;
+    }
+}
+
+#define SUM(TENTHS) \
+    _Pragma("omp simd reduction(+ : sum)") for (long k = 0; k < g; k++) { \
+        float u = has_offset ? (w[k] - o) / s : w[k] / s + z; \
+        u = u < 0 ? 0 : u; \
+        u = u > top ? top : u; \
+        float q = nearest(u), value = has_offset ? q * s + o : (q - z) * s, d = value - w[k]; \
+        sum += power(d < 0 ? -d : d, TENTHS); \
+    }
+
+static float group_error(const float *restrict w, long g, float s, float z, float o, int has_offset, float top, int tenths) {
+    float sum = 0;
+    switch (tenths) {
+    case 20: SUM(20) break;
+    case 24: SUM(24) break;
+    case 30: SUM(30) break;
+    case 35: SUM(35) break;
+    default: SUM(40) break;
+    }
+    return sum;
+}
+
+/* The sum of |w - w_hat|^p over each group: float32 (N, G). */
+void range_errors(const float *w, long N, long K, long G, const float *scales, const float *zeros, const float *offsets,
+                  float center, int bits, float p, float *out) {
+    long g = K / G;
+    float top = (1 << bits) - 1;
+    int tenths = (int)(p * 10 + 0.5f);
+#pragma omp parallel for schedule(static)
+    for (long at = 0; at < N * G; at++) {
+        float z = zeros ? zeros[at] : center, o = offsets ? offsets[at] : 0;
+        out[at] = group_error(w + at * g, g, scales[at], z, o, offsets != NULL, top, tenths);
+    }
+}
+
 void encode(const void *w, int is_bf16, long N, long K, long G, const float *scales, const float *zeros,
             const float *offsets, float center, int bits, int fixed, long row_bytes, uint8_t *out) {
     long g = K / G;

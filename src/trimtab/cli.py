@@ -74,6 +74,8 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
         dtype=parsed.dtype,
         checkpointing=parsed.train.activation_checkpointing,
         moment_bytes=parsed.train.moment_bytes,
+        activations=parsed.activations,
+        kv=parsed.kv,
     )
     Terminal().plan(predicted, memory.available_bytes())
 

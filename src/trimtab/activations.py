@@ -10,8 +10,8 @@ can hold. `dynamic` takes min and max of every token by itself, so a token's val
 padding and on no batch; `static` has one range for the whole tensor, measured beforehand.
 
 Gradients: straight through the rounding, 0 where q was clipped, none to s and z (a dynamic range is taken as it is found).
-A dynamic asymmetric range clips only ties at its upper end; a symmetric one clips a token's largest magnitude where that
-is positive, since there is no code 2^(b-1).
+Dynamic ranges clip next to nothing: a token's extreme lies half a step beyond the last code of a symmetric grid (rarely of
+an asymmetric one), and is clipped where float rounding takes it up to the code that is not there.
 
 What is rounded is never kept for backward: a layer keeps its x, which its neighbours share (q, k and v read one tensor),
 and rounds it again (`kernels.recompute`); keys and values keep one bool an element.

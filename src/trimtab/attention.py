@@ -9,7 +9,7 @@ the cache itself stays in the compute dtype and is rounded whenever it is read. 
 It hangs on a name. transformers looks an attention function up by the name in `config._attn_implementation`, and the
 function that makes masks by the same name; so every kind of rounding is registered under one name in both tables. Without
 the second, masks are not made at all, and packed documents attend to each other without a word. The name is the only
-state: a copied or pickled model keeps it. `config.json` does not, so our quantizer restores it (see `hf`).
+state: a copy of a model keeps it. `config.json` does not, so our quantizer restores it (see `hf`).
 """
 
 import sys
@@ -19,7 +19,6 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from trimtab.activations import KvCache, rounded, token_range
 from trimtab.errors import UserError
@@ -48,16 +47,24 @@ def _function(inner: str, module: nn.Module) -> Callable[..., Any]:
     if inner == "eager":  # every model's file has its own
         eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
         return eager
+    from transformers import AttentionInterface
+
     function: Callable[..., Any] = AttentionInterface()[inner]
     return function
 
 
-_NAMED: dict[str, tuple[KvCache, str]] = {}
-for _bits, _symmetric, _inner in product((8, 4), (False, True), _INNER):
-    _kv = KvCache(_bits, _symmetric)  # type: ignore[arg-type]
-    _NAMED[_name(_kv, _inner)] = (_kv, _inner)
-    AttentionInterface.register(_name(_kv, _inner), partial(_attend, _kv, _inner))
-    AttentionMaskInterface.register(_name(_kv, _inner), AttentionMaskInterface()[_inner])
+_KINDS = [KvCache(bits, symmetric) for bits, symmetric in product((8, 4), (False, True))]  # type: ignore[arg-type]
+_NAMED = {_name(kv, inner): (kv, inner) for kv, inner in product(_KINDS, _INNER)}
+
+
+def _register(name: str) -> None:
+    """Enter the attention of this name, and the maker of its masks."""
+    # Here, not above: `hf` imports this file while transformers is still importing its own models.
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    kv, inner = _NAMED[name]
+    AttentionInterface.register(name, partial(_attend, kv, inner))
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[inner])
 
 
 def current(model: "PreTrainedModel") -> KvCache | None:
@@ -80,6 +87,7 @@ def install(model: "PreTrainedModel", kv: KvCache) -> None:
             "and values; load it with `attn_implementation='sdpa'`"
         )
     name = _name(kv, inner)
+    _register(name)
     model.set_attn_implementation(name)
     if model.config.get_text_config()._attn_implementation != name:
         raise UserError(

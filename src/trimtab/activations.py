@@ -1,17 +1,20 @@
 """Activations on a grid: what a layer reads, and keys and values, rounded as an engine rounds them, kept as floats.
 
     asymmetric   s = (max - min) / (2^b - 1)      z = round(clamp(lo - min / s, lo, hi))      min <= 0 <= max
-    symmetric    s = max|x| / ((2^b - 1) / 2)     z = 0
+    symmetric    s = max|x| / hi                  z = 0
     q = clamp(round(x / s + z), lo, hi)           x_hat = s (q - z)           lo = -2^(b-1), hi = 2^(b-1) - 1
 
 This is the arithmetic of compressed-tensors (W4A8 and W8A8 as `int-quantized`), to the bit, in float32 whatever is
-computed in. The zero is a whole number: LR-QAT's public code leaves a dynamic one unrounded, which no integer engine
-can hold. `dynamic` takes min and max of every token by itself, so a token's values depend on no other token, on no
-padding and on no batch; `static` has one range for the whole tensor, measured beforehand.
+computed in, but for the symmetric scale: that of vLLM's kernel and of LR-QAT's paper. compressed-tensors divides by
+(2^b - 1) / 2, which puts the extreme of every token half way between two codes: the last bit of x would decide a whole
+step, and a cached step of generation would not give what a full pass gives. The zero is a whole number: LR-QAT's public
+code leaves a dynamic one unrounded, which no integer engine can hold.
+
+`dynamic` takes min and max of every token by itself, so a token's values depend on no other token, on no padding and on
+no batch; `static` has one range for the whole tensor, measured beforehand.
 
 Gradients: straight through the rounding, 0 where q was clipped, none to s and z (a dynamic range is taken as it is found).
-Dynamic ranges clip next to nothing: a token's extreme lies half a step beyond the last code of a symmetric grid (rarely of
-an asymmetric one), and is clipped where float rounding takes it up to the code that is not there.
+Dynamic ranges clip nothing, but for ties at the upper end of an asymmetric one; static ranges do.
 
 What is rounded is never kept for backward: a layer keeps its x, which its neighbours share (q, k and v read one tensor),
 and rounds it again (`kernels.recompute`); keys and values keep one bool an element.
@@ -88,7 +91,7 @@ def range_of(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Range:
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     first, last = _ends(bits)
-    span = torch.maximum(high, -low) / ((last - first) / 2) if symmetric else (high - low) / (last - first)
+    span = torch.maximum(high, -low) / last if symmetric else (high - low) / (last - first)
     # A range of nothing has no scale: any will do, since its values are zero.
     scale = torch.where(span == 0, torch.finfo(span.dtype).eps, span)
     return Range(scale, None if symmetric else (first - low / scale).clamp(first, last).round())

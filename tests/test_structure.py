@@ -30,14 +30,14 @@ FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 LEVELS = (
     ("errors",),
     ("grid", "codebook", "packing", "kernels"),
-    ("weights", "deltas"),
+    ("weights", "deltas", "activations"),
     ("adapters",),
     ("linear",),
     ("methods",),
-    ("stats", "gptq", "rules"),
+    ("stats", "gptq", "rules", "attention"),
     ("hf",),
     ("blocks",),
-    ("recipe", "preparing"),
+    ("recipe", "preparing", "simulation"),
     ("explain",),
     ("memory", "loading", "gguf_file", "data", "divergence", "loss"),
     ("teacher", "teacher_cache"),
@@ -82,7 +82,10 @@ LIBRARY_EXCEPTIONS: dict[str, set[str]] = {
 HEAVY_LIBRARIES = {*SINGLE_PURPOSE_LIBRARIES, "pandas", "pyarrow", "scipy", "sklearn"}
 MAX_IMPORT_SECONDS = 1.0
 
-PUBLIC_NAMES = ["CodebookGrid", "Gptq", "Grid", "UserError", "fold", "load", "methods", "prepare", "run", "save"]
+PUBLIC_NAMES = [
+    "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "UserError",
+    "fold", "load", "methods", "prepare", "run", "save", "simulate",
+]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading the tree.

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from trimtab import methods, registration
+from trimtab.activations import Activations, KvCache
 from trimtab.errors import UserError
 from trimtab.grid import CodebookGrid, Grid
 
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
     from trimtab.loading import load
     from trimtab.pipeline import run
     from trimtab.preparing import fold, prepare
+    from trimtab.simulation import simulate
 
 __version__ = "0.1.0"
-__all__ = ["CodebookGrid", "Gptq", "Grid", "UserError", "fold", "load", "methods", "prepare", "run", "save"]
+__all__ = [
+    "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "UserError",
+    "fold", "load", "methods", "prepare", "run", "save", "simulate",
+]  # fmt: skip
 
 _LAZY = {
     "Gptq": "trimtab.gptq",
@@ -34,6 +39,7 @@ _LAZY = {
     "prepare": "trimtab.preparing",
     "run": "trimtab.pipeline",
     "save": "trimtab.export.native",
+    "simulate": "trimtab.simulation",
 }
 
 registration.install()

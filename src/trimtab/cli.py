@@ -75,6 +75,8 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
         checkpointing=parsed.train.activation_checkpointing,
         moment_bytes=parsed.train.moment_bytes,
         teaching=teacher.needs(parsed),
+        activations=parsed.activations,
+        kv=parsed.kv,
     )
     Terminal().plan(predicted, memory.available_bytes())
 

@@ -8,10 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 from trimtab import methods
+from trimtab.activations import Activations, KvCache
 from trimtab.blocks import Block
 from trimtab.grid import CodebookGrid, Grid
 from trimtab.methods.base import Method
 from trimtab.recipe import Recipe
+
+_DATACLASSES: dict[str, type] = {"activations": Activations, "kv": KvCache}
+"""Blocks that are values of the library."""
 
 
 def explanation() -> str:
@@ -24,6 +28,7 @@ def explanation() -> str:
         lines += [f"    # {text}" for text in told if text]
         for key, value in ({} if inner is None else inner.model_fields).items():
             lines += [f"  {key}: {_default(value)}", f"      # {value.description}"]
+        lines += _documented(_DATACLASSES[name]) if name in _DATACLASSES else []
     lines += ["", "# a grid, in rules", *_documented(Grid), "", "# or a codebook grid", *_documented(CodebookGrid)]
     lines += ["", "# options of every method", *_documented(Method)]
     for method in methods.ALL:

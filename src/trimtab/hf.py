@@ -11,6 +11,7 @@ that we replaced: a plain load finds its shape wrong and raises.
 """
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from trimtab import linear, packing
+from trimtab import attention, linear, packing
+from trimtab.activations import KvCache
 from trimtab.errors import UserError
 from trimtab.linear import QuantEmbedding, QuantLinear
 
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANT_METHOD = "trimtab"
-FORMAT_VERSION = 1
-"""Version of the native format: raised when a stored file would read differently."""
+FORMAT_VERSION = 2
+"""Newest version of the native format: raised when a stored file would read differently. A file has the oldest version that
+reads it right: 2 if inputs or the KV cache are rounded, which a reader of version 1 would leave out, else 1."""
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
@@ -46,30 +49,34 @@ class TrimtabConfig(QuantizationConfigMixin):
         compute_dtype: dtype the model computes in where the caller names none.
         specs: distinct layer specs.
         layers: layer name to index into `specs`.
+        kv: how keys and values are rounded (`attention`), or None.
     """
 
     def __init__(
         self,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
         layout: str = packing.LAYOUT,
         compute_dtype: str = "bfloat16",
         specs: list[dict[str, Any]] | None = None,
         layers: dict[str, int] | None = None,
+        kv: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method: Any = QUANT_METHOD
         self.format_version, self.layout, self.compute_dtype = format_version, layout, compute_dtype
-        self.specs, self.layers = specs or [], layers or {}
+        self.specs, self.layers, self.kv = specs or [], layers or {}, kv
 
     @classmethod
-    def of(cls, model: nn.Module, compute_dtype: torch.dtype) -> "TrimtabConfig":
-        """The config that describes a model's layers as they are now."""
+    def of(cls, model: "PreTrainedModel", compute_dtype: torch.dtype) -> "TrimtabConfig":
+        """The config that describes a model as it is now."""
         specs: dict[str, int] = {}
         layers = {}
         for name, layer in quant_layers(model).items():
             layers[name] = specs.setdefault(json.dumps(layer.spec(), sort_keys=True), len(specs))
         dtype = str(compute_dtype).removeprefix("torch.")
-        return cls(compute_dtype=dtype, specs=[json.loads(s) for s in specs], layers=layers)
+        found, kv = [json.loads(s) for s in specs], attention.current(model)
+        version = 2 if kv is not None or any("inputs" in spec for spec in found) else 1
+        return cls(version, compute_dtype=dtype, specs=found, layers=layers, kv=None if kv is None else asdict(kv))
 
 
 @register_quantizer(QUANT_METHOD)
@@ -86,7 +93,7 @@ class TrimtabQuantizer(HfQuantizer):
         if config.format_version > FORMAT_VERSION or config.layout != packing.LAYOUT:
             raise UserError(
                 f"this model is in trimtab format {config.format_version}, layout {config.layout}; this release reads "
-                f"format {FORMAT_VERSION}, layout {packing.LAYOUT}: install a newer trimtab"
+                f"formats up to {FORMAT_VERSION}, layout {packing.LAYOUT}: install a newer trimtab"
             )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -110,6 +117,8 @@ class TrimtabQuantizer(HfQuantizer):
                 layer = linear.empty(config.specs[config.layers[name]], dtype, tied_to)
             model.set_submodule(name, layer)
             tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
+        if config.kv is not None:  # transformers keeps the name of an attention out of config.json
+            attention.install(model, KvCache(**config.kv))
         untie(model)
         marker = marker_name(model)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), marker}
@@ -128,7 +137,8 @@ class TrimtabQuantizer(HfQuantizer):
         attach(model)
         state = model.state_dict()
         state[marker_name(model)] = torch.empty(0, dtype=torch.uint8)
-        return state, {"trimtab_format": str(FORMAT_VERSION), "trimtab_layout": packing.LAYOUT}
+        version = str(self.quantization_config.format_version)
+        return state, {"trimtab_format": version, "trimtab_layout": packing.LAYOUT}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Saved as it stands."""

@@ -1,10 +1,14 @@
 """The two modules that are put into a model: a stored weight, an adapter or none, a bias or none.
 
-    QuantLinear      y = x W^T + bias (+ adapter output),  W rebuilt whenever it is needed
+    QuantLinear      y = x_hat W^T + bias (+ adapter output of x),  W rebuilt whenever it is needed
     QuantEmbedding   rows of the same weight kinds
 
 There is no subclass per method and none per format: a method chooses the weight kind and the adapter kind, and these
 modules never change when either list grows. A tied head is a `QuantLinear` that borrows the embedding's weight.
+
+x_hat is x, or x rounded to a grid by a plug of its own (`activations`). An output adapter reads x itself: an engine that
+serves a LoRA beside a low-bit layer gives it what the layer was given. All that folds into W (levels, offsets, a master)
+reads x_hat, as W does.
 
 There is deliberately no `.weight`: a computed one lets other libraries "merge" into a temporary and drop the adapter
 silently. Asking for it raises, with advice. Stored dtypes survive `.to(dtype)`: a cast moves tensors and changes what is
@@ -19,7 +23,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from trimtab import adapters, weights
+from trimtab import activations, adapters, weights
+from trimtab.activations import Inputs
 from trimtab.adapters import Adapter
 from trimtab.kernels import recompute
 from trimtab.weights import Weight
@@ -63,10 +68,17 @@ class QuantLinear(_Stored):
         adapter: what is trained on it, or None.
         bias: frozen bias (N,), or None.
         tied: whether `base` belongs to an embedding: it is then used but not registered, saved or moved here.
+        inputs: rounds what the layer reads, or None.
     """
 
     def __init__(
-        self, base: Weight, adapter: Adapter | None = None, bias: Tensor | None = None, *, tied: bool = False
+        self,
+        base: Weight,
+        adapter: Adapter | None = None,
+        bias: Tensor | None = None,
+        *,
+        tied: bool = False,
+        inputs: Inputs | None = None,
     ) -> None:
         super().__init__()
         # A tuple hides the module from registration; deepcopy still follows it to the copied embedding's weight.
@@ -75,6 +87,7 @@ class QuantLinear(_Stored):
             self.base = base
         self.adapter = adapter
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.inputs = inputs
 
     @property
     def in_features(self) -> int:
@@ -135,25 +148,35 @@ class QuantLinear(_Stored):
         bias = None if self.bias is None else self.bias.to(x_BK.dtype)
         y = self._product_of_few(x_BK, bias)
         if y is None:
-            y = recompute.linear(x_BK, self, bias)
-        extra = None if self.adapter is None else self.adapter.output(self.base, x_BK)
+            y = recompute.linear(x_BK, self, bias, self.inputs)
+        if self.adapter is None:
+            return y
+        extra = self.adapter.output(self.base, self._seen(x_BK) if self.adapter.place == "offset" else x_BK)
         return y if extra is None else y + extra
+
+    def _seen(self, x_BK: Tensor) -> Tensor:
+        """What W multiplies."""
+        if self.inputs is None:
+            return x_BK
+        x: Tensor = self.inputs(x_BK.detach())
+        return x
 
     def _product_of_few(self, x_BK: Tensor, bias: Tensor | None) -> Tensor | None:
         """y for a one-token step of generation, where reading W's few bits is all the work; else None."""
         one_token = x_BK.dim() == 3 and x_BK.shape[1] == 1 and x_BK.shape[0] <= _FEW
         if not one_token or torch.is_grad_enabled() or self._moves_weight():
             return None
-        y = self.base.product_of_few(x_BK.flatten(0, 1))
+        y = self.base.product_of_few(self._seen(x_BK).flatten(0, 1))
         return None if y is None else (y if bias is None else y + bias).unflatten(0, x_BK.shape[:2])
 
     def spec(self) -> dict[str, Any]:
         """What `empty` needs to lay this layer out without data."""
-        return {
+        spec = {
             "weight": None if self.tied else self.base.spec(),
             "adapter": None if self.adapter is None else self.adapter.spec(),
             "bias": None if self.bias is None else str(self.bias.dtype).removeprefix("torch."),
         }
+        return spec if self.inputs is None else {**spec, "inputs": self.inputs.spec()}
 
     def extra_repr(self) -> str:
         """Shape, grid and place of the adapter."""
@@ -226,4 +249,5 @@ def empty(
     base = weights.empty(spec["weight"])
     adapter = None if spec["adapter"] is None else adapters.empty(spec["adapter"], base)
     bias = None if spec["bias"] is None else torch.empty(base.shape[0], dtype=getattr(torch, spec["bias"]))
-    return QuantLinear(base, adapter, bias)
+    inputs = None if spec.get("inputs") is None else activations.empty(spec["inputs"])
+    return QuantLinear(base, adapter, bias, inputs=inputs)

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from trimtab import hf
+from trimtab import hf, simulation
+from trimtab.activations import Activations, KvCache
 from trimtab.linear import QuantLinear
 from trimtab.methods.base import Method
 from trimtab.preparing import place, targets
@@ -156,6 +157,8 @@ def plan(
     checkpointing: bool,
     moment_bytes: int = 4,
     teaching: Teaching = Teaching(),
+    activations: Activations | None = None,
+    kv: KvCache | None = None,
 ) -> Plan:
     """Predict the peak of training.
 
@@ -169,9 +172,13 @@ def plan(
         checkpointing: whether each block is recomputed in backward.
         moment_bytes: of each of Adam's two numbers for a trainable one.
         teaching: what a teacher adds.
+        activations: how inputs are rounded, or None.
+        kv: how keys and values are rounded, or None.
     """
     hf.cast_floats(model, dtype)
     prepare_meta(model, method, rules)
+    if activations is not None or kv is not None:
+        simulation.lay_out(model, activations, kv)
     stored = {id(p): p for layer in hf.quant_layers(model).values() for p in layer.parameters()}
     adapters = [p for p in model.parameters() if p.requires_grad]
     trained = {id(p) for p in adapters}
@@ -230,7 +237,7 @@ def _at_loss(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
 
 
 def _in_layer(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
-    """Gradients of the widest activations, and floats of (N, K) that autograd makes of a layer's levels.
+    """Gradients of the widest activations, rounded inputs, and floats of (N, K) that autograd makes of a layer's levels.
 
     Those of a layer are at once W and its copy under autograd, levels, rounded levels, codes and whether they were clipped,
     and in the compute dtype the three steps from codes to W; for a master weight, then, the gradients of W / s.
@@ -240,6 +247,8 @@ def _in_layer(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
         n, k = layer.base.shape
         activations = 0 if layer is head else 2 * tokens * max(n, k) * dtype.itemsize  # its logits are in the loss
         master = layer.adapter is not None and layer.adapter.place == "master"
+        if layer.inputs is not None:  # x on its way to codes, in float32, and the rounded x
+            activations += tokens * k * (4 + dtype.itemsize)
         floats = n * k * (3 * 4 + 1 + (4 if master else 0) + 4 * dtype.itemsize) if _fresh(layer) else 0
         largest = max(largest, activations + floats)
     return largest

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trimtab import data, loading, memory, teacher, teacher_cache, train
+from trimtab import data, loading, memory, simulation, teacher, teacher_cache, train
 from trimtab.errors import UserError
 from trimtab.evaluate import harness, parity
 from trimtab.evaluate.parity import Parity
@@ -85,6 +85,7 @@ def run(
     _measure_float(recipe, source, blocks, metrics, watch)
     asking_bytes = _ask_teacher(recipe, source, tokenizer, rows, watch)
     model = _load(recipe, source, start, metrics, watch)
+    _simulate(recipe, model, tokenizer, rows, watch)
     if "rounded" in recipe.evaluate.baselines and blocks is not None:
         watch.say("measuring the rounded model, before tuning")
         metrics["perplexity"]["rounded"] = perplexity(model, blocks)
@@ -197,7 +198,8 @@ def _rows(recipe: Recipe) -> tuple[Any, Any]:
     block = recipe.data
     if block is None:
         return None, None
-    rows = data.load_rows(block.path, split=block.split, limit=block.limit) if recipe.train.steps else None
+    wanted = recipe.train.steps or (recipe.activations is not None and recipe.activations.mode == "static")
+    rows = data.load_rows(block.path, split=block.split, limit=block.limit) if wanted else None
     held_out = None if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
     return rows, held_out
 
@@ -231,6 +233,22 @@ def _blocks(recipe: Recipe, held_out: Any, tokenizer: Any) -> Tensor | None:
         return None
     limit = recipe.data.eval_tokens
     return data.token_blocks(held_out, tokenizer, block_tokens=recipe.data.block_tokens, limit_tokens=limit)
+
+
+def _simulate(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, rows: Any, watch: Observer) -> None:
+    """Round activations and KV cache where asked; what a base from an earlier run rounds, it goes on rounding."""
+    kind, kv = recipe.activations, recipe.kv
+    if kind is None and kv is None:
+        return
+    asked = [] if kind is None else [f"{kind.bits}-bit {kind.mode} activations"]
+    asked += [] if kv is None else [f"a {kv.bits}-bit KV cache (which saves no memory here)"]
+    watch.say(f"simulating {' and '.join(asked)}")
+    tokens = None
+    if kind is not None and kind.mode == "static":
+        assert recipe.data is not None, "the recipe was checked to have data"
+        size, limit = recipe.data.block_tokens, simulation.CALIBRATION_TOKENS
+        tokens = data.token_blocks(rows, tokenizer, block_tokens=size, limit_tokens=limit)
+    simulation.simulate(model, activations=kind, kv=kv, calibration=tokens)
 
 
 def _tune(

@@ -136,7 +136,8 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
         new = QuantLinear(embedding.base, tied=True)
     else:
         base, adapter = method.build(source, target.grid)
-        new = QuantLinear(base, adapter, getattr(old, "bias", None))
+        inputs = old.inputs if isinstance(old, QuantLinear) and target.grid is not None else None
+        new = QuantLinear(base, adapter, getattr(old, "bias", None), inputs=inputs)
     new.train(old.training)
     model.set_submodule(target.name, new)
 
@@ -273,12 +274,20 @@ def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
 
     Levels and offsets fold into codes, scales and zeros, to the bit. Output adapters (LoRA, QLoRA, Q-BaRA) fit in no
     low-bit weight: they stay adapters, or with `merge` become part of a dense copy of the weight (`algebraic`).
+
+    Raises:
+        UserError: where an adapter beside rounded inputs is to be merged.
     """
     report = []
     for name, layer in hf.quant_layers(model).items():
         if not isinstance(layer, QuantLinear) or layer.adapter is None:
             continue
         place_, output = layer.adapter.place, isinstance(layer.adapter, DeltaOutput)
+        if output and merge and layer.inputs is not None:
+            raise UserError(
+                f"{name}: its adapter reads inputs that its weight sees rounded, so no weight equals the two together; "
+                "keep it (`merge: false`)"
+            )
         folded = layer.adapter.fold(layer.base)
         if output and not merge:
             report.append(LayerFold(name, place_, "kept", folded.kind, folded.error, 0))

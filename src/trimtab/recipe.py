@@ -6,7 +6,7 @@ values in YAML). What only the model can tell (does a pattern match a layer, doe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from trimtab import methods
+from trimtab.activations import Activations, KvCache
 from trimtab.blocks import Block, DataBlock, DistillBlock, EvaluateBlock, ModelBlock, StartBlock, TrainBlock
 from trimtab.errors import UserError, nearest
 from trimtab.methods.base import Method
@@ -32,6 +33,10 @@ class Recipe(Block):
     rules: list[Rule] | None = None
     """Grids by layer name, first match wins; null is the method's default on every linear layer but the head."""
     start: StartBlock = StartBlock()
+    activations: Activations | None = None
+    """Round the inputs of low-bit layers, {bits: 8}: W4A8 with 4-bit weights; null leaves them as they are."""
+    kv: KvCache | None = None
+    """Round keys and values, {bits: 8}: a simulated KV cache; null leaves them as they are."""
     data: DataBlock | None = None
     """Needed unless train.steps is 0."""
     train: TrainBlock = TrainBlock()
@@ -128,7 +133,7 @@ def from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
 def _first(error: ValidationError) -> str:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_beside(problem["loc"])
         hint = nearest(str(problem["loc"][-1]), known)
         return f"{key}: unknown key{hint or '; known are ' + ', '.join(known)}"
@@ -143,10 +148,10 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     for part in location[:-1]:
         annotation = block.model_fields[part].annotation if hasattr(block, "model_fields") else None
         options = getattr(annotation, "__args__", (annotation,))
-        block = next((o for o in options if hasattr(o, "model_fields")), None)
+        block = next((o for o in options if hasattr(o, "model_fields") or is_dataclass(o)), None)
         if block is None:
             return []
-    return list(block.model_fields)
+    return [f.name for f in fields(block)] if is_dataclass(block) else list(block.model_fields)
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -158,6 +163,13 @@ def _check(recipe: Recipe, where: str) -> None:
     trains = recipe.method.name != "rtn"
     if not trains and recipe.train.steps:
         raise UserError(f"{where}: train.steps: {recipe.method.name} trains nothing; set it to 0")
+    if recipe.activations is not None and recipe.activations.mode == "static" and recipe.data is None:
+        raise UserError(f"{where}: data: missing; static activations are measured on it (or set mode: dynamic)")
+    if recipe.activations is not None and recipe.merge:
+        raise UserError(
+            f"{where}: merge: an adapter beside rounded inputs fits into no weight; set merge: false, or leave "
+            "activations out"
+        )
     if recipe.evaluate.baselines and (recipe.data is None or recipe.data.eval_path is None):
         raise UserError(f"{where}: evaluate.baselines: are compared on held-out data; set data.eval_path")
     cache = recipe.teacher_cache

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+FormatName = Literal["native", "compressed-tensors", "dense"]
+"""Formats that a recipe can export to: those of `trimtab.export`."""
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 

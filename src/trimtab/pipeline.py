@@ -21,8 +21,8 @@ from trimtab.errors import UserError
 from trimtab.evaluate import parity
 from trimtab.evaluate.parity import Parity
 from trimtab.evaluate.perplexity import perplexity
-from trimtab.export import native
-from trimtab.preparing import LayerFold, fold
+from trimtab.export import exporting, native
+from trimtab.preparing import LayerFold, fold, targets
 from trimtab.recipe import Recipe
 
 
@@ -78,6 +78,7 @@ def run(
     source = loading.open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
     train.check(recipe, tokenizer, rows)
+    _check_exports(recipe, source)
     blocks = _blocks(recipe, held_out, tokenizer)
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     if "float" in recipe.evaluate.baselines:
@@ -131,6 +132,13 @@ def check_output(out: Path, overwrite: bool, resume: bool) -> None:
         )
     if not any((out / name).exists() for name in ("recipe.yaml", "metrics.json", "checkpoints", "quantization.json")):
         raise UserError(f"output: {out} holds something that trimtab did not write; remove it yourself or set `output`")
+
+
+def _check_exports(recipe: Recipe, source: loading.ModelSource | None) -> None:
+    """Hold every layer's grid against every format of the recipe, on names and shapes."""
+    _, laid_out = loading.skeleton(recipe.model.path, source)
+    found = targets(laid_out, recipe.method, recipe.rules)
+    exporting.check(recipe.export, found, recipe.method, recipe.merge, recipe.dtype)
 
 
 def _check_inputs_apart(recipe: Recipe) -> None:
@@ -202,6 +210,10 @@ def _fold_and_save(
     metrics["fold_error"] = max((layer.error for layer in folded if layer.action == "merged"), default=0.0)
     native.save(model, recipe.out, tokenizer, recipe=recipe.to_yaml())
     metrics["disk_bytes"] = native.disk_bytes(recipe.out)
+    for name in recipe.export:
+        if name != "native":
+            watch.say(f"exporting to {name}")
+            exporting.write(model, tokenizer, name, recipe.out / name, source=recipe.out, recipe_text=recipe.to_yaml())
     if some is None or trained is None:
         if recipe.evaluate.parity:
             watch.say("no held-out data (data.eval_path), so trained, folded and saved are not compared")

@@ -8,14 +8,14 @@ values in YAML). What only the model can tell (does a pattern match a layer, doe
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from trimtab import methods
-from trimtab.blocks import Block, DataBlock, EvaluateBlock, ModelBlock, TrainBlock
+from trimtab.blocks import Block, DataBlock, EvaluateBlock, FormatName, ModelBlock, TrainBlock
 from trimtab.errors import UserError, nearest
 from trimtab.methods.base import Method
 from trimtab.rules import Rule, parse_rules
@@ -37,8 +37,8 @@ class Recipe(Block):
     evaluate: EvaluateBlock = EvaluateBlock()
     merge: bool = False
     """Merge output adapters into a dense copy of their weights when folding."""
-    export: list[Literal["native"]] = Field(default=["native"], min_length=1)
-    """Formats to write."""
+    export: list[FormatName] = Field(default=["native"], min_length=1)
+    """Formats to write: native into `output` always, each other one into `<output>/<format>`; see `trimtab formats`."""
     output: str | None = None
     """Where the model is written; null is `runs/<name>`."""
 

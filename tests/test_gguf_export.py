@@ -104,7 +104,7 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
     model = prepare(random_model(FAMILIES[name]), Rtn(), RULES)
-    save(tmp_path / "model.gguf", model, tiny.tokenizer(), name="tiny")
+    save(tmp_path / "model.gguf", model, byte_level_tokenizer(), name="tiny")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     expected, read = weights(model), theirs.state_dict()
     missing = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -143,7 +143,7 @@ def test_the_tokenizer_and_its_template_come_along(tmp_path: Path) -> None:
 
 
 def test_a_file_says_what_most_of_it_is(tmp_path: Path) -> None:
-    save(tmp_path / "model.gguf", prepare(random_model(FAMILIES["llama"]), Rtn(), RULES), tiny.tokenizer(), name="t")
+    save(tmp_path / "model.gguf", prepare(random_model(FAMILIES["llama"]), Rtn(), RULES), byte_level_tokenizer(), name="t")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert gguf.LlamaFileType(fields["general.file_type"].contents()) == gguf.LlamaFileType.MOSTLY_Q4_0
     assert fields["general.name"].contents() == "t"
@@ -162,14 +162,14 @@ def test_a_file_says_what_most_of_it_is(tmp_path: Path) -> None:
 def test_the_layer_that_cannot_be_held_is_named(grid: dict[str, Any], cause: str, tmp_path: Path) -> None:
     model = prepare(random_model(FAMILIES["llama"]), Rtn(), [{"match": "*.1.*.up_proj", "grid": grid}, *RULES])
     with pytest.raises(UserError, match=rf"model\.layers\.1\.mlp\.up_proj: .*{cause}"):
-        save(tmp_path / "model.gguf", model, tiny.tokenizer(), name="tiny")
+        save(tmp_path / "model.gguf", model, byte_level_tokenizer(), name="tiny")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
     model = prepare(random_model(FAMILIES["llama"]), Qlora(rank=2))
     with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj: has an adapter"):
-        save(tmp_path / "model.gguf", model, tiny.tokenizer(), name="tiny")
+        save(tmp_path / "model.gguf", model, byte_level_tokenizer(), name="tiny")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_an_adapter_is_refused(tmp_path: Path) -> None:
 def test_what_llama_cpp_does_not_compute_is_refused(config: Any, cause: str, tmp_path: Path) -> None:
     model = prepare(random_model(config), Rtn())
     with pytest.raises(UserError, match=cause):
-        save(tmp_path / "model.gguf", model, tiny.tokenizer(), name="tiny")
+        save(tmp_path / "model.gguf", model, byte_level_tokenizer(), name="tiny")
 
 
 def test_llama3_rope_factors_are_those_that_transformers_uses(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_llama3_rope_factors_are_those_that_transformers_uses(tmp_path: Path) ->
     }
     config = LlamaConfig(**SIZES, rope_parameters=rope, max_position_embeddings=2048)
     model = prepare(random_model(config), Rtn(), RULES)
-    save(tmp_path / "model.gguf", model, tiny.tokenizer(), name="tiny")
+    save(tmp_path / "model.gguf", model, byte_level_tokenizer(), name="tiny")
     tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     plain = 1e4 ** -(np.arange(0, 32, 2) / 32)
     ratio = plain / model.model.rotary_emb.inv_freq.numpy()

@@ -1,15 +1,16 @@
 """Formats that engines load, one file each, found by name; each is written from the stored codes.
 
-native  compressed-tensors  dense
+native  compressed-tensors  dense  gguf
 """
 
 from trimtab.errors import UserError, nearest
 from trimtab.export.compressed_tensors import CompressedTensors
 from trimtab.export.declaration import Format
 from trimtab.export.dense import Dense
+from trimtab.export.gguf_format import Gguf
 from trimtab.export.native import Native
 
-ALL: tuple[Format, ...] = (Native(), CompressedTensors(), Dense())
+ALL: tuple[Format, ...] = (Native(), CompressedTensors(), Dense(), Gguf())
 """Every format, in the order of the tables."""
 
 

@@ -16,7 +16,7 @@ Legend: N out features, K in features.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,15 @@ class _Entry:
         return int(np.prod(self.shape))
 
 
-def save(path: Path, model: Any, tokenizer: Any, *, name: str, source: Path | None = None) -> None:
+def save(
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    source: Path | None = None,
+    dense: Collection[str] = (),
+) -> None:
     """Write a model as a GGUF file.
 
     Args:
@@ -69,13 +77,15 @@ def save(path: Path, model: Any, tokenizer: Any, *, name: str, source: Path | No
         tokenizer: its tokenizer; not needed where the model came from a GGUF file.
         name: of the model, for the file's metadata.
         source: the GGUF file that the model came from, to copy from.
+        dense: names of quantized layers that are written as float matrices.
 
     Raises:
         UserError: naming the layer that no type holds exactly, or what llama.cpp would read otherwise.
     """
     config = model.config.get_text_config()
     family = gguf_families.family(config)
-    entries = list(_entries(model, config, family))
+    parameters = list(_parameters(model, dense))
+    entries = list(_entries(parameters, config, family))
     fields = gguf_families.metadata(config, model.get_input_embeddings().num_embeddings)
     if source is None:
         writer = gguf.GGUFWriter(path, family.architecture)
@@ -87,7 +97,7 @@ def save(path: Path, model: Any, tokenizer: Any, *, name: str, source: Path | No
         if vocabulary.chat_template:
             writer.add_chat_template(vocabulary.chat_template)
     else:
-        reader, entries, changed = _from_source(source, model, entries)
+        reader, entries, changed = _from_source(source, parameters, entries)
         writer = gguf.GGUFWriter(path, family.architecture)
         _copy_fields(reader, writer, fields, {"general.file_type": _file_type(entries)} if changed else {})
     _write(writer, entries)
@@ -113,15 +123,16 @@ def _write(writer: gguf.GGUFWriter, entries: list[_Entry]) -> None:
 # ---- tensors -----------------------------------------------------------------------------------------------------
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, Weight | Tensor]]:
+def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight | Tensor]]:
     """Every tensor that transformers' own model would have, by its name there; a tied head is not repeated."""
-    ours, seen = hf.quant_layers(model), set()
+    ours, seen, dtype = hf.quant_layers(model), set(), hf.compute_dtype(model)
     for name, module in model.named_modules():
         layer = ours.get(name)
         if isinstance(layer, QuantLinear) and layer.adapter is not None:
             raise UserError(f"{name}: has an adapter, which GGUF does not hold; fold it, or merge it (`merge: true`)")
         if layer is not None and not (isinstance(layer, QuantLinear) and layer.tied):
-            yield f"{name}.weight", layer.base.weight.data if isinstance(layer.base, DenseWeight) else layer.base
+            plain = name in dense or isinstance(layer.base, DenseWeight)
+            yield f"{name}.weight", layer.base.dequantize(dtype) if plain else layer.base
         if any(name.startswith(f"{above}.base") for above in ours):
             continue
         for key, p in module._parameters.items():
@@ -130,13 +141,15 @@ def _parameters(model: Any) -> Iterator[tuple[str, Weight | Tensor]]:
                 yield f"{name}.{key}", p.data
 
 
-def _entries(model: Any, config: Any, family: gguf_families.Family) -> Iterator[_Entry]:
+def _entries(
+    parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, family: gguf_families.Family
+) -> Iterator[_Entry]:
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     factors = gguf_families.rope_factors(config)
     if factors is not None:
         yield _float_entry("rope_freqs.weight", factors)
-    for hf_name, value in _parameters(model):
+    for hf_name, value in parameters:
         name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"{hf_name}: llama.cpp's {family.architecture} has no tensor for it")
@@ -179,14 +192,17 @@ def _block_entry(hf_name: str, name: str, weight: Weight, order: Tensor | None) 
 # ---- a model that came from a GGUF file -----------------------------------------------------------------------------
 
 
-def _from_source(path: Path, model: Any, ours: list[_Entry]) -> tuple[gguf.GGUFReader, list[_Entry], bool]:
+def _from_source(
+    path: Path, parameters: Sequence[tuple[str, Weight | Tensor]], ours: list[_Entry]
+) -> tuple[gguf.GGUFReader, list[_Entry], bool]:
     """The file's tensors in its order, untouched ones as they are; and whether any type is another than there."""
     source, layout = loading.skeleton(str(path))
     assert isinstance(source, GgufSource)
     source.bind(layout)
     tensors = {t.name: t for t in source.reader.tensors}
-    untouched = _untouched(model, source, {e.name for e in ours}, tensors)
     by_name = {e.name: e for e in ours}
+    held = [(hf_name, value) for hf_name, value in parameters if source.name_of(hf_name) in tensors]
+    untouched = _untouched(held, source)
     extra = tensors.keys() - {source.name_of(n) for n in layout.state_dict()}
     entries = []
     for name, tensor in tensors.items():
@@ -197,22 +213,19 @@ def _from_source(path: Path, model: Any, ours: list[_Entry]) -> tuple[gguf.GGUFR
         elif name in by_name:
             entries.append(by_name.pop(name))
     entries += by_name.values()
-    changed = any(name.name not in tensors or tensors[name.name].tensor_type != name.kind for name in entries)
+    changed = any(e.name not in tensors or tensors[e.name].tensor_type != e.kind for e in entries)
     return source.reader, entries, changed
 
 
-def _untouched(model: Any, source: GgufSource, written: set[str], tensors: dict[str, Any]) -> set[str]:
+def _untouched(parameters: Sequence[tuple[str, Weight | Tensor]], source: GgufSource) -> set[str | None]:
     """Names of the file's tensors whose values the model still has, in the dtype that it keeps them in."""
     found = set()
-    for hf_name, value in _parameters(model):
-        name = source.name_of(hf_name)
-        if name not in tensors or name not in written:
-            continue
+    for hf_name, value in parameters:
         kept = source.read(hf_name)
         theirs = kept.dequantize(torch.float32) if isinstance(kept, Weight) else kept
         ours = value.dequantize(torch.float32) if isinstance(value, Weight) else value.cpu()
         if torch.equal(theirs.to(ours.dtype), ours):
-            found.add(name)
+            found.add(source.name_of(hf_name))
     return found
 
 

@@ -72,7 +72,7 @@ class Vocabulary:
         if self.scores is not None:
             found["scores"] = self.scores
         found["token_type"] = self.types
-        if self.merges:
+        if self.merges is not None:
             found["merges"] = self.merges
         found |= {f"{name}_token_id": id_ for name, id_ in self.ids.items()}
         return {f"tokenizer.ggml.{key}": value for key, value in (found | self.flags).items()}
@@ -96,6 +96,8 @@ def vocabulary(tokenizer: Any, size: int, config: Any) -> Vocabulary:
     if spec["model"]["type"] != "BPE":
         raise UserError(f"GGUF: a {spec['model']['type']} tokenizer; only BPE ones are written")
     merges = [m.split(" ", 1) if isinstance(m, str) else m for m in spec["model"]["merges"]]
+    if not merges:
+        raise UserError("GGUF: a tokenizer of single characters, without merges, which llama.cpp does not load")
     common: dict[str, Any] = {"ids": _special_ids(tokenizer, config), "chat_template": _template(tokenizer)}
     ends = _ends(tokenizer)
     if spec["model"].get("byte_fallback"):

@@ -1,15 +1,17 @@
 """Formats that engines load, one file each, found by name; each is written from the stored codes.
 
-native  compressed-tensors  dense
+native  compressed-tensors  gptq  dense  peft
 """
 
 from trimtab.errors import UserError, nearest
 from trimtab.export.compressed_tensors import CompressedTensors
 from trimtab.export.declaration import Format
 from trimtab.export.dense import Dense
+from trimtab.export.gptq import Gptq
 from trimtab.export.native import Native
+from trimtab.export.peft_lora import PeftLora
 
-ALL: tuple[Format, ...] = (Native(), CompressedTensors(), Dense())
+ALL: tuple[Format, ...] = (Native(), CompressedTensors(), Gptq(), Dense(), PeftLora())
 """Every format, in the order of the tables."""
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trimtab import data, loading, memory, train
+from trimtab import data, export, loading, memory, peft_start, train
 from trimtab.errors import UserError
 from trimtab.evaluate import parity
 from trimtab.evaluate.parity import Parity
@@ -92,6 +92,8 @@ def run(
     watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing while it reads")
     torch.manual_seed(recipe.train.seed)
     model, _ = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source)
+    if recipe.model.adapter is not None:
+        peft_start.start_from(model, recipe.model.adapter)
     metrics["load_peak_memory_bytes"] = memory.peak_bytes()
     if "rounded" in recipe.evaluate.baselines and blocks is not None:
         watch.say("measuring the rounded model, before tuning")
@@ -203,6 +205,9 @@ def _fold_and_save(
     wanted = recipe.evaluate.parity and blocks is not None
     some = blocks[: max(1, recipe.evaluate.parity_tokens // block_tokens)] if wanted and blocks is not None else None
     trained = None if some is None else parity.logits_of(model, some)
+    formats = {name: export.get(name) for name in recipe.export if name != "native"}
+    unfolded = [name for name, format_ in formats.items() if format_.adapters == "kept"]
+    _export(recipe, model, tokenizer, unfolded, watch)
     watch.say("folding and saving")
     folded = fold(model, merge=recipe.merge)
     metrics["codes_changed_by_fold"] = sum(layer.changed for layer in folded if layer.kind == "bitwise")
@@ -210,10 +215,7 @@ def _fold_and_save(
     metrics["fold_error"] = max((layer.error for layer in folded if layer.action == "merged"), default=0.0)
     native.save(model, recipe.out, tokenizer, recipe=recipe.to_yaml())
     metrics["disk_bytes"] = native.disk_bytes(recipe.out)
-    for name in recipe.export:
-        if name != "native":
-            watch.say(f"exporting to {name}")
-            exporting.write(model, tokenizer, name, recipe.out / name, source=recipe.out, recipe_text=recipe.to_yaml())
+    _export(recipe, model, tokenizer, [name for name in formats if name not in unfolded], watch)
     if some is None or trained is None:
         if recipe.evaluate.parity:
             watch.say("no held-out data (data.eval_path), so trained, folded and saved are not compared")
@@ -224,6 +226,13 @@ def _fold_and_save(
     content = {"tokens": some.numel(), "fold": metrics["fold"], "stages": parity.to_json(parities)}
     (recipe.out / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return parities
+
+
+def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, names: Sequence[str], watch: Observer) -> None:
+    """Write these formats into folders of the output directory."""
+    for name in names:
+        watch.say(f"exporting to {name}")
+        exporting.write(model, tokenizer, name, recipe.out / name, source=recipe.out, recipe_text=recipe.to_yaml())
 
 
 def _summary(folded: list[LayerFold]) -> str:

@@ -31,10 +31,16 @@ def matrix(layer: Any, dtype: torch.dtype) -> Tensor:
 
 def add_dense(shards: Shards, name: str, layer: Any, dtype: torch.dtype) -> None:
     """Write one of our layers as an ordinary `weight`, and its bias."""
-    if not getattr(layer, "tied", False):
-        shards.add(f"{name}.weight", matrix(layer, dtype))
-    if getattr(layer, "bias", None) is not None:
-        shards.add(f"{name}.bias", layer.bias.to(dtype))
+    add_matrix(shards, name, layer, None if getattr(layer, "tied", False) else matrix(layer, dtype))
+
+
+def add_matrix(shards: Shards, name: str, layer: Any, matrix_NK: Tensor | None) -> None:
+    """Write this matrix (none for a tied head) and the bias of one of our layers."""
+    if matrix_NK is not None and not getattr(layer, "tied", False):
+        shards.add(f"{name}.weight", matrix_NK)
+    bias = getattr(layer, "bias", None)
+    if bias is not None:
+        shards.add(f"{name}.bias", bias if matrix_NK is None else bias.to(matrix_NK.dtype))
 
 
 class Dense(Format):

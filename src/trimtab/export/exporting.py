@@ -148,7 +148,13 @@ def write(
         changes = _make_room(model, format_, layers, refused, dtype, options)
         layers = layers_of(model)
         forms = _forms(format_, layers, dtype)
-        about = {"dtype": dtype, "forms": forms, "max_shard_bytes": largest, "source": source, "recipe": recipe_text}
+        about: dict[str, Any] = {
+            "dtype": dtype,
+            "forms": forms,
+            "max_shard_bytes": largest,
+            "source": source,
+            "recipe": recipe_text,
+        }
         format_.write(folder, Writing(model=model, tokenizer=tokenizer, **about))
         if refused and held_out is not None:
             values["after"] = perplexity(model, held_out)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from test_gguf import FORM, MATRICES, PROJECTION, Q4_1, File, codes_of
 from transformers import PreTrainedModel
 
+from test_gguf import FORM, MATRICES, PROJECTION, Q4_1, File, codes_of
 from trimtab import loading
 from trimtab.adapters import DeltaOffset
 from trimtab.export.gguf import save

@@ -6,7 +6,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
@@ -23,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import tiny
 from trimtab.errors import UserError
 from trimtab.export.gguf import save
 from trimtab.hf import quant_layers
@@ -30,6 +30,7 @@ from trimtab.linear import QuantLinear
 from trimtab.methods import Qlora, Rtn
 from trimtab.preparing import prepare
 
+EOS = 259
 SIZES: dict[str, Any] = {
     "vocab_size": 260,
     "hidden_size": 64,
@@ -38,9 +39,9 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "bos_token_id": tiny.EOS,
-    "eos_token_id": tiny.EOS,
-    "pad_token_id": tiny.EOS,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
 }
 QWEN2 = {key: value for key, value in SIZES.items() if key != "head_dim"}
 GEMMA = {"query_pre_attn_scalar": 32, "sliding_window": 16}
@@ -132,8 +133,8 @@ def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
 
 def test_the_tokenizer_and_its_template_come_along(tmp_path: Path) -> None:
     ours = byte_level_tokenizer()
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ours.eos_token_id)
-    model = prepare(random_model(LlamaConfig(**{**SIZES, **ends})), Rtn(), RULES)
+    assert ours.eos_token_id == EOS
+    model = prepare(random_model(FAMILIES["llama"]), Rtn(), RULES)
     save(tmp_path / "model.gguf", model, ours, name="tiny")
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     text = "the 12 moths' été <eos>"
@@ -143,7 +144,12 @@ def test_the_tokenizer_and_its_template_come_along(tmp_path: Path) -> None:
 
 
 def test_a_file_says_what_most_of_it_is(tmp_path: Path) -> None:
-    save(tmp_path / "model.gguf", prepare(random_model(FAMILIES["llama"]), Rtn(), RULES), byte_level_tokenizer(), name="t")
+    save(
+        tmp_path / "model.gguf",
+        prepare(random_model(FAMILIES["llama"]), Rtn(), RULES),
+        byte_level_tokenizer(),
+        name="t",
+    )
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert gguf.LlamaFileType(fields["general.file_type"].contents()) == gguf.LlamaFileType.MOSTLY_Q4_0
     assert fields["general.name"].contents() == "t"

@@ -247,7 +247,9 @@ def _add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_key_value(key, value, _SCALARS[type(value)])
 
 
-def _copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, computed: dict[str, Any], other: dict[str, Any]) -> None:
+def _copy_fields(
+    reader: gguf.GGUFReader, writer: gguf.GGUFWriter, computed: dict[str, Any], other: dict[str, Any]
+) -> None:
     """Every field of a file as it stands there, but for `other` and for sizes that the model no longer has.
 
     Args:

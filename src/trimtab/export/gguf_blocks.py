@@ -92,7 +92,9 @@ def block_type(grid: AnyGrid, in_features: int | None = None) -> BlockType:
     if grid.group is not None and grid.group % BLOCK:
         raise UserError(f"group {grid.group} is no multiple of GGUF's blocks of 32: use group 32, 64 or 128")
     if in_features is not None and in_features % BLOCK:
-        raise UserError(f"{in_features} input features are no multiple of GGUF's blocks of 32: leave the layer in float")
+        raise UserError(
+            f"{in_features} input features are no multiple of GGUF's blocks of 32: leave the layer in float"
+        )
     low, high = {
         "symmetric": (-grid.center, grid.center - 1),
         "integer": (-grid.top, grid.top),

@@ -78,10 +78,14 @@ def _departures(config: Any, found: Family) -> Iterator[str]:
         yield f"activation {activation}"
     kinds = getattr(config, "layer_types", None) or []
     every = found.window_every
-    wanted = ["full_attention" if every is None or (i + 1) % every == 0 else "sliding_attention" for i in range(len(kinds))]
+    wanted = [
+        "full_attention" if every is None or (i + 1) % every == 0 else "sliding_attention" for i in range(len(kinds))
+    ]
     if kinds != wanted:
         yield f"layer_types {kinds}"
-    rotary = [int(found.no_rope_every is None or (i + 1) % found.no_rope_every != 0) for i in range(config.num_hidden_layers)]
+    rotary = [
+        int(found.no_rope_every is None or (i + 1) % found.no_rope_every != 0) for i in range(config.num_hidden_layers)
+    ]
     if getattr(config, "no_rope_layers", rotary) != rotary:
         yield f"no_rope_layers {config.no_rope_layers}"
     if found.tied and not config.tie_word_embeddings:

@@ -68,6 +68,7 @@ SINGLE_PURPOSE_LIBRARIES = (
     "triton",
     "trl",
     "typer",
+    "vllm",
     "yaml",
 )
 # library -> the further files that may import it. Each entry says why.

@@ -1,4 +1,4 @@
-"""The command line: `trimtab run|plan|eval|export|verify|formats|chat|methods|recipe`.
+"""The command line: `trimtab run|plan|eval|export|parity|verify|formats|chat|methods|recipe`.
 
 Bad input ends in one line on stderr and exit status 2; anything else that goes wrong keeps its traceback. Heavy libraries
 are imported when a command needs them, so `trimtab --help` is quick. The only file that imports typer.
@@ -141,6 +141,26 @@ def export(
         engine=engine, allow_lossy=allow_lossy, overwrite=overwrite, max_shard_size=max_shard_size
     )
     Terminal().exported(exporting.export(directory, format_, out, options))
+
+
+@app.command()
+def parity(
+    directory: Annotated[str, typer.Argument(help="Exported directory.", metavar="DIR")],
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")],
+    python: Annotated[str | None, typer.Option(help="Python of the engine's environment.")] = None,
+    trained: Annotated[str | None, typer.Option(help="Model saved by trimtab; default: the directory above.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out text; default: the recipe's.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to compare on.")] = 512,
+) -> None:
+    """Compare what an engine computes from an exported model with the trained one."""
+    _quiet()
+    from trimtab.evaluate import serving
+    from trimtab.report.terminal import Terminal
+
+    found = serving.parity(directory, engine, python=python, trained=trained, path=data, tokens=tokens)
+    rows = [(name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
+            for name, value in vars(found).items()]  # fmt: skip
+    Terminal().rows("served = trained", ("", ""), rows)
 
 
 @app.command()

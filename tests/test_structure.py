@@ -60,6 +60,7 @@ SINGLE_PURPOSE_LIBRARIES = (
     "compressed_tensors",
     "datasets",
     "gguf",
+    "llama_cpp",
     "lm_eval",
     "optuna",
     "peft",

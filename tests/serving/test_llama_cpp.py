@@ -1,6 +1,6 @@
 """Our GGUF files in llama.cpp itself: the same tokens, and the model's own log-probabilities within the engine's noise.
 
-llama.cpp runs in an environment of its own, whose Python `TRIMTAB_LLAMA_PYTHON` names (`make test-serving` sets it).
+llama.cpp runs in an environment of its own, whose Python `TRIMTAB_LLAMA_CPP_PYTHON` names (`make test-serving` sets it).
 """
 
 import json
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 from transformers import SmolLM3Config as SmolLm3Config
 
-import trimtab
+from trimtab.evaluate import serving
 from trimtab.export.gguf import save
 from trimtab.export.gguf_vocab import PRE_TOKENIZERS, vocabulary
 from trimtab.hf import quant_layers
@@ -29,43 +28,36 @@ from trimtab.preparing import fold, prepare
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_gguf_export import FAMILIES, QWEN2, SIZES, byte_level_tokenizer, random_model
 
-PYTHON = os.environ.get("TRIMTAB_LLAMA_PYTHON")
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="TRIMTAB_LLAMA_PYTHON names no Python with llama_cpp")
+PYTHON = os.environ.get("TRIMTAB_LLAMA_CPP_PYTHON")
 
 IDS = torch.arange(96).view(2, 48) * 7 % 250
-ENGINE = Path(trimtab.__file__).parent / "evaluate" / "engine_llama_cpp.py"
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
-LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 CONFIGS: dict[str, Any] = {
     **FAMILIES,
     "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "linear": LlamaConfig(**SIZES, rope_parameters={**ROPE, "rope_type": "linear"}),
     "llama3": LlamaConfig(**SIZES, rope_parameters={**ROPE, **LLAMA3}),
-    "yarn": Qwen2Config(
-        **QWEN2, rope_parameters={**ROPE, "rope_type": "yarn", "original_max_position_embeddings": 16}
-    ),
+    "yarn": Qwen2Config(**QWEN2, rope_parameters={**ROPE, "rope_type": "yarn", "original_max_position_embeddings": 16}),
     "smollm3": SmolLm3Config(**{**QWEN2, "num_hidden_layers": 5}),
 }
 
 
-def run(script: str | Path, *arguments: Any) -> str:
-    """Runs a script with the engine's Python, with nothing of ours on its path."""
-    assert PYTHON is not None
-    command = [PYTHON, *(["-c", script] if isinstance(script, str) else [script]), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={"PATH": os.environ["PATH"]})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def test_the_environment_is_there() -> None:
+    assert Path(PYTHON or "").is_file(), "run `make test-serving`"
 
 
 def engine(path: Path) -> Tensor:
-    np.save(path.with_suffix(".ids.npy"), IDS.numpy())
-    run(ENGINE, path, path.with_suffix(".ids.npy"), path.with_suffix(".npy"))
-    return torch.from_numpy(np.load(path.with_suffix(".npy")))
+    return serving.engine_logprobs(path.parent, "llama.cpp", IDS)
 
 
-@torch.no_grad()
 def ours(model: PreTrainedModel) -> Tensor:
-    return model(IDS).logits.float().log_softmax(-1)
+    return serving.model_logprobs(model, IDS)
 
 
 def rms(a: Tensor, b: Tensor) -> float:
@@ -82,9 +74,11 @@ def test_every_family_is_computed_as_transformers_does(name: str, tmp_path: Path
     assert rms(engine(tmp_path / "model.gguf"), expected) < 2e-3 * expected.std()
 
 
-@pytest.mark.parametrize(
-    ("bits", "zero"), [(2, "symmetric"), (4, "symmetric"), (3, "integer"), (4, "integer"), (4, "real"), (5, "real"), (8, "symmetric")]
-)  # fmt: skip
+FORMS = ((2, "symmetric"), (8, "symmetric"), (3, "integer"), (4, "integer"), (4, "real"), (5, "real"))
+"""One for each type of block, and one narrower than its type."""
+
+
+@pytest.mark.parametrize(("bits", "zero"), FORMS)
 def test_a_tuned_model_is_served_within_the_engines_noise(bits: int, zero: str, tmp_path: Path) -> None:
     """The noise is that of the untuned model of the same form, in the same run."""
     differences = []
@@ -97,7 +91,8 @@ def test_a_tuned_model_is_served_within_the_engines_noise(bits: int, zero: str, 
             for p in () if adapter is None else adapter.parameters():
                 p.data += torch.randn_like(p) * p.abs().mean().clamp(min=1e-3) * 0.1
         fold(model)
-        file = tmp_path / f"{method.name}.gguf"
+        file = tmp_path / method.name / "model.gguf"
+        file.parent.mkdir()
         save(file, model, byte_level_tokenizer(), name="tiny")
         differences.append(rms(engine(file), ours(model)))
     noise, tuned = differences
@@ -110,7 +105,7 @@ def test_a_tuned_model_is_served_within_the_engines_noise(bits: int, zero: str, 
 TEXTS = [
     "The moths, 12 of them: 1234567 don't care; they'll (never) I'M WE'VE stop...",
     "  two spaces\n\n\nthree lines\t tab \r\n end   ",
-    "été naïve Straße привет мир 你好，世界 日本語 안녕 🙂🚀 x²+y½",
+    "été naïve Straße привет мир 你好世界 日本語 안녕 🙂🚀 x²+y½",
     "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": x/2}  # http://a.b/c?d=e",
 ]
 TOKENIZE = """
@@ -136,9 +131,8 @@ def byte_level(steps: tuple[str, ...], *, whole_words: bool) -> PreTrainedTokeni
     trained.pre_tokenizer = pre_tokenizers.Sequence(made)
     trained.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trained.train_from_iterator(
-        [*TEXTS, "12 123 1234 the them they"] * 2, BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator([*TEXTS, "12 123 1234 the them they"] * 2, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<eos>")
 
 
@@ -176,6 +170,8 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(name: str, tmp_path: Path) -> 
     made = vocabulary(theirs, config.vocab_size, config)
     assert made.pre == (name if isinstance(about, tuple) else "default")
     save(tmp_path / "model.gguf", random_model(config), theirs, name="tiny")
-    read = json.loads(run(TOKENIZE, tmp_path / "model.gguf", json.dumps([*TEXTS, "a<eos>b"])))
+    assert PYTHON is not None
+    command = [PYTHON, "-P", "-c", TOKENIZE, str(tmp_path / "model.gguf"), json.dumps([*TEXTS, "a<eos>b"])]
+    read = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     for text, ids in zip([*TEXTS, "a<eos>b"], read, strict=True):
         assert ids == theirs(text, add_special_tokens=False).input_ids, text

@@ -12,12 +12,16 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import PreTrainedModel
 
 from test_gguf import FORM, MATRICES, PROJECTION, Q4_1, File, codes_of
-from trimtab import loading
+from trimtab import loading, pipeline
 from trimtab.adapters import DeltaOffset
+from trimtab.errors import UserError
+from trimtab.export import exporting
 from trimtab.export.gguf import save
+from trimtab.export.gguf_format import came_from
 from trimtab.hf import quant_layers
 from trimtab.methods import LrQat, QaHira, Rtn
 from trimtab.preparing import fold
+from trimtab.recipe import from_dict
 
 TUNED = ("attn_q", "ffn_gate")
 QA_HIRA = [{"match": f"*.{PROJECTION[name]}", "grid": Q4_1} for name in TUNED] + [{"match": "*", "grid": None}]
@@ -93,6 +97,27 @@ def test_layers_of_another_form_change_their_type_and_the_files(file: File, tmp_
         assert new.name == old.name
         if not old.name.startswith("blk.0.") or "norm" in old.name:
             assert np.array_equal(new.data, old.data), old.name
+
+
+def test_an_export_finds_the_file_again_over_two_runs(file: File, tmp_path: Path) -> None:
+    for name, path in (("first", file.path), ("second", tmp_path / "first")):
+        values = {"model": {"path": str(path)}, "method": "rtn", "rules": QA_HIRA if name == "first" else None}
+        recipe = {**values, "train": {"steps": 0}, "output": str(tmp_path / name), "evaluate": {"parity": False}}
+        pipeline.run(from_dict(recipe))
+    report = exporting.export(str(tmp_path / "second"), "gguf")
+    assert report.kind == "exact"
+    assert (tmp_path / "second" / "gguf" / "model.gguf").read_bytes() == file.path.read_bytes()
+    assert came_from(tmp_path / "second") == file.path
+
+
+def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
+    gone = File(tmp_path / "gone.gguf").path
+    recipe = {"model": {"path": str(gone)}, "method": "rtn", "rules": QA_HIRA, "train": {"steps": 0}}
+    pipeline.run(from_dict({**recipe, "output": str(tmp_path / "run"), "evaluate": {"parity": False}}))
+    gone.unlink()
+    with pytest.raises(UserError, match=r"gone\.gguf, which the model was made from, is gone.*put it back"):
+        exporting.export(str(tmp_path / "run"), "gguf")
+    assert not (tmp_path / "run" / "gguf").exists()
 
 
 @pytest.mark.slow

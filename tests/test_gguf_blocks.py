@@ -9,7 +9,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from trimtab.errors import UserError
+from trimtab.export.declaration import Form, Layer, Refusal
 from trimtab.export.gguf_blocks import block_type, to_blocks
+from trimtab.export.gguf_format import Gguf
 from trimtab.gguf_file import from_blocks
 from trimtab.grid import CodebookGrid, Grid, Range
 from trimtab.weights import AffineWeight
@@ -94,6 +96,17 @@ def test_what_no_type_holds_is_refused(grid: Any, cause: str) -> None:
 def test_rows_that_blocks_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match="172 input features are no multiple"):
         block_type(Grid(4, None), 172)
+
+
+def test_what_the_format_declares_is_what_is_written() -> None:
+    for (zero, width), name in TYPE.items():
+        grid = Grid(width, 64, zero)  # type: ignore[arg-type]
+        form = Gguf().form(Layer(name="x", kind="linear", shape=(N, K), grid=grid), torch.bfloat16)
+        assert isinstance(form, Form)
+        assert form.name == name
+    for grid in (Grid(8, 32, "integer"), Grid(6, 32, "real"), Grid(4, 16), Grid(4, 32, scale_dtype="bfloat16")):
+        form = Gguf().form(Layer(name="x", kind="linear", shape=(N, K), grid=grid), torch.bfloat16)
+        assert isinstance(form, Refusal)
 
 
 @pytest.mark.parametrize("what", ["scale", "offset"])

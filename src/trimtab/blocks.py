@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+FormatName = Literal["native", "compressed-tensors", "gptq", "gguf", "dense", "peft"]
+"""Formats that a recipe can export to: those of `trimtab.export`."""
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -20,6 +22,8 @@ class ModelBlock(Block):
     """Directory (safetensors, or saved by trimtab), .gguf file, hub id, or `smollm2-135m`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype to compute in, and of every weight that stays float."""
+    adapter: str | None = None
+    """Directory of a PEFT LoRA that a method with an output adapter (lora, qlora) goes on from; null for none."""
 
 
 class StartBlock(Block):

@@ -1,4 +1,4 @@
-"""The command line: `trimtab run|plan|eval|harness|chat|methods|recipe`.
+"""The command line: `trimtab run|plan|eval|harness|export|parity|verify|formats|chat|methods|recipe`.
 
 Bad input ends in one line on stderr and exit status 2; anything else that goes wrong keeps its traceback. Heavy libraries
 are imported when a command needs them, so `trimtab --help` is quick. The only file that imports typer.
@@ -154,6 +154,69 @@ def harness(
     file = out or str(Path(directory) / "harness.json")
     asking.write(file, scores, found)
     terminal.say(f"written to {file}")
+
+
+@app.command()
+def export(
+    directory: _Directory,
+    format_: Annotated[str, typer.Option("--format", help="Format to write; see `trimtab formats`.")],
+    out: Annotated[Path | None, typer.Option(help="Where to; default: DIR/<format>.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The one engine that must run it; default: all.")] = None,
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Round what the format does not hold to the nearest that it does.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Size of a safetensors file.")] = "5GB",
+) -> None:
+    """Write a saved model in another format, from its codes."""
+    _quiet()
+    from trimtab.export import exporting
+    from trimtab.report.terminal import Terminal
+
+    options = exporting.Options(
+        engine=engine, allow_lossy=allow_lossy, overwrite=overwrite, max_shard_size=max_shard_size
+    )
+    Terminal().exported(exporting.export(directory, format_, out, options))
+
+
+@app.command()
+def parity(
+    directory: Annotated[str, typer.Argument(help="Exported directory.", metavar="DIR")],
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")],
+    python: Annotated[str | None, typer.Option(help="Python of the engine's environment.")] = None,
+    trained: Annotated[str | None, typer.Option(help="Model saved by trimtab; default: the directory above.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out text; default: the recipe's.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to compare on.")] = 512,
+) -> None:
+    """Compare what an engine computes from an exported model with the trained one."""
+    _quiet()
+    from trimtab.evaluate import serving
+    from trimtab.report.terminal import Terminal
+
+    found = serving.parity(directory, engine, python=python, trained=trained, path=data, tokens=tokens)
+    rows = [(name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
+            for name, value in vars(found).items()]  # fmt: skip
+    Terminal().rows("served = trained", ("", ""), rows)
+
+
+@app.command()
+def formats() -> None:
+    """List the formats, what they can hold, and what each engine runs of them."""
+    _quiet()
+    from trimtab.export import ALL
+    from trimtab.export.declaration import HEADER, table
+    from trimtab.report.terminal import Terminal
+
+    Terminal().rows("", HEADER, table(ALL))
+
+
+@app.command()
+def verify(directory: _Directory) -> None:
+    """Compare every file of a saved or exported model with the hashes in its manifest."""
+    from trimtab.export.directory import verify as verify_files
+    from trimtab.report.terminal import Terminal
+
+    Terminal().say(f"{verify_files(Path(directory))} files are what was written")
 
 
 @app.command()

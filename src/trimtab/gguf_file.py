@@ -7,7 +7,7 @@
 Scales in a file are float16, so these weights have `scale_dtype: float16`; a recipe that asks for the same form gets the
 file's own codes, any other gets them rounded anew. The rows of q and k are permuted in Llama files; transformers knows
 how to undo that for float matrices, and since rows are independent we ask it where each row goes and move rows of
-codes. This is the only file that imports gguf.
+codes. gguf is imported here, to read, and in `export.gguf`, to write.
 
 Legend: N out features, K in features, G = K / 32 blocks in a row.
 """
@@ -82,6 +82,11 @@ class GgufSource:
         self._processor: TensorProcessor | None = None
         self._answers: dict[str, Any] = {}
 
+    @property
+    def reader(self) -> gguf.GGUFReader:
+        """gguf's own view of the file: its metadata and raw tensors."""
+        return self._reader
+
     def config(self) -> Any:
         """The transformers config that the file's metadata describes."""
         return copy.deepcopy(self._ask("model", AutoConfig))
@@ -115,6 +120,10 @@ class GgufSource:
                 f"{self.path}: transformers cannot read its model ({error}); use its safetensors"
             ) from error
         self._names = {hf_name: name for name, hf_name in hf_of.items()}
+
+    def name_of(self, name: str) -> str | None:
+        """The file's name for the parameter of this name, or None."""
+        return self._names.get(name)
 
     def read(self, name: str) -> Tensor | AffineWeight:
         """The parameter of this name: stored codes where the file's form is one of ours, else float32."""

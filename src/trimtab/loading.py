@@ -213,9 +213,9 @@ def open_source(path: str) -> ModelSource | None:
     )
 
 
-def skeleton(path: str) -> tuple[ModelSource | None, PreTrainedModel]:
+def skeleton(path: str, source: ModelSource | None = None) -> tuple[ModelSource | None, PreTrainedModel]:
     """The source of a model and its layout on the meta device; nothing is read but names and shapes."""
-    source = open_source(path)
+    source = source or open_source(path)
     if source is None:
         config = _config(resolve(path))
         quantized = config.quantization_config

@@ -9,20 +9,18 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trimtab import data, loading, memory, simulation, teacher, teacher_cache, train
-from trimtab.errors import UserError
+from trimtab import data, export, inputs, loading, memory, peft_start, simulation, teacher_cache, train
 from trimtab.evaluate import harness, parity
 from trimtab.evaluate.parity import Parity
 from trimtab.evaluate.perplexity import perplexity
-from trimtab.export import native
-from trimtab.gptq import Gptq
+from trimtab.export import exporting, native
+from trimtab.inputs import Inputs
 from trimtab.preparing import LayerFold, fitted_starts, fold
 from trimtab.recipe import Recipe
 
@@ -71,21 +69,13 @@ def run(
         UserError: for anything the user can mend; nothing is then left half-written.
     """
     watch = show or Quiet()
-    check_output(recipe.out, overwrite, resume)
-    _check_inputs_apart(recipe)
-    if resume:
-        train.last_checkpoint(recipe)
-    rows, held_out = _rows(recipe)
-    source = loading.open_source(recipe.model.path)
-    tokenizer = _tokenizer(recipe, source)
-    _check(recipe, tokenizer, rows, source)
-    blocks = _blocks(recipe, held_out, tokenizer)
-    start = _start(recipe, rows, tokenizer)
+    given = inputs.gather(recipe, overwrite, resume)
+    tokenizer, blocks = given.tokenizer, given.blocks
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
-    _measure_float(recipe, source, blocks, metrics, watch)
-    asking_bytes = _ask_teacher(recipe, source, tokenizer, rows, watch)
-    model = _load(recipe, source, start, metrics, watch)
-    _simulate(recipe, model, tokenizer, rows, watch)
+    _measure_float(recipe, given, metrics, watch)
+    asking_bytes = _ask_teacher(recipe, given, watch)
+    model = _load(recipe, given, metrics, watch)
+    _simulate(recipe, model, given, watch)
     if "rounded" in recipe.evaluate.baselines and blocks is not None:
         watch.say("measuring the rounded model, before tuning")
         metrics["perplexity"]["rounded"] = perplexity(model, blocks)
@@ -93,7 +83,7 @@ def run(
         metrics["answers"]["before"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
     if overwrite and recipe.out.exists():
         shutil.rmtree(recipe.out)
-    metrics |= _tune(recipe, model, tokenizer, rows, resume, watch)
+    metrics |= _tune(recipe, model, given, resume, watch)
     metrics["peak_memory_bytes"] = max(memory.peak_bytes(), asking_bytes)
     parities = _fold_and_save(recipe, model, tokenizer, blocks, metrics, watch)
     del model
@@ -104,138 +94,44 @@ def run(
     return metrics
 
 
-def _measure_float(
-    recipe: Recipe,
-    source: loading.ModelSource | None,
-    blocks: Tensor | None,
-    metrics: dict[str, Any],
-    watch: Observer,
-) -> None:
+def _measure_float(recipe: Recipe, given: Inputs, metrics: dict[str, Any], watch: Observer) -> None:
     """Perplexity of the untuned float model where asked; it is gone before the next model comes."""
     if "float" not in recipe.evaluate.baselines:
         return
     watch.say("measuring the float model (untuned)")
-    model = loading.load_float(recipe.model.path, dtype=recipe.dtype, source=source)
-    assert blocks is not None, "the recipe was checked to have held-out data"
-    metrics["perplexity"]["float"] = perplexity(model, blocks)
+    model = loading.load_float(recipe.model.path, dtype=recipe.dtype, source=given.source)
+    assert given.blocks is not None, "the recipe was checked to have held-out data"
+    metrics["perplexity"]["float"] = perplexity(model, given.blocks)
     del model
     gc.collect()
 
 
-def _ask_teacher(recipe: Recipe, source: loading.ModelSource | None, tokenizer: Any, rows: Any, watch: Observer) -> int:
+def _ask_teacher(recipe: Recipe, given: Inputs, watch: Observer) -> int:
     """Fill the teacher's cache where the recipe has one; returns the peak memory that took."""
     memory.reset_peak()
-    teacher_cache.ask(recipe, tokenizer, rows, train.packed, source=source, say=watch.say)
+    teacher_cache.ask(recipe, given.tokenizer, given.rows, train.packed, source=given.source, say=watch.say)
     gc.collect()
     return memory.peak_bytes()
 
 
-def _load(
-    recipe: Recipe,
-    source: loading.ModelSource | None,
-    start: Gptq | None,
-    metrics: dict[str, Any],
-    watch: Observer,
-) -> PreTrainedModel:
+def _load(recipe: Recipe, given: Inputs, metrics: dict[str, Any], watch: Observer) -> PreTrainedModel:
     """The model, quantized and with adapters."""
     memory.reset_peak()
-    how = "" if start is None else f" by GPTQ on {start.tokens.numel():,} tokens"
+    how = "" if given.start is None else f" by GPTQ on {given.start.tokens.numel():,} tokens"
     watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
     torch.manual_seed(recipe.train.seed)
     model, _ = loading.load(
-        recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=source, start=start
+        recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=given.source, start=given.start
     )
     metrics["load_peak_memory_bytes"] = memory.peak_bytes()
     for line in fitted_starts(model):
         watch.say(line)
+    if recipe.model.adapter is not None:
+        peft_start.start_from(model, recipe.model.adapter)
     return model
 
 
-def check_output(out: Path, overwrite: bool, resume: bool) -> None:
-    """Refuse an output directory that holds something, unless told what to do with it."""
-    if overwrite and resume:
-        raise UserError("--overwrite removes what --resume goes on from; pass one of them")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise UserError(f"output: {above} is a file, so {out} cannot be made in it; set `output`")
-    if not out.exists():
-        if resume:
-            raise UserError(f"--resume: {out} does not exist; run without it")
-        return
-    if not out.is_dir():
-        raise UserError(f"output: {out} is a file, not a directory")
-    if resume or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(
-            f"output: {out} is not empty; pass --overwrite to replace it, --resume to go on, or set `output`"
-        )
-    if not any((out / name).exists() for name in ("recipe.yaml", "metrics.json", "checkpoints", "quantization.json")):
-        raise UserError(f"output: {out} holds something that trimtab did not write; remove it yourself or set `output`")
-
-
-def _check_inputs_apart(recipe: Recipe) -> None:
-    """Refuse to write over, or to remove, what the run reads."""
-    block, out = recipe.data, recipe.out.resolve()
-    inputs = {"model.path": recipe.model.path, "start.path": recipe.start.path or ""}
-    inputs |= {} if block is None else {"data.path": block.path, "data.eval_path": block.eval_path or ""}
-    for key, path in inputs.items():
-        found = Path(path).expanduser()
-        if path and found.exists() and (found.resolve() == out or out in found.resolve().parents):
-            raise UserError(f"{key}: {path} is in the output directory {recipe.out}; set `output` to another one")
-
-
-def _check(recipe: Recipe, tokenizer: Any, rows: Any, source: loading.ModelSource | None) -> None:
-    """Raise a `UserError` for what training, its teacher and the tasks would only complain of later."""
-    train.check(recipe, tokenizer, rows)
-    teacher.check(recipe, source)
-    if recipe.evaluate.tasks:
-        harness.check(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
-
-
-def _rows(recipe: Recipe) -> tuple[Any, Any]:
-    """Training rows and held-out rows, read before any model is."""
-    block = recipe.data
-    if block is None:
-        return None, None
-    wanted = recipe.train.steps or (recipe.activations is not None and recipe.activations.mode == "static")
-    rows = data.load_rows(block.path, split=block.split, limit=block.limit) if wanted else None
-    held_out = None if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
-    return rows, held_out
-
-
-def _start(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
-    """GPTQ with its calibration windows, from data of its own or from the training data."""
-    block = recipe.start
-    if block.name == "rtn":
-        return None
-    if block.path is not None:
-        rows = data.load_rows(block.path, split=block.split)
-    elif rows is None and recipe.data is not None:
-        rows = data.load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
-    length = min(recipe.data.block_tokens if recipe.data is not None else 1024, block.tokens)
-    windows = data.token_blocks(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
-    return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
-
-
-def _tokenizer(recipe: Recipe, source: loading.ModelSource | None) -> Any:
-    path = recipe.model.path
-    tokenizer = loading.native_tokenizer(loading.resolve(path)) if source is None else source.tokenizer()
-    needs = recipe.data or recipe.evaluate.prompt or recipe.evaluate.tasks or recipe.start.name == "gptq"
-    if tokenizer is None and needs:
-        raise UserError(f"model.path: {path}: was saved without a tokenizer; add its tokenizer files to that directory")
-    return tokenizer
-
-
-def _blocks(recipe: Recipe, held_out: Any, tokenizer: Any) -> Tensor | None:
-    """Held-out tokens (W, L)."""
-    if recipe.data is None or held_out is None:
-        return None
-    limit = recipe.data.eval_tokens
-    return data.token_blocks(held_out, tokenizer, block_tokens=recipe.data.block_tokens, limit_tokens=limit)
-
-
-def _simulate(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, rows: Any, watch: Observer) -> None:
+def _simulate(recipe: Recipe, model: PreTrainedModel, given: Inputs, watch: Observer) -> None:
     """Round activations and KV cache where asked; what a base from an earlier run rounds, it goes on rounding."""
     kind, kv = recipe.activations, recipe.kv
     if kind is None and kv is None:
@@ -247,19 +143,17 @@ def _simulate(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, rows: Any,
     if kind is not None and kind.mode == "static":
         assert recipe.data is not None, "the recipe was checked to have data"
         size, limit = recipe.data.block_tokens, simulation.CALIBRATION_TOKENS
-        tokens = data.token_blocks(rows, tokenizer, block_tokens=size, limit_tokens=limit)
+        tokens = data.token_blocks(given.rows, given.tokenizer, block_tokens=size, limit_tokens=limit)
     simulation.simulate(model, activations=kind, kv=kv, calibration=tokens)
 
 
-def _tune(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, rows: Any, resume: bool, watch: Observer
-) -> dict[str, Any]:
+def _tune(recipe: Recipe, model: PreTrainedModel, given: Inputs, resume: bool, watch: Observer) -> dict[str, Any]:
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not recipe.train.steps:
         recipe.out.mkdir(parents=True, exist_ok=True)
         return {"train_seconds": 0.0, "tokens": 0, "trainable": numbers, "losses": []}
-    watch.say(f"training {numbers:,} numbers for {recipe.train.steps} steps on {data.describe(rows)}")
-    done = train.fit(model, tokenizer, recipe, resume=resume, on_step=watch.step, rows=rows)
+    watch.say(f"training {numbers:,} numbers for {recipe.train.steps} steps on {data.describe(given.rows)}")
+    done = train.fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=given.rows)
     return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": numbers, "losses": done.losses}
 
 
@@ -276,6 +170,9 @@ def _fold_and_save(
     wanted = recipe.evaluate.parity and blocks is not None
     some = blocks[: max(1, recipe.evaluate.parity_tokens // block_tokens)] if wanted and blocks is not None else None
     trained = None if some is None else parity.logits_of(model, some)
+    formats = {name: export.get(name) for name in recipe.export if name != "native"}
+    unfolded = [name for name, format_ in formats.items() if format_.adapters == "kept"]
+    _export(recipe, model, tokenizer, unfolded, watch)
     watch.say("folding and saving")
     folded = fold(model, merge=recipe.merge)
     metrics["codes_changed_by_fold"] = sum(layer.changed for layer in folded if layer.kind == "bitwise")
@@ -283,6 +180,7 @@ def _fold_and_save(
     metrics["fold_error"] = max((layer.error for layer in folded if layer.action == "merged"), default=0.0)
     native.save(model, recipe.out, tokenizer, recipe=recipe.to_yaml())
     metrics["disk_bytes"] = native.disk_bytes(recipe.out)
+    _export(recipe, model, tokenizer, [name for name in formats if name not in unfolded], watch)
     if some is None or trained is None:
         if recipe.evaluate.parity:
             watch.say("no held-out data (data.eval_path), so trained, folded and saved are not compared")
@@ -293,6 +191,13 @@ def _fold_and_save(
     content = {"tokens": some.numel(), "fold": metrics["fold"], "stages": parity.to_json(parities)}
     (recipe.out / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return parities
+
+
+def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, names: Sequence[str], watch: Observer) -> None:
+    """Write these formats into folders of the output directory."""
+    for name in names:
+        watch.say(f"exporting to {name}")
+        exporting.write(model, tokenizer, name, recipe.out / name, source=recipe.out, recipe_text=recipe.to_yaml())
 
 
 def _summary(folded: list[LayerFold]) -> str:

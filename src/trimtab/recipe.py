@@ -8,7 +8,7 @@ values in YAML). What only the model can tell (does a pattern match a layer, doe
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -16,7 +16,16 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from trimtab import methods
 from trimtab.activations import Activations, KvCache
-from trimtab.blocks import Block, DataBlock, DistillBlock, EvaluateBlock, ModelBlock, StartBlock, TrainBlock
+from trimtab.blocks import (
+    Block,
+    DataBlock,
+    DistillBlock,
+    EvaluateBlock,
+    FormatName,
+    ModelBlock,
+    StartBlock,
+    TrainBlock,
+)
 from trimtab.errors import UserError, nearest
 from trimtab.methods.base import Method
 from trimtab.rules import Rule, parse_rules
@@ -45,8 +54,8 @@ class Recipe(Block):
     evaluate: EvaluateBlock = EvaluateBlock()
     merge: bool = False
     """Merge output adapters into a dense copy of their weights when folding."""
-    export: list[Literal["native"]] = Field(default=["native"], min_length=1)
-    """Formats to write."""
+    export: list[FormatName] = Field(default=["native"], min_length=1)
+    """Formats to write: native into `output` always, each other one into `<output>/<format>`; see `trimtab formats`."""
     output: str | None = None
     """Where the model is written; null is `runs/<name>`."""
 

@@ -2,7 +2,7 @@
 
     config.json             the model's own config with our `quantization_config` (see `hf`)
     model.safetensors       tensors under the names of the modules that hold them, codes packed
-    tokenizer files, generation_config.json, recipe.yaml
+    tokenizer files, generation_config.json, recipe.yaml, manifest.json
 
 It holds everything that a prepared model can: folded or not, any grid, kept adapters. The directory is written beside its
 destination and moved into place file by file, `config.json` last: what looks whole is whole.
@@ -17,10 +17,33 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trimtab import hf
+from trimtab.export.declaration import ALL_KINDS, Engine, Format, Writing
+from trimtab.export.directory import DEFAULT_SHARD, shard_bytes, write_manifest
+
+
+class Native(Format):
+    """Everything as it is."""
+
+    name = "native"
+    summary = "trimtab's own: everything, read by transformers after `import trimtab`"
+    forms = ()
+    dense = ALL_KINDS
+    everything = True
+    adapters = "kept"
+    engines = (Engine(name="transformers", bits=(1, 2, 3, 4, 5, 6, 7, 8), zeros=("symmetric", "integer", "real")),)
+
+    def write(self, folder: Path, writing: Writing) -> None:
+        """The model's own tensors."""
+        _write(folder, writing.model, writing.tokenizer, writing.recipe, writing.max_shard_bytes)
 
 
 def save(
-    model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: Any = None, *, recipe: str | None = None
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    recipe: str | None = None,
+    max_shard_size: str | int = DEFAULT_SHARD,
 ) -> None:
     """Write a prepared (or folded) model.
 
@@ -29,18 +52,15 @@ def save(
         path: directory; files of an earlier save in it are replaced.
         tokenizer: saved beside the model if given.
         recipe: YAML text of the resolved recipe, written as `recipe.yaml`.
+        max_shard_size: size of a safetensors file, for example `5GB`.
     """
+    largest = shard_bytes(max_shard_size)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        dtype = hf.compute_dtype(model)
-        model.save_pretrained(staging)
-        _set_dtype(staging / "config.json", str(dtype).removeprefix("torch."))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        if recipe is not None:
-            (staging / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        _write(staging, model, tokenizer, recipe, largest)
+        write_manifest(staging)
         target.mkdir(exist_ok=True)
         for stale in target.glob("*.safetensors*"):
             stale.unlink()
@@ -50,6 +70,16 @@ def save(
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, recipe: str | None, largest: int) -> None:
+    dtype = hf.compute_dtype(model)
+    model.save_pretrained(folder, max_shard_size=largest)
+    _set_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if recipe is not None:
+        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
 
 def _set_dtype(config: Path, dtype: str) -> None:

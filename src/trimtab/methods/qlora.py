@@ -16,6 +16,7 @@ class Qlora(Method):
     name = "qlora"
     summary = "low-rank update beside an NF4 weight"
     grid = CodebookGrid("nf4", 64, double_quant=True)
+    keeps = "output"
 
     rank: int = 16
     """r."""

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from trimtab.evaluate.parity import Parity
+from trimtab.export.exporting import Report
 from trimtab.memory import Plan
 from trimtab.train import Step
 
@@ -135,6 +136,20 @@ class Terminal:
             verdict = "fits" if plan.total < available else "does not fit"
             table.add_row("memory free here", f"{size(available)}: {verdict}")
         self.console.print(table)
+
+    def exported(self, report: Report) -> None:
+        """What an export did."""
+        self.say(f"{report.format}: {report.kind}, {size(report.disk_bytes)}, written to {report.out}")
+        if report.dense:
+            few = ", ".join(report.dense[:3]) + (" ..." if len(report.dense) > 3 else "")
+            self.say(f"written as float matrices, equal in the model's dtype: {len(report.dense)} layers ({few})")
+        if report.kind != "exact":
+            self.say(f"relative weight error {report.relative_error:.3g}; {len(report.changed)} layers rounded anew")
+        if report.perplexity:
+            before, after = report.perplexity["before"], report.perplexity["after"]
+            self.say(f"held-out perplexity {before:.4f} before, {after:.4f} as exported")
+        elif report.kind == "lossy":
+            self.say("held-out perplexity not measured: the model's recipe names no held-out data (data.eval_path)")
 
     def rows(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Any table of text."""

@@ -1,0 +1,31 @@
+"""The engine side of a parity check, transformers without trimtab: log-probabilities of a folder's model.
+
+    python engine_transformers.py DIR TOKENS.safetensors OUT.safetensors
+
+Every engine's script has this contract: TOKENS holds `blocks`, int64 (W, L); OUT gets `logprobs`, float32 (W, L - 1, V),
+those of each next token. It runs in a process, and if need be in a virtual environment, of its own.
+
+Legend: W windows, L tokens in each, V vocabulary.
+"""
+
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+
+def main(directory: str, tokens: str, out: str) -> None:
+    """Compute and write."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        found = [
+            model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            for ids in load_file(tokens)["blocks"]
+        ]
+    save_file({"logprobs": torch.stack(found)}, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,350 @@
+"""What a format can hold and what an engine can run, declared once: the refusal and the capability table both read it.
+
+A format is a list of *forms* it can write a quantized matrix in (bits, zeros, groups, dtype of the scales) and of the
+kinds of layers that it writes as plain float matrices instead. The first form that takes a layer is the one written.
+Dense is no loss: the matrix is the very one that the model computes with in its dtype, only larger.
+
+    layer (name, kind, shape, grid)  --Format.form-->  Form | DENSE | Refusal(cause, remedy)
+
+Nothing here touches a tensor, so a recipe is checked against every format it exports to before anything is loaded.
+
+Legend: N out features, K in features.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+
+from trimtab.errors import UserError
+from trimtab.grid import AnyGrid, Grid, ScaleDtype, Zero
+from trimtab.rules import Kind
+
+ALL_KINDS: tuple[Kind, ...] = ("linear", "head", "tied", "embedding")
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that engines join into one, which then has one form."""
+
+_EXACT: dict[ScaleDtype, tuple[torch.dtype, ...]] = {
+    "portable": (torch.bfloat16, torch.float16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, torch.float32),
+    "float32": (torch.float32,),
+}
+"""Dtypes in which every stored scale is exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer as it will be written."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, int]
+    """(N, K); (vocabulary, K) for an embedding."""
+    grid: AnyGrid | None
+    """None for a float matrix."""
+    adapter: str | None = None
+    """Place of an adapter that is still beside the weight when it is written."""
+    rounds: str | None = None
+    """What else the model rounds around this layer (its inputs, keys and values), in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way in which a format writes a quantized matrix."""
+
+    name: str
+    """The format's own word for it, for example Q4_0."""
+    bits: tuple[int, ...]
+    zeros: tuple[Zero, ...]
+    kinds: tuple[Kind, ...] = ("linear",)
+    group_of: int = 1
+    """A group (per channel: K) must be a multiple of this."""
+    channel: bool = True
+    scales: Literal["model", "float16", "any"] = "model"
+    """Dtype of scales and offsets in the file: the model's, float16, or the grid's own."""
+
+
+DENSE = Form(name="dense", bits=(), zeros=(), kinds=ALL_KINDS)
+"""A plain float matrix in the model's dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What an engine runs of a format."""
+
+    name: str
+    bits: tuple[int, ...]
+    zeros: tuple[Zero, ...]
+    groups: tuple[int | None, ...] | None = None
+    """Group sizes it has kernels for, None among them for per channel; None alone for any."""
+    alone: tuple[Zero, ...] = ()
+    """Zeros that it runs only where all quantized layers share one grid."""
+    fuses: bool = False
+    """Whether it joins `FUSED` layers, which must then be of one form."""
+    activations: tuple[str, ...] = ("float",)
+    kv: tuple[str, ...] = ("float",)
+    """Dtypes of the KV cache."""
+
+
+class Refusal(NamedTuple):
+    """Why a layer cannot be written."""
+
+    layer: str
+    cause: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.cause}; {self.remedy}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """A model that a format can hold, on its way to disk."""
+
+    model: Any
+    """A `PreTrainedModel` whose quantized layers are `QuantLinear` and `QuantEmbedding`."""
+    tokenizer: Any
+    dtype: torch.dtype
+    """What the model computes in, and dtype of everything that is written in float."""
+    forms: dict[str, Form]
+    """Form of each of our layers, by name."""
+    max_shard_bytes: int
+    source: Path
+    """What the model was read from, or the directory of the run."""
+    recipe: str | None = None
+    """YAML text of the resolved recipe."""
+
+
+class Format(ABC):
+    """A format that models are written in: what it can hold, who reads it, and the writer."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for `trimtab formats`."""
+    forms: ClassVar[tuple[Form, ...]]
+    dense: ClassVar[tuple[Kind, ...]] = ("embedding", "tied", "head")
+    """Kinds of layers that are written as float matrices where no form takes them."""
+    everything: ClassVar[bool] = False
+    """Whether it holds whatever trimtab can store."""
+    adapters: ClassVar[Literal["no", "merged", "kept"]] = "no"
+    """What becomes of an output adapter: refused, added to a dense matrix, or written as an adapter."""
+    engines: ClassVar[tuple[Engine, ...]]
+
+    @abstractmethod
+    def write(self, folder: Path, writing: Writing) -> None:
+        """Write the whole model into an empty folder. Every layer has been checked: nothing here can be lossy."""
+
+    def form(self, layer: Layer, dtype: torch.dtype) -> Form | Refusal:
+        """The form that holds this layer of a model computing in `dtype`, or why none does."""
+        if self.everything:
+            return DENSE
+        if layer.rounds is not None:
+            cause = f"is trained with {layer.rounds}, which {self.name} would leave unrounded"
+            return Refusal(layer.name, cause, "leave `activations` and `kv` out of the recipe, or keep to native")
+        if layer.grid is None and layer.adapter is None:
+            return DENSE
+        refused = self.adapter_refusal(layer)
+        if refused is not None:
+            return refused
+        for form in self.forms:
+            if layer.kind in form.kinds and _mismatch([form], layer, dtype, self.name) is None:
+                return form
+        if layer.kind in self.dense:
+            return DENSE
+        forms = [form for form in self.forms if layer.kind in form.kinds]
+        found = _mismatch(forms, layer, dtype, self.name)
+        assert found is not None
+        return found
+
+    def adapter_refusal(self, layer: Layer) -> Refusal | None:
+        """Why the layer's adapter cannot go into this format."""
+        if layer.adapter is None or (layer.adapter == "output" and self.adapters != "no"):
+            return None
+        if layer.adapter != "output":
+            cause = f"is not folded yet ({layer.adapter} place)"
+            return Refusal(layer.name, cause, "fold it with `trimtab.fold(model)` and save it again")
+        cause = f"keeps an adapter beside its weight, which {self.name} does not hold"
+        return Refusal(
+            layer.name, cause, "export to peft, or merge it: `merge: true` in the recipe, or export to dense"
+        )
+
+    def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
+        """Why a model of these layers cannot be written although each layer could be."""
+        return None
+
+    def engine(self, name: str) -> Engine:
+        """The engine of this name; a `UserError` naming those that read the format if it is not among them."""
+        for engine in self.engines:
+            if engine.name == name:
+                return engine
+        known = ", ".join(e.name for e in self.engines)
+        raise UserError(f"engine {name!r} does not read {self.name}; {known or 'no engine'} does")
+
+
+def _mismatch(forms: Sequence[Form], layer: Layer, dtype: torch.dtype, name: str) -> Refusal | None:
+    """None if one of the forms takes the layer, else the first property that none of those left has."""
+    grid = layer.grid
+    if not isinstance(grid, Grid):
+        cause = f"is on {'no grid' if grid is None else grid.describe()}, which {name} does not hold"
+        return Refusal(layer.name, cause, "give it an affine grid (bits, group, zero) in `rules`, or export to dense")
+    group = grid.group or layer.shape[1]
+    tests: tuple[tuple[Any, str, str], ...] = (
+        (lambda f: grid.bits in f.bits, f"has {grid.bits} bits", "bits"),
+        (lambda f: grid.zero in f.zeros, f"has {grid.bits}-bit codes with a zero that is {grid.zero}", "zeros"),
+        (lambda f: f.channel or grid.group is not None, "has one scale per channel", "channel"),
+        (lambda f: group % f.group_of == 0, f"has groups of {group}", "group_of"),
+        (lambda f: _scales_fit(f, grid, dtype), f"has {grid.scale_dtype} scales", "scales"),
+    )
+    left = list(forms)
+    for test, found, what in tests:
+        kept = [form for form in left if test(form)]
+        if not kept:
+            return Refusal(layer.name, f"{found}, which {name} does not hold", _remedy(left, what, dtype))
+        left = kept
+    return None
+
+
+def _scales_fit(form: Form, grid: Grid, dtype: torch.dtype) -> bool:
+    if form.scales == "any":
+        return True
+    return (dtype if form.scales == "model" else torch.float16) in _EXACT[grid.scale_dtype]
+
+
+def _remedy(forms: Sequence[Form], what: str, dtype: torch.dtype) -> str:
+    if what == "bits":
+        return f"use a grid of {_words(sorted({b for f in forms for b in f.bits}))} bits"
+    if what == "zeros":
+        return f"use `zero: {_words(dict.fromkeys(z for f in forms for z in f.zeros))}`"
+    if what == "channel":
+        return f"use a group that is a multiple of {min(f.group_of for f in forms)}"
+    if what == "group_of":
+        return f"use a group that is a multiple of {_words(sorted({f.group_of for f in forms}))}"
+    fits = [
+        name
+        for name, dtypes in _EXACT.items()
+        for f in forms
+        if (dtype if f.scales == "model" else torch.float16) in dtypes
+    ]
+    return f"use `scale_dtype: {_words(dict.fromkeys(fits))}`"
+
+
+def _words(items: Iterable[Any]) -> str:
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def refusals(format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engine: str | None = None) -> list[Refusal]:
+    """Why these layers cannot be written, first layer first; empty if they can, and an engine runs the result.
+
+    Args:
+        format_: where to.
+        layers: the quantized layers of a model, and those that keep an adapter.
+        dtype: what the model computes in.
+        engine: the one engine that has to run the result; None for any that reads the format.
+    """
+    found = [f for layer in layers if isinstance(f := format_.form(layer, dtype), Refusal)]
+    whole = format_.model_refusal(layers)
+    found += [] if whole is None else [whole]
+    if found or format_.everything:
+        return found
+    chosen = [format_.engine(engine)] if engine else list(format_.engines)
+    objections = {e.name: not_run(e, format_, layers, dtype) for e in chosen}
+    if all(objections.values()):
+        return next(iter(objections.values()))
+    # An engine that would run all else is not to be lost over layers that it joins.
+    fusing = [e.name for e in chosen if e.fuses and not objections[e.name]]
+    return _unlike_in_fusion(format_, layers, dtype, fusing) if fusing else []
+
+
+def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> list[Refusal]:
+    """Why an engine does not run layers that the format holds."""
+    packed = [x for x in layers if isinstance(x.grid, Grid) and format_.form(x, dtype) is not DENSE]
+    found = []
+    for layer in packed:
+        grid, remedy = layer.grid, "see `trimtab formats` for what engines run"
+        assert isinstance(grid, Grid)
+        if grid.bits not in engine.bits:
+            cause, remedy = f"has {grid.bits} bits", f"use {_words(engine.bits)}; {remedy}"
+        elif grid.zero not in engine.zeros:
+            cause, remedy = f"has a zero that is {grid.zero}", f"use {_words(engine.zeros)}; {remedy}"
+        elif engine.groups is not None and grid.group not in engine.groups:
+            groups = _words("per channel" if g is None else g for g in engine.groups)
+            cause, remedy = f"is {grid.describe()}", f"use a group of {groups}; {remedy}"
+        elif grid.zero in engine.alone and len({x.grid and x.grid.describe() for x in packed}) > 1:
+            cause = f"has a zero that is {grid.zero} in a model of several grids"
+            remedy = f"give all layers one grid, or other zeros; {remedy}"
+        else:
+            continue
+        found.append(Refusal(layer.name, f"{cause}, which {engine.name} does not run in {format_.name}", remedy))
+    return found
+
+
+def _unlike_in_fusion(
+    format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engines: list[str]
+) -> list[Refusal]:
+    by_name = {layer.name: layer for layer in layers}
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in by_name)
+    found = []
+    for parent in parents:
+        for parts in FUSED:
+            together = [by_name.get(f"{parent}.{part}") for part in parts]
+            first = next((layer for layer in together if layer is not None), None)
+            if first is None:
+                continue
+            kinds = {_scheme(format_, layer, dtype) for layer in together}
+            if len(kinds) > 1:
+                each = ", ".join(f"{p} {_scheme(format_, x, dtype)}" for p, x in zip(parts, together, strict=True))
+                remedy = "give them one grid in `rules`, or export with --engine for one that keeps them apart"
+                found.append(
+                    Refusal(
+                        first.name, f"{_words(engines)} joins {'/'.join(parts)}, which differ here ({each})", remedy
+                    )
+                )
+    return found
+
+
+def _scheme(format_: Format, layer: Layer | None, dtype: torch.dtype) -> str:
+    """What must be equal in layers that are joined."""
+    if layer is None or layer.grid is None or format_.form(layer, dtype) is DENSE:
+        return "float"
+    return layer.grid.describe()
+
+
+HEADER = ("format", "engine", "bits", "groups", "zeros", "scales", "adapters", "activations", "KV")
+
+
+def table(formats: Sequence[Format]) -> list[tuple[str, ...]]:
+    """The capability table: a row for what each format holds, and one for what each engine runs of it."""
+    rows: list[tuple[str, ...]] = []
+    for format_ in formats:
+        rows.append((format_.name, "", *_held(format_), format_.adapters, "", ""))
+        for engine in format_.engines:
+            if format_.everything:
+                runs = ("all", "all", "all")
+            elif not engine.bits:
+                runs = ("float", "", "")
+            else:
+                groups = "any" if engine.groups is None else _list("channel" if g is None else g for g in engine.groups)
+                runs = (_list(engine.bits), groups, _list(engine.zeros))
+            joins = "joined layers alike" if engine.fuses else ""
+            rows.append(("", engine.name, *runs, joins, "", _list(engine.activations), _list(engine.kv)))
+    return rows
+
+
+def _held(format_: Format) -> tuple[str, str, str, str]:
+    if format_.everything:
+        return "all", "all", "all", "all"
+    if not format_.forms:
+        return "float", "", "", ""
+    bits = sorted({b for f in format_.forms for b in f.bits})
+    groups = sorted({f"of {f.group_of}" if f.group_of > 1 else "any" for f in format_.forms})
+    zeros = dict.fromkeys(z for f in format_.forms for z in f.zeros)
+    return _list(bits), _list(groups), _list(zeros), _list(dict.fromkeys(f.scales for f in format_.forms))
+
+
+def _list(items: Iterable[Any]) -> str:
+    return " ".join(str(item) for item in items)

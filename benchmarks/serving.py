@@ -55,6 +55,8 @@ def lossy_error(
     format_: Any, refused: list[Any], layers: list[Any], method: Method, weights: dict[str, Any]
 ) -> float | None:
     """Relative error of the refused matrices of the first block in the nearest grid that the format holds."""
+    if format_.adapters == "kept":
+        return None  # what is rounded into a matrix is no adapter any more
     squared, squares = 0.0, 0.0
     by_name = {layer.name: layer for layer in layers}
     for refusal in refused:

@@ -41,8 +41,8 @@ def prepared(*rules: dict[str, Any], tuned: bool = True) -> PreTrainedModel:
     for layer in quant_layers(model).values():
         if tuned and isinstance(layer, QuantLinear) and layer.adapter is not None:
             with torch.no_grad():
-                for p in layer.adapter.parameters():
-                    p.add_(0.02 * torch.randn_like(p))
+                for name, p in layer.adapter.named_parameters():
+                    p.mul_(1 + 0.05 * torch.randn_like(p)) if name == "scale" else p.add_(0.02 * torch.randn_like(p))
     tt.fold(model)
     return model
 
@@ -61,8 +61,8 @@ def test_four_bits(tmp_path: Path, group: int, zero: str) -> None:
         served = serving.engine_logprobs(export(model, tmp_path / f"{tuned}"), "vllm", BLOCKS)
         found[tuned] = serving.compare("vllm", serving.model_logprobs(model, BLOCKS), served, BLOCKS)
     assert found[True].rms_logprob <= 1.5 * found[False].rms_logprob
-    assert found[True].rms_logprob < 0.02
-    assert found[True].top1_agreement > 0.95
+    assert found[True].rms_logprob < 0.05
+    assert found[True].top1_agreement > 0.9
 
 
 def test_eight_bits_have_no_kernel_on_a_cpu(tmp_path: Path) -> None:

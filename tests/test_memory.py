@@ -30,7 +30,7 @@ from trimtab import hf, memory, methods
 from trimtab.hf import quant_layers
 from trimtab.linear import QuantLinear
 from trimtab.memory import Plan, kept_for_backward
-from trimtab.methods import Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
+from trimtab.methods import Loftq, Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
 from trimtab.preparing import prepare
 from trimtab.rules import parse_rules
 
@@ -69,6 +69,7 @@ PLANS: dict[str, tuple[Method, list[dict[str, Any]] | None, PreTrainedConfig]] =
     "lora, some layers": (Lora(rank=4), [FLOAT_DOWN, {"match": "*", "grid": "float"}], QWEN),
     "qlora": (Qlora(rank=4), [NF4], LLAMA),
     "qa-lora": (QaLora(rank=4), [REAL], LLAMA),
+    "loftq": (Loftq(rank=4), [NF4], LLAMA),
     "q-bara": (QBara(rank=4), [EMBEDDING, NF4], TIED),
     "qa-hira": (QaHira(), [FLOAT_DOWN, REAL], LLAMA),
     "qa-hira, integer": (QaHira(repeat=2), [INTEGER], QWEN),

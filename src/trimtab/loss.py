@@ -54,15 +54,22 @@ def chunked_cross_entropy(
     with torch.no_grad():
         total, grad = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
         for chunk in _chunks(labels, distillation):
-            logits = head.logits(hidden[chunk])
-            slope = None if softcap is None else 1 - (logits / softcap).square()
-            part, error = _error(logits, labels[chunk], chunk, distillation)
-            if slope is not None:
-                error *= slope
-            grad[chunk] = error.to(hidden.dtype) @ weight_VD
+            part, grad[chunk] = _chunk(hidden[chunk], head, labels[chunk], chunk, distillation)
             total += part
     # The value of the sum, with the gradient that was computed along with it.
     return total + ((hidden - hidden.detach()) * grad).float().sum()
+
+
+def _chunk(
+    hidden: Tensor, head: Head, labels: Tensor, chunk: slice, distillation: Distillation | None
+) -> tuple[Tensor, Tensor]:
+    """A chunk's summed loss and its gradient in the hidden states; its logits are gone before the next ones come."""
+    logits = head.logits(hidden)
+    slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+    part, error = _error(logits, labels, chunk, distillation)
+    if slope is not None:
+        error *= slope
+    return part, error.to(hidden.dtype) @ head.weight_VD
 
 
 def loss_of_logits(logits_TV: Tensor, labels_T: Tensor, distillation: Distillation | None = None) -> Tensor:

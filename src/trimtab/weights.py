@@ -185,7 +185,7 @@ class AffineWeight(Weight):
 
     def _kept_range(self) -> Range:
         """The same in the dtypes they are stored in, where the kernels read those."""
-        if self.scale.dtype == torch.float16 or not cpu.serves(self.scale):
+        if self.scale.dtype == torch.float16 or self.scale.device.type != "cpu":
             return self.range()
         return Range(self.scale, self.zero, self.offset)
 

@@ -103,7 +103,7 @@ static float wide_product_computed(const Codes *C, long n, const uint8_t *codes,
  * small integers from one table for each zero and scaled once; a codebook's group has a table of its own, rounded to
  * bfloat16 as `dequantize` rounds it. */
 typedef struct {
-    bf16 tables[16][32];  /* q - z for each z */
+    bf16 tables[16][32] __attribute__((aligned(64)));  /* q - z for each z */
     float *sums;          /* of x in each group, for offsets */
 } Prepared;
 
@@ -117,8 +117,13 @@ static void prepare(const Codes *C, const bf16 *x, Prepared *P) {
     }
 }
 
+static inline int zero_index(const Codes *C, long at) {
+    if (C->offsets) return 0;
+    return C->zeros && C->zero_kind == UINT8 ? ((const uint8_t *)C->zeros)[at] : (int)zero_of(C, at);
+}
+
 static inline __m512i table_of_group(const Codes *C, const Prepared *P, long at) {
-    if (!C->table) return _mm512_loadu_si512(P->tables[C->offsets ? 0 : (int)zero_of(C, at)]);
+    if (!C->table) return _mm512_load_si512(P->tables[zero_index(C, at)]);
     return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(wide_values(C, at)));
 }
 

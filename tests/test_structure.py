@@ -39,7 +39,7 @@ LEVELS = (
     ("blocks",),
     ("recipe", "preparing"),
     ("explain",),
-    ("memory", "loading", "gguf_file", "data", "loss", "train", "evaluate", "export", "prune"),
+    ("memory", "storage", "loading", "gguf_file", "data", "loss", "train", "evaluate", "export", "prune"),
     ("search",),
     ("report",),
     ("pipeline",),

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from trimtab.evaluate.parity import Parity
 from trimtab.memory import Plan
+from trimtab.prune import Pruned
 from trimtab.train import Step
 
 _TRAINING = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}")
@@ -55,6 +56,12 @@ class Terminal:
         self._progress.update(self._progress.task_ids[0], completed=step.step, **fields)
         if step.step >= step.steps:
             self._stop()
+
+    def pruned(self, done: Pruned, out: str) -> None:
+        """What pruning removed."""
+        for line in done.lines():
+            self.say(line)
+        self.say(f"{done.seconds:.1f} s, peak memory {size(done.peak_bytes)}; written to {out}")
 
     def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
         """The results of a run."""

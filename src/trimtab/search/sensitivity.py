@@ -5,8 +5,8 @@
     cost[u, c] = mean over tokens of KL( p_float || p_u,c )
 
 A unit in layer l changes nothing before l, so its passes start from the float hidden states that enter l; layers are gone
-through in order and only one layer's inputs are kept. With n layers an evaluation takes (n - l) / n of a pass, all of them about
-`choices x units / 2`. `passes` says how many, since a search must be charged for them.
+through in order and only one layer's inputs are kept. With n layers an evaluation takes (n - l) / n of a pass, and
+all of them about `choices x units / 2`. `passes` says how many, since a search must be charged for them.
 
 `fisher`: the second-order estimate of the same quantity, with the diagonal of the empirical Fisher matrix,
 

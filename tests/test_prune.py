@@ -289,7 +289,17 @@ def test_dropped_layers_are_those_of_least_influence(name: str, tmp_path: Path) 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(again), logits(model))
     assert len(again.base_model.layers) == again.config.num_hidden_layers == 2
-    assert torch.isfinite(again.generate(IDS[:1, :4], max_new_tokens=3, do_sample=False).float()).all()
+    # With a cache, which goes by the layers' numbers.
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(again.generate(IDS[:1, :9], **options), model.generate(IDS[:1, :9], **options))
+
+
+@each
+def test_layers_that_stay_are_numbered_anew(name: str) -> None:
+    """A cache goes by these numbers."""
+    model = model_of(name)
+    depth.drop(model, [0])
+    assert [layer.self_attn.layer_idx for layer in model.base_model.layers] == [0, 1]
 
 
 def test_layers_for_a_ratio_and_kept_ones() -> None:

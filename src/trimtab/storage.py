@@ -150,7 +150,7 @@ def _owners(name: str) -> Iterable[str]:
 def layer_bytes(target: Target, method: Method, *, dtype: torch.dtype, merge: bool = False) -> int:
     """The part of one layer on the grid that its target names: what `Stored.parts` holds for it."""
     spare = len(json.dumps(target.name)) - len('""')
-    count, size = _layer(target.kind, target.shape, target.grid, target.bias, method, dtype, merge)
+    count, size = _layer(target.kind, target.shape, target.grid, target.bias, target.method(method), dtype, merge)
     return size + count * spare
 
 

@@ -48,7 +48,7 @@ class Sensitivity:
 
 
 @dataclass
-class _Stream:
+class Stream:
     """One micro-batch on its way through the float decoder."""
 
     hidden: Tensor
@@ -88,7 +88,7 @@ def exact(
     cost, passes = np.zeros((len(units), len(placements))), 2.0
     was_training = model.training
     model.eval()
-    streams = [_start(model, some) for some in blocks_WL.split(micro_batch)]
+    streams = [start(model, some) for some in blocks_WL.split(micro_batch)]
     for number, layer in enumerate(layers):
         for u, unit in enumerate(units):
             if numbers[unit.layers[0]] != number:
@@ -98,7 +98,7 @@ def exact(
                     continue
                 with _rounded(model, unit, grid):
                     moved = (s.through(layers[number:], number, s.hidden) for s in streams)
-                    total = sum(_divergence(model, s.last, m) for s, m in zip(streams, moved, strict=True))
+                    total = sum(divergence(model, s.last, m) for s, m in zip(streams, moved, strict=True))
                 cost[u, c] = total / blocks_WL.numel()
                 passes += 1 - number / len(layers)
         for stream in streams:
@@ -112,7 +112,7 @@ def _names_in(model: nn.Module, layer: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if id(m) in inside]
 
 
-def _start(model: "PreTrainedModel", ids_BL: Tensor) -> _Stream:
+def start(model: "PreTrainedModel", ids_BL: Tensor) -> Stream:
     """One float pass that notes what every layer is called with."""
     layers: Any = model.base_model.layers
     calls, first, last = [], list[Tensor](), list[Tensor]()
@@ -132,17 +132,27 @@ def _start(model: "PreTrainedModel", ids_BL: Tensor) -> _Stream:
             hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
         hooks.callback(layers[-1].register_forward_hook(after).remove)
         model.base_model(input_ids=ids_BL.to(next(model.parameters()).device), use_cache=False)
-    return _Stream(first[0], calls, last[0])
+    return Stream(first[0], calls, last[0])
 
 
-def _divergence(model: "PreTrainedModel", float_BLD: Tensor, moved_BLD: Tensor) -> float:
-    """Sum over tokens of KL(p_float || p_moved), from what leaves the last layer; a window's logits at a time."""
+def divergence(
+    model: "PreTrainedModel", float_BLD: Tensor, moved_BLD: Tensor, heads: tuple[Tensor, Tensor] | None = None
+) -> float:
+    """Sum over tokens of KL(p_float || p_moved), from what leaves the last layer; a window's logits at a time.
+
+    Args:
+        model: its norm and head follow.
+        float_BLD: of the float model.
+        moved_BLD: of the other.
+        heads: weights (vocabulary, D) of the two heads where they differ.
+    """
     norm: Any = model.base_model.norm
     head: Any = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
+    weights_ = heads or (head.weight, head.weight)
     total = 0.0
     for pair in zip(float_BLD, moved_BLD, strict=True):
-        logits = [head(norm(h)).float() for h in pair]
+        logits = [F.linear(norm(h), w, head.bias).float() for h, w in zip(pair, weights_, strict=True)]
         p, q = (F.log_softmax(x if cap is None else cap * torch.tanh(x / cap), -1) for x in logits)
         total += F.kl_div(q, p, reduction="sum", log_target=True).item()
     return total
@@ -154,7 +164,7 @@ def _rounded(model: nn.Module, unit: Unit, grid: Any) -> Iterator[None]:
     linears: list[Any] = [model.get_submodule(name) for name in unit.layers]
     kept = [linear.weight.data for linear in linears]
     for linear in linears:
-        linear.weight.data = _on_grid(linear.weight.data, grid)
+        linear.weight.data = on_grid(linear.weight.data, grid)
     try:
         yield
     finally:
@@ -162,7 +172,8 @@ def _rounded(model: nn.Module, unit: Unit, grid: Any) -> Iterator[None]:
             linear.weight.data = weight
 
 
-def _on_grid(weight_NK: Tensor, grid: Any) -> Tensor:
+def on_grid(weight_NK: Tensor, grid: Any) -> Tensor:
+    """The weight rounded to a grid, in its own dtype."""
     return weights.quantize(weight_NK, grid).dequantize(weight_NK.dtype)
 
 
@@ -192,7 +203,7 @@ def fisher(
             weight = linears[name].weight.detach()
             for c, grid in enumerate(placements):
                 if grid is not None and grid != "float":
-                    moved = (_on_grid(weight, grid) - weight).float()
+                    moved = (on_grid(weight, grid) - weight).float()
                     cost[u, c] += 0.5 * (moved.square() * squares[name]).double().sum().item() / count
     return Sensitivity(cost, 3.0)
 

@@ -1,4 +1,4 @@
-"""What a search chooses from: units of a model, and widths for each.
+"""What a search chooses from: units of a model, and widths (and ranks) for each.
 
 A unit is a set of layers that share a grid: a whole decoder layer, or a *fusion group* inside one (q, k and v; o; gate and
 up; down), since serving engines run the layers of a group as one matrix and need one scheme for it. A configuration is a
@@ -10,6 +10,7 @@ Bytes are those of `storage`: additive, never measured, never less than the file
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from trimtab import hf, storage
 from trimtab.errors import UserError
-from trimtab.grid import Grid
+from trimtab.grid import AnyGrid, Grid
 from trimtab.methods.base import Method
 from trimtab.preparing import Target, targets
 from trimtab.rules import Placement, Rule
@@ -48,7 +49,9 @@ class Space:
 
     units: tuple[Unit, ...]
     bits: tuple[int, ...]
-    """Choices; 16 keeps a unit in float."""
+    """Width of each choice; 16 keeps a unit in float."""
+    ranks: tuple[int | None, ...]
+    """Rank of each choice's adapters; None is the method's."""
     placements: tuple[Placement, ...]
     """What each choice gives a layer."""
     others: tuple[Rule, ...]
@@ -61,7 +64,7 @@ class Space:
     def rules(self, configuration: Configuration) -> list[Rule]:
         """The rules of a configuration."""
         searched = [
-            Rule(name, self.placements[choice])
+            Rule(name, self.placements[choice], self.ranks[choice])
             for unit, choice in zip(self.units, configuration, strict=True)
             for name in unit.layers
         ]
@@ -72,12 +75,15 @@ class Space:
         return self.fixed_bytes + int(self.bytes_UC[np.arange(len(self.units)), list(configuration)].sum())
 
 
-def units(model: "PreTrainedModel", by: By) -> tuple[Unit, ...]:
-    """The units of a model's decoder layers, in its order."""
+def units(model: "PreTrainedModel", by: By, others: Sequence[Rule] = ()) -> tuple[Unit, ...]:
+    """The units of a model's decoder layers, in its order, without layers that a rule keeps untouched (`grid: null`)."""
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         head, dot, rest = name.partition(".layers.")
         if not dot or not isinstance(module, torch.nn.Linear):
+            continue
+        rule = next((r for r in others if fnmatchcase(name, r.match)), None)
+        if rule is not None and rule.grid is None:
             continue
         layer, last = f"{head}.layers.{rest.split('.')[0]}", name.rpartition(".")[2]
         key = layer if by == "layer" else f"{layer}.{_FUSED.get(last, last.removesuffix('_proj'))}"
@@ -92,7 +98,8 @@ def space(
     method: Method,
     *,
     bits: Sequence[int],
-    grid: Grid,
+    grid: AnyGrid,
+    ranks: Sequence[int] | None = None,
     by: By = "fusion",
     others: Sequence[Rule] = (),
     dtype: torch.dtype = torch.bfloat16,
@@ -104,7 +111,8 @@ def space(
         model: laid out on the meta device; left as it is, but for its floats' dtype.
         method: what will train it.
         bits: widths to choose from, 1 to 8, or 16 for float.
-        grid: gives every choice its group, zero and scale dtype.
+        grid: gives every choice its group, zero and scale dtype (or, a codebook of another size).
+        ranks: to choose from, too; None leaves the method's.
         by: what a unit is.
         others: rules for what is not searched over.
         dtype: compute dtype.
@@ -112,14 +120,38 @@ def space(
     """
     if len(set(bits)) != len(bits) or not bits:
         raise UserError(f"search: bits {list(bits)} are not different widths; write for example [2, 3, 4, 8]")
-    found, rules = units(model, by), list(others)
-    placements = tuple(_float(method) if b == FLOAT else replace(grid, bits=b) for b in sorted(bits))
+    if ranks is not None and not hasattr(method, "rank"):
+        raise UserError(f"search: {method.name} has no rank to search over; leave out `ranks`")
+    found, rules = units(model, by, others), list(others)
+    pairs = tuple((b, r) for b in sorted(bits) for r in (sorted(ranks) if ranks else (None,)))
+    placements = tuple(_placement(method, grid, b) for b, _ in pairs)
     hf.cast_floats(model, dtype)
     names = [name for unit in found for name in unit.layers]
-    tables = [_parts(model, method, [*(Rule(n, p) for n in names), *rules], names, dtype, merge) for p in placements]
+
+    def every(choice: int) -> list[Rule]:
+        return [*(Rule(n, placements[choice], pairs[choice][1]) for n in names), *rules]
+
+    tables = [_parts(model, method, every(c), names, dtype, merge) for c in range(len(pairs))]
     bytes_UC = np.array([[sum(table[n] for n in unit.layers) for table in tables] for unit in found], np.int64)
-    fixed = _fixed(model, method, [*(Rule(n, placements[0]) for n in names), *rules], names, dtype, merge)
-    return Space(found, tuple(sorted(bits)), placements, tuple(rules), bytes_UC, fixed)
+    return Space(
+        units=found,
+        bits=tuple(b for b, _ in pairs),
+        ranks=tuple(r for _, r in pairs),
+        placements=placements,
+        others=tuple(rules),
+        bytes_UC=bytes_UC,
+        fixed_bytes=_fixed(model, method, every(0), names, dtype, merge),
+    )
+
+
+def _placement(method: Method, grid: AnyGrid, bits: int) -> Placement:
+    if bits == FLOAT:
+        return _float(method)
+    if isinstance(grid, Grid):
+        return replace(grid, bits=bits)
+    if f"nf{bits}" not in ("nf2", "nf3", "nf4"):
+        raise UserError(f"search: there is no codebook of {bits} bits; use bits [2, 3, 4], or an affine grid in the rules")
+    return replace(grid, codebook=f"nf{bits}")  # type: ignore[arg-type]
 
 
 def _float(method: Method) -> Placement:

@@ -1,8 +1,8 @@
 """Every configuration of a small real model, measured: the truth that `benchmarks/search.py` compares searches with.
 
 stories260K, five decoder layers in 8 units, 3 widths each: 3^8 = 6561 configurations, each rounded to nearest, per channel,
-integer zeros, and held against the float model by KL on the same tokens. The table, the bytes and the sensitivities, each with
-what it cost, go to benchmarks/results/search_truth.npz.
+integer zeros, and held against the float model by KL on the same tokens. The table, the bytes and the sensitivities, each
+with what it cost, go to benchmarks/results/search_truth.npz.
 
     python benchmarks/search_truth.py [--model ../shared/data/stories260k] [--data ../shared/data/tinystories/valid.jsonl]
 """
@@ -29,7 +29,7 @@ BITS = (2, 3, 4)
 GRID = Grid(4, None, "integer")
 MERGED = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9, 10, 11), (12, 13), (14, 15), (16, 17, 18, 19))
 """Fusion groups (four in a layer: qkv, o, gate and up, down) that make a unit: 8 of 20."""
-WINDOWS, LENGTH = 4, 128
+WINDOWS, LENGTH = 4, 64
 
 
 def merged(whole: Space) -> Space:
@@ -38,9 +38,7 @@ def merged(whole: Space) -> Space:
         Unit("+".join(whole.units[i].name for i in group), tuple(n for i in group for n in whole.units[i].layers))
         for group in MERGED
     ]
-    return replace(
-        whole, units=tuple(units), bytes_UC=np.stack([whole.bytes_UC[list(g)].sum(0) for g in MERGED])
-    )
+    return replace(whole, units=tuple(units), bytes_UC=np.stack([whole.bytes_UC[list(g)].sum(0) for g in MERGED]))
 
 
 class Rounded:
@@ -91,7 +89,11 @@ def main() -> None:
     found = measured(model, laid_out, blocks)
     table, started = Rounded(model, laid_out, blocks), time.perf_counter()
     configurations = list(itertools.product(range(len(BITS)), repeat=len(laid_out.units)))
-    kl = np.array([table.kl(c) for c in configurations])
+    kl = np.zeros(len(configurations))
+    for i, c in enumerate(configurations):
+        kl[i] = table.kl(c)
+        if i % 500 == 0:
+            print(i, time.perf_counter() - started, flush=True)
     seconds = time.perf_counter() - started
     sizes = np.array([laid_out.bytes(c) for c in configurations])
     np.savez_compressed(

@@ -1,4 +1,4 @@
-"""The command line: `trimtab run|plan|eval|chat|prune|methods|recipe`.
+"""The command line: `trimtab run|plan|eval|chat|prune|search|methods|recipe`.
 
 Bad input ends in one line on stderr and exit status 2; anything else that goes wrong keeps its traceback. Heavy libraries
 are imported when a command needs them, so `trimtab --help` is quick. The only file that imports typer.
@@ -48,11 +48,11 @@ def run(
 ) -> None:
     """Quantize, tune, fold, save, and compare."""
     _quiet()
-    from trimtab import pipeline
+    from trimtab import chain
     from trimtab.recipe import read
     from trimtab.report.terminal import Terminal
 
-    pipeline.run(read(recipe, overrides or ()), overwrite=overwrite, resume=resume, show=Terminal())
+    chain.run(read(recipe, overrides or ()), overwrite=overwrite, resume=resume, show=Terminal())
 
 
 @app.command()
@@ -188,6 +188,25 @@ def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise UserError(f"{option}: {text!r} is no list of layer numbers; write 0,1,-1") from None
+
+
+@app.command()
+def search(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Search widths per layer within a budget; Ctrl-C stops, and the same command goes on."""
+    _quiet()
+    from trimtab import chain
+    from trimtab.recipe import read
+    from trimtab.report.terminal import Terminal
+
+    terminal = Terminal()
+    parsed = read(recipe, overrides or ())
+    if parsed.search is None:
+        raise UserError(f"{recipe}: search: missing; write for example search: {{budget: 90MiB}}")
+    try:
+        terminal.searched(chain.search(parsed, show=terminal))
+    except KeyboardInterrupt:
+        terminal.say(f"stopped; go on with `trimtab search {recipe}`")
+        raise SystemExit(130) from None
 
 
 @app.command()

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from trimtab import methods
-from trimtab.blocks import Block, DataBlock
+from trimtab.blocks import Block
 from trimtab.grid import CodebookGrid, Grid
 from trimtab.methods.base import Method
 from trimtab.recipe import Recipe
@@ -18,9 +18,8 @@ def explanation() -> str:
     """Every field of a recipe, grid and method: its type, default and meaning, as commented YAML keys."""
     lines: list[str] = []
     for name, field in Recipe.model_fields.items():
-        block = field.annotation if isinstance(field.annotation, type) else None
-        inner = block if block is not None and issubclass(block, Block) else None
-        inner = DataBlock if name == "data" else inner
+        options = getattr(field.annotation, "__args__", (field.annotation,))
+        inner = next((o for o in options if isinstance(o, type) and issubclass(o, Block)), None)
         lines.append(f"{name}:" + ("" if inner else f" {_default(field)}"))
         if field.description or (inner and inner.__doc__):
             lines.append(f"    # {field.description or inner.__doc__}")

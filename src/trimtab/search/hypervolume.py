@@ -2,10 +2,11 @@
 
     HV = area of the points that some point of the front dominates, within bytes <= r_b and cost <= r_c
 
-A candidate's bytes b are known, only its cost Y ~ N(mu, sigma^2) is not. Let f(x) be the lowest cost that the front reaches with
-at most x bytes (r_c where it reaches none). The candidate gains the area between its own horizontal line and f,
+A candidate's bytes b are known, only its cost Y ~ N(mu, sigma^2) is not. Let f(x) be the lowest cost that the front
+reaches with at most x bytes (r_c where it reaches none). The candidate gains the area between its horizontal line and f,
 
-    EHVI = E integral_b^{r_b} max(f(x) - Y, 0) dx = sum_k width_k [ (f_k - mu) Phi(t_k) + sigma phi(t_k) ]     t_k = (f_k - mu) / sigma
+    EHVI = E integral_b^{r_b} max(f(x) - Y, 0) dx
+         = sum_k width_k [ (f_k - mu) Phi(t_k) + sigma phi(t_k) ]              t_k = (f_k - mu) / sigma
 
 over the steps k of f to the right of b: a closed form, with one dimension fewer than general EHVI needs.
 """

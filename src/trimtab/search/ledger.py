@@ -3,8 +3,8 @@
 Optuna keeps the study (one journal file by default, or any storage it knows by url, such as postgresql://), its trials and
 their states. Three things are ours, since nothing in it prevents that two workers try the same, or notices that one died:
 
-    a claim      a trial is created whole, in one write: running, with its configuration and its worker. The lowest number
-                 that holds a configuration (at one length) has it; whoever finds a lower one gives up its own and asks again.
+    a claim      a trial is created whole, in one write: running, with its configuration and worker. The lowest number
+                 that holds a configuration (at one length) has it; who finds a lower one gives up its own and asks again.
                  (`Study.ask` writes parameters one by one: between two of them nobody could say who was first.)
     a lease      host, process and a heartbeat. A dead process on this host, or no beat for `LEASE_SECONDS` from another,
                  makes the trial a failed one, and its configuration may be tried again.
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import optuna
 from optuna.distributions import IntDistribution
 from optuna.storages import BaseStorage, JournalStorage, get_storage
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from trimtab.errors import UserError
@@ -68,7 +68,7 @@ class Trial:
         return self.state in ("running", "complete", "infeasible")
 
 
-class _Lock(BaseJournalFileLock):
+class _Lock:
     """A lock that goes with its holder; taking it mends a journal whose last line was cut off."""
 
     def __init__(self, journal: Path) -> None:
@@ -108,7 +108,7 @@ def _storage(url: str) -> BaseStorage:
             raise UserError(f"search.storage: {url}: Optuna cannot open it ({str(error).splitlines()[0]})") from error
     path = Path(url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))  # type: ignore[arg-type]
 
 
 class Ledger:

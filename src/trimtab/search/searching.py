@@ -142,7 +142,10 @@ class Search:
         if noted is None:
             noted = self._sensitivities()
             self.ledger.note("prior", noted)
-        gain = [1.0 if r is None else (1 - _RANK_GAIN) ** np.log2(r / min(self.block.ranks or (r,))) for r in self.space.ranks]
+        gain = [
+            1.0 if r is None else (1 - _RANK_GAIN) ** np.log2(r / min(self.block.ranks or (r,)))
+            for r in self.space.ranks
+        ]
         return Problem(np.array(noted) * np.array(gain), self.space.bytes_UC, self.space.fixed_bytes, self.budget)
 
     def _sensitivities(self) -> list[list[float]]:

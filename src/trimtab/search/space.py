@@ -150,7 +150,9 @@ def _placement(method: Method, grid: AnyGrid, bits: int) -> Placement:
     if isinstance(grid, Grid):
         return replace(grid, bits=bits)
     if f"nf{bits}" not in ("nf2", "nf3", "nf4"):
-        raise UserError(f"search: there is no codebook of {bits} bits; use bits [2, 3, 4], or an affine grid in the rules")
+        raise UserError(
+            f"search: there is no codebook of {bits} bits; use bits [2, 3, 4], or an affine grid in the rules"
+        )
     return replace(grid, codebook=f"nf{bits}")  # type: ignore[arg-type]
 
 

@@ -5,8 +5,8 @@ of units add up in the logits, then to second order the KL to the float model is
 
     KL = sum_u p_u (1 + d_u)  +  sum_{u != v} rho_uv sqrt(p_u p_v)
 
-(d: how wrong the prior is about a unit at a width; rho: how much two errors point the same way). Divided by P, and log(1 + x)
-taken as x:
+(d: how wrong the prior is about a unit at a width; rho: how much two errors point the same way). Divided by P, and
+log(1 + x) taken as x:
 
     log KL = log P  +  sum_u w_u d_u  +  sum_{u != v} rho_uv sqrt(w_u w_v)
 
@@ -71,7 +71,9 @@ class Points:
     """Length of the trial, as a number from 0: (n,)."""
 
 
-def points(cost_UC: Floats, configurations: Sequence[Sequence[int]], rung: Sequence[int] | int = 0) -> Points:
+def points(
+    cost_UC: Floats, configurations: Sequence[Sequence[int]] | NDArray[np.int64], rung: Sequence[int] | int = 0
+) -> Points:
     """Features of configurations under a prior.
 
     Args:
@@ -122,7 +124,7 @@ class Model:
         return mean, np.sqrt(np.maximum(variance, 1e-12))
 
     def corrections(self, shape: tuple[int, int]) -> Floats:
-        """Posterior mean of d for every unit and choice (U, C): the prior's costs are off by these factors, in logarithms."""
+        """Posterior mean of d for every unit and choice (U, C): the logarithm of what the prior's costs are off by."""
         units, choices = shape
         found = np.zeros(shape)
         for c in range(choices):
@@ -164,7 +166,8 @@ def posterior(seen: Points, log_quality: Floats, scales: Scales, center: float) 
     k = covariance(seen, seen, scales, center) + scales.noise**2 * np.eye(len(log_quality))
     chol = np.linalg.cholesky(k)
     residual = log_quality - seen.log_prior
-    return Model(seen, scales, center, chol, np.linalg.solve(chol.T, np.linalg.solve(chol, residual)))
+    weights = np.linalg.solve(chol.T, np.linalg.solve(chol, residual))
+    return Model(seen, scales, center, np.asarray(chol), np.asarray(weights, np.float64))
 
 
 def _parts(seen: Points, center: float) -> dict[str, Floats]:
@@ -176,7 +179,7 @@ def _parts(seen: Points, center: float) -> dict[str, Floats]:
 
 
 def _evidence(parts: dict[str, Floats], seen: Points, log_quality: Floats, scales: Scales) -> float:
-    """Log marginal likelihood, up to a constant, and a weak pull of each scale to its default (a factor e is a deviation)."""
+    """Log marginal likelihood, up to a constant, and a weak pull of each scale to its default (deviation: a factor e^2)."""
     k = parts["fixed"] + scales.noise**2 * np.eye(len(log_quality))
     pull = 0.0
     for name in _GRID:

@@ -23,7 +23,7 @@ from trimtab.search.proposal import Problem, Tried, propose
 
 RESULTS = Path(__file__).parent / "results"
 TRIALS = (10, 20, 40, 80)
-PRIOR = "exact_quarter"
+PRIOR = "fisher"
 """The sensitivities that ours, greedy and the integer program start from."""
 
 
@@ -169,13 +169,13 @@ def main() -> None:
     truth = Truth()
     best = truth.best(max(TRIALS))
     file = RESULTS / "search.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for method in arguments.methods:
         charge = math.ceil(truth.passes[PRIOR]) if method in CHARGED else 0
         for seed in range(arguments.seeds):
             started = time.perf_counter()
             tried = METHODS[method](truth, arguments.trials, seed)
             seconds = time.perf_counter() - started
+            rows = json.loads(file.read_text())["rows"] if file.exists() else []
             rows = [r for r in rows if (r["method"], r["seed"]) != (method, seed)]
             for trials in (n for n in TRIALS if n <= arguments.trials):
                 value = truth.hypervolume(tried[: max(trials - charge, 0)]) / best[trials - 1]

@@ -36,7 +36,8 @@ def features(cost: np.ndarray, configuration: tuple[int, ...], rung: int, scales
     ]
     flag = float(rung > 0)
     line = np.array([scales.offset, scales.slope * z, flag * scales.rung_offset, flag * scales.rung_slope * z])
-    return np.concatenate([line, single, *pairs])
+    main = scales.main / math.sqrt(units) * np.concatenate([np.eye(choices)[c] for c in configuration])
+    return np.concatenate([line, main, single, *pairs])
 
 
 def test_the_posterior_is_bayesian_regression_on_explicit_features() -> None:
@@ -44,7 +45,7 @@ def test_the_posterior_is_bayesian_regression_on_explicit_features() -> None:
     cost, draw = prior(), np.random.default_rng(1)
     every = [tuple(map(int, draw.integers(3, size=5))) for _ in range(14)]
     rungs = [i % 2 for i in range(14)]
-    scales = Scales(bend=0.0, unit=0.4, pair=0.3, noise=0.05)
+    scales = Scales(bend=0.0, main=0.2, unit=0.4, pair=0.3, noise=0.05)
     y = draw.normal(size=9)
     model = surrogate.posterior(surrogate.points(cost, every[:9], rungs[:9]), y, scales, center=0.0)
     mean, deviation = model.predict(surrogate.points(cost, every[9:], rungs[9:]))

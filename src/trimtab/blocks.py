@@ -152,8 +152,8 @@ class SearchBlock(Block):
     """Steps of a tuned trial."""
     promote: int | None = Field(default=None, ge=2)
     """Steps of the longer trials to which the best quarter are promoted; null for none."""
-    sensitivity: Literal["exact", "fisher"] = "exact"
-    """The additive prior: a forward pass for each unit and width, or one backward pass."""
+    sensitivity: Literal["exact", "fisher"] = "fisher"
+    """The additive prior: fisher (one backward pass a window) or exact (a forward pass for each unit and width)."""
     tokens: int = Field(default=2048, ge=2)
     """Held-out tokens that every trial is measured on (data.eval_path; for `rounded`, else training text)."""
     sensitivity_tokens: int = Field(default=1024, ge=2)

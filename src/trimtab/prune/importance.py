@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trimtab.errors import UserError
 from trimtab.loss import summed_loss
-from trimtab.prune.structures import Layout, attention, decoder_layers, mlp
+from trimtab.prune.structures import Layout, attention, decoder_layers, mlp, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,6 +114,38 @@ def _tap(total: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
         total.add_(sums_BS.unflatten(1, (len(total), -1)).sum(2).abs().sum(0).cpu())
 
     return _Tap.apply(args[0], add), *args[1:]
+
+
+@torch.no_grad()
+def loss_without(
+    model: "PreTrainedModel", gone: list[tuple[Tensor, Tensor]], about: Layout, blocks_WL: Tensor, micro_batch: int = 1
+) -> float:
+    """Loss per token with structures taken out, measured: their inputs to o and down are set to zero, nothing is cut.
+
+    Args:
+        model: left as it is.
+        gone: for each layer, the groups and the channels that are missing.
+        about: its layout.
+        blocks_WL: int64 windows (W, L).
+        micro_batch: windows in one pass.
+    """
+    device, training = next(model.parameters()).device, model.training
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        model.eval()
+        for layer, (groups, channels) in zip(decoder_layers(model), gone, strict=True):
+            columns = rows_of(groups, about.heads_per_group * about.head_dim)
+            for linear, some in ((attention(layer).o_proj, columns), (mlp(layer).down_proj, channels)):
+                stack.callback(linear.register_forward_pre_hook(partial(_silence, some.to(device))).remove)
+        total = 0.0
+        for some in blocks_WL.split(micro_batch):
+            ids_BL = some.to(device)
+            total += summed_loss(model, ids_BL, input_ids=ids_BL, use_cache=False).item()
+    return total / (len(blocks_WL) * (blocks_WL.shape[1] - 1))
+
+
+def _silence(columns: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return args[0].index_fill(-1, columns, 0), *args[1:]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from trimtab import memory
 from trimtab.errors import UserError
 from trimtab.prune import depth
-from trimtab.prune.importance import Importance, score
+from trimtab.prune.importance import Importance, loss_without, score
 from trimtab.prune.structures import Layout, Widths, cut, decoder_layers, layout
 from trimtab.prune.widths import choose, describe
 
@@ -164,8 +164,21 @@ def _narrow(
     none = score(model, about, "random", None, options.seed)
     choose(model.config, about, none, "random", remove=remove, multiple_of=options.multiple_of, keep=keep)
     scores = score(model, about, options.importance, blocks_WL, options.seed, micro_batch)
+
+    def measured(widths: Widths) -> float:
+        gone = [(_least(s.groups, widths.groups), _least(s.channels, widths.channels)) for s in scores]
+        assert blocks_WL is not None
+        return loss_without(model, gone, about, blocks_WL, micro_batch)
+
     widths = choose(
-        model.config, about, scores, options.importance, remove=remove, multiple_of=options.multiple_of, keep=keep
+        model.config,
+        about,
+        scores,
+        options.importance,
+        remove=remove,
+        multiple_of=options.multiple_of,
+        keep=keep,
+        measure=measured if blocks_WL is not None and options.importance != "random" else None,
     )
     kept = []
     for layer, values in zip(decoder_layers(model), scores, strict=True):
@@ -176,6 +189,13 @@ def _narrow(
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
         setattr(model.config, key, getattr(described, key))
     return kept
+
+
+def _least(values: Tensor, kept: int) -> Tensor:
+    """Indices of all but the `kept` largest."""
+    stays = torch.zeros(len(values), dtype=torch.bool)
+    stays[_best(values, kept)] = True
+    return torch.nonzero(~stays).flatten()
 
 
 def _best(values: Tensor, count: int) -> Tensor:

@@ -4,15 +4,17 @@ Widths are uniform over layers, so that the result is an ordinary checkpoint of 
 loads. A ratio then leaves one choice: for every number of groups H there is a largest number of channels I(H) that removes
 enough, rounded down to a multiple of the quantization group. Of these pairs the one is taken that loses the least
 
-    lost(H, I) = sum over layers of (scores of the groups and channels that the layer gives up)
+    lost(H, I) = the model's loss on the calibration text without what each layer gives up, its least important ones
 
-where every layer gives up its own least important ones. Layers in `keep` cannot be spared, widths being uniform; but where
+measured, a forward pass for each pair, since first-order scores of groups and of channels do not compare: a group's is one
+sum in which much cancels, that of many channels a sum of absolute values. On SmolLM2-135M they gave up two of three groups
+in every layer. Without text, magnitudes summed over what is given up must do. Layers in `keep` cannot be spared, widths being uniform; but where
 some are named, only their scores count in this choice. Random scores say nothing about the choice: there the pair is taken
 that takes most nearly the same share from both.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,8 +78,9 @@ def choose(
     remove: int,
     multiple_of: int,
     keep: Sequence[int],
+    measure: Callable[[Widths], float] | None = None,
 ) -> Widths:
-    """The widths that remove at least `remove` numbers and lose the least.
+    """The widths that remove at least `remove` numbers and lose the least: by `measure` if given, else by scores.
 
     Raises:
         UserError: if no widths remove so many.
@@ -91,6 +94,8 @@ def choose(
         )
     if kind == "random":
         return min(found, key=lambda w: abs(w.groups / about.widths.groups - w.channels / about.widths.channels))
+    if measure is not None and not keep:
+        return found[0] if len(found) == 1 else min(found, key=measure)
     counted = [scores[i] for i in keep] or scores
     return min(found, key=lambda w: sum(_lost(s, w) for s in counted))
 

@@ -37,6 +37,7 @@ def draw_front(search: "Search", trials: Sequence[Trial], front: Sequence[Trial]
     axes.plot(*_xy(front), "o-", ms=4, lw=1, c="tab:blue", label="front", zorder=4)
     if search.budget is not None:
         axes.axvline(search.budget / _MB, c="tab:red", lw=1, ls="--", label="budget")
+    axes.margins(x=0.08)
     axes.set_xlabel("stored weights, MB")
     tuned = search.block.objective == "tuned"
     axes.set_ylabel("held-out loss, nats per token" if tuned else "KL to the float model, nats per token")
@@ -60,7 +61,7 @@ def draw_bits(search: "Search", front: Sequence[Trial], file: Path) -> None:
     image = axes.imshow(shades, aspect="auto", origin="lower", cmap="viridis", vmin=-0.5, vmax=len(widths) - 0.5)
     every = max(1, len(units) // 40)
     axes.set_xticks(range(0, len(units), every), units[::every], rotation=90, fontsize=7)
-    axes.set_yticks(range(len(front)), [f"{(t.bytes or 0) / _MB:.1f} MB" for t in front], fontsize=7)
+    axes.set_yticks(range(len(front)), [f"{(t.bytes or 0) / _MB:.3g} MB" for t in front], fontsize=7)
     bar = figure.colorbar(image, ax=axes, ticks=range(len(widths)))
     bar.ax.set_yticklabels([f"{w} bits" for w in widths])
     _save(figure, file)

@@ -13,10 +13,11 @@ log(1 + x) taken as x:
 which is linear in the unknowns. With normal d and rho it is a Gaussian process whose covariance has a closed form,
 
     k(x, x') = a^2 + b^2 z z' + c^2 exp(-(z - z')^2 / 2)                        z = log P: offset, slope, bend
+             + h^2 (share of units with the same width)                         what has nothing to do with the prior
              + d^2 sum_u m_u w_u w'_u                                           m_u: 1 for the same width, 1/2 for another
              + e^2 [ (sum_u m_u sqrt(w_u w'_u))^2 - sum_u m_u^2 w_u w'_u ]      pairs of units
 
-so a handful of trials corrects the prior where it matters: units that carry much of the error. c, d, e and the noise are
+so a handful of trials corrects the prior where it matters: units that carry much of the error. c, d, e, h and the noise are
 chosen by the marginal likelihood. Quality after tuning is modelled the same way, with a slope far from 1. Trials of other
 lengths are a quality of their own with an offset and a slope between them.
 
@@ -27,7 +28,7 @@ Legend: n trials, m candidates, U units.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +38,13 @@ _OTHER_WIDTH = 0.5
 """m_u for different widths: a unit that is worse than thought at 2 bits tends to be so at 3."""
 _GRID = {
     "bend": (0.03, 0.1, 0.3, 1.0),
+    "main": (0.0, 0.03, 0.06, 0.1, 0.2),
     "unit": (0.03, 0.1, 0.3, 1.0),
     "pair": (0.03, 0.1, 0.3, 1.0),
     "noise": (1e-3, 1e-2, 0.03, 0.1),
 }
+
+_PARTS = ("bend", "main", "unit", "pair")
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ class Scales:
     """Standard deviations of the parts, in units of log quality."""
 
     offset: float = 5.0
-    slope: float = 1.0
+    slope: float = 0.5
     bend: float = 0.1
+    main: float = 0.06
     unit: float = 0.3
     pair: float = 0.1
     noise: float = 1e-2
@@ -91,15 +96,17 @@ def points(
 def covariance(a: Points, b: Points, scales: Scales, center: float) -> Floats:
     """k(a, b), without noise: (n, m)."""
     z, y = a.log_prior[:, None] - center, b.log_prior[None] - center
-    unit, pair, diagonal = (np.zeros((len(z), y.shape[1])) for _ in range(3))
+    unit, pair, diagonal, equal = (np.zeros((len(z), y.shape[1])) for _ in range(4))
     for u in range(a.choices.shape[1]):
-        like = np.where(a.choices[:, None, u] == b.choices[None, :, u], 1.0, _OTHER_WIDTH)
+        same_width = a.choices[:, None, u] == b.choices[None, :, u]
+        like = np.where(same_width, 1.0, _OTHER_WIDTH)
+        equal += same_width / a.choices.shape[1]
         product = a.share[:, None, u] * b.share[None, :, u]
         unit += like * product
         pair += like * np.sqrt(product)
         diagonal += like**2 * product
     k = scales.offset**2 + scales.slope**2 * z * y + scales.bend**2 * np.exp(-((z - y) ** 2) / 2)
-    k += scales.unit**2 * unit + scales.pair**2 * (pair**2 - diagonal)
+    k += scales.main**2 * equal + scales.unit**2 * unit + scales.pair**2 * (pair**2 - diagonal)
     same = (a.rung[:, None] == b.rung[None]) & (a.rung[:, None] > 0)
     return np.asarray(k + same * (scales.rung_offset**2 + scales.rung_slope**2 * z * y))
 
@@ -139,7 +146,7 @@ def _diagonal(x: Points, scales: Scales, center: float) -> Floats:
     squares = (x.share**2).sum(1)
     pair = x.share.sum(1) ** 2 - squares
     rung = (x.rung > 0) * (scales.rung_offset**2 + scales.rung_slope**2 * z**2)
-    parts = scales.offset**2 + scales.slope**2 * z**2 + scales.bend**2 + scales.unit**2 * squares
+    parts = scales.offset**2 + scales.slope**2 * z**2 + scales.bend**2 + scales.main**2 + scales.unit**2 * squares
     return np.asarray(parts + scales.pair**2 * pair + rung)
 
 
@@ -172,9 +179,9 @@ def posterior(seen: Points, log_quality: Floats, scales: Scales, center: float) 
 
 def _parts(seen: Points, center: float) -> dict[str, Floats]:
     """Covariances of each part at scale 1."""
-    none = Scales(0, 0, 0, 0, 0, 0, 0, 0)
-    found = {name: covariance(seen, seen, replace(none, **{name: 1.0}), center) for name in ("bend", "unit", "pair")}
-    found["fixed"] = covariance(seen, seen, replace(Scales(), bend=0, unit=0, pair=0), center)
+    none = Scales(**dict.fromkeys(asdict(Scales()), 0.0))
+    found = {name: covariance(seen, seen, replace(none, **{name: 1.0}), center) for name in _PARTS}
+    found["fixed"] = covariance(seen, seen, replace(Scales(), **dict.fromkeys(_PARTS, 0.0)), center)
     return found
 
 
@@ -185,7 +192,7 @@ def _evidence(parts: dict[str, Floats], seen: Points, log_quality: Floats, scale
     for name in _GRID:
         value, default = getattr(scales, name), getattr(Scales(), name)
         k = k + (value**2 * parts[name] if name in parts else 0)
-        pull += float(np.log(value / default) ** 2) / 8
+        pull += float(np.log(max(value, 0.01) / default) ** 2) / 8
     chol = np.linalg.cholesky(k)
     white = np.linalg.solve(chol, log_quality - seen.log_prior)
     return float(-0.5 * white @ white - np.log(np.diag(chol)).sum() - pull)

@@ -219,6 +219,37 @@ def test_llama_keeps_heads_that_divide_its_hidden_size() -> None:
     assert [w.groups for w in widths.pairs(config, about, 100, 4)] == [4, 2, 1]
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_the_split_is_the_one_of_least_loss(name: str) -> None:
+    """Measured with structures silenced; here every pair is cut in full and its loss taken by transformers."""
+    model, losses = model_of(name), {}
+    about = structures.layout(model)
+    scores = importance.taylor(model, about, IDS)
+    options = Options(ratio=0.3, multiple_of=4)
+    counted = about.parameters - about.embedding_parameters
+    for pair in widths.pairs(model.config, about, -int(-0.3 * counted // 1), 4):
+        other = copy.deepcopy(model)
+        kept = [
+            (s.groups.topk(pair.groups).indices.sort().values, s.channels.topk(pair.channels).indices.sort().values)
+            for s in scores
+        ]
+        gone = [
+            (outside(g, len(s.groups)), outside(c, len(s.channels))) for (g, c), s in zip(kept, scores, strict=True)
+        ]
+        for layer, (groups, channels) in zip(other.base_model.layers, kept, strict=True):
+            structures.cut(layer, about, groups, channels)
+        other.config = widths.describe(other.config, about, pair)
+        with torch.no_grad():
+            losses[pair] = other(input_ids=IDS, labels=IDS).loss.item()
+        assert importance.loss_without(model, gone, about, IDS) == pytest.approx(losses[pair], rel=1e-6)
+    assert len(losses) > 1
+    assert prune.prune(model, options, IDS).widths == min(losses, key=lambda w: losses[w])
+
+
+def outside(kept: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.tensor([i for i in range(count) if i not in set(kept.tolist())], dtype=torch.int64)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ class Target:
             return method
         if not hasattr(method, "rank"):
             raise UserError(f"rules: {method.name} has no rank; leave `rank` out, or use a method that has one")
-        return replace(method, rank=self.rank)
+        return replace(method, rank=self.rank)  # type: ignore[call-arg]
 
     def trainable(self, method: Method) -> int:
         """Trainable numbers that the method puts on this layer."""

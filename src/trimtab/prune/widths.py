@@ -8,9 +8,9 @@ enough, rounded down to a multiple of the quantization group. Of these pairs the
 
 measured, a forward pass for each pair, since first-order scores of groups and of channels do not compare: a group's is one
 sum in which much cancels, that of many channels a sum of absolute values. On SmolLM2-135M they gave up two of three groups
-in every layer. Without text, magnitudes summed over what is given up must do. Layers in `keep` cannot be spared, widths being uniform; but where
-some are named, only their scores count in this choice. Random scores say nothing about the choice: there the pair is taken
-that takes most nearly the same share from both.
+in every layer. Without text, magnitudes summed over what is given up must do. Layers in `keep` cannot be spared, widths
+being uniform; but where some are named, only their scores count in this choice. Random scores say nothing about it: there
+the pair is taken that takes most nearly the same share from both.
 """
 
 import copy

@@ -57,7 +57,7 @@ class Rounded:
                     stack.callback(setattr, weight, "data", weight.data)
                     weight.data = on_grid(weight.data, target.grid)
             moved = [start(self._model, some).last for some in self._blocks]
-            rounded_head: Any = head.weight.data  # type: ignore[union-attr]
+            rounded_head: Any = head.weight.data
             for ours, theirs in zip(self._float, moved, strict=True):
                 total += divergence(self._model, ours, theirs, heads=(self._head, rounded_head))
         return total / sum(b.numel() for b in self._blocks)

@@ -4,6 +4,9 @@
                + one and two edits of the observed front + one edit of the best candidates so far
     proposal   = the candidate of largest EHVI that fits the budget and was not tried
 
+The first few proposals are the prior's alone (the integer program's, in the order of what each should add): before there
+is something to learn from, expected improvement mostly asks where the model is unsure.
+
 The budget is a hard constraint: what exceeds it is never a candidate, so it is never proposed, whatever the model thinks.
 Configurations that other workers are trying count as tried, with the cost that the model predicts.
 
@@ -22,6 +25,8 @@ from trimtab.search.hypervolume import expected_gain, pareto
 
 Floats = NDArray[np.float64]
 _FRONT_POINTS, _EDITS, _ROUNDS = 600, 1200, 3
+_WARM = 7
+"""Proposals that are the prior's alone."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def propose(
 
 
 def _fitted(problem: Problem, finished: Sequence[Tried]) -> surrogate.Model | None:
-    if not finished:
+    if len(finished) < _WARM:
         return None
     seen = surrogate.points(problem.cost_UC, [t.configuration for t in finished], [t.rung for t in finished])
     return surrogate.fit(seen, np.log([max(t.quality or 0.0, 1e-12) for t in finished]))
@@ -106,7 +111,7 @@ def _fitted(problem: Problem, finished: Sequence[Tried]) -> surrogate.Model | No
 def _predict(
     problem: Problem, model: surrogate.Model | None, pool: NDArray[np.int64], rung: int
 ) -> tuple[Floats, Floats]:
-    """Mean and deviation of log quality; before the first trial the prior, taken at its word."""
+    """Mean and deviation of log quality; while it is warming up the prior, taken at its word."""
     x = surrogate.points(problem.cost_UC, pool, rung)
     if model is None:
         return x.log_prior, np.zeros(len(pool))
@@ -120,7 +125,11 @@ def _known(
     some = [t for t in tried if t.rung == rung and not t.failed]
     chosen = np.array([t.configuration for t in some], np.int64).reshape(len(some), len(problem.cost_UC))
     guess = _predict(problem, model, chosen, rung)[0]
-    costs = [g if t.quality is None else np.log(max(t.quality, 1e-12)) for t, g in zip(some, guess, strict=True)]
+    # Predictions of the prior compare with each other only.
+    costs = [
+        g if t.quality is None or model is None else np.log(max(t.quality, 1e-12))
+        for t, g in zip(some, guess, strict=True)
+    ]
     return chosen, problem.sizes(chosen).astype(float), np.array(costs)
 
 

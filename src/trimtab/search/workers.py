@@ -5,7 +5,7 @@ Ctrl-C ends it cleanly: the trial in flight becomes a dead one, what was found i
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -63,7 +63,7 @@ def _watch(search: Search, recipe: Recipe, told: Callable[[Search], None]) -> No
         raise UserError("search: every worker stopped with an error; the messages above say why")
 
 
-def _end(processes: list[BaseProcess]) -> None:
+def _end(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.join(timeout=10)  # a Ctrl-C reached them, too
         if process.is_alive():

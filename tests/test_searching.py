@@ -13,10 +13,12 @@ import tiny
 import trimtab
 from trimtab import chain, recipe
 from trimtab.errors import UserError
+from trimtab.grid import Grid
 from trimtab.methods import Qlora, Rtn
 from trimtab.recipe import Recipe
 from trimtab.rules import Rule
 from trimtab.search import workers
+from trimtab.search.ledger import DIED, Trial
 from trimtab.search.objective import Rounded
 from trimtab.search.searching import Search
 
@@ -84,6 +86,45 @@ def test_tuned_trials_are_promoted_and_choose_ranks(tmp_path: Path) -> None:
     model = trimtab.load(str(tmp_path / "m"), Qlora(rank=8), [*rules, Rule("*", None)])[0]
     layers = [model.get_submodule(r.match) for r in rules]
     assert {layer.adapter.delta.shape.rank for layer in layers} == {2, 4}
+
+
+def test_an_interrupted_search_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial in flight is dead and is made again; one that fails by itself is infeasible and is not."""
+    ends: list[BaseException | None] = [None, KeyboardInterrupt(), None, UserError("it diverged")]
+
+    def quality(self: Rounded, rules: list[Rule], steps: int) -> float:
+        end = ends.pop(0) if ends else None
+        if end is not None:
+            raise end
+        return 1.0 + sum(r.grid.bits for r in rules if isinstance(r.grid, Grid))
+
+    monkeypatch.setattr(Rounded, "__call__", quality)
+    with pytest.raises(KeyboardInterrupt):
+        workers.run(made(tmp_path))
+    assert (tmp_path / "out" / "search" / "front.csv").exists()
+    trials = workers.run(made(tmp_path)).ledger.trials()
+    states = [t.state for t in trials]
+    assert states[:4] == ["complete", "dead", "complete", "infeasible"]
+    assert trials[2].wish == trials[1].wish
+    assert states.count("complete") + states.count("infeasible") == 6
+    assert [t.wish for t in trials].count(trials[3].wish) == 1
+
+
+def test_what_kills_its_worker_twice_is_left_alone(tmp_path: Path) -> None:
+    found = Search(made(tmp_path))
+    first = found.wish([])
+    assert first is not None
+    once, again = (Trial(n, first, "dead", reason=DIED) for n in range(2))
+    assert found.wish([once]) == first
+    assert found.wish([once, again]) != first
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_search(tmp_path: Path) -> None:
+    trials = workers.run(made(tmp_path, workers=2, trials=4)).ledger.trials()
+    assert sum(t.state == "complete" for t in trials) == 7
+    done = [t.wish for t in trials if t.state == "complete"]
+    assert len({(w.configuration, w.steps) for w in done}) == 7
 
 
 def test_budgets_hold_and_say_when_they_cannot(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from trimtab.search.additive import Configuration
 
 LEASE_SECONDS = 120.0
 """Without a heartbeat for so long, a worker on another machine counts as dead."""
+DIED = "its worker died"
 State = Literal["running", "complete", "infeasible", "dead", "duplicate"]
 
 
@@ -229,7 +230,7 @@ class Ledger:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             worker = trial.user_attrs.get("worker")
             if not _alive(worker, trial.user_attrs.get("beat", 0.0)):
-                self._end(self._identity(trial.number), "dead", "its worker died")
+                self._end(self._identity(trial.number), "dead", DIED)
 
 
 def _me() -> list[Any]:

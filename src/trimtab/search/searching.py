@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from trimtab.recipe import Recipe
 from trimtab.search import sensitivity
 from trimtab.search.additive import Configuration, front
 from trimtab.search.hypervolume import hypervolume, pareto
-from trimtab.search.ledger import Ledger, Trial, Wish
+from trimtab.search.ledger import DIED, Ledger, Trial, Wish
 from trimtab.search.objective import Rounded, Tuned
 from trimtab.search.proposal import Problem, Tried, propose
 from trimtab.search.space import Space, space, units
@@ -193,7 +192,7 @@ class Search:
 
     def wish(self, trials: list[Trial]) -> Wish | None:
         """The next trial, or None if there are enough."""
-        counted = [t for t in trials if t.counts]
+        counted = [t for t in trials if t.counts] + _hopeless(trials)
         taken = {(t.wish.configuration, t.wish.steps) for t in counted}
         for configuration in self.uniform():
             if (configuration, self.steps) not in taken:
@@ -204,7 +203,7 @@ class Search:
         if promoted is not None:
             return promoted
         tried = [
-            Tried(t.wish.configuration, t.quality, int(t.wish.steps != self.steps), failed=t.state == "infeasible")
+            Tried(t.wish.configuration, t.quality, int(t.wish.steps != self.steps), t.state in ("infeasible", "dead"))
             for t in counted
         ]
         found = propose(self.problem, tried, seed=self.block.seed, admits=self.admits)
@@ -240,18 +239,19 @@ class Search:
             told()
 
     def _carry_out(self, trial: Trial, objective: Objective) -> None:
-        began = time.perf_counter()
+        began, ended = time.perf_counter(), False
         try:
             with _beating(self.ledger, trial):
                 quality = objective(self.space.rules(trial.wish.configuration), trial.wish.steps)
-        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-            self.ledger.fail(trial, "infeasible", str(error).splitlines()[0])
-        except BaseException:
-            self.ledger.fail(trial, "dead", "interrupted")
-            raise
-        else:
             size = self.space.bytes(trial.wish.configuration)
             self.ledger.finish(trial, size, quality, time.perf_counter() - began)
+            ended = True
+        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+            self.ledger.fail(trial, "infeasible", " ".join(str(error).split()) or type(error).__name__)
+            ended = True
+        finally:
+            if not ended:
+                self.ledger.fail(trial, "dead", "interrupted")
 
     # ---- what was found --------------------------------------------------------------------------------------------
 
@@ -276,6 +276,17 @@ class Search:
         took = [t.seconds for t in trials if t.seconds is not None and t.wish.steps == self.steps]
         open_ = self.block.trials - sum(t.counts and t.wish.kind != "uniform" and t.state != "running" for t in trials)
         return statistics.median(took) * max(open_, 0) / self.block.workers if took else None
+
+
+def _hopeless(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that killed their worker for the second time (the system does that to a process that takes too much)."""
+    found, died = [], set[tuple[Configuration, int]]()
+    for t in trials:
+        if t.state == "dead" and t.reason == DIED:
+            key = (t.wish.configuration, t.wish.steps)
+            found += [t] if key in died else []
+            died.add(key)
+    return found
 
 
 def _arrays(trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
@@ -315,8 +326,3 @@ def best_within(points: Sequence[Trial]) -> Trial:
     if not points:
         raise UserError("search: no trial was finished; see the reasons in search/trials.csv")
     return min(points, key=lambda t: t.quality if t.quality is not None else np.inf)
-
-
-def out_of(recipe: Recipe) -> Path:
-    """Where a search writes."""
-    return recipe.out / "search"

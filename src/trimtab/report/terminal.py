@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -158,7 +158,7 @@ class Terminal:
                 self.console.print(f"  {status}")
             self._said = status
             return
-        table = Table(title=status, title_justify="left", box=None)
+        table = Table(box=None)
         for column in ("bytes", "loss" if search.block.objective == "tuned" else "KL", "mean bits", "trial"):
             table.add_column(column, justify="right")
         for t in search.front(trials)[-30:]:
@@ -167,7 +167,7 @@ class Terminal:
         if self._live is None:
             self._live = Live(console=self.console)
             self._live.start()
-        self._live.update(table)
+        self._live.update(Group(status, table))
 
     def searched(self, search: "Search") -> None:
         """Where the results of a search are."""

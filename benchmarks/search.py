@@ -163,6 +163,7 @@ CHARGED = ("ours", "integer program alone", "greedy")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--trials", type=int, default=max(TRIALS))
     arguments = parser.parse_args()
@@ -171,7 +172,7 @@ def main() -> None:
     file = RESULTS / "search.json"
     for method in arguments.methods:
         charge = math.ceil(truth.passes[PRIOR]) if method in CHARGED else 0
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.seeds):
             started = time.perf_counter()
             tried = METHODS[method](truth, arguments.trials, seed)
             seconds = time.perf_counter() - started

@@ -78,7 +78,7 @@ def parse_rules(values: Sequence[Any] | None, where: str = "rules") -> list[Rule
             continue
         if not isinstance(value, Mapping) or set(value) - {"rank"} != {"match", "grid"}:
             found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
-            raise UserError(f"{place}: a rule has exactly the keys match and grid (and rank, if it likes), not {found}")
+            raise UserError(f"{place}: a rule has exactly the keys match and grid, not {found} (and may have a rank)")
         if not isinstance(value["match"], str):
             raise UserError(f"{place}.match: {value['match']!r} is not a pattern")
         rank = value.get("rank")

@@ -237,3 +237,33 @@ def test_the_example_recipes_parse() -> None:
         parsed = recipe.read(file)
         assert yaml.safe_load(parsed.to_yaml())["name"] == parsed.name
         assert json.dumps(parsed.model_dump(mode="json", exclude={"method", "rules"}))
+
+
+def test_prune(command: Command, given: Path, tmp_path: Path) -> None:
+    options = (
+        "--ratio",
+        0.3,
+        "--multiple-of",
+        8,
+        "--data",
+        given / "data.jsonl",
+        "--tokens",
+        256,
+        "--block-tokens",
+        64,
+    )
+    shown = command("prune", given / "model", "--out", tmp_path / "out", *options, "--keep", "0,-1")
+    report = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    before, after = report["parameters_before"], report["parameters"]
+    assert f"parameters   {before:,} -> {after:,} ({1 - after / before:.1%} removed)" in shown
+    assert f"MLP channels 128 -> {report['widths']['channels']} in each layer" in shown
+    assert re.search(r"\d s, peak memory [\d.]+ [MG]B; written to ", shown)
+    assert report["options"]["keep"] == [0, -1]
+    # What came out is a model like any other, and by bytes as well as by ratio.
+    command(
+        "plan", tiny.write(tmp_path / "r.yaml", tiny.recipe(tmp_path / "out", given / "data.jsonl", tmp_path / "run"))
+    )
+    command("prune", given / "model", "--out", tmp_path / "small", "--bytes", "150kB", *options[2:])
+    assert 0.8 * 150_000 < 2 * json.loads((tmp_path / "small" / "pruning.json").read_text())["parameters"] <= 150_000
+    dropped = command("prune", given / "model", "--out", tmp_path / "short", "--drop-layers", 1, *options[2:])
+    assert re.search(r"layers       2 -> 1 \(without [01]\)", dropped)

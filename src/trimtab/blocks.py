@@ -144,3 +144,67 @@ class EvaluateBlock(Block):
     """A question answered before and after tuning."""
     answer_tokens: int = Field(default=48, ge=1)
     """Length of that answer."""
+
+
+class PruneBlock(Block):
+    """Prune the float model first; see `trimtab prune --help`."""
+
+    ratio: float | None = None
+    """Share of the parameters to remove, at least."""
+    bytes: str | int | None = None
+    """Or the largest size of what is left: 200MiB."""
+    layers: int | None = None
+    """Or a number of whole layers to drop."""
+    what: Literal["widths", "layers"] = "widths"
+    """What gives way to a ratio or size."""
+    importance: Literal["taylor", "magnitude", "random"] = "taylor"
+    """Of heads and channels."""
+    keep: tuple[int, ...] = ()
+    """Layers not to drop, which decide the widths."""
+    count_embeddings: bool = False
+    """A ratio of all parameters, embeddings included."""
+    multiple_of: int = Field(default=64, ge=1)
+    """Of MLP widths: the largest group size to be used."""
+    tokens: int = Field(default=8192, ge=2)
+    """Calibration tokens of data.path, at most."""
+    block_tokens: int = Field(default=256, ge=2)
+    """Length of a calibration window."""
+    seed: int = 0
+    """Of random importance."""
+
+
+class SearchBlock(Block):
+    """Search the widths of layers for a budget in bytes; see `trimtab search --help`."""
+
+    units: Literal["fusion", "layer"] = "fusion"
+    """What gets a width of its own: groups that engines fuse (q/k/v, gate/up), or whole decoder layers."""
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    """Widths to choose from; 16 keeps a unit in float. Group and zero are those of the recipe's rules."""
+    ranks: tuple[int, ...] | None = None
+    """Ranks of adapters to choose from, too; null leaves the method's."""
+    trials: int = Field(default=40, ge=1)
+    """Trials to make, besides the uniform widths."""
+    budget: str | int | None = None
+    """Largest size of the stored weights, such as 90MiB: never exceeded."""
+    budget_training: str | int | None = None
+    """Largest predicted peak of training, such as 6GiB: never exceeded."""
+    objective: Literal["rounded", "tuned"] = "rounded"
+    """rounded: KL to the float model, no training; tuned: held-out loss after `steps` steps of training."""
+    steps: int = Field(default=50, ge=1)
+    """Steps of a tuned trial."""
+    promote: int | None = Field(default=None, ge=2)
+    """Steps of the longer trials to which the best quarter are promoted; null for none."""
+    sensitivity: Literal["exact", "fisher"] = "fisher"
+    """The additive prior: fisher (one backward pass a window) or exact (a forward pass for each unit and width)."""
+    tokens: int = Field(default=2048, ge=2)
+    """Held-out tokens that every trial is measured on (data.eval_path; for `rounded`, else training text)."""
+    sensitivity_tokens: int = Field(default=1024, ge=2)
+    """Training tokens that sensitivities are measured on."""
+    uniform: bool = True
+    """Also try every uniform width within the budget."""
+    storage: str | None = None
+    """Journal file, or a storage of Optuna's by url (postgresql://..); null is search/journal.log in the output."""
+    workers: int = Field(default=1, ge=1)
+    """Processes on this machine; other machines join by the same command and storage."""
+    seed: int = 0
+    """Of the search."""

@@ -1,4 +1,4 @@
-"""The command line: `trimtab run|plan|eval|harness|export|parity|verify|formats|chat|methods|recipe`.
+"""The command line: `trimtab run|plan|eval|harness|export|parity|verify|formats|prune|search|chat|methods|recipe`.
 
 Bad input ends in one line on stderr and exit status 2; anything else that goes wrong keeps its traceback. Heavy libraries
 are imported when a command needs them, so `trimtab --help` is quick. The only file that imports typer.
@@ -48,11 +48,11 @@ def run(
 ) -> None:
     """Quantize, tune, fold, save, and compare."""
     _quiet()
-    from trimtab import pipeline
+    from trimtab import chain
     from trimtab.recipe import read
     from trimtab.report.terminal import Terminal
 
-    pipeline.run(read(recipe, overrides or ()), overwrite=overwrite, resume=resume, show=Terminal())
+    chain.run(read(recipe, overrides or ()), overwrite=overwrite, resume=resume, show=Terminal())
 
 
 @app.command()
@@ -238,6 +238,74 @@ def chat(
     terminal.say("an empty line ends the conversation")
     while question := terminal.console.input("> ").strip():
         terminal.say(answer(model, tokenizer, question, tokens))
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Directory, .gguf file, hub id, or smollm2-135m.")],
+    out: Annotated[str, typer.Option(help="New directory.")],
+    ratio: Annotated[float | None, typer.Option(help="Share of the parameters to remove, at least: 0.3.")] = None,
+    size: Annotated[str | None, typer.Option("--bytes", help="Or the largest size of what is left: 200MiB.")] = None,
+    drop_layers: Annotated[int | None, typer.Option(help="Or a number of whole layers to drop.")] = None,
+    what: Annotated[str, typer.Option(help="What gives way to a ratio or size: widths or layers.")] = "widths",
+    importance: Annotated[str, typer.Option(help="taylor, magnitude or random.")] = "taylor",
+    keep: Annotated[str, typer.Option(help="Layers not to drop, which decide the widths: 0,1,-1.")] = "",
+    count_embeddings: Annotated[bool, typer.Option(help="A ratio of all parameters, embeddings included.")] = False,
+    multiple_of: Annotated[int, typer.Option(help="Of MLP widths: the largest group size to be used.")] = 64,
+    path: Annotated[str, typer.Option("--data", help="Calibration text.")] = "pydoc-topics",
+    split: Annotated[str, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = "train",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens, at most.")] = 8192,
+    block_tokens: Annotated[int, typer.Option(help="Length of a calibration window.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Of the pruned model: bfloat16, float16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of random importance.")] = 0,
+) -> None:
+    """Take attention heads and MLP channels, or whole layers, out of a float model; writes an ordinary checkpoint."""
+    _quiet()
+    from trimtab.prune import Options, prune_checkpoint
+    from trimtab.report.terminal import Terminal
+    from trimtab.storage import parse_bytes
+
+    options = Options(
+        ratio=ratio,
+        target_bytes=None if size is None else parse_bytes(size, "--bytes"),
+        layers=drop_layers,
+        what=what,  # type: ignore[arg-type]
+        importance=importance,  # type: ignore[arg-type]
+        count_embeddings=count_embeddings,
+        multiple_of=multiple_of,
+        keep=_whole_numbers(keep, "--keep"),
+        seed=seed,
+    )
+    done = prune_checkpoint(
+        model, out, options, text=path, split=split, tokens=tokens, block_tokens=block_tokens, dtype=dtype
+    )
+    Terminal().pruned(done, out)
+
+
+def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"{option}: {text!r} is no list of layer numbers; write 0,1,-1") from None
+
+
+@app.command()
+def search(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Search widths per layer within a budget; Ctrl-C stops, and the same command goes on."""
+    _quiet()
+    from trimtab import chain
+    from trimtab.recipe import read
+    from trimtab.report.terminal import Terminal
+
+    terminal = Terminal()
+    parsed = read(recipe, overrides or ())
+    if parsed.search is None:
+        raise UserError(f"{recipe}: search: missing; write for example search: {{budget: 90MiB}}")
+    try:
+        terminal.searched(chain.search(parsed, show=terminal))
+    except KeyboardInterrupt:
+        terminal.say(f"stopped; go on with `trimtab search {recipe}`")
+        raise SystemExit(130) from None
 
 
 @app.command()

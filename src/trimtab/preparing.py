@@ -6,7 +6,7 @@ stored.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -37,10 +37,20 @@ class Target:
     grid: AnyGrid | None
     """None keeps its weight in float, under an adapter."""
     bias: bool
+    rank: int | None = None
+    """Of its adapter, where that is not the method's."""
+
+    def method(self, method: Method) -> Method:
+        """The method as it is on this layer."""
+        if self.rank is None:
+            return method
+        if not hasattr(method, "rank"):
+            raise UserError(f"rules: {method.name} has no rank; leave `rank` out, or use a method that has one")
+        return replace(method, rank=self.rank)  # type: ignore[call-arg]
 
     def trainable(self, method: Method) -> int:
         """Trainable numbers that the method puts on this layer."""
-        return method.trainable(self.grid, self.shape) if self.kind in ("linear", "head") else 0
+        return self.method(method).trainable(self.grid, self.shape) if self.kind in ("linear", "head") else 0
 
 
 def _layers(model: "PreTrainedModel") -> dict[str, tuple[Kind, nn.Module]]:
@@ -70,7 +80,8 @@ def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] 
         UserError: naming the layer, for a grid or method that does not fit it.
     """
     layers = _layers(model)
-    placed = rules.resolve({n: kind for n, (kind, _) in layers.items()}, rule_list, _default(method))
+    kinds = {n: kind for n, (kind, _) in layers.items()}
+    placed, ranks = rules.resolve(kinds, rule_list, _default(method)), rules.ranks(kinds, rule_list)
     any_stored = any(isinstance(module, QuantLinear | QuantEmbedding) for _, module in layers.values())
     found = []
     for name, (kind, module) in layers.items():
@@ -82,7 +93,8 @@ def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] 
         if placement is None:
             continue
         grid = None if placement == "float" else placement
-        target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None)
+        rank = ranks.get(name) if kind in ("linear", "head") else None
+        target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
         _check(target, module, method)
         found.append(target)
     if not found:
@@ -135,7 +147,7 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
         assert isinstance(embedding, QuantEmbedding)
         new = QuantLinear(embedding.base, tied=True)
     else:
-        base, adapter = method.build(source, target.grid)
+        base, adapter = target.method(method).build(source, target.grid)
         inputs = old.inputs if isinstance(old, QuantLinear) and target.grid is not None else None
         new = QuantLinear(base, adapter, getattr(old, "bias", None), inputs=inputs)
     new.train(old.training)

@@ -23,6 +23,8 @@ from trimtab.blocks import (
     EvaluateBlock,
     FormatName,
     ModelBlock,
+    PruneBlock,
+    SearchBlock,
     StartBlock,
     TrainBlock,
 )
@@ -52,6 +54,10 @@ class Recipe(Block):
     distill: DistillBlock | None = None
     """null trains on the data alone; `{}` takes these defaults."""
     evaluate: EvaluateBlock = EvaluateBlock()
+    prune: PruneBlock | None = None
+    """Prune the float model first."""
+    search: SearchBlock | None = None
+    """Then search the widths of its layers; the rules that follow are the best found within the budget."""
     merge: bool = False
     """Merge output adapters into a dense copy of their weights when folding."""
     export: list[FormatName] = Field(default=["native"], min_length=1)
@@ -118,7 +124,8 @@ class Recipe(Block):
 
 
 def _plain(rule: Rule) -> dict[str, Any]:
-    return {"match": rule.match, "grid": rule.grid if rule.grid in (None, "float") else asdict(rule.grid)}  # type: ignore[arg-type]
+    grid = rule.grid if rule.grid in (None, "float") else asdict(rule.grid)  # type: ignore[arg-type]
+    return {"match": rule.match, "grid": grid} | ({} if rule.rank is None else {"rank": rule.rank})
 
 
 def from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -184,6 +191,7 @@ def _check(recipe: Recipe, where: str) -> None:
     cache = recipe.teacher_cache
     if cache is not None and recipe.out.resolve() in (cache.resolve(), *cache.resolve().parents):
         raise UserError(f"{where}: distill.cache: {cache} is in the output directory; give it one of its own")
+    _check_search(recipe, where)
     if recipe.data is None or not recipe.train.steps:
         return
     sequences, rest = divmod(recipe.train.batch_tokens, recipe.data.block_tokens)
@@ -193,6 +201,24 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}: train.batch_tokens: {recipe.train.batch_tokens} is no multiple of "
             f"micro_batch x block_tokens = {whole}; use {max(round(recipe.train.batch_tokens / whole), 1) * whole}"
         )
+
+
+def _check_search(recipe: Recipe, where: str) -> None:
+    block = recipe.search
+    if block is None:
+        return
+    if recipe.data is None:
+        raise UserError(f"{where}: data: missing; a search measures on text")
+    if block.objective == "tuned" and recipe.data.eval_path is None:
+        raise UserError(f"{where}: search.objective: tuned trials are measured on held-out data; set data.eval_path")
+    if block.objective == "tuned" and recipe.method.name == "rtn":
+        raise UserError(f"{where}: search.objective: rtn trains nothing; use rounded, or another method")
+    if block.promote is not None and (block.objective != "tuned" or block.promote <= block.steps):
+        raise UserError(f"{where}: search.promote: is a number of steps above search.steps, for tuned trials")
+    if not all(1 <= b <= 8 or b == 16 for b in block.bits):
+        raise UserError(f"{where}: search.bits: {list(block.bits)} are not widths; 1 to 8, or 16 for float")
+    if recipe.method.grid is None and recipe.rules is None:
+        raise UserError(f"{where}: search: {recipe.method.name} quantizes nothing by itself; give a grid in the rules")
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -32,6 +32,8 @@ class Rule:
     """Shell glob over module names."""
     grid: Placement
     """Grid of the layers it matches first."""
+    rank: int | None = None
+    """Rank of their adapters; null is the method's."""
 
     def names(self, module: str) -> bool:
         """Whether the pattern means this very kind of module: it matches, and its last component is not just `*`."""
@@ -74,12 +76,15 @@ def parse_rules(values: Sequence[Any] | None, where: str = "rules") -> list[Rule
         if isinstance(value, Rule):
             rules.append(value)
             continue
-        if not isinstance(value, Mapping) or set(value) != {"match", "grid"}:
+        if not isinstance(value, Mapping) or set(value) - {"rank"} != {"match", "grid"}:
             found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
-            raise UserError(f"{place}: a rule has exactly the keys match and grid, not {found}")
+            raise UserError(f"{place}: a rule has exactly the keys match and grid, not {found} (and may have a rank)")
         if not isinstance(value["match"], str):
             raise UserError(f"{place}.match: {value['match']!r} is not a pattern")
-        rules.append(Rule(value["match"], parse_grid(value["grid"], f"{place}.grid")))
+        rank = value.get("rank")
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise UserError(f"{place}.rank: {rank!r} is not a positive whole number")
+        rules.append(Rule(value["match"], parse_grid(value["grid"], f"{place}.grid"), rank))
     return rules
 
 
@@ -98,23 +103,39 @@ def resolve(layers: Mapping[str, Kind], rules: Sequence[Rule] | None, default: P
         return {name: default if kind == "linear" else None for name, kind in layers.items()}
     used, placed = set[int](), dict[str, Placement]()
     for name, kind in layers.items():
-        placed[name] = None
-        for i, rule in enumerate(rules):
-            # A tied head and an embedding belong to no catch-all pattern.
-            if not (rule.names(name) if kind in ("embedding", "tied") else fnmatchcase(name, rule.match)):
-                continue
-            used.add(i)
-            if kind == "tied" and rule.grid is not None:
-                raise UserError(
-                    f"rules[{i}]: {name} is tied to the embedding and follows it; write `grid: null` or leave it out"
-                )
-            placed[name] = rule.grid
-            break
+        i = _first(name, kind, rules)
+        placed[name] = None if i is None else rules[i].grid
+        if i is None:
+            continue
+        used.add(i)
+        if kind == "tied" and rules[i].grid is not None:
+            raise UserError(
+                f"rules[{i}]: {name} is tied to the embedding and follows it; write `grid: null` or leave it out"
+            )
     for i, rule in enumerate(rules):
         # A rule is only useless if nothing matches it at all: an earlier rule may well take what it matches.
         if i not in used and not any(fnmatchcase(name, rule.match) for name in layers):
             raise UserError(f"rules[{i}].match: {rule.match!r} matches no layer of the model{_hint(rule, layers)}")
     return placed
+
+
+def _first(name: str, kind: Kind, rules: Sequence[Rule]) -> int | None:
+    """The first rule for a layer. A tied head and an embedding belong to no catch-all pattern."""
+    for i, rule in enumerate(rules):
+        if rule.names(name) if kind in ("embedding", "tied") else fnmatchcase(name, rule.match):
+            return i
+    return None
+
+
+def ranks(layers: Mapping[str, Kind], rules: Sequence[Rule] | None) -> dict[str, int]:
+    """The rank of every layer whose rule names one."""
+    found = {}
+    for name, kind in layers.items():
+        i = _first(name, kind, rules or ())
+        rank = None if i is None or rules is None else rules[i].rank
+        if rank is not None:
+            found[name] = rank
+    return found
 
 
 def _hint(rule: Rule, layers: Mapping[str, Kind]) -> str:

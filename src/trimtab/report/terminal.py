@@ -1,9 +1,10 @@
 """The terminal: progress with speed, memory and time left; tables of results. The only file that imports rich."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -11,7 +12,11 @@ from rich.table import Table
 from trimtab.evaluate.parity import Parity
 from trimtab.export.exporting import Report
 from trimtab.memory import Plan
+from trimtab.prune import Pruned
 from trimtab.train import Step
+
+if TYPE_CHECKING:
+    from trimtab.search.searching import Search
 
 _TRAINING = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}")
 
@@ -31,6 +36,8 @@ class Terminal:
     def __init__(self) -> None:
         self.console = Console(highlight=False, emoji=False)
         self._progress: Progress | None = None
+        self._live: Live | None = None
+        self._said = ""
 
     def say(self, text: str) -> None:
         """A line about the stage that begins or has ended."""
@@ -56,6 +63,12 @@ class Terminal:
         self._progress.update(self._progress.task_ids[0], completed=step.step, **fields)
         if step.step >= step.steps:
             self._stop()
+
+    def pruned(self, done: Pruned, out: str) -> None:
+        """What pruning removed."""
+        for line in done.lines():
+            self.say(line)
+        self.say(f"{done.seconds:.1f} s, peak memory {size(done.peak_bytes)}; written to {out}")
 
     def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
         """The results of a run."""
@@ -151,6 +164,36 @@ class Terminal:
         elif report.kind == "lossy":
             self.say("held-out perplexity not measured: the model's recipe names no held-out data (data.eval_path)")
 
+    def search(self, search: "Search") -> None:
+        """The front so far, in place on a terminal, else a line for each trial."""
+        trials = search.ledger.trials()
+        done = sum(t.state == "complete" for t in trials)
+        running = sum(t.state == "running" for t in trials)
+        failed = sum(t.state == "infeasible" for t in trials)
+        left = search.seconds_left(trials)
+        status = f"{done} trials done, {running} running, {failed} failed; hypervolume {search.hypervolume(trials):.4g}"
+        status += "" if left is None else f"; about {left / 60:.0f} min left"
+        if not self.console.is_terminal:
+            if status != self._said:
+                self.console.print(f"  {status}")
+            self._said = status
+            return
+        table = Table(box=None)
+        for column in ("bytes", "loss" if search.block.objective == "tuned" else "KL", "mean bits", "trial"):
+            table.add_column(column, justify="right")
+        for t in search.front(trials)[-30:]:
+            bits = sum(search.space.bits[c] for c in t.wish.configuration) / len(t.wish.configuration)
+            table.add_row(size(t.bytes or 0), f"{t.quality:.4f}", f"{bits:.2f}", f"{t.number} {t.wish.kind}")
+        if self._live is None:
+            self._live = Live(console=self.console)
+            self._live.start()
+        self._live.update(Group(status, table))
+
+    def searched(self, search: "Search") -> None:
+        """Where the results of a search are."""
+        self._stop()
+        self.say(f"front.csv, points/*.yaml and pictures are in {search.folder}; `trimtab run` any point's recipe")
+
     def rows(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Any table of text."""
         table = Table(title=title or None, title_justify="left", box=None)
@@ -164,3 +207,6 @@ class Terminal:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

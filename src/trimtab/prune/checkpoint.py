@@ -1,0 +1,93 @@
+"""A checkpoint in, a smaller one out: what `trimtab prune` does.
+
+    DIR/config.json, model.safetensors, tokenizer files      an ordinary model of its own architecture, no pickles
+    DIR/pruning.json                                          options, widths and parameters before and after
+
+The directory is written beside its destination and moved there in one step: it is whole or it is not there.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trimtab import data, loading
+from trimtab.errors import UserError
+from trimtab.prune.pruning import Options, Pruned, prune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def prune_checkpoint(
+    path: str,
+    out: str | os.PathLike[str],
+    options: Options,
+    *,
+    text: str = data.PYDOC_TOPICS,
+    split: str = "train",
+    tokens: int = 8192,
+    block_tokens: int = 256,
+    dtype: str = "bfloat16",
+) -> Pruned:
+    """Load a float model, prune it, and write it.
+
+    Args:
+        path: a directory, GGUF file, hub id or `smollm2-135m`; a GGUF file is dequantized.
+        out: directory, new or empty.
+        options: what to remove.
+        text: calibration data, in any form that a recipe's `data.path` takes; read only where it is needed.
+        split: of it.
+        tokens: calibration tokens, at most.
+        block_tokens: length of a calibration window.
+        dtype: of the model, in memory and in the file: bfloat16, float16 or float32.
+    """
+    target = check_empty(out)
+    if dtype not in _DTYPES:
+        raise UserError(f"prune: dtype {dtype!r} is none of {', '.join(_DTYPES)}")
+    source = loading.open_source(path)
+    if source is None:
+        raise UserError(f"{path}: already quantized; prune the float model first, then quantize what is left")
+    tokenizer, blocks = source.tokenizer(), None
+    if options.importance == "taylor" or options.what == "layers" or options.layers is not None:
+        rows = data.load_rows(text, split=split)
+        blocks = data.token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
+    model = loading.load_float(path, dtype=_DTYPES[dtype], source=source)
+    pruned = prune(model, options, blocks)
+    save(model, target, tokenizer, {"options": asdict(options), "model": path, **asdict(pruned)})
+    return pruned
+
+
+def check_empty(out: str | os.PathLike[str]) -> Path:
+    """The directory, if nothing is in the way of writing it."""
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: is there already and not an empty directory; remove it or name another")
+    return target
+
+
+def save(model: "PreTrainedModel", target: Path, tokenizer: Any, report: dict[str, Any]) -> None:
+    """Write a pruned model in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        (staging / "pruning.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        # Temporary directories, and files that safetensors makes, are for their owner only.
+        mask = os.umask(0)
+        os.umask(mask)
+        staging.chmod(0o777 & ~mask)
+        for file in staging.iterdir():
+            file.chmod(0o666 & ~mask)
+        os.replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

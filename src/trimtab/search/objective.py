@@ -1,0 +1,96 @@
+"""What a configuration is worth: a trial, always measured with its quantization applied.
+
+    rounded    KL(float || rounded) per token: no training, one forward pass of the model with its weights on their grids
+    tuned      held-out loss after a short fine-tune of the recipe's method on the configuration: quantized weights and
+               adapters, as they would be folded and served
+
+Tokens are the same in every trial, so that trials are paired and most of the noise of sampling text cancels.
+(The paper's public code measures the 16-bit model with the adapter on it; and memory where it could be computed.)
+"""
+
+import gc
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from math import log
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trimtab import loading, train
+from trimtab.evaluate.perplexity import perplexity
+from trimtab.preparing import targets
+from trimtab.recipe import Recipe
+from trimtab.rules import Rule
+from trimtab.search.sensitivity import divergence, on_grid, start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Rounded:
+    """KL to the float model, per token.
+
+    Args:
+        model: in float; its weights are swapped for the time of a trial.
+        recipe: `method` decides which layers a rule may name.
+        blocks_WL: int64 tokens.
+    """
+
+    def __init__(self, model: "PreTrainedModel", recipe: Recipe, blocks_WL: Tensor) -> None:
+        self._model, self._method = model.eval(), recipe.method
+        self._blocks = blocks_WL.split(1)
+        head: Any = model.get_output_embeddings()
+        self._head = head.weight.data
+        with torch.no_grad():
+            self._float = [start(model, some).last for some in self._blocks]
+
+    @torch.no_grad()
+    def __call__(self, rules: Sequence[Rule], steps: int) -> float:
+        """Nats a token; `steps` is of no account."""
+        total, head = 0.0, self._model.get_output_embeddings()
+        with ExitStack() as stack:
+            for target in targets(self._model, self._method, rules):
+                if target.grid is not None and target.kind != "tied":
+                    weight: Any = self._model.get_submodule(target.name).weight
+                    stack.callback(setattr, weight, "data", weight.data)
+                    weight.data = on_grid(weight.data, target.grid)
+            moved = [start(self._model, some).last for some in self._blocks]
+            rounded_head: Any = head.weight.data
+            for ours, theirs in zip(self._float, moved, strict=True):
+                total += divergence(self._model, ours, theirs, heads=(self._head, rounded_head))
+        return total / sum(b.numel() for b in self._blocks)
+
+
+class Tuned:
+    """Held-out loss after a short fine-tune.
+
+    Args:
+        recipe: its model, method, data and learning rates; its length is the trial's.
+        tokenizer: the model's.
+        rows: training rows.
+        blocks_WL: int64 held-out tokens.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, rows: Any, blocks_WL: Tensor) -> None:
+        self._recipe, self._tokenizer, self._rows, self._blocks = recipe, tokenizer, rows, blocks_WL
+
+    def __call__(self, rules: Sequence[Rule], steps: int) -> float:
+        """Nats a token; infinite where training diverged."""
+        with tempfile.TemporaryDirectory(prefix="trimtab-trial-") as folder:
+            recipe = at_length(self._recipe, rules, steps, folder)
+            torch.manual_seed(recipe.train.seed)
+            model, _ = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
+            train.fit(model, self._tokenizer, recipe, rows=self._rows)
+            value = log(perplexity(model, self._blocks))
+        del model
+        gc.collect()
+        return value
+
+
+def at_length(recipe: Recipe, rules: Sequence[Rule], steps: int, folder: str) -> Recipe:
+    """The recipe of a trial."""
+    training = recipe.train.model_copy(update={"steps": steps, "save_steps": steps + 1, "report_to": "none"})
+    changes = {"rules": list(rules), "train": training, "output": folder, "search": None, "prune": None}
+    return recipe.model_copy(update=changes)

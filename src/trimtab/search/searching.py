@@ -1,0 +1,328 @@
+"""A search from a recipe: lay out, measure sensitivities once, then trial after trial until there are enough.
+
+    space, prior -> claim -> trial -> told -> claim ...        by one process or many, on one machine or more
+
+Whoever runs this on the same storage works on the same study; what is finished stays finished whatever happens to a
+process. The order of wishes is: uniform widths, for comparison; then one promotion for every four short trials, of the
+points that the short front would lose most without; else what `proposal` proposes.
+"""
+
+import copy
+import hashlib
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trimtab import data, loading, memory
+from trimtab.errors import UserError
+from trimtab.grid import AnyGrid
+from trimtab.preparing import targets
+from trimtab.recipe import Recipe
+from trimtab.search import sensitivity
+from trimtab.search.additive import Configuration, front
+from trimtab.search.hypervolume import hypervolume, pareto
+from trimtab.search.ledger import DIED, Ledger, Trial, Wish
+from trimtab.search.objective import Rounded, Tuned
+from trimtab.search.proposal import Problem, Tried, propose
+from trimtab.search.space import Space, space, units
+from trimtab.storage import parse_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BEAT_SECONDS = 30.0
+_SHORT_FOR_EACH_LONG = 4
+_RANK_GAIN = 0.1
+"""Share of a unit's cost that each doubling of its rank is taken to repair, before trials say better."""
+Objective = Callable[[Sequence[Any], int], float]
+
+
+class Search:
+    """One search: what may be chosen, what was tried, what comes next.
+
+    Args:
+        recipe: with a `search` block; its model is in float.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        assert recipe.search is not None
+        assert recipe.data is not None
+        self.recipe, self.block = recipe, recipe.search
+        source, self._skeleton = loading.skeleton(recipe.model.path)
+        if source is None:
+            raise UserError(f"{recipe.model.path}: already quantized; a search starts from the float model")
+        self._source = source
+        others = recipe.rules or []
+        self.space: Space = space(
+            copy.deepcopy(self._skeleton),
+            recipe.method,
+            bits=self.block.bits,
+            grid=_template(self._skeleton, recipe, self.block.units),
+            ranks=self.block.ranks,
+            by=self.block.units,
+            others=others,
+            dtype=recipe.dtype,
+            merge=recipe.merge,
+        )
+        self.budget = None if self.block.budget is None else parse_bytes(self.block.budget, "search.budget")
+        if self.budget is not None:
+            front(self.space.bytes_UC, np.zeros(self.space.bytes_UC.shape), fixed=self.space.fixed_bytes).within(
+                self.budget
+            )
+        self.folder = recipe.out / "search"
+        url = self.block.storage or str(self.folder / "journal.log")
+        names = [unit.name for unit in self.space.units]
+        self.ledger = Ledger(url, recipe.name, names, len(self.space.bits))
+        self._same_search()
+
+    def _same_search(self) -> None:
+        """Refuse a study that another recipe began."""
+        about = {
+            "model": self.recipe.model.path,
+            "method": {"name": self.recipe.method.name, **asdict(self.recipe.method)},
+            "bytes": self.space.bytes_UC.tolist(),
+            "search": self.block.model_dump(
+                mode="json", include={"bits", "ranks", "objective", "steps", "promote", "tokens", "sensitivity"}
+            ),
+        }
+        mark = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        if self.ledger.noted("recipe") is None:
+            self.ledger.note("recipe", mark)
+        elif self.ledger.noted("recipe") != mark:
+            raise UserError(
+                f"search: the study {self.recipe.name!r} in {self.block.storage or self.folder} is of another model, "
+                "method, space or objective; set another `output`, `name` or `search.storage`"
+            )
+
+    # ---- what is measured on ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._source.tokenizer()
+
+    @cached_property
+    def _rows(self) -> Any:
+        assert self.recipe.data is not None
+        return data.load_rows(self.recipe.data.path, split=self.recipe.data.split, limit=self.recipe.data.limit)
+
+    @cached_property
+    def _float_model(self) -> "PreTrainedModel":
+        return loading.load_float(self.recipe.model.path, dtype=self.recipe.dtype, source=self._source)
+
+    def _blocks(self, rows: Any, tokens: int) -> torch.Tensor:
+        assert self.recipe.data is not None
+        length = min(self.recipe.data.block_tokens, tokens)
+        return data.token_blocks(rows, self._tokenizer, block_tokens=length, limit_tokens=tokens)
+
+    def objective(self) -> Objective:
+        """What a trial runs."""
+        block = self.recipe.data
+        assert block is not None
+        held_out = self._rows if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
+        blocks = self._blocks(held_out, self.block.tokens)
+        if self.block.objective == "rounded":
+            return Rounded(self._float_model, self.recipe, blocks)
+        self.__dict__.pop("_float_model", None)  # a trial loads its own, quantized
+        return Tuned(self.recipe, self._tokenizer, self._rows, blocks)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Space, prior and budget; sensitivities are measured once for a study."""
+        noted = self.ledger.noted("prior")
+        if noted is None:
+            noted = self._sensitivities()
+            self.ledger.note("prior", noted)
+        gain = [
+            1.0 if r is None else (1 - _RANK_GAIN) ** np.log2(r / min(self.block.ranks or (r,)))
+            for r in self.space.ranks
+        ]
+        return Problem(np.array(noted) * np.array(gain), self.space.bytes_UC, self.space.fixed_bytes, self.budget)
+
+    def _sensitivities(self) -> list[list[float]]:
+        blocks = self._blocks(self._rows, self.block.sensitivity_tokens)
+        # A width costs the same at every rank.
+        distinct = list(dict.fromkeys(self.space.placements))
+        measure = sensitivity.exact if self.block.sensitivity == "exact" else sensitivity.fisher
+        found = measure(self._float_model, self.space.units, distinct, blocks)
+        cost = np.maximum(found.cost_UC[:, [distinct.index(p) for p in self.space.placements]], 0.0)
+        return [[float(c) for c in row] for row in cost]
+
+    # ---- what comes next -------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Of a short trial."""
+        return self.block.steps if self.block.objective == "tuned" else 0
+
+    def admits(self, configuration: Configuration) -> bool:
+        """Whether its training fits the training budget."""
+        return self.block.budget_training is None or self._peak(configuration) <= parse_bytes(
+            self.block.budget_training, "search.budget_training"
+        )
+
+    @lru_cache  # noqa: B019  (a search lives as long as its process)
+    def _peak(self, configuration: Configuration) -> int:
+        recipe = self.recipe
+        assert recipe.data is not None
+        return memory.plan(
+            copy.deepcopy(self._skeleton),
+            recipe.method,
+            self.space.rules(configuration),
+            micro_batch=recipe.train.micro_batch,
+            block_tokens=recipe.data.block_tokens,
+            dtype=recipe.dtype,
+            checkpointing=recipe.train.activation_checkpointing,
+            moment_bytes=recipe.train.moment_bytes,
+        ).total
+
+    def uniform(self) -> list[Configuration]:
+        """The uniform choices within the budgets."""
+        every = [(c,) * len(self.space.units) for c in range(len(self.space.bits))]
+        fits = [c for c in every if self.budget is None or self.space.bytes(c) <= self.budget]
+        return [c for c in fits if self.admits(c)] if self.block.uniform else []
+
+    def wish(self, trials: list[Trial]) -> Wish | None:
+        """The next trial, or None if there are enough."""
+        counted = [t for t in trials if t.counts] + _hopeless(trials)
+        taken = {(t.wish.configuration, t.wish.steps) for t in counted}
+        for configuration in self.uniform():
+            if (configuration, self.steps) not in taken:
+                return Wish(configuration, self.steps, "uniform")
+        if sum(t.wish.kind != "uniform" for t in counted) >= self.block.trials:
+            return None
+        promoted = self._promotion(counted, taken)
+        if promoted is not None:
+            return promoted
+        tried = [
+            Tried(t.wish.configuration, t.quality, int(t.wish.steps != self.steps), t.state in ("infeasible", "dead"))
+            for t in counted
+        ]
+        found = propose(self.problem, tried, seed=self.block.seed, admits=self.admits)
+        return None if found is None else Wish(found, self.steps)
+
+    def _promotion(self, counted: list[Trial], taken: set[tuple[Configuration, int]]) -> Wish | None:
+        if self.block.promote is None:
+            return None
+        short = [t for t in counted if t.wish.steps == self.steps and t.quality is not None]
+        if (len(taken) - len({c for c, s in taken if s == self.steps}) + 1) * _SHORT_FOR_EACH_LONG > len(short):
+            return None
+        size, cost = _arrays(short)
+        best = pareto(size, cost)
+        reference = float(size.max()) + 1, float(cost.max())
+        whole = hypervolume(size[best], cost[best], reference)
+        rest = [hypervolume(np.delete(size[best], i), np.delete(cost[best], i), reference) for i in range(len(best))]
+        for i in np.argsort(np.array(rest) - whole, kind="stable"):
+            configuration = short[best[i]].wish.configuration
+            if (configuration, self.block.promote) not in taken:
+                return Wish(configuration, self.block.promote, "promoted")
+        return None
+
+    # ---- work ------------------------------------------------------------------------------------------------------
+
+    def work(self, told: Callable[[], None] = lambda: None) -> None:
+        """Make trials until there are enough; `told` is called before and after each."""
+        objective: Objective | None = None
+        _ = self.problem
+        while (trial := self.ledger.claim(self.wish, self.block.trials)) is not None:
+            objective = objective or self.objective()
+            told()
+            self._carry_out(trial, objective)
+            told()
+
+    def _carry_out(self, trial: Trial, objective: Objective) -> None:
+        began, ended = time.perf_counter(), False
+        try:
+            with _beating(self.ledger, trial):
+                quality = objective(self.space.rules(trial.wish.configuration), trial.wish.steps)
+            size = self.space.bytes(trial.wish.configuration)
+            self.ledger.finish(trial, size, quality, time.perf_counter() - began)
+            ended = True
+        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+            self.ledger.fail(trial, "infeasible", " ".join(str(error).split()) or type(error).__name__)
+            ended = True
+        finally:
+            if not ended:
+                self.ledger.fail(trial, "dead", "interrupted")
+
+    # ---- what was found --------------------------------------------------------------------------------------------
+
+    def front(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The Pareto front of the longest trials, by ascending bytes."""
+        done = [t for t in trials if t.state == "complete"]
+        longest = max((t.wish.steps for t in done), default=0)
+        done = [t for t in done if t.wish.steps == longest]
+        return [done[i] for i in pareto(*_arrays(done))]
+
+    def hypervolume(self, trials: Sequence[Trial]) -> float:
+        """Of log quality against bytes, in nats times bytes; within the largest bytes and the worst trial."""
+        done = [t for t in trials if t.state == "complete" and t.wish.steps == self.steps]
+        if not done:
+            return 0.0
+        size, cost = _arrays(done)
+        largest = self.space.fixed_bytes + int(self.space.bytes_UC.max(1).sum())
+        return hypervolume(size, cost, (float(min(largest, self.budget or largest)) + 1, float(cost.max())))
+
+    def seconds_left(self, trials: Sequence[Trial]) -> float | None:
+        """Until there are enough trials, as long as they have taken so far; None before the first."""
+        took = [t.seconds for t in trials if t.seconds is not None and t.wish.steps == self.steps]
+        open_ = self.block.trials - sum(t.counts and t.wish.kind != "uniform" and t.state != "running" for t in trials)
+        return statistics.median(took) * max(open_, 0) / self.block.workers if took else None
+
+
+def _hopeless(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that killed their worker for the second time (the system does that to a process that takes too much)."""
+    found, died = [], set[tuple[Configuration, int]]()
+    for t in trials:
+        if t.state == "dead" and t.reason == DIED:
+            key = (t.wish.configuration, t.wish.steps)
+            found += [t] if key in died else []
+            died.add(key)
+    return found
+
+
+def _arrays(trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
+    size = np.array([t.bytes for t in trials], float)
+    return size, np.log(np.maximum(np.array([t.quality for t in trials], float), 1e-12))
+
+
+def _template(skeleton: "PreTrainedModel", recipe: Recipe, by: Any) -> AnyGrid:
+    """The grid that gives every width its group and zero: that of the first layer searched over."""
+    first = units(skeleton, by, recipe.rules or ())[0].layers[0]
+    found = {t.name: t.grid for t in targets(skeleton, recipe.method, recipe.rules)}.get(first) or recipe.method.grid
+    if found is None:
+        raise UserError(f"search: {first} has no grid to take group and zero from; give it one in the rules")
+    return found
+
+
+@contextmanager
+def _beating(ledger: Ledger, trial: Trial) -> Iterator[None]:
+    """Renew the lease of a trial while it runs."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_BEAT_SECONDS):
+            ledger.beat(trial)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def best_within(points: Sequence[Trial]) -> Trial:
+    """The point of best quality; all are within the budget."""
+    if not points:
+        raise UserError("search: no trial was finished; see the reasons in search/trials.csv")
+    return min(points, key=lambda t: t.quality if t.quality is not None else np.inf)

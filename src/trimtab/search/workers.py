@@ -1,0 +1,79 @@
+"""A search carried out: by this process, or by several that it starts and watches.
+
+Ctrl-C ends it cleanly: the trial in flight becomes a dead one, what was found is written, and the same command goes on.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from trimtab.errors import UserError
+from trimtab.recipe import Recipe, read
+from trimtab.search import results
+from trimtab.search.searching import Search
+
+_LOOK_SECONDS = 1.0
+
+
+def run(recipe: Recipe, told: Callable[[Search], None] = lambda _: None) -> Search:
+    """Search until there are enough trials, and write what was found.
+
+    Args:
+        recipe: with a `search` block.
+        told: called whenever something may have happened, for a display.
+
+    Raises:
+        KeyboardInterrupt: after everything was written.
+        UserError: if all workers failed.
+    """
+    search = Search(recipe)
+    search.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if search.block.workers == 1:
+            search.work(lambda: told(search))
+        else:
+            _ = search.problem  # measured once, before there are others to measure it, too
+            _watch(search, recipe, told)
+    finally:
+        results.write(search)
+    return search
+
+
+def _watch(search: Search, recipe: Recipe, told: Callable[[Search], None]) -> None:
+    (search.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    context = multiprocessing.get_context("spawn")
+    count = search.block.workers
+    threads = max(torch.get_num_threads() // count, 1)
+    processes = [
+        context.Process(target=_work, args=(str(search.folder / "recipe.yaml"), threads)) for _ in range(count)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        while any(p.is_alive() for p in processes):
+            told(search)
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        _end(processes)
+    told(search)
+    if all(p.exitcode for p in processes):
+        raise UserError("search: every worker stopped with an error; the messages above say why")
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.join(timeout=10)  # a Ctrl-C reached them, too
+        if process.is_alive():
+            process.terminate()
+            process.join()
+
+
+def _work(file: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        Search(read(file)).work()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -30,7 +30,15 @@ class Native(Format):
     dense = ALL_KINDS
     everything = True
     adapters = "kept"
-    engines = (Engine(name="transformers", bits=(1, 2, 3, 4, 5, 6, 7, 8), zeros=("symmetric", "integer", "real")),)
+    engines = (
+        Engine(
+            name="transformers",
+            bits=(1, 2, 3, 4, 5, 6, 7, 8),
+            zeros=("symmetric", "integer", "real"),
+            activations=("float", "8", "4"),
+            kv=("float", "8", "4"),
+        ),
+    )
 
     def write(self, folder: Path, writing: Writing) -> None:
         """The model's own tensors."""

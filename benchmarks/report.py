@@ -156,7 +156,7 @@ def memory(found: dict[str, Any]) -> list[str]:
         "",
         "Training peak above interpreter and libraries. The floor is what cannot be done without: codes, float parameters,",
         "adapters, gradients, optimizer, what backward keeps, and one chunk of float32 logits (aim: at most 1.25 times).",
-        "On top comes the one weight (and gradient) that is being rebuilt: in `llama` that is a tied head of 32,000 rows, a",
+        "On top comes the weight (and gradient) that is being rebuilt: in `llama` that is a tied head of 32,000 rows, a",
         "quarter of so small a model. `python benchmarks/memory.py`.",
         "",
         *_table(

@@ -137,6 +137,23 @@ def test_kept_adapters_are_refused_or_merged(tmp_path: Path) -> None:
     assert report.relative_error == pytest.approx((moved / sum(w.square().sum() for w in exact.values())).sqrt().item())
 
 
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "gguf", "dense", "peft"])
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"activations": tt.Activations(8, mode="dynamic")}, "8-bit inputs"),
+        ({"kv": tt.KvCache(4)}, "a 4-bit KV cache"),
+    ],
+)
+def test_what_engines_would_leave_unrounded_is_refused(tmp_path: Path, name: str, asked: Any, words: str) -> None:
+    model = prepared(everywhere(bits=4, group=32))
+    tt.simulate(model, **asked)
+    for lossy in (False, True):
+        with pytest.raises(UserError, match=f"is trained with {words}, which {name} would leave unrounded"):
+            write(model, name, tmp_path / "out", allow_lossy=lossy)
+    assert not (tmp_path / "out").exists()
+
+
 def test_unfolded_levels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not folded yet"):
         write(prepared(everywhere(bits=4, group=32), method=LrQat(rank=4)), "dense", tmp_path / "out")

@@ -156,6 +156,15 @@ def test_one_recipe_prunes_searches_and_tunes(tmp_path: Path) -> None:
     assert served.config.intermediate_size < 128
     with pytest.raises(UserError, match="not empty"):
         chain.run(used)
+    assert used.prune is not None
+    otherwise = used.model_copy(update={"prune": used.prune.model_copy(update={"ratio": 0.1})})
+    with pytest.raises(UserError, match="with other options; pass --overwrite"):
+        chain.pruned(otherwise)
+    pruned = tmp_path / "out" / "pruned"
+    again = used.model_copy(update={"model": used.model.model_copy(update={"path": str(pruned)})})
+    with pytest.raises(UserError, match=r"model\.path: .* is in the output directory"):
+        chain.run(again, overwrite=True)
+    assert (pruned / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@
 A recipe with neither block is one run, into <output> itself. A stage that is finished is not repeated.
 """
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +50,7 @@ def run(
     watch = show or Quiet()
     if recipe.prune is None and recipe.search is None:
         return pipeline.run(recipe, overwrite=overwrite, resume=resume, show=watch)
+    inputs.check_apart(recipe)  # before anything is removed
     final = recipe.out / "model"
     if overwrite:
         for stage in ("pruned", "search"):
@@ -70,20 +73,22 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
     if block is None:
         return recipe
     out = recipe.out / "pruned"
-    if not (out / "pruning.json").exists():
+    options = Options(
+        ratio=block.ratio,
+        target_bytes=None if block.bytes is None else parse_bytes(block.bytes, "prune.bytes"),
+        layers=block.layers,
+        what=block.what,
+        importance=block.importance,
+        keep=block.keep,
+        count_embeddings=block.count_embeddings,
+        multiple_of=block.multiple_of,
+        seed=block.seed,
+    )
+    if (out / "pruning.json").exists():
+        _check_same(out, recipe.model.path, options)
+    else:
         watch = show or Quiet()
         watch.say(f"pruning {recipe.model.path}")
-        options = Options(
-            ratio=block.ratio,
-            target_bytes=None if block.bytes is None else parse_bytes(block.bytes, "prune.bytes"),
-            layers=block.layers,
-            what=block.what,
-            importance=block.importance,
-            keep=block.keep,
-            count_embeddings=block.count_embeddings,
-            multiple_of=block.multiple_of,
-            seed=block.seed,
-        )
         if recipe.data is None:
             raise UserError("prune: needs calibration text; set data.path")
         done = prune_checkpoint(
@@ -99,6 +104,17 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
         watch.pruned(done, str(out))
     model = recipe.model.model_copy(update={"path": str(Path(out))})
     return recipe.model_copy(update={"model": model, "prune": None})
+
+
+def _check_same(out: Path, model: str, options: Options) -> None:
+    """Refuse to go on from a model that was pruned otherwise than the recipe now says."""
+    made = json.loads((out / "pruning.json").read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps({"model": model, "options": asdict(options)}))
+    if {key: made.get(key) for key in asked} != asked:
+        raise UserError(
+            f"prune: {out} was pruned from another model or with other options; pass --overwrite to prune again, "
+            "or set another `output`"
+        )
 
 
 def search(recipe: Recipe, *, show: Observer | None = None) -> "Search":

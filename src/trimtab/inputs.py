@@ -36,7 +36,7 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> Inputs:
         UserError: for anything the user can mend.
     """
     check_output(recipe.out, overwrite, resume)
-    _check_apart(recipe)
+    check_apart(recipe)
     if resume:
         train.last_checkpoint(recipe)
     rows, held_out = _rows(recipe)
@@ -76,7 +76,7 @@ def _check_exports(recipe: Recipe, source: loading.ModelSource | None) -> None:
     exporting.check(recipe, found)
 
 
-def _check_apart(recipe: Recipe) -> None:
+def check_apart(recipe: Recipe) -> None:
     """Refuse to write over, or to remove, what the run reads."""
     block, out = recipe.data, recipe.out.resolve()
     inputs = {"model.path": recipe.model.path, "start.path": recipe.start.path or ""}

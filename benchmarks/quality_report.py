@@ -11,9 +11,13 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from quality import RESULTS, ROWS, SEEDS, STEP_TOKENS, STEPS, TEST_TOKENS, WINDOW, read, seeds_of
+import harness
+from quality import MODEL, RESULTS, SEEDS, STEP_TOKENS, STEPS, TASK_ITEMS, TEST_TOKENS, WINDOW, read, seeds_of
+from quality_rows import HEADLINES, ROWS
 
 OUT = Path(__file__).parent.parent / "docs" / "quality.md"
+Cells = dict[str, dict[int, dict[str, Any]]]
+"""By row, then seed."""
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Two-sided 95 % quantile of Student's t for n values."""
 
@@ -26,7 +30,9 @@ TITLES = {
     "w4-channel": "4 bits, per channel",
     "w3-channel": "3 bits, per channel",
     "int2": "2 bits, group 32: what folds into the zeros, at equal trainable numbers",
+    "activations": "4 bits, group 64, with rounded activations and KV cache",
     "detail": "LR-QAT at 3 bits, group 64: details against the row w3-lr-qat",
+    "polarity": "Sentence polarity",
 }
 CLAIMS = [
     ("w{}-gptq", "w{}-rtn", "GPTQ below round to nearest"),
@@ -43,12 +49,14 @@ CLAIMS = [
     ("int3-qa-hira", "int3-integer-qa-hira", "real zeros below integer zeros"),
     ("int2-qa-hira", "int2-qa-lora", "QA-HiRA below QA-LoRA, 2 bits"),
     ("int2-qa-hira", "int2-qlora", "QA-HiRA below QLoRA merged and rounded again, 2 bits"),
+    ("w4a8kv8-lr-qat", "w4a8kv8-rtn", "LR-QAT below round to nearest, W4A8KV8"),
+    ("w4a4kv4-lr-qat", "w4a4kv4-rtn", "LR-QAT below round to nearest, W4A4KV4"),
     ("detail-storage-fp32", "w3-lr-qat", "Phi in float32 below fixed8 (the paper: no difference)"),
     ("detail-adapter-float32", "w3-lr-qat", "factors acting in float32 below bfloat16"),
     ("detail-adam-8bit", "w3-lr-qat", "8-bit Adam below float32 moments"),
     ("detail-balanced", "w3-lr-qat", "balanced LR-QAT (k 2) below LR-QAT"),
 ]
-"""(a, b, what is claimed of a against b)."""
+"""(a, b, what is claimed of a's perplexity against b's); on the supervised task, of 1 - accuracy."""
 
 
 def interval(values: list[float]) -> float | None:
@@ -58,66 +66,69 @@ def interval(values: list[float]) -> float | None:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 1000 else f"{value:.3g}"
 
 
-def table(name: str, cells: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+def table(name: str, cells: Cells) -> list[str]:
+    """One table; none where nothing was run."""
     rows = [r for r in ROWS.values() if r.table == name and r.name in cells]
     if not rows:
         return []
-    lines = ["", f"## {TITLES[name]}", "", "| row | perplexity | seeds | trained numbers | learning rate | of scales |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["", f"## {TITLES[name]}", ""]
+    lines += [f"| row | {rows[0].metric} | seeds | trained numbers | learning rate | of scales |", "|---" * 6 + "|"]
     for row in rows:
         found = list(cells[row.name].values())
-        values = [c["value"] for c in found]
-        wide = interval(values)
-        shown = _number(statistics.fmean(values)) + ("" if wide is None else f" ± {_number(wide)}")
+        shown = _mean([c["value"] for c in found])
         rates = [f"{found[0][k]:g}" if found[0][k] else "-" for k in ("lr", "lr_scale")]
         trained = f"{found[0]['trainable']:,}" if row.trained else "-"
         lines.append(f"| {row.name} | {shown} | {len(found)} | {trained} | {rates[0]} | {rates[1]} |")
         if row.round_to:
-            before = statistics.fmean(c["before_rounding"] for c in found)
-            lines.append(f"| {row.name}, merged but not rounded again | {_number(before)} | {len(found)} | | | |")
+            before = _mean([c["before_rounding"] for c in found])
+            lines.append(f"| {row.name}, merged but not rounded again | {before} | {len(found)} | | | |")
     return lines
 
 
-def claims(cells: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
-    lines = ["", "## Claims", "", "| claim | difference of perplexity (a - b) | seeds | verdict |", "|---|---|---|---|"]
+def _mean(values: list[float]) -> str:
+    wide = interval(values)
+    return _number(statistics.fmean(values)) + ("" if wide is None else f" ± {_number(wide)}")
+
+
+def claims(cells: Cells) -> list[str]:
+    """What the papers say, each against its paired differences."""
+    lines = ["", "## Claims", "", "| claim | difference (a - b) | seeds | verdict |", "|---|---|---|---|"]
     for a, b, text in CLAIMS:
-        for bits in ("3", "2", "4", "4-channel", "3-channel") if "{}" in a else ("",):
-            first, second = a.format(bits), b.format(bits)
-            if first not in cells or second not in cells:
-                continue
-            lines.append(_claim(first, second, text, cells))
-    return lines
+        for prefix in ("", "polarity-"):
+            for bits in ("3", "2", "4", "4-channel", "3-channel") if "{}" in a else ("",):
+                first, second = prefix + a.format(bits), prefix + b.format(bits)
+                if first in cells and second in cells:
+                    lines.append(_claim(first, second, text, cells))
+    return lines if len(lines) > 5 else []
 
 
-def _claim(first: str, second: str, text: str, cells: dict[str, dict[int, dict[str, Any]]]) -> str:
+def _claim(first: str, second: str, text: str, cells: Cells) -> str:
     # A row without seeds (round to nearest) has the same value for each.
     one = cells[second] if ROWS[second].trained else dict.fromkeys(cells[first], cells[second][0])
     shared = sorted(cells[first].keys() & one.keys())
+    if not shared:
+        return f"| {first} against {second}: {text} | | 0 | no seed of both |"
     differences = [cells[first][s]["value"] - one[s]["value"] for s in shared]
     mean, wide = statistics.fmean(differences), interval(differences)
-    shown = f"{mean:+.2f}" if abs(mean) < 1000 else f"{mean:+.3g}"
+    shown = f"{mean:+.3f}" if ROWS[first].task else f"{mean:+.2f}" if abs(mean) < 1000 else f"{mean:+.3g}"
     if wide is None:
         verdict = "one seed: no interval"
     elif abs(mean) <= wide:
         verdict = "no difference beyond seeds"
     else:
-        verdict = "yes" if mean < 0 else "no, the other way round"
+        verdict = "yes" if (mean > 0 if ROWS[first].task else mean < 0) else "no, the other way round"
     shown += "" if wide is None else f" ± {_number(wide)}"
     return f"| {first} against {second}: {text} | {shown} | {len(shared)} | {verdict} |"
 
 
 def main() -> None:
-    cells: dict[str, dict[int, dict[str, Any]]] = {}
+    models: dict[str, Cells] = {}
     for c in read(RESULTS / "quality.jsonl"):
-        cells.setdefault(c["row"], {})[c["seed"]] = c
-    missing = [
-        f"{r.name} (seed {', '.join(map(str, left))})"
-        for r in ROWS.values()
-        if (left := [s for s in seeds_of(r, list(SEEDS)) if s not in cells.get(r.name, {})])
-    ]
+        models.setdefault(c["model"], {}).setdefault(c["row"], {})[c["seed"]] = c
+    cells = models.pop(MODEL, {})
     lines = [
         "# Quality",
         "",
@@ -126,19 +137,41 @@ def main() -> None:
         "",
         f"SmolLM2-135M-Instruct, WikiText-2: {STEPS} steps of {STEP_TOKENS} tokens of the train part, perplexity on",
         f"the first {TEST_TOKENS:,} test tokens in windows of {WINDOW}; every model is folded, saved and reloaded",
-        "before it is measured.",
+        "before it is measured. On the supervised task the same steps see reviews and their labels, and the accuracy is",
+        f"lm-evaluation-harness's on {TASK_ITEMS} test items.",
         "`float` is the dequantized 4-bit GGUF, not the vendor's release, so these numbers compare with one another and",
         "with no published ones. Rates were chosen on text held out of the train part (`quality_rates.jsonl`). Training is",
-        "short: it says which method repairs a rounded model fastest, not where each ends.",
+        "short: it says which method repairs a rounded model fastest, not where each ends. ± is a 95 % interval.",
     ]
     if "float" in cells:
         lines += ["", f"Float (untuned): {_number(cells['float'][0]['value'])}."]
     for name in TITLES:
         lines += table(name, cells)
     lines += claims(cells)
+    for model, others in models.items():
+        lines += ["", f"# {model}"]
+        for name in TITLES:
+            lines += table(name, others)
+        lines += claims(others)
+    missing = _missing(cells, list(ROWS))
     lines += ["", "## Not run", "", ", ".join(missing) + "." if missing else "Nothing: every cell above was run."]
-    OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += [] if models else [f"A second model: none of {', '.join(HEADLINES)}."]
+    lines += ["", *_harness()]
+    OUT.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"{OUT}: {sum(map(len, cells.values()))} cells, {len(missing)} rows not complete")
+
+
+def _missing(cells: Cells, names: list[str]) -> list[str]:
+    left = {n: [s for s in seeds_of(ROWS[n], list(SEEDS)) if s not in cells.get(n, {})] for n in names}
+    return [f"{name} (seed {', '.join(map(str, seeds))})" for name, seeds in left.items() if seeds]
+
+
+def _harness() -> list[str]:
+    """Accuracies on lm-evaluation-harness's tasks, where `benchmarks/harness.py` was run."""
+    found = harness.markdown()
+    text = "Zero-shot, lm-evaluation-harness's own prompts; by `benchmarks/harness.py`, one seed: the model"
+    rest = "above at 3 bits (embedding at 8), rounded, and tuned as row w3-lr-qat is."
+    return ["## Tasks", "", f"{text} {rest}", "", *found] if found else []
 
 
 if __name__ == "__main__":

@@ -140,10 +140,11 @@ class Table:
     """What is measured already, and what fills it."""
 
     def __init__(self, model: str, results: Path, data: Path | None, work: Path, deadline: float) -> None:
-        self.model, self.name = model, Path(model).stem
+        self.name = Path(model).stem
         self.cells, self.rates = results / "quality.jsonl", results / "quality_rates.jsonl"
         self.work, self.deadline = work, deadline
         self.data = None if data is None else _split(data, work)
+        self.model = "" if data is None else str(_converted(model, work / "models" / self.name))
 
     def mine(self, file: Path, row: Row) -> list[dict[str, Any]]:
         """What is known of a row and this model."""
@@ -230,6 +231,22 @@ def _further(row: Row, tried: dict[float, float]) -> list[float]:
     return [float(f"{new:.0e}")]
 
 
+def _converted(model: str, folder: Path) -> Path:
+    """The same numbers in float32 safetensors: every cell reads them, and reading a GGUF takes far longer."""
+    if not folder.exists():
+        import torch
+
+        from trimtab import loading
+
+        source = loading.open_source(model)
+        assert source is not None, "quantized models are not rounded again"
+        temporary = folder.with_name(folder.name + ".part")
+        loading.load_float(model, dtype=torch.float32).save_pretrained(temporary)
+        source.tokenizer().save_pretrained(temporary)
+        temporary.rename(folder)
+    return folder
+
+
 def _split(source: Path, work: Path) -> Path:
     """Training text, the slice held out of it, and the test text; the same of the task's rows."""
     folder = work / "text"
@@ -286,7 +303,7 @@ def main() -> None:
         arguments.model, arguments.results, arguments.data, arguments.work, time.time() + 60 * arguments.minutes
     )
     left = tuple(arguments.without)
-    names = ROWS if arguments.model == MODEL else HEADLINES
+    names = ROWS if table.name == MODEL else HEADLINES
     rows = [ROWS[n] for n in names if n.startswith(tuple(arguments.rows)) and not (left and n.startswith(left))]
     todo = [(row, seed) for seed in arguments.seeds for row in rows if seed in seeds_of(row, arguments.seeds)]
     for row, seed in todo:

@@ -63,9 +63,9 @@ def _rows() -> list[Row]:
             Row(f"{t}-qat", t, {"name": "qat"}, grid, (1e-4, 3e-4, 1e-3), peqa),
         ]
     nf4 = {"codebook": "nf4", "group": 64, "double_quant": True}
-    low = (3e-4, 1e-3, 3e-3)
+    low, high = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 9e-3)  # alpha as large as the rank, and 1
     rows += [Row("nf4-rtn", "nf4", {"name": "rtn"}, nf4)]
-    rows += [Row(f"nf4-{name}", "nf4", {"name": name, "rank": 16}, nf4, low) for name in ("qlora", "loftq", "q-bara")]
+    rows += [Row(f"nf4-{name}", "nf4", {"name": name, "rank": 16}, nf4, high) for name in ("qlora", "loftq", "q-bara")]
     int3 = {"bits": 3, "group": 32, "zero": "real"}
     # Ranks that give every row of the table the trainable numbers of QA-HiRA, within 2 %.
     rows += [

@@ -293,6 +293,17 @@ def test_the_tokenizer_is_the_files(file: File) -> None:
 # ---- what can be wrong ---------------------------------------------------------------------------------------------
 
 
+def test_a_file_is_parsed_once(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsing the vocabulary takes longer than reading the weights of a small model, and transformers would do it again."""
+    parsed: list[object] = []
+    build = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda self, *a: parsed.append(self) or build(self, *a))
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    loading.load(str(file.path), Rtn(), [{"match": "*", "grid": {"bits": 4, "group": 32}}])
+    assert len(parsed) == 1
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)
+
+
 def test_a_truncated_file_is_named(file: File, tmp_path: Path) -> None:
     whole, cut = file.path.read_bytes(), tmp_path / "cut.gguf"
     for size in (0, 3, 4, 20, 100, 1000, 5000, len(whole) // 2, len(whole) - 1):

@@ -13,6 +13,9 @@ Legend: N out features, K in features, G = K / 32 blocks in a row.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,22 @@ def from_blocks(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, rows: int) 
     return AffineWeight(packing.pack(codes, grid.bits), Range(scale, None, offset), grid, codes.shape[1])
 
 
+@contextmanager
+def _read_once(path: Path, reader: gguf.GGUFReader) -> Iterator[None]:
+    """Lend transformers our reader of a file, and each table of tensor names once.
+
+    It would parse the whole file again for the config and for the tokenizer, and build the table anew for every module of
+    a model: most of the time that a small model takes to load.
+    """
+    made, named = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = lambda asked, *rest: reader if Path(asked) == path else made(asked, *rest)  # type: ignore
+    gguf.get_tensor_name_map = cache(named)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = made, named  # type: ignore
+
+
 class GgufSource:
     """Tensors, config and tokenizer of one GGUF file.
 
@@ -100,7 +119,8 @@ class GgufSource:
         if what in self._answers:
             return self._answers[what]
         try:
-            self._answers[what] = kind.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            with _read_once(self.path, self._reader):
+                self._answers[what] = kind.from_pretrained(self.path.parent, gguf_file=self.path.name)
             return self._answers[what]
         except (ValueError, LookupError, TypeError, OSError) as error:
             raise UserError(
@@ -114,7 +134,8 @@ class GgufSource:
         config = model.config.to_dict()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
         try:
-            hf_of = get_gguf_hf_weights_map(model, self._processor)
+            with _read_once(self.path, self._reader):
+                hf_of = get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
             raise UserError(
                 f"{self.path}: transformers cannot read its model ({error}); use its safetensors"

@@ -266,6 +266,10 @@ def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
 def difference_rows(found: Sequence[Difference]) -> list[tuple[str, ...]]:
     """A table's rows: task, metric, difference, items that only one of them answered, p."""
     return [
-        (d.task, d.metric, f"{d.mean:+.4f} ± {d.stderr:.4f}", f"{d.only_first} / {d.only_second}", f"{d.p:.3f}")
+        (d.task, d.metric, f"{d.mean:+.4f} ± {d.stderr:.4f}", f"{d.only_first} / {d.only_second}", _probability(d.p))
         for d in found
     ]
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

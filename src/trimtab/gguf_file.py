@@ -72,12 +72,12 @@ def _read_once(path: Path, reader: gguf.GGUFReader) -> Iterator[None]:
     a model: most of the time that a small model takes to load.
     """
     made, named = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = lambda asked, *rest: reader if Path(asked) == path else made(asked, *rest)  # type: ignore
+    gguf.GGUFReader = lambda asked, *rest: reader if Path(asked) == path else made(asked, *rest)  # type: ignore[assignment,misc]
     gguf.get_tensor_name_map = cache(named)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = made, named  # type: ignore
+        gguf.GGUFReader, gguf.get_tensor_name_map = made, named  # type: ignore[misc]
 
 
 class GgufSource:

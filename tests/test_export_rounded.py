@@ -78,11 +78,12 @@ def layer(grid: Grid, kind: tt.Activations) -> Layer:
     ("grid", "kind", "engine", "words"),
     [
         (Grid(8), DYNAMIC, "vllm-cpu", None),
-        (Grid(8), SYMMETRIC, "vllm-cpu", None),
+        (Grid(8), SYMMETRIC, "vllm", None),
+        (Grid(8), STATIC, "vllm-cpu", "8-bit static symmetric inputs, .* use 8-bit dynamic asymmetric;"),
         (Grid(8), STATIC, "vllm", None),
         (Grid(4, 32), DYNAMIC, "vllm-cpu", None),
         (Grid(4, 32), DYNAMIC, None, None),
-        (Grid(4, 32), SYMMETRIC, "vllm-cpu", "4 bits and 8-bit dynamic symmetric inputs, .* use 8;"),
+        (Grid(4, 32), SYMMETRIC, "vllm-cpu", "has 8-bit dynamic symmetric inputs, .* use 8-bit dynamic asymmetric;"),
         (Grid(4, 32), DYNAMIC, "vllm", "4 bits and 8-bit dynamic asymmetric inputs, .* use 8;"),
         (Grid(4, 32, "integer"), DYNAMIC, "vllm-cpu", "zero that is integer and 8-bit .* use symmetric"),
         (Grid(8, 32), DYNAMIC, "vllm-cpu", "is int8 g32 symmetric with 8-bit .* use a group of per channel"),
@@ -111,7 +112,7 @@ def test_the_table_has_a_row_for_each() -> None:
     rows = declaration.table([export.get("compressed-tensors")])
     kinds = {(row[1], row[2]): row[7] for row in rows[1:] if row[7] != "float"}
     assert kinds["vllm-cpu", "4"] == "8-bit dynamic asymmetric"
-    assert "8-bit static symmetric" in kinds["vllm-cpu", "8"]
+    assert "8-bit static symmetric" in kinds["vllm", "8"]
     assert "8-bit dynamic symmetric" not in kinds["transformers", "2 3 4 8"].split(", ")
 
 

@@ -163,13 +163,11 @@ def test_an_adapter_on_its_base(tmp_path: Path) -> None:
     ("kind", "first"),
     [
         (tt.Activations(8), {"bits": 4, "group": 32}),
-        (tt.Activations(8, symmetric=True), {"bits": 8}),
-        (tt.Activations(8, symmetric=True, mode="static"), {"bits": 8}),
     ],
     ids=lambda x: x.describe() if isinstance(x, tt.Activations) else "",
 )
 def test_rounded_inputs(tmp_path: Path, kind: tt.Activations, first: dict[str, Any]) -> None:
-    """W8A8, and in one case W4A8 in the first layer: nearer to the model with rounded inputs than to that without.
+    """W4A8 in the first layer, W8A8 in the second: nearer to the model with rounded inputs than to that without.
 
     In float16, since bfloat16 moves inputs so far that too many of their codes differ.
     """

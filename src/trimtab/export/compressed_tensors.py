@@ -20,8 +20,10 @@ engine that reads this format runs them from codes.
 
 What rounds inputs as we do, read from the engines' code and checked on a CPU: transformers (compressed-tensors' own
 forward) all but dynamic symmetric ranges, where it divides by 127.5 instead of 127, and in the dtype of the input, so to
-the bit in float32 only; vLLM on a CPU all kinds of 8 bits for W8A8, and for W4A8 asymmetric ones whatever the file says
-(torch's `_dyn_quant_matmul_4bit`), so the others are refused. No GPU kernel of vLLM 0.32 takes int-quantized W4A8.
+the bit in float32 only; vLLM on a CPU dynamic asymmetric ones of 8 bits, for W8A8 and
+W4A8. Its W4A8 kernel (torch's `_dyn_quant_matmul_4bit`) does that whatever the file says; for symmetric W8A8 on a
+processor with AMX it takes a kernel that ignores static ranges and stops in float16. So the rest is refused.
+No GPU kernel of vLLM 0.32 takes int-quantized W4A8.
 
 transformers 5.23 lays layers with integer zeros out in a wrong shape unless the config says `dequantize`, and with that it
 takes every layer for one of the first group: so it reads integer zeros only where all layers share a grid.
@@ -189,7 +191,10 @@ class CompressedTensors(Format):
             bits=(4,),
             zeros=("symmetric", "integer"),
             fuses=True,
-            rounded=(_W8A8, Rounded(inputs=_DYNAMIC[:1], bits=(4,), zeros=("symmetric",))),
+            rounded=(
+                Rounded(inputs=_DYNAMIC[:1], bits=(8,), zeros=("symmetric",), groups=(None,)),
+                Rounded(inputs=_DYNAMIC[:1], bits=(4,), zeros=("symmetric",)),
+            ),
         ),
     )
 

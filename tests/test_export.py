@@ -137,12 +137,15 @@ def test_kept_adapters_are_refused_or_merged(tmp_path: Path) -> None:
     assert report.relative_error == pytest.approx((moved / sum(w.square().sum() for w in exact.values())).sqrt().item())
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "gguf", "dense", "peft"])
+ROUNDED = {"activations": tt.Activations(8)}, "8-bit dynamic asymmetric inputs"
+KV = {"kv": tt.KvCache(4)}, "a KV cache of 4 bits"
+
+
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("name", "asked", "words"),
     [
-        ({"activations": tt.Activations(8, mode="dynamic")}, "8-bit inputs"),
-        ({"kv": tt.KvCache(4)}, "a 4-bit KV cache"),
+        *((name, *ROUNDED) for name in ("gptq", "gguf", "dense", "peft")),
+        *((name, *KV) for name in ("compressed-tensors", "gptq", "gguf", "dense", "peft")),
     ],
 )
 def test_what_engines_would_leave_unrounded_is_refused(tmp_path: Path, name: str, asked: Any, words: str) -> None:
@@ -224,15 +227,15 @@ def test_a_killed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         write(model, "dense", tmp_path / "mine", overwrite=True)
 
 
-@pytest.mark.parametrize("size", ["5GB", "1.5 MiB", 1000, "20kb"])
-def test_shard_sizes(size: str | int) -> None:
-    assert directory.shard_bytes(size) in (5_000_000_000, 1_572_864, 1000, 20_000)
-
-
-@pytest.mark.parametrize("size", ["", "big", "-5GB", "5TB", 0])
-def test_bad_shard_sizes(size: str | int) -> None:
-    with pytest.raises(UserError, match="max_shard_size"):
-        directory.shard_bytes(size)
+def test_a_shard_size_is_checked_first(tmp_path: Path) -> None:
+    model = prepared(everywhere(bits=4, group=32))
+    for save in (
+        lambda out: write(model, "dense", out, max_shard_size="big"),
+        lambda out: tt.save(model, out, max_shard_size=0),
+    ):
+        with pytest.raises(UserError, match=r"max_shard_size: .* size"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_recipes_know_every_format() -> None:

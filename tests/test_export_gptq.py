@@ -1,4 +1,6 @@
-"""GPTQ v2, read back by an unpacker written in float64 from the layout that AutoGPTQ's packing loops document."""
+"""GPTQ v2, read back by an unpacker written in float64 from the layout that AutoGPTQ's packing loops document, and
+compared with the words that gptqmodel's packing made (`stored/gptq_v2.py`).
+"""
 
 import json
 from pathlib import Path
@@ -6,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import trimtab as tt
 from exported import EMBEDDING, everywhere, linears, prepared, shake, tensors, write
 from trimtab.errors import UserError
+from trimtab.export.gptq import packed
+from trimtab.grid import Grid, Range
 from trimtab.methods import LrQat
 
 
@@ -47,6 +52,16 @@ def test_layout(tmp_path: Path, bits: int, zero: str, group: int | None) -> None
         assert stored[f"{name}.scales"].dtype == torch.float16
         weight = scales[groups] * (codes - zeros[groups])
         assert np.array_equal(weight.T, layer.dequantize(torch.float64).numpy())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_are_those_of_gptqmodel(bits: int) -> None:
+    stored = load_file(Path(__file__).parent / "stored/gptq_v2.safetensors")
+    theirs = {name.partition(".")[2]: tensor for name, tensor in stored.items() if name.startswith(f"{bits}.")}
+    range_ = Range(theirs["scale"], theirs["zero"], None)
+    found = packed(theirs["codes"], range_, Grid(bits, 32, "integer"))
+    assert set(found) == {"qweight", "qzeros", "scales", "g_idx"}
+    assert all(torch.equal(found[name], theirs[name]) for name in found)
 
 
 def test_refused(tmp_path: Path) -> None:

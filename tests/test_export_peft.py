@@ -1,6 +1,7 @@
 """PEFT LoRA files, with peft as the oracle, in both directions."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import trimtab as tt
 from exported import EMBEDDING, IDS, everywhere, linears, llama, logits, prepared, shake, tensors, write
 from trimtab.adapters import DeltaOutput
 from trimtab.errors import UserError
+from trimtab.evaluate import serving
 from trimtab.methods import Lora, LrQat, Method, QaBlora, QaHira, QaLora, QBara, Qlora
 from trimtab.peft_start import start_from
 
@@ -49,6 +51,17 @@ def test_peft_computes_the_same(tmp_path: Path, name: str) -> None:
     moved = (ours - untuned).abs().max()
     assert moved > 0.05
     assert (ours - theirs).abs().max() < 2e-4 * moved
+
+
+def test_parity_takes_adapter_and_base(tmp_path: Path) -> None:
+    """The engine's side of `trimtab parity`, in a process of its own."""
+    model = prepared(NF4, method=QBara(rank=4, alpha=8.0), dtype=torch.float32)
+    shake(model)
+    write(model, "peft", tmp_path / "out")
+    served = serving.engine_logprobs(tmp_path / "out", "transformers", IDS, sys.executable)
+    assert (served - serving.model_logprobs(model, IDS)).abs().max() < 1e-4
+    base = serving.engine_logprobs(tmp_path / "out/base", "transformers", IDS, sys.executable)
+    assert (served - base).abs().max() > 0.05
 
 
 def test_ranks_that_differ(tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ class Activations:
         if self.mode not in ("dynamic", "static"):
             raise UserError(f"activations.mode: {self.mode!r} is neither dynamic nor static")
 
+    def describe(self) -> str:
+        """For example `8-bit dynamic asymmetric`."""
+        return f"{self.bits}-bit {self.mode} {'' if self.symmetric else 'a'}symmetric"
+
 
 @dataclass(frozen=True)
 class KvCache:

@@ -80,11 +80,28 @@ FORMS = ((2, "symmetric"), (8, "symmetric"), (3, "integer"), (4, "integer"), (4,
 
 @pytest.mark.parametrize(("bits", "zero"), FORMS)
 def test_a_tuned_model_is_served_within_the_engines_noise(bits: int, zero: str, tmp_path: Path) -> None:
+    check_tuned([{"match": "*", "grid": {"bits": bits, "group": 32, "zero": zero}}], tmp_path)
+
+
+def test_mixed_widths(tmp_path: Path) -> None:
+    """2, 3, 4 and 8 bits, a real zero, an embedding of 8 bits and a float layer, each tensor in a type of its own."""
+    grids: dict[str, Any] = {
+        "model.embed_tokens": {"bits": 8, "group": 32},
+        "*.0.self_attn.q_proj": {"bits": 2, "group": 32},
+        "*.0.self_attn.*": {"bits": 8, "group": 64},
+        "*.0.mlp.down_proj": None,
+        "*.0.mlp.*": {"bits": 3, "group": 32, "zero": "integer"},
+        "*.1.self_attn.*": {"bits": 4, "group": 32, "zero": "real"},
+        "*": {"bits": 4, "group": 32},
+    }
+    check_tuned([{"match": match, "grid": grid} for match, grid in grids.items()], tmp_path)
+
+
+def check_tuned(rules: list[dict[str, Any]], tmp_path: Path) -> None:
     """The noise is that of the untuned model of the same form, in the same run."""
     differences = []
     for method in (Rtn(), LrQat(rank=4, alpha=64.0)):
-        grid = {"bits": bits, "group": 32, "zero": zero}
-        model = prepare(random_model(FAMILIES["llama"]).float(), method, [{"match": "*", "grid": grid}])
+        model = prepare(random_model(FAMILIES["llama"]).float(), method, rules)
         torch.manual_seed(1)
         for layer in quant_layers(model).values():
             adapter = getattr(layer, "adapter", None)

@@ -1,12 +1,18 @@
-"""What vLLM computes from a compressed-tensors folder: the trained model, or a refusal. `make test-serving` runs this."""
+"""What vLLM computes from a folder: the trained model, or a refusal. `make test-serving` runs this.
 
+Tests take one start of the engine for each folder. Inputs of 4-bit layers stay in float where nothing says otherwise
+(`VLLM_CPU_INT4_W4A8`), so that what is compared is the file and not a rounding that vLLM adds on some processors.
+"""
+
+import copy
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import trimtab as tt
 from trimtab.errors import UserError
@@ -14,7 +20,7 @@ from trimtab.evaluate import serving
 from trimtab.export import exporting
 from trimtab.hf import quant_layers
 from trimtab.linear import QuantLinear
-from trimtab.methods import LrQat
+from trimtab.methods import LrQat, Method, QBara, Rtn
 
 BLOCKS = torch.arange(128).view(2, 64) * 7 % 260
 EMBEDDING = {"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}
@@ -24,7 +30,14 @@ def test_the_environment_is_there() -> None:
     assert Path(os.environ["TRIMTAB_VLLM_PYTHON"]).is_file(), "run `make test-serving`"
 
 
-def prepared(*rules: dict[str, Any], tuned: bool = True) -> PreTrainedModel:
+@pytest.fixture(autouse=True)
+def inputs_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
+
+
+def prepared(
+    *rules: dict[str, Any], tuned: bool = True, method: Method | None = None, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=260,
@@ -37,7 +50,7 @@ def prepared(*rules: dict[str, Any], tuned: bool = True) -> PreTrainedModel:
         tie_word_embeddings=True,
         initializer_range=0.06,
     )
-    model = tt.prepare(LlamaForCausalLM(config).bfloat16(), LrQat(rank=4), [EMBEDDING, *rules])
+    model = tt.prepare(LlamaForCausalLM(config).to(dtype), method or LrQat(rank=4), [EMBEDDING, *rules])
     for layer in quant_layers(model).values():
         if tuned and isinstance(layer, QuantLinear) and layer.adapter is not None:
             with torch.no_grad():
@@ -47,9 +60,22 @@ def prepared(*rules: dict[str, Any], tuned: bool = True) -> PreTrainedModel:
     return model
 
 
-def export(model: PreTrainedModel, out: Path, **options: Any) -> Path:
-    exporting.write(model, None, "compressed-tensors", out, source=out, options=exporting.Options(**options))
+def export(model: PreTrainedModel, out: Path, name: str = "compressed-tensors", **options: Any) -> Path:
+    exporting.write(model, None, name, out, source=out, options=exporting.Options(**options))
     return out
+
+
+def served(model: PreTrainedModel, folder: Path) -> serving.Served:
+    """vLLM's log-probabilities of the folder against those of the model."""
+    found = serving.engine_logprobs(folder, "vllm", BLOCKS)
+    return serving.compare("vllm", serving.model_logprobs(model, BLOCKS), found, BLOCKS)
+
+
+def noise(model: PreTrainedModel) -> float:
+    """How far the model's dtype takes it from float32: engines that round in different places differ by as much."""
+    whole = torch.nn.Module.float(copy.deepcopy(model))  # transformers refuses `.float()` to a quantized model
+    exact = serving.model_logprobs(whole, BLOCKS)
+    return serving.compare("", exact, serving.model_logprobs(model, BLOCKS), BLOCKS).rms_logprob
 
 
 @pytest.mark.parametrize(("group", "zero"), [(64, "symmetric"), (32, "integer")])
@@ -58,8 +84,7 @@ def test_four_bits(tmp_path: Path, group: int, zero: str) -> None:
     found = {}
     for tuned in (False, True):
         model = prepared({"match": "*", "grid": {"bits": 4, "group": group, "zero": zero}}, tuned=tuned)
-        served = serving.engine_logprobs(export(model, tmp_path / f"{tuned}"), "vllm", BLOCKS)
-        found[tuned] = serving.compare("vllm", serving.model_logprobs(model, BLOCKS), served, BLOCKS)
+        found[tuned] = served(model, export(model, tmp_path / f"{tuned}"))
     assert found[True].rms_logprob <= 1.5 * found[False].rms_logprob
     assert found[True].rms_logprob < 0.05
     assert found[True].top1_agreement > 0.9
@@ -82,3 +107,81 @@ def test_unlike_joined_layers(tmp_path: Path) -> None:
         export(model, tmp_path / "out", engine="vllm-cpu")
     with pytest.raises(UserError, match="vllm cannot run it"):
         serving.engine_logprobs(export(model, tmp_path / "out", engine="transformers"), "vllm", BLOCKS)
+
+
+def test_four_bits_in_several_groups(tmp_path: Path) -> None:
+    """Joined layers alike, others not: groups of 32 and 64, per channel, integer zeros and none, and a float layer."""
+    grids: dict[str, Any] = {
+        "*.0.self_attn.*": {"bits": 4, "group": 32},
+        "*.0.mlp.down_proj": None,
+        "*.0.mlp.*": {"bits": 4},
+        "*.1.self_attn.o_proj": {"bits": 4, "group": 64, "zero": "integer"},
+        "*": {"bits": 4, "group": 64},
+    }
+    model = prepared(*({"match": match, "grid": grid} for match, grid in grids.items()))
+    found = served(model, export(model, tmp_path / "out", engine="vllm-cpu"))
+    assert found.rms_logprob < 2 * noise(model)
+    assert found.top1_agreement > 0.9
+
+
+def test_mixed_widths(tmp_path: Path) -> None:
+    """2, 3, 4 and 8 bits in one model: refused for vLLM on a CPU, which has no such kernels; transformers runs them."""
+    grids = {
+        "*.0.self_attn.*": {"bits": 8},
+        "*.0.mlp.*": {"bits": 3, "group": 32},
+        "*.1.self_attn.*": {"bits": 2, "group": 32},
+        "*": {"bits": 4, "group": 64},
+    }
+    model = prepared(*({"match": match, "grid": grid} for match, grid in grids.items()))
+    with pytest.raises(UserError, match=r"8 bits, which vllm-cpu does not run in compressed-tensors; use 4;.*10 more"):
+        export(model, tmp_path / "out", engine="vllm-cpu")
+    out = export(model, tmp_path / "out", engine="transformers")
+    found = serving.engine_logprobs(out, "transformers", BLOCKS, sys.executable)
+    assert serving.compare("", serving.model_logprobs(model, BLOCKS), found, BLOCKS).rms_logprob < 1e-3
+
+
+def test_dense(tmp_path: Path) -> None:
+    model = prepared({"match": "*", "grid": {"codebook": "nf4", "group": 32}}, method=Rtn())
+    found = served(model, export(model, tmp_path / "out", "dense"))
+    assert found.rms_logprob < 2 * noise(model)
+    assert found.top1_agreement > 0.9
+
+
+def test_an_adapter_on_its_base(tmp_path: Path) -> None:
+    """Q-BaRA's files as a LoRA of rank 2 r: served with it, and far from the base without."""
+    model = prepared({"match": "*", "grid": {"codebook": "nf4", "group": 32}}, method=QBara(rank=4, alpha=8.0))
+    out = export(model, tmp_path / "out", "peft")
+    found = served(model, out)
+    assert found.rms_logprob < 2 * noise(model)
+    assert found.top1_agreement > 0.9
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    moved = serving.compare("", serving.model_logprobs(model, BLOCKS), serving.model_logprobs(base, BLOCKS), BLOCKS)
+    assert moved.rms_logprob > 5 * found.rms_logprob
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [
+        (tt.Activations(8), {"bits": 4, "group": 32}),
+    ],
+    ids=lambda x: x.describe() if isinstance(x, tt.Activations) else "",
+)
+def test_rounded_inputs(tmp_path: Path, kind: tt.Activations, first: dict[str, Any]) -> None:
+    """W4A8 in the first layer, W8A8 in the second: nearer to the model with rounded inputs than to that without.
+
+    In float16, since bfloat16 moves inputs so far that too many of their codes differ.
+    """
+    model = prepared({"match": "*.0.*", "grid": first}, {"match": "*", "grid": {"bits": 8}}, dtype=torch.float16)
+    for name, p in model.named_parameters():
+        if name.endswith("layernorm.weight"):
+            p.data[3] = 40.0  # one channel sets the range of every token, so that the others are rounded coarsely
+    tt.simulate(model, activations=kind, calibration=BLOCKS)
+    found = serving.engine_logprobs(export(model, tmp_path / "out", engine="vllm-cpu"), "vllm", BLOCKS)
+    differences, bound = [], 2 * noise(model)
+    for _ in range(2):
+        differences.append(serving.compare("vllm", serving.model_logprobs(model, BLOCKS), found, BLOCKS))
+        for layer in quant_layers(model).values():
+            layer.inputs = None
+    rounded, unrounded = differences
+    assert rounded.rms_logprob < bound
+    assert rounded.rms_logprob < 0.5 * unrounded.rms_logprob

@@ -3,22 +3,34 @@
     python engine_transformers.py DIR TOKENS.safetensors OUT.safetensors
 
 Every engine's script has this contract: TOKENS holds `blocks`, int64 (W, L); OUT gets `logprobs`, float32 (W, L - 1, V),
-those of each next token. It runs in a process, and if need be in a virtual environment, of its own.
+those of each next token. It runs in a process, and if need be in a virtual environment, of its own. Where DIR holds LoRA
+files (format peft), peft puts them on the base beside them.
 
 Legend: W windows, L tokens in each, V vocabulary.
 """
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
+def load(folder: Path) -> Any:
+    """The model of a folder, with its adapter if there is one."""
+    if not (folder / "adapter_config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(folder)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder)
+
+
 def main(directory: str, tokens: str, out: str) -> None:
     """Compute and write."""
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    model = load(Path(directory)).eval()
     with torch.no_grad():
         found = [
             model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float().log_softmax(-1)

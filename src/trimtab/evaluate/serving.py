@@ -67,7 +67,8 @@ def engine_logprobs(directory: Path, engine: str, blocks_WL: Tensor, python: str
         command = [chosen, "-P", str(script), str(directory), str(tokens), str(out)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
-            raise UserError(f"{directory}: {engine} cannot run it: {_reason(done.stdout)}")
+            died = f"ended by signal {-done.returncode}: " if done.returncode < 0 else ""
+            raise UserError(f"{directory}: {engine} cannot run it: {died}{_reason(done.stdout)}")
         return load_file(out)["logprobs"]
 
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
+from trimtab.activations import Activations, KvCache
 from trimtab.errors import UserError
 from trimtab.grid import AnyGrid, Grid, ScaleDtype, Zero
 from trimtab.rules import Kind
@@ -48,8 +49,10 @@ class Layer:
     """None for a float matrix."""
     adapter: str | None = None
     """Place of an adapter that is still beside the weight when it is written."""
-    rounds: str | None = None
-    """What else the model rounds around this layer (its inputs, keys and values), in words."""
+    inputs: Activations | None = None
+    """How what it reads is rounded."""
+    kv: KvCache | None = None
+    """How the model rounds keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,8 @@ class Form:
     channel: bool = True
     scales: Literal["model", "float16", "any"] = "model"
     """Dtype of scales and offsets in the file: the model's, float16, or the grid's own."""
+    inputs: tuple[Activations | None, ...] = (None,)
+    """Roundings of a layer's inputs that are written with it; None for inputs in float."""
 
 
 DENSE = Form(name="dense", bits=(), zeros=(), kinds=ALL_KINDS)
@@ -73,8 +78,20 @@ DENSE = Form(name="dense", bits=(), zeros=(), kinds=ALL_KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """What an engine runs of layers whose inputs are rounded."""
+
+    inputs: tuple[Activations, ...]
+    """Roundings that it does as `activations` does."""
+    bits: tuple[int, ...]
+    zeros: tuple[Zero, ...]
+    groups: tuple[int | None, ...] | None = None
+    """As of `Engine`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What an engine runs of a format."""
+    """What an engine runs of a format: bits, zeros and groups of layers with inputs in float, and `rounded` ones."""
 
     name: str
     bits: tuple[int, ...]
@@ -85,7 +102,7 @@ class Engine:
     """Zeros that it runs only where all quantized layers share one grid."""
     fuses: bool = False
     """Whether it joins `FUSED` layers, which must then be of one form."""
-    activations: tuple[str, ...] = ("float",)
+    rounded: tuple[Rounded, ...] = ()
     kv: tuple[str, ...] = ("float",)
     """Dtypes of the KV cache."""
 
@@ -142,20 +159,22 @@ class Format(ABC):
         """The form that holds this layer of a model computing in `dtype`, or why none does."""
         if self.everything:
             return DENSE
-        if layer.rounds is not None:
-            cause = f"is trained with {layer.rounds}, which {self.name} would leave unrounded"
+        forms = [form for form in self.forms if layer.kind in form.kinds and layer.inputs in form.inputs]
+        rounds = [f"{layer.inputs.describe()} inputs"] if layer.inputs is not None and not forms else []
+        rounds += [] if layer.kv is None else [f"a KV cache of {layer.kv.bits} bits"]
+        if rounds:
+            cause = f"is trained with {' and '.join(rounds)}, which {self.name} would leave unrounded"
             return Refusal(layer.name, cause, "leave `activations` and `kv` out of the recipe, or keep to native")
-        if layer.grid is None and layer.adapter is None:
+        if layer.grid is None and layer.adapter is None and layer.inputs is None:
             return DENSE
         refused = self.adapter_refusal(layer)
         if refused is not None:
             return refused
-        for form in self.forms:
-            if layer.kind in form.kinds and _mismatch([form], layer, dtype, self.name) is None:
+        for form in forms:
+            if _mismatch([form], layer, dtype, self.name) is None:
                 return form
-        if layer.kind in self.dense:
+        if layer.kind in self.dense and layer.inputs is None:
             return DENSE
-        forms = [form for form in self.forms if layer.kind in form.kinds]
         found = _mismatch(forms, layer, dtype, self.name)
         assert found is not None
         return found
@@ -265,22 +284,38 @@ def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: tor
     packed = [x for x in layers if isinstance(x.grid, Grid) and format_.form(x, dtype) is not DENSE]
     found = []
     for layer in packed:
-        grid, remedy = layer.grid, "see `trimtab formats` for what engines run"
+        grid = layer.grid
         assert isinstance(grid, Grid)
-        if grid.bits not in engine.bits:
-            cause, remedy = f"has {grid.bits} bits", f"use {_words(engine.bits)}; {remedy}"
-        elif grid.zero not in engine.zeros:
-            cause, remedy = f"has a zero that is {grid.zero}", f"use {_words(engine.zeros)}; {remedy}"
-        elif engine.groups is not None and grid.group not in engine.groups:
-            groups = _words("per channel" if g is None else g for g in engine.groups)
-            cause, remedy = f"is {grid.describe()}", f"use a group of {groups}; {remedy}"
-        elif grid.zero in engine.alone and len({x.grid and x.grid.describe() for x in packed}) > 1:
+        alone = layer.inputs is None and grid.zero in engine.alone
+        objection = _objection(engine, layer.inputs, grid)
+        if objection is None and alone and len({x.grid and x.grid.describe() for x in packed}) > 1:
             cause = f"has a zero that is {grid.zero} in a model of several grids"
-            remedy = f"give all layers one grid, or other zeros; {remedy}"
-        else:
-            continue
-        found.append(Refusal(layer.name, f"{cause}, which {engine.name} does not run in {format_.name}", remedy))
+            objection = cause, "give all layers one grid, or other zeros"
+        if objection is not None:
+            cause, remedy = objection
+            cause = f"{cause}, which {engine.name} does not run in {format_.name}"
+            found.append(Refusal(layer.name, cause, f"{remedy}; see `trimtab formats` for what engines run"))
     return found
+
+
+def _objection(engine: Engine, inputs: Activations | None, grid: Grid) -> tuple[str, str] | None:
+    """The first property of a layer that an engine does not run, and what it runs instead; None if it runs the layer."""
+    left: list[Engine | Rounded] = [engine] if inputs is None else [r for r in engine.rounded if inputs in r.inputs]
+    reads = "" if inputs is None else f" and {inputs.describe()} inputs"
+    if not left:
+        kinds = dict.fromkeys(i.describe() for r in engine.rounded for i in r.inputs)
+        return f"has {inputs.describe()} inputs" if inputs else "", f"use {_words(kinds or ['inputs in float'])}"
+    kept = [x for x in left if grid.bits in x.bits]
+    if not kept:
+        return f"has {grid.bits} bits{reads}", f"use {_words(sorted({b for x in left for b in x.bits}))}"
+    left, kept = kept, [x for x in kept if grid.zero in x.zeros]
+    if not kept:
+        zeros = _words(dict.fromkeys(z for x in left for z in x.zeros))
+        return f"has a zero that is {grid.zero}{reads}", f"use {zeros}"
+    if not any(x.groups is None or grid.group in x.groups for x in kept):
+        groups = dict.fromkeys("per channel" if g is None else g for x in kept for g in x.groups or ())
+        return f"is {grid.describe()}{' with' + reads[4:] if reads else ''}", f"use a group of {_words(groups)}"
+    return None
 
 
 def _unlike_in_fusion(
@@ -311,7 +346,7 @@ def _scheme(format_: Format, layer: Layer | None, dtype: torch.dtype) -> str:
     """What must be equal in layers that are joined."""
     if layer is None or layer.grid is None or format_.form(layer, dtype) is DENSE:
         return "float"
-    return layer.grid.describe()
+    return layer.grid.describe() if layer.inputs is None else f"{layer.grid.describe()}, {layer.inputs.describe()}"
 
 
 HEADER = ("format", "engine", "bits", "groups", "zeros", "scales", "adapters", "activations", "KV")
@@ -323,16 +358,23 @@ def table(formats: Sequence[Format]) -> list[tuple[str, ...]]:
     for format_ in formats:
         rows.append((format_.name, "", *_held(format_), format_.adapters, "", ""))
         for engine in format_.engines:
+            kv = _list(engine.kv)
             if format_.everything:
-                runs = ("all", "all", "all")
-            elif not engine.bits:
-                runs = ("float", "", "")
-            else:
-                groups = "any" if engine.groups is None else _list("channel" if g is None else g for g in engine.groups)
-                runs = (_list(engine.bits), groups, _list(engine.zeros))
+                rows.append(("", engine.name, "all", "all", "all", "", "", "all", kv))
+                continue
             joins = "joined layers alike" if engine.fuses else ""
-            rows.append(("", engine.name, *runs, joins, "", _list(engine.activations), _list(engine.kv)))
+            rows.append(("", engine.name, *_run(engine), joins, "", "float", kv))
+            for rounded in engine.rounded:
+                kinds = ", ".join(kind.describe() for kind in rounded.inputs)
+                rows.append(("", engine.name, *_run(rounded), joins, "", kinds, kv))
     return rows
+
+
+def _run(what: Engine | Rounded) -> tuple[str, str, str]:
+    if not what.bits:
+        return "float", "", ""
+    groups = "any" if what.groups is None else _list("channel" if g is None else g for g in what.groups)
+    return _list(what.bits), groups, _list(what.zeros)
 
 
 def _held(format_: Format) -> tuple[str, str, str, str]:

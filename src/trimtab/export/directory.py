@@ -13,7 +13,6 @@ import copy
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,16 +27,7 @@ from torch import Tensor
 from trimtab.errors import UserError
 
 MANIFEST = "manifest.json"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DEFAULT_SHARD = "5GB"
-
-
-def shard_bytes(size: str | int) -> int:
-    """Bytes of `5GB`, `200MB`, `1GiB` or a plain number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", str(size).upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
-        raise UserError(f"max_shard_size: {size!r} is no size; write for example 5GB or 500MB")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @contextmanager

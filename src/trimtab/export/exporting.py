@@ -25,11 +25,12 @@ from trimtab.errors import UserError
 from trimtab.evaluate.perplexity import perplexity
 from trimtab.export import get
 from trimtab.export.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals
-from trimtab.export.directory import DEFAULT_SHARD, replacing, shard_bytes, write_json
+from trimtab.export.directory import DEFAULT_SHARD, replacing, write_json
 from trimtab.export.lossy import Change, make_room
 from trimtab.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.preparing import Target
+from trimtab.storage import parse_bytes
 
 Kind = Literal["exact", "algebraic", "lossy"]
 
@@ -64,20 +65,18 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
             kind = "tied" if layer.tied else kind
             adapter = None if layer.adapter is None else layer.adapter.place
         inputs = layer.inputs.kind if isinstance(layer, QuantLinear) and layer.inputs is not None else None
-        shown = {"shape": layer.base.shape, "grid": layer.base.grid, "rounds": _rounds(inputs, kv)}
+        shown = {"shape": layer.base.shape, "grid": layer.base.grid, "inputs": inputs, "kv": kv}
         found.append(Layer(name=name, kind=kind, adapter=adapter, **shown))  # type: ignore[arg-type]
     return found
 
 
-def _rounds(inputs: Activations | None, kv: KvCache | None) -> str | None:
-    """For example `8-bit inputs and a 4-bit KV cache`."""
-    parts = [] if inputs is None else [f"{inputs.bits}-bit inputs"]
-    parts += [] if kv is None else [f"a {kv.bits}-bit KV cache"]
-    return " and ".join(parts) or None
-
-
 def planned(
-    targets: Sequence[Target], method: Method, merge: bool, format_: Format, rounds: str | None = None
+    targets: Sequence[Target],
+    method: Method,
+    merge: bool,
+    format_: Format,
+    activations: Activations | None = None,
+    kv: KvCache | None = None,
 ) -> list[Layer]:
     """The layers that a recipe will hand to a format, from names and shapes."""
     found = []
@@ -87,17 +86,17 @@ def planned(
         grid = target.grid
         if merge and adapter == "output" and format_.adapters != "kept":
             grid, adapter = None, None
-        about: dict[str, Any] = {"grid": grid, "adapter": adapter, "rounds": rounds}
+        inputs = activations if target.kind == "linear" and target.grid is not None else None
+        about: dict[str, Any] = {"grid": grid, "adapter": adapter, "inputs": inputs, "kv": kv}
         found.append(Layer(name=target.name, kind=target.kind, shape=target.shape, **about))
     return found
 
 
 def check(of: recipe.Recipe, targets: Sequence[Target]) -> None:
     """Raise a `UserError` for the first layer that one of a recipe's formats cannot hold."""
-    rounds = _rounds(of.activations, of.kv)
     for name in of.export:
         format_ = get(name)
-        found = refusals(format_, planned(targets, of.method, of.merge, format_, rounds), of.dtype)
+        found = refusals(format_, planned(targets, of.method, of.merge, format_, of.activations, of.kv), of.dtype)
         if found:
             raise UserError(f"export: {name}: {found[0]}")
 
@@ -149,8 +148,8 @@ def write(
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
     """
-    format_, dtype, largest = get(name), hf.compute_dtype(model), shard_bytes(options.max_shard_size)
-    layers = layers_of(model)
+    largest = parse_bytes(options.max_shard_size, "max_shard_size")
+    format_, dtype, layers = get(name), hf.compute_dtype(model), layers_of(model)
     refused = refusals(format_, layers, dtype, options.engine)
     if refused and not options.allow_lossy:
         _refuse(name, refused, layers)
@@ -196,7 +195,8 @@ def _make_room(
     """Change the refused layers; refuse after all if that did not help."""
     if not refused:
         return []
-    if any(layer.rounds for layer in layers):  # a weight rounded anew would come without the inputs it was trained on
+    # A weight rounded anew would come without the inputs it was trained on.
+    if any(layer.inputs or layer.kv for layer in layers):
         raise UserError(f"export: {format_.name}: {refused[0]} (--allow-lossy cannot mend this)")
     engine = format_.engine(options.engine) if options.engine else None
     names = {layer.name for layer in layers}

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from trimtab import hf
 from trimtab.export.declaration import ALL_KINDS, Engine, Format, Writing
-from trimtab.export.directory import DEFAULT_SHARD, shard_bytes, write_manifest
+from trimtab.export.directory import DEFAULT_SHARD, write_manifest
+from trimtab.storage import parse_bytes
 
 
 class Native(Format):
@@ -35,7 +36,6 @@ class Native(Format):
             name="transformers",
             bits=(1, 2, 3, 4, 5, 6, 7, 8),
             zeros=("symmetric", "integer", "real"),
-            activations=("float", "8", "4"),
             kv=("float", "8", "4"),
         ),
     )
@@ -62,7 +62,7 @@ def save(
         recipe: YAML text of the resolved recipe, written as `recipe.yaml`.
         max_shard_size: size of a safetensors file, for example `5GB`.
     """
-    largest = shard_bytes(max_shard_size)
+    largest = parse_bytes(max_shard_size, "max_shard_size")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

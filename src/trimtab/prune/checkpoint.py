@@ -3,13 +3,11 @@
     DIR/config.json, model.safetensors, tokenizer files      an ordinary model of its own architecture, no pickles
     DIR/pruning.json                                          options, widths and parameters before and after
 
-The directory is written beside its destination and moved there in one step: it is whole or it is not there.
+The directory is written beside its destination and moved there in one step: it is whole or it is not there. Its
+`manifest.json` is what `trimtab verify` checks.
 """
 
-import json
 import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ import torch
 
 from trimtab import data, loading
 from trimtab.errors import UserError
+from trimtab.export.directory import replacing, write_json
 from trimtab.prune.pruning import Options, Pruned, prune
 
 if TYPE_CHECKING:
@@ -75,19 +74,8 @@ def check_empty(out: str | os.PathLike[str]) -> Path:
 
 def save(model: "PreTrainedModel", target: Path, tokenizer: Any, report: dict[str, Any]) -> None:
     """Write a pruned model in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        model.save_pretrained(staging)
+    with replacing(target) as folder:
+        model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        (staging / "pruning.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        # Temporary directories, and files that safetensors makes, are for their owner only.
-        mask = os.umask(0)
-        os.umask(mask)
-        staging.chmod(0o777 & ~mask)
-        for file in staging.iterdir():
-            file.chmod(0o666 & ~mask)
-        os.replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            tokenizer.save_pretrained(folder)
+        write_json(folder / "pruning.json", report)

@@ -18,6 +18,7 @@ A row is written as soon as it is measured, and replaces the one of its name.
 
     python benchmarks/memory.py                                all rows, writes benchmarks/results/memory.json
     python benchmarks/memory.py --rows qlora qat --models llama --out /tmp/memory.json
+    python benchmarks/memory.py --single --out /tmp/single.json      every optimizer step of one micro-batch
 """
 
 import argparse
@@ -116,7 +117,7 @@ def _about(name: str, tied: bool) -> tuple[Any, list[dict[str, Any]]]:
     return methods.make(method, **options), [_EMBEDDING if tied else _HEAD, {"match": "*", "grid": grid}]
 
 
-def planned(name: str, shape: dict[str, Any], checkpointing: bool) -> Any:
+def planned(name: str, shape: dict[str, Any], checkpointing: bool, micro_batches: int = MICRO_BATCHES[-1]) -> Any:
     """What `memory.plan` says of a row."""
     import torch
     from accelerate import init_empty_weights
@@ -136,10 +137,17 @@ def planned(name: str, shape: dict[str, Any], checkpointing: bool) -> Any:
         block_tokens=TOKENS,
         dtype=torch.bfloat16,
         checkpointing=checkpointing,
+        micro_batches=micro_batches,
     )
 
 
-def train(name: str, shape: dict[str, Any], checkpointing: bool, watch: bool = True) -> int:
+def train(
+    name: str,
+    shape: dict[str, Any],
+    checkpointing: bool,
+    micro_batches: tuple[int, ...] = MICRO_BATCHES,
+    watch: bool = True,
+) -> int:
     """Prepare a model and train it for two steps; returns the largest resident memory of the steps, if watched."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -170,8 +178,8 @@ def train(name: str, shape: dict[str, Any], checkpointing: bool, watch: bool = T
     sampler = threading.Thread(target=sample)
     if watch:
         sampler.start()
-    for micro_batches in MICRO_BATCHES:
-        for _ in range(micro_batches):
+    for count in micro_batches:
+        for _ in range(count):
             (summed_loss(model, ids, input_ids=ids) / ids.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -181,7 +189,9 @@ def train(name: str, shape: dict[str, Any], checkpointing: bool, watch: bool = T
     return max(peak)
 
 
-def measure(name: str, model: str, checkpointing: bool, give_back: bool) -> tuple[Any, int, int]:
+def measure(
+    name: str, model: str, checkpointing: bool, give_back: bool, micro_batches: tuple[int, ...]
+) -> tuple[Any, int, int]:
     """What is planned, measured and held by libraries; call it in a process of its own."""
     import torch
 
@@ -192,13 +202,13 @@ def measure(name: str, model: str, checkpointing: bool, give_back: bool) -> tupl
     if give_back:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     shape = MODELS[model]
-    predicted = planned(name, shape, checkpointing)
-    train(name, {**shape, "num_hidden_layers": 1}, checkpointing, watch=False)
+    predicted = planned(name, shape, checkpointing, micro_batches[-1])
+    train(name, {**shape, "num_hidden_layers": 1}, checkpointing, micro_batches, watch=False)
     workspace.clear()
     gc.collect()
     memory.trim()
     before = memory.resident_bytes()
-    return predicted, train(name, shape, checkpointing) - before, before
+    return predicted, train(name, shape, checkpointing, micro_batches) - before, before
 
 
 def _work(pipe: Connection, *arguments: Any) -> None:
@@ -227,9 +237,11 @@ def _apart(*arguments: Any) -> tuple[Any, int, int]:
     return found
 
 
-def row(name: str, model: str, checkpointing: bool, default_malloc: bool) -> dict[str, Any]:
+def row(
+    name: str, model: str, checkpointing: bool, default_malloc: bool, micro_batches: tuple[int, ...]
+) -> dict[str, Any]:
     """One line of the table."""
-    predicted, measured, libraries = _apart(name, model, checkpointing, True)
+    predicted, measured, libraries = _apart(name, model, checkpointing, True, micro_batches)
     found = {
         "name": name,
         "model": model,
@@ -237,7 +249,7 @@ def row(name: str, model: str, checkpointing: bool, default_malloc: bool) -> dic
         "planned_bytes": predicted.total,
         "measured_bytes": measured,
         "ratio": predicted.total / measured,
-        "default_malloc_bytes": _apart(name, model, checkpointing, False)[1] if default_malloc else None,
+        "default_malloc_bytes": _apart(name, model, checkpointing, False, micro_batches)[1] if default_malloc else None,
         "libraries_bytes": libraries,
         "parts": {k: v for k, v in asdict(predicted).items() if k != "trainable"},
     }
@@ -261,16 +273,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Planned against measured memory of training.")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS)[:2])
+    parser.add_argument(
+        "--single", action="store_true", help="one micro-batch in every step; needs an --out of its own"
+    )
     parser.add_argument("--once", action="store_true", help="leave the default heap out")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between two rows (default 0)")
     parser.add_argument("--out", type=Path, default=OUT, help=f"JSON file (default {OUT})")
     args = parser.parse_args()
+    if args.single and args.out == OUT:
+        parser.error("--single: name an --out of its own")
+    micro_batches = (1, 1) if args.single else MICRO_BATCHES
     print(f"{'':36}{'planned':>9}{'measured':>10}{'ratio':>8}{'default':>10}\n{'MB':>45}{'MB':>10}{'heap':>18}")
-    about = {"batch": [BATCH, TOKENS], "micro_batches": MICRO_BATCHES, "models": MODELS}
+    about = {"batch": [BATCH, TOKENS], "micro_batches": micro_batches, "models": MODELS}
     rows = {_key(r): r for r in json.loads(args.out.read_text())["rows"]} if args.out.exists() else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for model, name, checkpointing in product(args.models, args.rows, (False, True)):
-        found = row(name, model, checkpointing, not args.once)
+        found = row(name, model, checkpointing, not args.once, micro_batches)
         rows[_key(found)] = found
         args.out.write_text(json.dumps({**about, "rows": [rows[k] for k in sorted(rows)]}, indent=1) + "\n")
         time.sleep(args.pause)

@@ -144,7 +144,7 @@ def memory(found: dict[str, Any]) -> list[str]:
     rows = []
     for r in found["rows"]:
         parts, vocabulary = r["parts"], found["models"][r["model"]]["vocab_size"]
-        floor = sum(parts[k] for k in parts if k not in ("temporary", "teacher", "before"))
+        floor = sum(parts[k] for k in parts if k not in ("temporary", "teacher", "before", "apart"))
         floor += LOGITS_CHUNK_TOKENS * vocabulary * 4
         rows.append(
             [r["name"], r["model"], "yes" if r["checkpointing"] else "no"]

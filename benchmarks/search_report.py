@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import search_tuned_report
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -92,10 +93,34 @@ def cost(found: dict) -> list[str]:
     ]
 
 
+def pruning(found: dict) -> list[str]:
+    tokens, window = found["test"]
+    lines = [
+        f"| {r['way']} | {r['ratio']:.0%} | {r['parameters'] / 1e6:.1f} | {r.get('groups', '-')} | "
+        f"{r.get('channels', '-')} | {r.get('layers', '-')} | {r['perplexity']:.4g} |"
+        for r in found["rows"]
+    ]
+    return [
+        "",
+        "## Pruning, before any tuning",
+        "",
+        f"{found['model']} (its dequantized 4-bit file), at least this share of the decoder's parameters removed,",
+        f"importance from {found['calibration']:,} tokens of WikiText-2's training part, perplexity on {tokens:,} test",
+        f"tokens in windows of {window}. `python benchmarks/pruning.py --data DIR`.",
+        "",
+        "| importance | ratio | parameters, M | KV groups | MLP channels | layers | perplexity |",
+        "|---|---|---|---|---|---|---|",
+        *lines,
+    ]
+
+
 def main() -> None:
     lines = truth(json.loads((RESULTS / "search.json").read_text()))
     costs = RESULTS / "search_cost.json"
     lines += cost(json.loads(costs.read_text())) if costs.exists() else []
+    pruned = RESULTS / "pruning.json"
+    lines += pruning(json.loads(pruned.read_text())) if pruned.exists() else []
+    lines += search_tuned_report.section(RESULTS)
     (DOCS / "search.md").write_text("\n".join(lines) + "\n")
 
 

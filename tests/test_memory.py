@@ -164,6 +164,26 @@ def test_a_plan_adds_up() -> None:
     assert recomputed.codes == longer.codes == plan.codes
 
 
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_micro_batch_peaks_where_most_is_there_at_once(name: str, checkpointing: bool) -> None:
+    """A maximum over the loss and the layers of backward, gone through one by one."""
+    both = planned(name, torch.bfloat16, checkpointing=checkpointing, micro_batches=2)
+    one = planned(name, torch.bfloat16, checkpointing=checkpointing, micro_batches=1)
+    assert (both.apart, one.total + one.apart) == (0, both.total)
+    fixed = one.codes + one.float_parameters + one.adapters + one.optimizer
+    assert fixed + max(one.activations, one.gradients) <= one.total <= both.total
+    # With far more activations than gradients, when backward begins: nearly all of the gradients are not there yet.
+    long = planned(name, torch.bfloat16, checkpointing=checkpointing, micro_batches=1, block_tokens=2048)
+    method, rules, config = PLANS[name]
+    model = prepare(model_of(config, torch.bfloat16), method, rules)
+    head, last = (
+        nbytes(p for p in part.parameters() if p.requires_grad)
+        for part in (model.get_output_embeddings(), model.base_model.layers[-1])
+    )
+    assert one.gradients - head - last <= long.apart <= one.gradients - head
+
+
 BUFFER, TOKENS = 64 * 96 * 2, 48
 # name -> bytes of the shared buffers, and floats of a layer's levels
 TEMPORARY = {
@@ -294,12 +314,13 @@ def test_the_measurements_kept_hold_every_method_on_two_models() -> None:
 
 
 @linux
-def test_a_plan_is_what_training_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--single"]])
+def test_a_plan_is_what_training_takes(tmp_path: Path, more: list[str]) -> None:
     """Three ways to train a weight, with and without recomputed blocks; every method is in `benchmarks/memory.py`."""
     benchmark, out = Path(__file__).parents[1] / "benchmarks" / "memory.py", tmp_path / "memory.json"
     command = [sys.executable, str(benchmark), "--once", "--models", "small", "--out", str(out)]
     done = subprocess.run(
-        [*command, "--rows", "qlora", "lr-qat", "qat"],
+        [*command, *more, "--rows", "qlora", "lr-qat", "qat"],
         capture_output=True,
         text=True,
         check=False,

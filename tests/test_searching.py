@@ -1,6 +1,11 @@
 """Searches of a tiny model from a recipe: what is written, resumed, refused, pruned before and tuned after."""
 
 import csv
+import os
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +122,54 @@ def test_what_kills_its_worker_twice_is_left_alone(tmp_path: Path) -> None:
     once, again = (Trial(n, first, "dead", reason=DIED) for n in range(2))
     assert found.wish([once]) == first
     assert found.wish([once, again]) != first
+
+
+def begin(file: Path) -> subprocess.Popen[bytes]:
+    """The command itself, in a process of its own."""
+    command = [sys.executable, "-m", "trimtab.cli", "search", str(file)]
+    with file.with_suffix(".log").open("ab") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_a_killed_search_loses_one_trial_at_most(tmp_path: Path) -> None:
+    """SIGKILL at random moments of random trials; what was finished stays as it was, and the rest is made."""
+    used = made(tmp_path, trials=12, units="fusion")
+    file, said = tmp_path / "r.yaml", tmp_path / "r.log"
+    file.write_text(used.to_yaml(), encoding="utf-8")
+    ledger, draw, before = Search(used).ledger, random.Random(1), dict[int, Trial]()
+    for kills in range(1, 4):
+        process, wanted = begin(file), len(before) + draw.randint(1, 3)
+        while process.poll() is None and sum(t.state == "complete" for t in ledger.trials()) < wanted:
+            time.sleep(draw.uniform(0.0, 0.02))
+        time.sleep(draw.uniform(0.0, 0.1))
+        assert process.poll() is None, said.read_text()
+        process.kill()
+        process.wait()
+        ledger.bury()
+        trials = ledger.trials()
+        assert all(trials[number] == trial for number, trial in before.items())
+        before = {t.number: t for t in trials if t.state == "complete"}
+        assert len(trials) - len(before) <= kills
+    assert begin(file).wait() == 0, said.read_text()
+    trials = ledger.trials()
+    assert all(trials[number] == trial for number, trial in before.items())
+    done = [t for t in trials if t.state == "complete"]
+    assert len(done) == len({t.wish.configuration for t in done}) == 12 + 3  # with the uniform widths
+    rows = list(csv.DictReader((tmp_path / "out" / "search" / "trials.csv").read_text().splitlines()))
+    assert [int(r["number"]) for r in rows if r["state"] == "complete"] == [t.number for t in done]
+
+
+@pytest.mark.slow
+def test_two_commands_on_one_journal_never_run_the_same(tmp_path: Path) -> None:
+    used = made(tmp_path, trials=8, units="fusion")
+    file = tmp_path / "r.yaml"
+    file.write_text(used.to_yaml(), encoding="utf-8")
+    for process in [begin(file) for _ in range(2)]:
+        assert process.wait() == 0, (tmp_path / "r.log").read_text()
+    trials = [t for t in Search(used).ledger.trials() if t.state != "duplicate"]
+    assert [t.state for t in trials] == ["complete"] * (8 + 3)
+    assert len({(t.wish.configuration, t.wish.steps) for t in trials}) == 11
 
 
 @pytest.mark.slow

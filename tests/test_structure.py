@@ -41,7 +41,7 @@ LEVELS = (
     ("explain",),
     ("memory", "storage", "loading", "gguf_file", "peft_start", "data", "divergence", "loss"),
     ("teacher", "teacher_cache"),
-    ("train", "evaluate", "export", "prune"),
+    ("train", "evaluate", "export", "prune", "planning"),
     ("search",),
     ("report",),
     ("inputs",),

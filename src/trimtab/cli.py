@@ -59,25 +59,13 @@ def run(
 def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Predict the memory that a recipe's training needs; loads nothing."""
     _quiet()
-    from trimtab import loading, memory, teacher
+    from trimtab import loading, memory, planning
     from trimtab.recipe import read
     from trimtab.report.terminal import Terminal
 
     parsed = read(recipe, overrides or ())
     _, model = loading.skeleton(parsed.model.path)
-    predicted = memory.plan(
-        model,
-        parsed.method,
-        parsed.rules,
-        micro_batch=parsed.train.micro_batch,
-        block_tokens=parsed.data.block_tokens if parsed.data else 1024,
-        dtype=parsed.dtype,
-        checkpointing=parsed.train.activation_checkpointing,
-        moment_bytes=parsed.train.moment_bytes,
-        teaching=teacher.needs(parsed),
-        activations=parsed.activations,
-        kv=parsed.kv,
-    )
+    predicted = planning.plan(parsed, model)
     Terminal().plan(predicted, memory.available_bytes())
 
 

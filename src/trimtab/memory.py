@@ -8,6 +8,11 @@ moment is a formula, for the two moments at which most of it lives:
     the loss        the shared buffers, the head's weight if it is made from codes, and one chunk of logits
     one layer       the shared buffers, gradients of activations, and what its way of training a weight needs beside them
 
+Where an optimizer step is one micro-batch, its gradients come as its activations go, and are dropped before the next one:
+the peak is a maximum over the loss and the layers of backward, and `Plan.apart` is what it lies below the sum. With more
+micro-batches the gradients of the first are there when the second has all its activations, and the sum is the peak. Loading
+stays below either: beside what is loaded already it holds one float weight, as the shared buffers do in training.
+
 The shared buffers (`kernels.workspace`) are as large as the largest weight that passes through them: W wherever it is
 made from packed codes, and dL/dW wherever levels are trained. `benchmarks/memory.py` holds the sum to what is measured.
 A heap that keeps freed memory (glibc does, up to 32 MB a tensor) needs more than what lives; no plan counts that.
@@ -123,13 +128,15 @@ class Plan:
     """A float or 8-bit model to learn from, in memory as long as training lasts."""
     before: int = 0
     """Peak of asking such a model once, before the one that is trained is loaded; it does not add up with the rest."""
+    apart: int = 0
+    """Of gradients, activations and temporary: what is never there at once with the others."""
 
     @property
     def total(self) -> int:
         """Predicted peak above the interpreter and its libraries."""
         training = (
             self.codes + self.float_parameters + self.adapters + self.gradients
-            + self.optimizer + self.activations + self.temporary + self.teacher
+            + self.optimizer + self.activations + self.temporary + self.teacher - self.apart
         )  # fmt: skip
         return max(training, self.before)
 
@@ -155,6 +162,7 @@ def plan(
     block_tokens: int,
     dtype: torch.dtype,
     checkpointing: bool,
+    micro_batches: int = 2,
     moment_bytes: int = 4,
     teaching: Teaching = Teaching(),
     activations: Activations | None = None,
@@ -170,6 +178,7 @@ def plan(
         block_tokens: tokens in a sequence.
         dtype: compute dtype.
         checkpointing: whether each block is recomputed in backward.
+        micro_batches: forward passes of an optimizer step, one or more.
         moment_bytes: of each of Adam's two numbers for a trainable one.
         teaching: what a teacher adds.
         activations: how inputs are rounded, or None.
@@ -188,7 +197,9 @@ def plan(
         block = kept // config.num_hidden_layers
         kept = block + config.num_hidden_layers * tokens * config.hidden_size * dtype.itemsize
     # Each block's activations are there in the loss, too, but for those that are recomputed later.
-    at_loss = _at_loss(model, tokens, dtype) + teaching.at_loss - (block if checkpointing else 0)
+    recomputed = block if checkpointing else 0
+    at_loss = _at_loss(model, tokens, dtype) + teaching.at_loss - recomputed
+    in_layer = _in_layer(model, tokens, dtype)
     return Plan(
         codes=_bytes(p for i, p in stored.items() if i not in trained),
         float_parameters=_bytes(p for p in model.parameters() if id(p) not in stored),
@@ -196,11 +207,31 @@ def plan(
         gradients=_bytes(adapters),
         optimizer=2 * moment_bytes * sum(p.numel() for p in adapters),
         activations=kept,
-        temporary=_buffers(model, dtype) + max(at_loss, _in_layer(model, tokens, dtype)),
+        temporary=_buffers(model, dtype) + max(at_loss, in_layer),
         trainable=sum(p.numel() for p in adapters),
         teacher=teaching.resident,
         before=teaching.before,
+        apart=_apart(model, kept, recomputed, at_loss, in_layer) if micro_batches == 1 else 0,
     )
+
+
+def _apart(model: "PreTrainedModel", kept: int, block: int, at_loss: int, in_layer: int) -> int:
+    """What activations, gradients and temporary tensors never need together, with no gradients of another micro-batch.
+
+    The peak is that of the loss, with all activations; or of a layer of backward, from the last to the first, with its
+    own activations and those of the layers before it, its own gradients and those of the layers after it. `block` is
+    the one block that is recomputed, if any.
+    """
+    layers: Any = model.base_model.layers
+    inside = [_bytes(p for p in layer.parameters() if p.requires_grad) for layer in layers]
+    whole = _bytes(p for p in model.parameters() if p.requires_grad)
+    gradients = whole - sum(inside)  # of a trained head: they are there in the loss
+    peak = kept + at_loss + gradients
+    for number in reversed(range(len(layers))):
+        gradients += inside[number]
+        left = block + -(-(kept - block) * (number + 1) // len(layers))
+        peak = max(peak, left + gradients + in_layer)
+    return kept + whole + max(at_loss, in_layer) - peak
 
 
 def _linears(model: "PreTrainedModel") -> list[QuantLinear]:

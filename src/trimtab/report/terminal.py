@@ -141,6 +141,7 @@ class Terminal:
         }
         names |= {"teacher": "the teacher"} if plan.teacher else {}
         names |= {"before": "asking the teacher first (not added)"} if plan.before else {}
+        names |= {"apart": "of these never at once (subtracted)"} if plan.apart else {}
         for key, label in names.items():
             table.add_row(label, size(getattr(plan, key)))
         table.add_row("[bold]total[/bold]", f"[bold]{size(plan.total)}[/bold] above the interpreter and its libraries")

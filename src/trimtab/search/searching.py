@@ -4,7 +4,8 @@
 
 Whoever runs this on the same storage works on the same study; what is finished stays finished whatever happens to a
 process. The order of wishes is: uniform widths, for comparison; then one promotion for every four short trials, of the
-points that the short front would lose most without; else what `proposal` proposes.
+best one and of those that the short front would lose most without; else what `proposal` proposes. The last is the best
+short trial's promotion, if it had none: the result is chosen of promoted ones.
 """
 
 import copy
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trimtab import data, loading, memory
+from trimtab import data, loading, planning
 from trimtab.errors import UserError
 from trimtab.grid import AnyGrid
 from trimtab.preparing import targets
@@ -171,18 +172,8 @@ class Search:
 
     @lru_cache  # noqa: B019  (a search lives as long as its process)
     def _peak(self, configuration: Configuration) -> int:
-        recipe = self.recipe
-        assert recipe.data is not None
-        return memory.plan(
-            copy.deepcopy(self._skeleton),
-            recipe.method,
-            self.space.rules(configuration),
-            micro_batch=recipe.train.micro_batch,
-            block_tokens=recipe.data.block_tokens,
-            dtype=recipe.dtype,
-            checkpointing=recipe.train.activation_checkpointing,
-            moment_bytes=recipe.train.moment_bytes,
-        ).total
+        rules = self.space.rules(configuration)
+        return planning.plan(self.recipe, copy.deepcopy(self._skeleton), rules).total
 
     def uniform(self) -> list[Configuration]:
         """The uniform choices within the budgets."""
@@ -197,9 +188,10 @@ class Search:
         for configuration in self.uniform():
             if (configuration, self.steps) not in taken:
                 return Wish(configuration, self.steps, "uniform")
-        if sum(t.wish.kind != "uniform" for t in counted) >= self.block.trials:
+        left = self.block.trials - sum(t.wish.kind != "uniform" for t in counted)
+        if left <= 0:
             return None
-        promoted = self._promotion(counted, taken)
+        promoted = self._promotion(counted, taken, last=left == 1)
         if promoted is not None:
             return promoted
         tried = [
@@ -207,21 +199,31 @@ class Search:
             for t in counted
         ]
         found = propose(self.problem, tried, seed=self.block.seed, admits=self.admits)
-        return None if found is None else Wish(found, self.steps)
+        return self._promotion(counted, taken, last=True) if found is None else Wish(found, self.steps)
 
-    def _promotion(self, counted: list[Trial], taken: set[tuple[Configuration, int]]) -> Wish | None:
-        if self.block.promote is None:
-            return None
+    def _promotion(self, counted: list[Trial], taken: set[tuple[Configuration, int]], *, last: bool) -> Wish | None:
+        """A short trial to make longer, if it is time for one: the best, else what the short front would lose most without.
+
+        What is chosen in the end is chosen of the longer trials, so the last trial of all (`last`) is the best short one's,
+        where that was not promoted yet.
+        """
         short = [t for t in counted if t.wish.steps == self.steps and t.quality is not None]
-        if (len(taken) - len({c for c, s in taken if s == self.steps}) + 1) * _SHORT_FOR_EACH_LONG > len(short):
+        if self.block.promote is None or not short:
+            return None
+        promoted = len(taken) - len({c for c, s in taken if s == self.steps})
+        due = (promoted + 1) * _SHORT_FOR_EACH_LONG <= len(short)
+        if not due and not last:
             return None
         size, cost = _arrays(short)
-        best = pareto(size, cost)
-        reference = float(size.max()) + 1, float(cost.max())
-        whole = hypervolume(size[best], cost[best], reference)
-        rest = [hypervolume(np.delete(size[best], i), np.delete(cost[best], i), reference) for i in range(len(best))]
-        for i in np.argsort(np.array(rest) - whole, kind="stable"):
-            configuration = short[best[i]].wish.configuration
+        order = [int(cost.argmin())]
+        if due:
+            best = pareto(size, cost)
+            reference = float(size.max()) + 1, float(cost.max())
+            kept = [
+                hypervolume(np.delete(size[best], i), np.delete(cost[best], i), reference) for i in range(len(best))
+            ]
+            order += [int(best[i]) for i in np.argsort(kept, kind="stable")]
+        for configuration in (short[i].wish.configuration for i in order):
             if (configuration, self.block.promote) not in taken:
                 return Wish(configuration, self.block.promote, "promoted")
         return None

@@ -1,0 +1,75 @@
+"""What a cell, a pruning and a search of `search_tuned.py` run in a process of their own; values come and go as JSON."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""What shares a width, in every layer."""
+
+
+def prune(values: dict[str, Any]) -> None:
+    from trimtab.prune import Options, prune_checkpoint
+
+    options = Options(ratio=values["ratio"], multiple_of=values["multiple_of"])
+    sizes = {key: values[key] for key in ("text", "tokens", "block_tokens")}
+    prune_checkpoint(values["model"], values["out"], options, **sizes)
+
+
+def cell(values: dict[str, Any]) -> None:
+    import trl.trainer.sft_trainer  # noqa: F401  (libraries are no part of a run's memory)
+
+    from trimtab import memory, pipeline
+    from trimtab.recipe import from_dict
+
+    before = memory.resident_bytes()
+    metrics = pipeline.run(from_dict(values), overwrite=True)
+    metrics["libraries_bytes"] = before
+    (Path(values["output"]) / "metrics.json").write_text(json.dumps(metrics))
+
+
+def search(values: dict[str, Any]) -> None:
+    """Search, and write widths, bytes and cost to `found.json`; goes on where an earlier process ended."""
+    from trimtab import loading, storage
+    from trimtab.recipe import from_dict
+    from trimtab.search import workers
+    from trimtab.search.searching import Search, best_within
+
+    plain = from_dict(values)
+    skeleton = loading.skeleton(plain.model.path)[1]
+    budget = storage.stored(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
+    recipe = from_dict(values | {"search": values["search"] | {"budget": budget}})
+    first, started = Search(recipe), time.perf_counter()
+    _ = first.problem
+    if first.ledger.noted("sensitivity_seconds") is None:
+        first.ledger.note("sensitivity_seconds", time.perf_counter() - started)
+    del first  # with its float model
+    done = workers.run(recipe)
+    trials = [t for t in done.ledger.trials() if t.state == "complete"]
+    best = best_within(done.front(trials)).wish.configuration
+    bits = dict.fromkeys(PARTS, "")
+    for rule in done.space.rules(best):
+        part = next((p for p, names in PARTS.items() if rule.match.endswith(names[0])), None)
+        if part is not None:
+            bits[part] += str(rule.grid.bits)  # type: ignore[union-attr]
+    steps = sum(t.wish.steps for t in trials)
+    found = {
+        "widths": bits,
+        "bytes": done.space.bytes(best),
+        "budget_bytes": budget,
+        "trials": len(trials),
+        "tokens": steps * recipe.train.batch_tokens,
+        "seconds": round(sum(t.seconds or 0.0 for t in trials) + done.ledger.noted("sensitivity_seconds"), 1),
+    }
+    (recipe.out / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    {"prune": prune, "cell": cell, "search": search}[sys.argv[1]](json.loads(sys.argv[2]))

@@ -1,0 +1,155 @@
+"""Budgets of a search, over random models, methods, spaces, priors and budgets: nothing proposed is ever above them."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+import tiny
+import trimtab as tt
+from trimtab import memory, recipe
+from trimtab.export import native
+from trimtab.search import results
+from trimtab.search.ledger import Trial, Wish
+from trimtab.search.searching import Search
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 70,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**{**SIZES, "num_hidden_layers": 3}, tie_word_embeddings=True),
+}
+METHODS: list[dict[str, Any]] = [
+    {"name": "lr-qat", "rank": 2},
+    {"name": "lr-qat", "rank": 2, "storage": "int"},
+    {"name": "qa-hira"},
+    {"name": "qlora", "rank": 2},
+]
+GRID = {"bits": 4, "group": 32, "zero": "integer"}
+share = st.floats(0, 1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    for name, config in CONFIGS.items():
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    tiny.text(folder / "t.jsonl")
+    return folder
+
+
+@st.composite
+def searches(draw: st.DrawFn) -> dict[str, Any]:
+    method = draw(st.sampled_from(METHODS))
+    ranks = draw(st.sampled_from([None, [2, 4]])) if method["name"] == "qlora" else None
+    return {
+        "model": draw(st.sampled_from(sorted(CONFIGS))),
+        "method": method,
+        "search": {
+            "units": draw(st.sampled_from(["layer", "fusion"])),
+            "bits": draw(st.sampled_from([[2, 3, 4, 8], [3, 4], [2, 8, 16]])),
+            "ranks": ranks,
+            "objective": "tuned",
+            "steps": 1,
+            "promote": 2,
+            "trials": 5,
+            "uniform": draw(st.booleans()),
+        },
+        "micro_batches": draw(st.sampled_from([1, 2])),
+        "checkpointing": draw(st.booleans()),
+        "distill": draw(st.sampled_from([None, {"teacher": "bfloat16"}])),
+        "bytes": draw(share),
+        "training": draw(st.none() | share),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+def made(drawn: dict[str, Any], models: Path, out: Path, **budgets: int) -> Search:
+    values = tiny.recipe(
+        models / drawn["model"],
+        models / "t.jsonl",
+        out,
+        method=drawn["method"],
+        rules=[{"match": "lm_head", "grid": None}, {"match": "*", "grid": GRID}],
+        train={"batch_tokens": 64 * drawn["micro_batches"], "activation_checkpointing": drawn["checkpointing"]},
+        distill=drawn["distill"],
+        search=drawn["search"] | budgets,
+        name=f"{len(budgets)}",
+    )
+    return Search(recipe.from_dict(values))
+
+
+def between(low: int, high: int, part: float) -> int:
+    return low + int(part * (high - low))
+
+
+def peak(search: Search, wish: Wish) -> int:
+    """What `trimtab plan` would say of the recipe of this point, from its fields one by one."""
+    used = results.point_recipe(search, Trial(0, wish, "complete"), 1)
+    skeleton = AutoModelForCausalLM.from_config(search._skeleton.config)
+    teacher = sum(p.numel() * 2 for p in skeleton.parameters()) if used.distill else 0
+    planned = memory.plan(
+        skeleton.to("meta"),
+        used.method,
+        used.rules,
+        micro_batch=2,
+        block_tokens=32,
+        dtype=torch.bfloat16,
+        checkpointing=used.train.activation_checkpointing,
+        micro_batches=used.train.batch_tokens // 64,
+    )
+    return replace(planned, teacher=teacher).total
+
+
+def on_disk(search: Search, wish: Wish, out: Path) -> int:
+    """Bytes of the weights that a run of this point writes."""
+    model = AutoModelForCausalLM.from_pretrained(search.recipe.model.path, dtype=torch.bfloat16)
+    tt.prepare(model, search.recipe.method, search.space.rules(wish.configuration))
+    tt.fold(model)
+    native.save(model, out)
+    return sum(f.stat().st_size for f in out.glob("*.safetensors"))
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=searches())
+def test_nothing_proposed_is_above_a_budget(drawn: dict[str, Any], models: Path) -> None:
+    draw = np.random.default_rng(drawn["seed"])
+    with tempfile.TemporaryDirectory() as folder:
+        free = made(drawn, models, Path(folder) / "out")
+        units, choices = free.space.bytes_UC.shape
+        smallest, largest = ((c,) * units for c in (0, choices - 1))
+        budget = between(free.space.bytes(smallest), free.space.bytes(largest), drawn["bytes"])
+        limits = {"budget": budget}
+        if drawn["training"] is not None:
+            ends = sorted(free._peak(c) for c in (smallest, largest))
+            limits["budget_training"] = between(ends[0], ends[1], drawn["training"])
+        search = made(drawn, models, Path(folder) / "out", **limits)
+        cost = -np.sort(-draw.exponential(size=(units, choices)), axis=1)
+        search.ledger.note("prior", cost.tolist())
+        trials: list[Trial] = []
+        while (wish := search.wish(trials)) is not None:
+            assert len(trials) < 5 + choices
+            assert on_disk(search, wish, Path(folder) / f"{len(trials)}") <= budget
+            if "budget_training" in limits:
+                assert peak(search, wish) <= limits["budget_training"]
+            size, quality = search.space.bytes(wish.configuration), float(draw.exponential())
+            trials.append(Trial(len(trials), wish, "complete", size, quality, 1.0))
+        assert trials or "budget_training" in limits
+        if trials:  # what is best of the short trials is among the longer ones, of which the result is chosen
+            best = min((t for t in trials if t.wish.steps == 1), key=lambda t: t.quality or 0.0)
+            assert Wish(best.wish.configuration, 2, "promoted") in [t.wish for t in trials]

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 import tiny
 import trimtab as tt
-from trimtab import memory, recipe
+from trimtab import loading, memory, recipe
 from trimtab.export import native
 from trimtab.search import results
 from trimtab.search.ledger import Trial, Wish
@@ -101,10 +101,10 @@ def between(low: int, high: int, part: float) -> int:
 def peak(search: Search, wish: Wish) -> int:
     """What `trimtab plan` would say of the recipe of this point, from its fields one by one."""
     used = results.point_recipe(search, Trial(0, wish, "complete"), 1)
-    skeleton = AutoModelForCausalLM.from_config(search._skeleton.config)
+    _, skeleton = loading.skeleton(search.recipe.model.path)
     teacher = sum(p.numel() * 2 for p in skeleton.parameters()) if used.distill else 0
     planned = memory.plan(
-        skeleton.to("meta"),
+        skeleton,
         used.method,
         used.rules,
         micro_batch=2,
@@ -125,7 +125,13 @@ def on_disk(search: Search, wish: Wish, out: Path) -> int:
     return sum(f.stat().st_size for f in out.glob("*.safetensors"))
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Nothing is shrunk: an example takes seconds, and is small as it is.
+@settings(
+    max_examples=10,
+    deadline=None,
+    phases=(Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(drawn=searches())
 def test_nothing_proposed_is_above_a_budget(drawn: dict[str, Any], models: Path) -> None:
     draw = np.random.default_rng(drawn["seed"])

@@ -77,8 +77,16 @@ def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] 
         rule_list: None for the method's default (for a model that is already quantized: the grids it has).
 
     Raises:
-        UserError: naming the layer, for a grid or method that does not fit it.
+        UserError: naming the layer, for a grid or method that does not fit it, and if no layer is left.
     """
+    found = placed_targets(model, method, rule_list)
+    if not found:
+        raise UserError("rules: no layer of the model is left to quantize or train; give a layer a grid")
+    return found
+
+
+def placed_targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> list[Target]:
+    """`targets`, but for rules that may leave none."""
     layers = _layers(model)
     kinds = {n: kind for n, (kind, _) in layers.items()}
     placed, ranks = rules.resolve(kinds, rule_list, _default(method)), rules.ranks(kinds, rule_list)
@@ -97,8 +105,6 @@ def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] 
         target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
         _check(target, module, method)
         found.append(target)
-    if not found:
-        raise UserError("rules: no layer of the model is left to quantize or train; give a layer a grid")
     return sorted(found, key=lambda t: t.kind != "embedding")
 
 

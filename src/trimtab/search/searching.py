@@ -26,7 +26,7 @@ import torch
 from trimtab import data, loading, planning
 from trimtab.errors import UserError
 from trimtab.grid import AnyGrid
-from trimtab.preparing import targets
+from trimtab.preparing import placed_targets, targets
 from trimtab.recipe import Recipe
 from trimtab.search import sensitivity
 from trimtab.search.additive import Configuration, front
@@ -165,7 +165,9 @@ class Search:
         return self.block.steps if self.block.objective == "tuned" else 0
 
     def admits(self, configuration: Configuration) -> bool:
-        """Whether its training fits the training budget."""
+        """Whether there is something to quantize or train in it, and its training fits the training budget."""
+        if not placed_targets(self._skeleton, self.recipe.method, self.space.rules(configuration)):
+            return False
         return self.block.budget_training is None or self._peak(configuration) <= parse_bytes(
             self.block.budget_training, "search.budget_training"
         )

@@ -20,7 +20,7 @@ from trimtab import hf, storage
 from trimtab.errors import UserError
 from trimtab.grid import AnyGrid, Grid
 from trimtab.methods.base import Method
-from trimtab.preparing import Target, targets
+from trimtab.preparing import Target, placed_targets
 from trimtab.rules import Placement, Rule
 from trimtab.search.additive import Configuration
 
@@ -173,7 +173,7 @@ def _parts(
     merge: bool,
 ) -> dict[str, int]:
     """Bytes of each of these layers under these rules."""
-    placed: dict[str, Target] = {t.name: t for t in targets(model, method, rules)}
+    placed: dict[str, Target] = {t.name: t for t in placed_targets(model, method, rules)}
     found = {}
     for name in names:
         if name in placed:

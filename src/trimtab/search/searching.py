@@ -206,8 +206,8 @@ class Search:
     def _promotion(self, counted: list[Trial], taken: set[tuple[Configuration, int]], *, last: bool) -> Wish | None:
         """A short trial to make longer, if it is time for one: the best, else what the short front would lose most without.
 
-        What is chosen in the end is chosen of the longer trials, so the last trial of all (`last`) is the best short one's,
-        where that was not promoted yet.
+        What is chosen in the end is chosen of the longer trials, so the last trial of all (`last`) is no other short one,
+        which could not be chosen, but that of the best short one not promoted yet.
         """
         short = [t for t in counted if t.wish.steps == self.steps and t.quality is not None]
         if self.block.promote is None or not short:
@@ -217,14 +217,14 @@ class Search:
         if not due and not last:
             return None
         size, cost = _arrays(short)
-        order = [int(cost.argmin())]
-        if due:
+        order = [int(i) for i in np.argsort(cost, kind="stable")]
+        if not last:
             best = pareto(size, cost)
             reference = float(size.max()) + 1, float(cost.max())
             kept = [
                 hypervolume(np.delete(size[best], i), np.delete(cost[best], i), reference) for i in range(len(best))
             ]
-            order += [int(best[i]) for i in np.argsort(kept, kind="stable")]
+            order = [order[0], *(int(best[i]) for i in np.argsort(kept, kind="stable"))]
         for configuration in (short[i].wish.configuration for i in order):
             if (configuration, self.block.promote) not in taken:
                 return Wish(configuration, self.block.promote, "promoted")

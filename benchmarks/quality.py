@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,12 +140,19 @@ def add(file: Path, values: dict[str, Any]) -> None:
 class Table:
     """What is measured already, and what fills it."""
 
-    def __init__(self, model: str, results: Path, data: Path | None, work: Path, deadline: float) -> None:
+    def __init__(
+        self, model: str, rows: list[Row], results: Path, data: Path | None, work: Path, deadline: float
+    ) -> None:
         self.name = Path(model).stem
         self.cells, self.rates = results / "quality.jsonl", results / "quality_rates.jsonl"
         self.work, self.deadline = work, deadline
-        self.data = None if data is None else _split(data, work)
-        self.model = "" if data is None else str(_converted(model, work / "models" / self.name))
+        self.data, self.model = None, ""
+        if data is not None:
+            self.data = work / "text"
+            cut_text(data, self.data)
+            for task in {row.task for row in rows if row.task}:
+                _cut_task(task, data.parent / task, self.data)
+            self.model = str(_converted(model, work / "models" / self.name))
 
     def mine(self, file: Path, row: Row) -> list[dict[str, Any]]:
         """What is known of a row and this model."""
@@ -184,7 +192,7 @@ class Table:
                 steps = {"steps": CHOICE_STEPS, "tokens": found["tokens"], "lr_scale": rate[1]}
                 add(self.rates, {"row": row.name, "model": self.name, "rate": value, "value": found["value"], **steps})
                 say(f"{row.name}: rate {value:g} gives {found['value']:.4g} on what is held out")
-            todo = _further(row, tried)
+            todo = further(tried, min(tried, key=tried.__getitem__), len(row.rates))
             if not todo:
                 break
         best_rate = min(tried, key=tried.__getitem__)
@@ -221,14 +229,11 @@ class Table:
         say(f"{row.name} seed {seed}: {found['value']:.4g} in {found['seconds']:.0f} s")
 
 
-def _further(row: Row, tried: dict[float, float]) -> list[float]:
-    """One more rate, where the best one tried is the last of its side."""
-    rates = sorted(tried)
-    best = min(tried, key=tried.__getitem__)
-    if len(tried) >= len(row.rates) + FURTHER or best not in (rates[0], rates[-1]):
+def further(tried: Collection[float], best: float, given: int) -> list[float]:
+    """One more rate than the `given` ones, where the best one tried is the last of its side."""
+    if len(tried) >= given + FURTHER or best not in (min(tried), max(tried)):
         return []
-    new = best / APART if best == rates[0] else best * APART
-    return [float(f"{new:.0e}")]
+    return [float(f"{best / APART if best == min(tried) else best * APART:.0e}")]
 
 
 def _converted(model: str, folder: Path) -> Path:
@@ -247,31 +252,34 @@ def _converted(model: str, folder: Path) -> Path:
     return folder
 
 
-def _split(source: Path, work: Path) -> Path:
-    """Training text, the slice held out of it, and the test text; the same of the task's rows."""
-    folder = work / "text"
+def cut_text(source: Path, folder: Path) -> None:
+    """WikiText's training text, the slice held out of it, and its test text."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = (source / "train.part.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     cut = int(len(lines) * (1 - HELD_OUT))
     (folder / "train.txt").write_text("".join(lines[:cut]), encoding="utf-8")
     (folder / "heldout.txt").write_text("".join(lines[cut:]), encoding="utf-8")
     shutil.copyfile(source / "test.raw.txt", folder / "test.txt")
-    for task in {row.task for row in ROWS.values() if row.task}:
-        reviews = source.parent / task
-        rows = (reviews / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        cut = int(len(rows) * (1 - HELD_OUT))
-        asked = [json.dumps(_asked(json.loads(row))) + "\n" for row in rows[:cut]]
-        (folder / f"{task}.jsonl").write_text("".join(asked), encoding="utf-8")
-        for name, text in (("tasks-heldout", "".join(rows[cut:])), ("tasks", (reviews / "test.jsonl").read_text())):
-            (folder / name / task).mkdir(parents=True, exist_ok=True)
-            (folder / name / task / "test.jsonl").write_text(text, encoding="utf-8")
-    return folder
 
 
-def _asked(review: dict[str, Any]) -> dict[str, str]:
+def _cut_task(task: str, source: Path, folder: Path) -> None:
+    """The same of a task's rows; the harness asks what lies in `test.jsonl`."""
+    rows = (source / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = int(len(rows) * (1 - HELD_OUT))
+    prompts = [json.dumps(asked(json.loads(row))) + "\n" for row in rows[:cut]]
+    (folder / f"{task}.jsonl").write_text("".join(prompts), encoding="utf-8")
+    for name, text in (("tasks-heldout", "".join(rows[cut:])), ("tasks", (source / "test.jsonl").read_text())):
+        (folder / name / task).mkdir(parents=True, exist_ok=True)
+        (folder / name / task / "test.jsonl").write_text(text, encoding="utf-8")
+
+
+def asked(review: dict[str, Any]) -> dict[str, str]:
     """A training row in the very words that the harness asks with."""
-    prompt = f"{review['sentence']}\nQuestion: Is this sentence positive or negative?\nAnswer:"
-    return {"prompt": prompt, "completion": (" negative", " positive")[review["label"]]}
+    from trimtab.evaluate.harness import TASKS
+
+    words = TASKS["sentence_polarity"].prompt
+    prompt = words["doc_to_text"].replace("{{sentence}}", review["sentence"])
+    return {"prompt": prompt, "completion": f" {words['doc_to_choice'][review['label']]}"}
 
 
 def seeds_of(row: Row, seeds: list[int]) -> list[int]:
@@ -299,12 +307,10 @@ def main() -> None:
     if arguments.cell:
         cell(json.loads(arguments.cell))
         return
-    table = Table(
-        arguments.model, arguments.results, arguments.data, arguments.work, time.time() + 60 * arguments.minutes
-    )
-    left = tuple(arguments.without)
-    names = ROWS if table.name == MODEL else HEADLINES
+    left, names = tuple(arguments.without), ROWS if Path(arguments.model).stem == MODEL else HEADLINES
     rows = [ROWS[n] for n in names if n.startswith(tuple(arguments.rows)) and not (left and n.startswith(left))]
+    deadline = time.time() + 60 * arguments.minutes
+    table = Table(arguments.model, rows, arguments.results, arguments.data, arguments.work, deadline)
     todo = [(row, seed) for seed in arguments.seeds for row in rows if seed in seeds_of(row, arguments.seeds)]
     for row, seed in todo:
         done = table.done(row, seed)

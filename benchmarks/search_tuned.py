@@ -32,19 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import search_tuned_process
-from quality import APART, FURTHER, RESULTS, add, read, say
+from quality import RESULTS, add, asked, cut_text, further, read, say
 from search_tuned_process import PARTS
 
 SEEDS = (0, 1, 2)
 RATIOS = (20, 30)
 TASKS = ("wikitext", "polarity")
 METRIC = {"wikitext": "perplexity", "polarity": "accuracy"}
-HELD_OUT = 0.1
-"""Share of WikiText's training part that rates and searches are measured on; polarity has a validation split."""
 SCALE_RATE = 0.1
 """Rate of scales, as a share of that of deltas: what came out of both choices at 3 bits in quality_rates.jsonl."""
-QUESTION = "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer: {answer}"
-"""The prompt that the harness scores, with its answer."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +279,7 @@ class Study:
                 tried[value] = found["value"]
                 add(self.rates, {"cell": cell.name, "rate": value, "value": found["value"], "tokens": found["tokens"]})
                 say(f"{cell.name}: rate {value:g} gives {found['value']:.3f} on held-out text")
-            todo = _further(tried, better(tried, key=tried.__getitem__), len(row.rates))
+            todo = further(tried, better(tried, key=tried.__getitem__), len(row.rates))
         return better(tried, key=tried.__getitem__)
 
     def fill(self, cell: Cell, seed: int) -> None:
@@ -316,29 +312,16 @@ class Study:
         say(f"{cell.name} seed {seed}: {found['value']:.3f} in {found['run_seconds']:.0f} s")
 
 
-def _further(tried: dict[float, float], best: float, given: int) -> list[float]:
-    """One more rate, where the best one tried is the last of its side."""
-    rates = sorted(tried)
-    if len(tried) >= given + FURTHER or best not in (rates[0], rates[-1]):
-        return []
-    return [float(f"{best / APART if best == rates[0] else best * APART:.0e}")]
-
-
 def split(source: Path, folder: Path) -> Path:
     """Training, held-out and test text of both tasks."""
     text, items = folder / "wikitext", folder / "polarity"
-    for made in (text, items / "choice" / "sentence_polarity", items / "test" / "sentence_polarity"):
+    for made in (items / "choice" / "sentence_polarity", items / "test" / "sentence_polarity"):
         made.mkdir(parents=True, exist_ok=True)
-    lines = (source / "wikitext2" / "train.part.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-    cut = int(len(lines) * (1 - HELD_OUT))
-    (text / "train.txt").write_text("".join(lines[:cut]), encoding="utf-8")
-    (text / "heldout.txt").write_text("".join(lines[cut:]), encoding="utf-8")
-    shutil.copyfile(source / "wikitext2" / "test.raw.txt", text / "test.txt")
+    cut_text(source / "wikitext2", text)
     given = source / "sentence_polarity"
     for name, made in (("train", "train"), ("validation", "heldout")):
         rows = [json.loads(line) for line in (given / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        answers = [QUESTION.format(sentence=r["sentence"], answer=("negative", "positive")[r["label"]]) for r in rows]
-        lines = [json.dumps({"text": answer}) + "\n" for answer in answers]
+        lines = [json.dumps({"text": "".join(asked(r).values())}) + "\n" for r in rows]
         (items / f"{made}.jsonl").write_text("".join(lines), encoding="utf-8")
     # The harness asks what lies in `test.jsonl`.
     shutil.copyfile(given / "validation.jsonl", items / "choice" / "sentence_polarity" / "test.jsonl")

@@ -300,21 +300,23 @@ def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: tor
 
 def _objection(engine: Engine, inputs: Activations | None, grid: Grid) -> tuple[str, str] | None:
     """The first property of a layer that an engine does not run, and what it runs instead; None if it runs the layer."""
-    left: list[Engine | Rounded] = [engine] if inputs is None else [r for r in engine.rounded if inputs in r.inputs]
-    reads = "" if inputs is None else f" and {inputs.describe()} inputs"
-    if not left:
-        kinds = dict.fromkeys(i.describe() for r in engine.rounded for i in r.inputs)
-        return f"has {inputs.describe()} inputs" if inputs else "", f"use {_words(kinds or ['inputs in float'])}"
-    kept = [x for x in left if grid.bits in x.bits]
-    if not kept:
-        return f"has {grid.bits} bits{reads}", f"use {_words(sorted({b for x in left for b in x.bits}))}"
-    left, kept = kept, [x for x in kept if grid.zero in x.zeros]
-    if not kept:
-        zeros = _words(dict.fromkeys(z for x in left for z in x.zeros))
-        return f"has a zero that is {grid.zero}{reads}", f"use {zeros}"
-    if not any(x.groups is None or grid.group in x.groups for x in kept):
-        groups = dict.fromkeys("per channel" if g is None else g for x in kept for g in x.groups or ())
-        return f"is {grid.describe()}{' with' + reads[4:] if reads else ''}", f"use a group of {_words(groups)}"
+    left: list[Engine | Rounded] = [engine]
+    beside = ""
+    if inputs is not None:
+        left, beside = [r for r in engine.rounded if inputs in r.inputs], f" with {inputs.describe()} inputs"
+        if not left:
+            kinds = dict.fromkeys(i.describe() for r in engine.rounded for i in r.inputs)
+            return f"has {inputs.describe()} inputs", f"use {_words(kinds or ['inputs in float'])}"
+    of_bits = [x for x in left if grid.bits in x.bits]
+    if not of_bits:
+        return f"has {grid.bits} bits{beside}", f"use {_words(sorted({b for x in left for b in x.bits}))}"
+    of_zero = [x for x in of_bits if grid.zero in x.zeros]
+    if not of_zero:
+        zeros = dict.fromkeys(z for x in of_bits for z in x.zeros)
+        return f"has a zero that is {grid.zero}{beside}", f"use {_words(zeros)}"
+    if not any(x.groups is None or grid.group in x.groups for x in of_zero):
+        groups = dict.fromkeys("per channel" if g is None else g for x in of_zero for g in x.groups or ())
+        return f"is {grid.describe()}{beside}", f"use a group of {_words(groups)}"
     return None
 
 

@@ -166,7 +166,8 @@ class Search:
 
     def admits(self, configuration: Configuration) -> bool:
         """Whether there is something to quantize or train in it, and its training fits the training budget."""
-        if not placed_targets(self._skeleton, self.recipe.method, self.space.rules(configuration)):
+        untouched = all(self.space.placements[choice] is None for choice in configuration)
+        if untouched and not placed_targets(self._skeleton, self.recipe.method, self.space.rules(configuration)):
             return False
         return self.block.budget_training is None or self._peak(configuration) <= parse_bytes(
             self.block.budget_training, "search.budget_training"

@@ -237,7 +237,7 @@ def further(tried: Collection[float], best: float, given: int) -> list[float]:
 
 
 def _converted(model: str, folder: Path) -> Path:
-    """The same numbers in float32 safetensors: every cell reads them, and reading a GGUF takes far longer."""
+    """The same numbers in float32 safetensors: every cell reads them, and would parse the GGUF anew."""
     if not folder.exists():
         import torch
 

@@ -294,7 +294,7 @@ def test_the_tokenizer_is_the_files(file: File) -> None:
 
 
 def test_a_file_is_parsed_once(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parsing the vocabulary takes longer than reading the weights of a small model, and transformers would do it again."""
+    """For us, for the config and for the tokenizer; transformers would do it again for each."""
     parsed: list[object] = []
     build = gguf.GGUFReader._build_fields
     monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda self, *a: parsed.append(self) or build(self, *a))

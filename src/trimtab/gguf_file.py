@@ -69,7 +69,7 @@ def _read_once(path: Path, reader: gguf.GGUFReader) -> Iterator[None]:
     """Lend transformers our reader of a file, and each table of tensor names once.
 
     It would parse the whole file again for the config and for the tokenizer, and build the table anew for every module of
-    a model: most of the time that a small model takes to load.
+    a model.
     """
     made, named = gguf.GGUFReader, gguf.get_tensor_name_map
     gguf.GGUFReader = lambda asked, *rest: reader if Path(asked) == path else made(asked, *rest)  # type: ignore[assignment,misc]

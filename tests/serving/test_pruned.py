@@ -16,6 +16,8 @@ from trimtab.methods import LrQat
 from trimtab.prune import Options
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_vllm import SIZES
+
 import exported
 from test_gguf_export import byte_level_tokenizer
 
@@ -26,19 +28,7 @@ EMBEDDING = {"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}
 def tuned(dtype: torch.dtype, rules: list[dict[str, Any]], folder: Path) -> PreTrainedModel:
     """Half of the heads and some channels pruned, saved, loaded on its grids, moved as training would, folded."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        tie_word_embeddings=True,
-        initializer_range=0.06,
-        bos_token_id=259,
-        eos_token_id=259,
-    )
+    config = LlamaConfig(**SIZES | {"num_key_value_heads": 4, "bos_token_id": 259, "eos_token_id": 259})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     done = prune.prune(model, Options(ratio=0.4, importance="random", multiple_of=64))
     assert done.widths.groups * 32 < 128

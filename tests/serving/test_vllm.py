@@ -22,6 +22,17 @@ from trimtab.hf import quant_layers
 from trimtab.linear import QuantLinear
 from trimtab.methods import LrQat, Method, QBara, Rtn
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.06,
+}
 BLOCKS = torch.arange(128).view(2, 64) * 7 % 260
 EMBEDDING = {"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}
 
@@ -39,18 +50,7 @@ def prepared(
     *rules: dict[str, Any], tuned: bool = True, method: Method | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        tie_word_embeddings=True,
-        initializer_range=0.06,
-    )
-    model = tt.prepare(LlamaForCausalLM(config).to(dtype), method or LrQat(rank=4), [EMBEDDING, *rules])
+    model = tt.prepare(LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype), method or LrQat(rank=4), [EMBEDDING, *rules])
     for layer in quant_layers(model).values():
         if tuned and isinstance(layer, QuantLinear) and layer.adapter is not None:
             with torch.no_grad():

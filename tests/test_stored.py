@@ -1,6 +1,7 @@
 """Files written once, by the version that decided the format: every later version must read the same numbers.
 
 `python tests/test_stored.py` wrote tests/stored; it is not to be run again for the same format version.
+Format 1 is `model`; format 2, which says how inputs and the KV cache are rounded, is `rounded`.
 """
 
 import json
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import trimtab
 from trimtab import linear, packing
 from trimtab.grid import CodebookGrid, Grid
+from trimtab.hf import quant_layers
 from trimtab.linear import QuantLinear
 from trimtab.methods import LrQat, QaHira, Qlora, Rtn
 
@@ -53,6 +55,14 @@ def model() -> LlamaForCausalLM:
         {"match": "*", "grid": {"bits": 4, "group": 32, "zero": "integer"}},
     ]
     return trimtab.prepare(LlamaForCausalLM(config).bfloat16(), trimtab.methods.make("lr-qat", rank=2), rules)  # type: ignore[return-value]
+
+
+def rounded_model() -> LlamaForCausalLM:
+    """The same with inputs and KV cache rounded, by ranges that were measured and by those of each token."""
+    made = model()
+    tokens = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+    trimtab.simulate(made, activations=trimtab.Activations(8, mode="static"), kv=trimtab.KvCache(4), calibration=tokens)
+    return made
 
 
 def values(layer: QuantLinear) -> Tensor:
@@ -95,7 +105,21 @@ def test_a_stored_model_gives_the_same_logits() -> None:
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-4)
 
 
+def test_a_stored_model_rounds_as_it_did() -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(STORED / "rounded", dtype=torch.float32).eval()
+    rounding = [layer for layer in quant_layers(loaded).values() if getattr(layer, "inputs", None) is not None]
+    assert len(rounding) == 7
+    expected = load_file(STORED / "rounded_logits.safetensors")
+    with torch.no_grad():
+        logits = loaded(input_ids=expected["ids"]).logits
+    # Sums in another order may move a value across the border of two codes.
+    torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=2e-3)
+    plain = load_file(STORED / "logits.safetensors")
+    assert (plain["logits"] - expected["logits"]).abs().max() > 1e-2
+
+
 def _write() -> None:
+    """All of format 1."""
     STORED.mkdir()
     made = layers()
     (STORED / "layers.json").write_text(
@@ -104,12 +128,18 @@ def _write() -> None:
     tensors = {f"{name}/{key}": t for name, layer in made.items() for key, t in layer.state_dict().items()}
     tensors |= {f"{name}/values": values(layer) for name, layer in made.items()}
     save_file(tensors, STORED / "layers.safetensors")
-    trimtab.save(model(), STORED / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(STORED / "model", dtype=torch.float32).eval()
+    _write_model(model(), STORED / "model", STORED / "logits.safetensors")
+
+
+def _write_model(made: LlamaForCausalLM, folder: Path, file: Path) -> None:
+    trimtab.save(made, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
-        save_file({"ids": ids, "logits": loaded(input_ids=ids).logits}, STORED / "logits.safetensors")
+        save_file({"ids": ids, "logits": loaded(input_ids=ids).logits}, file)
 
 
 if __name__ == "__main__":
-    _write()
+    if not STORED.exists():
+        _write()
+    _write_model(rounded_model(), STORED / "rounded", STORED / "rounded_logits.safetensors")

@@ -66,6 +66,7 @@ def _rows() -> list[Row]:
     low, high = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 9e-3)  # alpha as large as the rank, and 1
     rows += [Row("nf4-rtn", "nf4", {"name": "rtn"}, nf4)]
     rows += [Row(f"nf4-{name}", "nf4", {"name": name, "rank": 16}, nf4, high) for name in ("qlora", "loftq", "q-bara")]
+    rows += [Row("nf4-loftq-start", "nf4", {"name": "loftq", "rank": 16}, nf4)]  # before the first step
     int3 = {"bits": 3, "group": 32, "zero": "real"}
     # Ranks that give every row of the table the trainable numbers of QA-HiRA, within 2 %.
     rows += [

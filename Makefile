@@ -43,8 +43,9 @@ model: $(MODEL_STAMP)
 demo: $(SETUP_STAMP) $(MODEL_STAMP)
 	$(BIN)/trimtab run examples/recipes/demo.yaml --overwrite $(ARGS)
 
+# A worker for each core, four at most. ARGS="-n 0" runs all in one process.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-serving: $(SETUP_STAMP) $(SERVING_STAMP) $(LLAMA_STAMP)
 	TRIMTAB_VLLM_PYTHON=$(CURDIR)/$(SERVING)/bin/python TRIMTAB_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA)/bin/python \
@@ -108,7 +109,7 @@ $(LLAMA_STAMP): constraints-llama.txt | $(SETUP_STAMP)
 	@$(BIN)/python -m venv $(LLAMA)
 	@mkdir -p $(WHEELS)
 	@ls $(WHEELS)/$$(grep '^llama_cpp_python==' constraints-llama.txt | sed 's/==/-/')-*.whl >/dev/null 2>&1 || \
-	    CMAKE_ARGS="-DGGML_NATIVE=OFF" $(LLAMA)/bin/python -m pip wheel --no-input --disable-pip-version-check --quiet \
+	    CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(LLAMA)/bin/python -m pip wheel --no-input --disable-pip-version-check --quiet \
 	    --no-deps -w $(WHEELS) $$(grep '^llama_cpp_python==' constraints-llama.txt)
 	@$(LLAMA)/bin/python -m pip install --no-input --disable-pip-version-check --quiet --find-links $(WHEELS) \
 	    -r constraints-llama.txt

@@ -45,7 +45,7 @@ APART = 10**0.5
 FURTHER = 4
 """Rates tried at most beyond the end of a row's own list."""
 MOVING = ("peqa", "lr-qat", "qat")
-"""Methods whose codes are counted: how many they moved explains the order at 2 bits. PEQA moves none."""
+"""Methods that train codes or the scales around them: how many codes they moved is counted. PEQA moves none."""
 MOVED = "moved.json"
 
 Rate = tuple[float | None, float | None]

@@ -95,7 +95,7 @@ WHY = {
     ),
     ("nf4-q-bara", "nf4-loftq"): (
         "LoftQ's adapter begins as the best low-rank part of what rounding lost: before the first step its model is at "
-        "{}, that of Q-BaRA at {}. So short a training does not make up for that; no paper compares the two.",
+        "{}, that of Q-BaRA at {}. So short a training does not make up for that.",
         _value("nf4-loftq-start"),
         _value("nf4-rtn"),
     ),
@@ -168,7 +168,7 @@ def claims(cells: Cells) -> list[str]:
 def _claim(first: str, second: str, text: str, cells: Cells) -> str:
     differences, verdict = _compared(first, second, cells)
     if not differences:
-        return f"| {first} against {second}: {text} | | 0 | no seed of both |"
+        return f"| {first} against {second}: {text} | | 0 | {verdict} |"
     mean, wide = statistics.fmean(differences), interval(differences)
     shown = f"{mean:+.3f}" if ROWS[first].task else f"{mean:+.2f}" if abs(mean) < 1000 else f"{mean:+.3g}"
     shown += "" if wide is None else f" ± {_number(wide)}"
@@ -181,6 +181,8 @@ def _compared(first: str, second: str, cells: Cells) -> tuple[list[float], str]:
     one = cells[second] if ROWS[second].trained else dict.fromkeys(cells[first], cells[second][0])
     shared = sorted(cells[first].keys() & one.keys())
     differences = [cells[first][s]["value"] - one[s]["value"] for s in shared]
+    if not differences:
+        return [], "no seed of both"
     wide, mean = interval(differences), statistics.fmean(differences)
     if wide is None and (ROWS[first].trained or ROWS[second].trained):
         return differences, "one seed: no interval"

@@ -91,11 +91,11 @@ WHY = {
         _share("w2-qat"),
     ),
     ("nf4-q-bara", "nf4-qlora"): (
-        "Equal trainable numbers, and equal within seeds: the higher rank neither helps nor harms in so few steps.",
+        "Equal trainable numbers, twice the rank: what that gives in so few steps is less than what seeds do.",
     ),
     ("nf4-q-bara", "nf4-loftq"): (
         "LoftQ's adapter begins as the best low-rank part of what rounding lost: before the first step its model is at "
-        "{}, that of Q-BaRA at {}. So short a training does not make up for that.",
+        "{}, that of Q-BaRA at {}. A guess: so short a training does not make up for that.",
         _value("nf4-loftq-start"),
         _value("nf4-rtn"),
     ),

@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py                          verdict of every cell, by the declarations
     python benchmarks/serving.py --measure 'lr-qat:*' --minutes 60          and parity of these cells, in the engines
+    python benchmarks/serving.py --model FILE             parity of another model, LR-QAT at 4 bits only
     TRIMTAB_VLLM_PYTHON, TRIMTAB_LLAMA_CPP_PYTHON name the engines' Pythons (`make test-serving` makes both)
 
 A refused cell is also exported lossily: the relative error is that of the matrices of the model's first block, rounded
@@ -9,7 +10,8 @@ to the nearest grid that the format holds. A measured cell is trained for a few 
 log-probabilities are compared with those of the folded model. The engine's own noise is measured in the same run: the same
 engine and format on the untuned, rounded model. Cells that stand in `results/serving.json` are not measured again.
 Engine `vllm` of compressed-tensors needs a GPU and is not measured; `native` is what the engines are compared with. vLLM is
-asked not to round inputs that no file asks it to round (`VLLM_CPU_INT4_W4A8`).
+asked not to round inputs that no file asks it to round (`VLLM_CPU_INT4_W4A8`). Other models' rows stand in
+`results/serving_models.json`.
 """
 
 import argparse
@@ -36,12 +38,17 @@ from trimtab.weights import AffineWeight
 Model = tuple[str, str, int]
 """(method, zero, bits)."""
 RESULTS = Path(__file__).parent / "results" / "serving.json"
+OTHERS = RESULTS.with_name("serving_models.json")
 DOCS = Path(__file__).parent.parent / "docs" / "formats.md"
 MODEL = "smollm2-135m"
 BITS = (2, 3, 4, 8)
 GROUP = 64
 RATES = {"qat": 1e-4, "lr-qat": 1e-2, "qa-hira": 1e-2, "qa-lora": 1e-2, "qa-blora": 1e-2, "qlora": 1e-2, "q-bara": 1e-2}
 """Learning rates that move codes, zeros or adapters in a few steps: a model left as it was would prove nothing."""
+OTHER_RATE = 1e-3
+"""For models that nothing is known of."""
+OTHER_EXITS = [("compressed-tensors", "transformers"), ("compressed-tensors", "vllm-cpu"), ("gguf", "llama.cpp"),
+               ("dense", "transformers"), ("dense", "vllm")]  # fmt: skip
 ENGINES = ("transformers", "vllm", "vllm-cpu", "llama.cpp")
 MEASURED = ("tokens", "steps", "top1_agreement", "rms_logprob", "max_logprob", "engine_noise", "perplexity_trained",
             "perplexity_served")  # fmt: skip
@@ -129,7 +136,7 @@ def wanted(rows: list[dict[str, Any]], patterns: list[str], again: bool) -> dict
 
 
 def served(
-    model: Model, exits: list[tuple[str, str]], steps: int, tokens: int
+    model: Model, exits: list[tuple[str, str]], steps: int, tokens: int, path: str = MODEL, rate: float | None = None
 ) -> dict[tuple[str, str], serving.Served]:
     """Train a model once, export it to each format, and compare each (format, engine) with it."""
     name, zero, bits = model
@@ -138,7 +145,7 @@ def served(
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "run"
         values: dict[str, Any] = {
-            "model": {"path": MODEL},
+            "model": {"path": path},
             "method": {"name": name},
             "rules": [{"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}, {"match": "*", "grid": grid}],
             "train": {"steps": 0},
@@ -149,7 +156,7 @@ def served(
         if steps:
             values["data"] = {"path": "pydoc-topics", "block_tokens": 128, "limit": 40}
             values["train"] = {"steps": steps, "batch_tokens": 256, "micro_batch": 2}
-            values["train"] |= {"lr": RATES.get(name), "lr_scale": 1e-3}
+            values["train"] |= {"lr": rate or RATES.get(name), "lr_scale": 1e-3}
         pipeline.run(recipe.from_dict(values))
         trained, tokenizer = loading.load(str(out))
         rows = data.load_rows("pydoc-topics", split="test")
@@ -176,6 +183,27 @@ class Untuned:
         if missing:
             self.known |= {(untuned, *e): found for e, found in served(untuned, missing, 0, self.tokens).items()}
         return {e: self.known[untuned, *e] for e in exits}
+
+
+def measure_other(path: str, steps: int, tokens: int) -> None:
+    """Rows of another model: LR-QAT at 4 bits in every engine, against the noise of the rounded model."""
+    noise = served(("rtn", "symmetric", 4), OTHER_EXITS, 0, tokens, path)
+    found = served(("lr-qat", "symmetric", 4), OTHER_EXITS, steps, tokens, path, OTHER_RATE)
+    rows = [r for r in others() if r["model"] != Path(path).stem]
+    for format_, engine in OTHER_EXITS:
+        this, untuned = found[format_, engine], noise[format_, engine]
+        assert this.perplexity_trained != untuned.perplexity_trained, "training changed nothing, so nothing is shown"
+        row: dict[str, Any] = {"model": Path(path).stem, "method": "lr-qat", "zero": "symmetric", "bits": 4}
+        row |= {"format": format_, "engine": engine, "verdict": "exact"}
+        row |= {k: getattr(this, k) for k in MEASURED if hasattr(this, k)}
+        rows.append(row | {"steps": steps, "engine_noise": untuned.rms_logprob})
+        print(json.dumps(rows[-1]), flush=True)
+    OTHERS.write_text(json.dumps({"group": GROUP, "rows": rows}, indent=1) + "\n")
+
+
+def others() -> list[dict[str, Any]]:
+    """The stored rows of other models."""
+    return list(json.loads(OTHERS.read_text())["rows"]) if OTHERS.exists() else []
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -231,13 +259,20 @@ def document(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "rms_logprob" not in row:
             continue
-        within = "yes" if row["rms_logprob"] <= 1.5 * row["engine_noise"] else "no"
-        within = "is the noise" if row["method"] == "rtn" else within
-        lines.append(
-            f"| {row['method']} | {row['zero']} | {row['bits']} | {row['format']} | {row['engine']} "
-            f"| {row['top1_agreement']:.2%} | {row['rms_logprob']:.3g} | {row['engine_noise']:.3g} | {within} |"
-        )
+        lines.append(f"| {row['method']} | {row['zero']} | {row['bits']} | {parity(row)} |")
+    if others():
+        lines += ["", "### Other models", "", "From GGUF files as they are found: LR-QAT at 4 bits, symmetric.", ""]
+        lines += ["| model | format | engine | top-1 | RMS | noise | within |", "|---" * 7 + "|"]
+        lines += [f"| {row['model']} | {parity(row)} |" for row in others()]
     return "\n".join(lines) + "\n"
+
+
+def parity(row: dict[str, Any]) -> str:
+    """The columns that say how a cell was served."""
+    within = "yes" if row["rms_logprob"] <= 1.5 * row["engine_noise"] else "no"
+    within = "is the noise" if row["method"] == "rtn" else within
+    numbers = f"{row['top1_agreement']:.2%} | {row['rms_logprob']:.3g} | {row['engine_noise']:.3g}"
+    return f"{row['format']} | {row['engine']} | {numbers} | {within}"
 
 
 def write(rows: list[dict[str, Any]]) -> None:
@@ -248,6 +283,7 @@ def write(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="*", default=[], help="method:zero:bits:format:engine, with * and ?")
+    parser.add_argument("--model", help="a file or folder: measure this model instead")
     parser.add_argument("--again", action="store_true", help="measure anew what stands there")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
@@ -255,6 +291,8 @@ def main() -> None:
     options = parser.parse_args()
     deadline = time.time() + 60 * options.minutes
     os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
+    if options.model:
+        measure_other(options.model, options.steps, options.tokens)
     stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     kept = {key(r): {k: r[k] for k in MEASURED} for r in stored if "rms_logprob" in r}
     rows = [{**row, **kept.get(key(row), {})} for row in verdicts()]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.data import conversational, describe, load_rows, text_of, token_blocks
@@ -340,6 +341,21 @@ def test_token_blocks_of_conversations(tmp_path: Path) -> None:
     assert token_blocks(rows, tiny_tokenizer(), block_tokens=7).tolist() == [[0, 2, 3, 1, 0, 4, 1]]
     with pytest.raises(UserError, match="7 tokens, not one block"):
         token_blocks(rows, tiny_tokenizer(), block_tokens=8)
+
+
+def test_each_block_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    """A Gemma or a Llama was never shown a window without its first token; a template may have written it already."""
+    tokenizer = tiny_tokenizer(template="d a <eos> b")
+    tokenizer.bos_token = "d"
+    rows = load_rows(jsonl(tmp_path, {"text": "a b c"}, {"text": "d a"}))
+    assert token_blocks(rows, tokenizer, block_tokens=3).tolist() == [[2, 3, 4], [1, 5, 2]]  # it adds none: nor do we
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="d $A", special_tokens=[("d", 5)])
+    assert token_blocks(rows, tokenizer, block_tokens=3).tolist() == [[5, 2, 3], [5, 4, 1], [5, 2, 1]]
+    assert token_blocks(rows, tokenizer, block_tokens=3, limit_tokens=8).shape == (2, 3)
+    with pytest.raises(UserError, match="block_tokens: 1 leaves no token of text"):
+        token_blocks(rows, tokenizer, block_tokens=1)
+    chats = load_rows(jsonl(tmp_path, {"messages": [USER, ANSWER]}))
+    assert token_blocks(chats, tokenizer, block_tokens=5).tolist() == [[5, 2, 1, 3, 1]]
 
 
 def test_token_blocks_errors(tmp_path: Path) -> None:

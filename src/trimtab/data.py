@@ -20,7 +20,10 @@ Perplexity wants equal blocks of tokens. Documents are joined with the end-of-se
 
     d d d d E d d E d d d d d E    block_tokens = 4  ->  [d d d d] [E d d E] [d d d d]    the tail, d E, is dropped
 
-No beginning-of-sequence token is added, so that a number does not depend on a tokenizer's habits.
+A model whose tokenizer begins every text with a beginning-of-sequence token (Gemma, Llama 2 and 3) was never shown a window
+without one, and its perplexity there says nothing: each of its blocks begins with that token, in place of a token of text.
+
+    d d d d E d d E    block_tokens = 4  ->  [B d d d] [B d E d]
 """
 
 from __future__ import annotations
@@ -361,24 +364,41 @@ def token_blocks(
     eos_id = tokenizer.eos_token_id
     if not isinstance(eos_id, int):
         raise UserError("data: the tokenizer has no end-of-sequence token to put between documents; set its eos_token")
+    head = _begins(tokenizer)
     token_ids: list[int] = []
     for text in text_of(dataset, tokenizer):
         if limit_tokens is not None and len(token_ids) >= limit_tokens:
             break
         # verbose=False: a document longer than the model's context is expected here, blocks are what the model sees.
         document = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if document[: len(head)] == head:  # a chat template has written it
+            document = document[len(head) :]
         token_ids += document
         # An empty row is no document, and a chat template may have written the token already.
         if document and document[-1] != eos_id:
             token_ids.append(eos_id)
-    blocks = len(token_ids[:limit_tokens]) // block_tokens
+    each = block_tokens - len(head)
+    if each < 1:
+        raise UserError(
+            f"block_tokens: {block_tokens} leaves no token of text behind the one that begins it; give more"
+        )
+    blocks = len(token_ids) // each
+    if limit_tokens is not None:
+        blocks = min(blocks, limit_tokens // block_tokens)
     if blocks == 0:
         limited = "" if limit_tokens is None else f", limit_tokens is {limit_tokens}"
         raise UserError(
             f"data: {len(token_ids)} tokens{limited}, not one block of block_tokens = {block_tokens}; "
             "give more text or shorter blocks"
         )
-    return torch.tensor(token_ids[: blocks * block_tokens], dtype=torch.int64).view(blocks, block_tokens)
+    texts = torch.tensor(token_ids[: blocks * each], dtype=torch.int64).view(blocks, each)
+    return torch.cat([torch.tensor(head, dtype=torch.int64).expand(blocks, len(head)), texts], dim=1)
+
+
+def _begins(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer itself puts one before a text, or nothing."""
+    ids = tokenizer("")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def describe(dataset: Dataset) -> str:

@@ -1,10 +1,10 @@
 """Searches against the truth: hypervolume after 10, 20, 40, 80 trials, as a share of the best any set of that size reaches.
 
 Bytes against log KL, reference point: the largest bytes, the worst uniform width. Sensitivity passes are charged as trials
-(a pass over a quarter of the tokens as a quarter). Needs the table of `benchmarks/search_truth.py`. Rows {method, trials,
-seed, hypervolume_ratio} go to benchmarks/results/search.json.
+(a pass over a quarter of the tokens as a quarter). Needs a table of `benchmarks/search_truth.py`. Rows {method, trials,
+seed, hypervolume_ratio} go to benchmarks/results/search.json, of the second table to search_smollm2.json.
 
-    python benchmarks/search.py [--seeds 10] [--methods ours random ...] && python benchmarks/search_report.py
+    python benchmarks/search.py [--table smollm2-135m] [--methods ours random ...] && python benchmarks/search_report.py
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from search_truth import TABLES
 
 from trimtab.search.additive import front
 from trimtab.search.hypervolume import expected_gain, hypervolume, pareto
@@ -28,10 +29,10 @@ PRIOR = "fisher"
 
 
 class Truth:
-    """The stored table."""
+    """A stored table."""
 
-    def __init__(self) -> None:
-        found = np.load(RESULTS / "search_truth.npz")
+    def __init__(self, file: str) -> None:
+        found = np.load(RESULTS / file)
         self.bytes_UC, self.fixed = found["bytes_UC"], int(found["fixed_bytes"])
         self.units, self.choices = self.bytes_UC.shape
         self.kl, self.size = found["kl"].astype(float), found["bytes"].astype(float)
@@ -161,15 +162,16 @@ CHARGED = ("ours", "integer program alone", "greedy")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=TABLES, default="stories260k")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--trials", type=int, default=max(TRIALS))
     arguments = parser.parse_args()
-    truth = Truth()
+    name = TABLES[arguments.table].file
+    truth, file = Truth(name), RESULTS / name.replace("search_truth", "search").replace(".npz", ".json")
     best = truth.best(max(TRIALS))
-    file = RESULTS / "search.json"
     for method in arguments.methods:
         charge = math.ceil(truth.passes[PRIOR]) if method in CHARGED else 0
         for seed in range(arguments.first_seed, arguments.seeds):

@@ -1,17 +1,24 @@
 """Every configuration of a small real model, measured: the truth that `benchmarks/search.py` compares searches with.
 
-stories260K, five decoder layers in 8 units, 3 widths each: 3^8 = 6561 configurations, each rounded to nearest, per channel,
-integer zeros, and held against the float model by KL on the same tokens. The table, the bytes and the sensitivities, each
-with what it cost, go to benchmarks/results/search_truth.npz.
+A model's decoder in 8 units, 3 widths each: 3^8 = 6561 configurations, each rounded to nearest with integer zeros, and held
+against the float model by KL on the same tokens. The table, the bytes and the sensitivities, each with what it cost, go to
+benchmarks/results/search_truth*.npz. Two tables:
 
-    python benchmarks/search_truth.py [--model ../shared/data/stories260k] [--data ../shared/data/tinystories/valid.jsonl]
+    stories260k    units are parts of its five layers, per channel
+    smollm2-135m   units are runs of three or four of its thirty layers, groups of 64
+
+    python benchmarks/search_truth.py [--table smollm2-135m] [--data DIR]
+
+DIR holds stories260k/, tinystories/ and wikitext2/.
 """
 
 import argparse
 import itertools
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,50 +28,89 @@ from trimtab import data, loading, weights
 from trimtab.grid import Grid
 from trimtab.methods import Rtn
 from trimtab.search import sensitivity
-from trimtab.search.space import Space, Unit, space
+from trimtab.search.space import By, Space, Unit, space
 
-OUT = Path(__file__).parent / "results" / "search_truth.npz"
+RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BITS = (2, 3, 4)
-GRID = Grid(4, None, "integer")
-MERGED = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9, 10, 11), (12, 13), (14, 15), (16, 17, 18, 19))
-"""Fusion groups (four in a layer: qkv, o, gate and up, down) that make a unit: 8 of 20."""
-WINDOWS, LENGTH = 4, 64
 
 
-def merged(whole: Space) -> Space:
-    """The space with its fusion groups merged to 8 units."""
+@dataclass(frozen=True)
+class Table:
+    """A model, cut into 8 units, and the text that it is measured on."""
+
+    file: str
+    model: str
+    text: str
+    by: By
+    sizes: tuple[int, ...]
+    """Units of the space (fusion groups, four in a layer, or layers) that make one of the 8, in their order."""
+    group: int | None
+    windows: int
+    length: int
+
+
+TABLES = {
+    "stories260k": Table(
+        "search_truth.npz", "stories260k", "tinystories/valid.jsonl", "fusion", (2, 2, 2, 2, 4, 2, 2, 4), None, 4, 64
+    ),
+    "smollm2-135m": Table(
+        "search_truth_smollm2.npz", "", "wikitext2/train.part.txt", "layer", (4, 4, 4, 4, 4, 4, 3, 3), 64, 4, 32
+    ),
+}
+
+
+def merged(whole: Space, sizes: tuple[int, ...]) -> Space:
+    """The space with its units merged to fewer."""
+    ends = list(itertools.accumulate(sizes))
+    groups = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     units = [
         Unit("+".join(whole.units[i].name for i in group), tuple(n for i in group for n in whole.units[i].layers))
-        for group in MERGED
+        for group in groups
     ]
-    return replace(whole, units=tuple(units), bytes_UC=np.stack([whole.bytes_UC[list(g)].sum(0) for g in MERGED]))
+    return replace(whole, units=tuple(units), bytes_UC=np.stack([whole.bytes_UC[list(g)].sum(0) for g in groups]))
 
 
 class Rounded:
-    """The model with any configuration's weights, each rounded once."""
+    """The model under any configuration, each weight rounded once for each choice."""
 
-    def __init__(self, model: torch.nn.Module, laid_out: Space, blocks: torch.Tensor) -> None:
-        self.model, self.blocks = model, blocks
-        with torch.no_grad():
-            self.float_log_p = F.log_softmax(model(input_ids=blocks, use_cache=False).logits.float(), -1)
-        self.linears = [[model.get_submodule(n) for n in unit.layers] for unit in laid_out.units]
+    def __init__(self, model: Any, laid_out: Space, blocks: torch.Tensor) -> None:
+        layers = list(model.base_model.layers)
+        names = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}
+        linears = [[model.get_submodule(n) for n in unit.layers] for unit in laid_out.units]
+        self.model, self.layers, self.linears = model, layers, linears
+        # Before a unit is chosen, all layers in front of its first one can be gone through.
+        self.first = [min(names[id(m)] for m in unit) for unit in linears] + [len(layers)]
         self.weights = [
             [[weights.quantize(m.weight.data, g).dequantize(torch.float32) for m in unit] for g in laid_out.placements]
-            for unit in self.linears
+            for unit in linears
         ]
+        with torch.no_grad():
+            self.stream = sensitivity.start(model, blocks)
+            self.float_log_p = self._log_p(self.stream.last)
+
+    def _log_p(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(self.model.get_output_embeddings()(self.model.base_model.norm(hidden)), -1)
 
     @torch.no_grad()
-    def kl(self, configuration: tuple[int, ...]) -> float:
-        for unit, choices, chosen in zip(self.linears, self.weights, configuration, strict=True):
-            for linear, weight in zip(unit, choices[chosen], strict=True):
+    def all(self, hidden: torch.Tensor | None = None, unit: int = 0, done: int = 0) -> Iterator[float]:
+        """KL of every configuration, the last unit's choice changing fastest; what precedes a unit is computed once."""
+        hidden = self.stream.hidden if hidden is None else hidden
+        if unit == len(self.linears):
+            log_q = self._log_p(hidden)
+            tokens = hidden.shape[0] * hidden.shape[1]
+            yield F.kl_div(log_q, self.float_log_p, reduction="sum", log_target=True).item() / tokens
+            return
+        for chosen in self.weights[unit]:
+            for linear, weight in zip(self.linears[unit], chosen, strict=True):
                 linear.weight.data = weight
-        log_q = F.log_softmax(self.model(input_ids=self.blocks, use_cache=False).logits.float(), -1)
-        return F.kl_div(log_q, self.float_log_p, reduction="sum", log_target=True).item() / self.blocks.numel()
+            reached = self.first[unit + 1]
+            after = self.stream.through(self.layers[done:reached], done, hidden)
+            yield from self.all(after, unit + 1, reached)
 
 
 def measured(model: torch.nn.Module, laid_out: Space, blocks: torch.Tensor) -> dict[str, np.ndarray]:
-    """Sensitivities of the merged units (a unit in two decoder layers is the sum of its parts), and what they cost."""
+    """Sensitivities of the merged units, and what they cost."""
     found: dict[str, np.ndarray] = {}
     for name, some in (("exact", blocks), ("exact_quarter", blocks[:1])):
         whole = sensitivity.exact(model, laid_out.units, laid_out.placements, some, micro_batch=len(some))
@@ -76,31 +122,34 @@ def measured(model: torch.nn.Module, laid_out: Space, blocks: torch.Tensor) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(SHARED / "stories260k"))
-    parser.add_argument("--data", default=str(SHARED / "tinystories" / "valid.jsonl"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=TABLES, default="stories260k")
+    parser.add_argument("--data", type=Path, default=SHARED)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    source, skeleton = loading.skeleton(arguments.model)
-    laid_out = merged(space(skeleton, Rtn(), bits=BITS, grid=GRID, dtype=torch.float32))
-    model = loading.load_float(arguments.model, dtype=torch.float32, source=source)
-    rows = data.load_rows(arguments.data, limit=200)
-    blocks = data.token_blocks(rows, source.tokenizer(), block_tokens=LENGTH, limit_tokens=WINDOWS * LENGTH)
+    table = TABLES[arguments.table]
+    path = str(arguments.data / table.model) if table.model else arguments.table
+    source, skeleton = loading.skeleton(path)
+    grid = Grid(4, table.group, "integer")
+    laid_out = merged(space(skeleton, Rtn(), bits=BITS, grid=grid, by=table.by, dtype=torch.float32), table.sizes)
+    model = loading.load_float(path, dtype=torch.float32, source=source)
+    rows = data.load_rows(str(arguments.data / table.text), limit=200)
+    tokens = table.windows * table.length
+    blocks = data.token_blocks(rows, source.tokenizer(), block_tokens=table.length, limit_tokens=tokens)
     found = measured(model, laid_out, blocks)
-    table, started = Rounded(model, laid_out, blocks), time.perf_counter()
-    configurations = list(itertools.product(range(len(BITS)), repeat=len(laid_out.units)))
-    kl = np.zeros(len(configurations))
-    for i, c in enumerate(configurations):
-        kl[i] = table.kl(c)
-        if i % 500 == 0:
-            print(i, time.perf_counter() - started, flush=True)
+    started, kl = time.perf_counter(), list[float]()
+    for value in Rounded(model, laid_out, blocks).all():
+        kl.append(value)
+        if len(kl) % 500 == 0:
+            print(len(kl), f"{time.perf_counter() - started:.0f} s", flush=True)
     seconds = time.perf_counter() - started
-    sizes = np.array([laid_out.bytes(c) for c in configurations])
+    sizes = np.array([laid_out.bytes(c) for c in itertools.product(range(len(BITS)), repeat=len(laid_out.units))])
     np.savez_compressed(
-        OUT, kl=kl.astype(np.float32), bytes=sizes, bytes_UC=laid_out.bytes_UC, fixed_bytes=laid_out.fixed_bytes,
-        bits=np.array(BITS), tokens=blocks.numel(), seconds_each=seconds / len(kl), **found,
+        RESULTS / table.file, kl=np.array(kl, np.float32), bytes=sizes, bytes_UC=laid_out.bytes_UC,
+        fixed_bytes=laid_out.fixed_bytes, bits=np.array(BITS), tokens=blocks.numel(),
+        seconds_each=seconds / len(kl), **found,
     )  # fmt: skip
-    print(f"{len(kl)} configurations, {seconds / len(kl) * 1e3:.1f} ms each; KL {kl.min():.4f} to {kl.max():.4f}")
+    print(f"{len(kl)} configurations, {seconds / len(kl) * 1e3:.1f} ms each; KL {min(kl):.4f} to {max(kl):.4f}")
     print({k: v for k, v in found.items() if k.endswith("passes")})
 
 

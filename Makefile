@@ -20,6 +20,8 @@ SERVING := .venv-serving
 SERVING_STAMP := $(SERVING)/.stamp-$(shell cksum < constraints-serving.txt | cut -d' ' -f1)
 LLAMA := .venv-llama
 LLAMA_STAMP := $(LLAMA)/.stamp-$(shell cksum < constraints-llama.txt | cut -d' ' -f1)
+MLX := .venv-mlx
+MLX_STAMP := $(MLX)/.stamp-$(shell cksum < constraints-mlx.txt | cut -d' ' -f1)
 # Where the wheel of llama-cpp-python is kept, which takes minutes to build.
 WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trimtab/wheels
 MODEL_STAMP := .venv/.stamp-$(DEMO_MODEL)
@@ -47,9 +49,9 @@ demo: $(SETUP_STAMP) $(MODEL_STAMP)
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-serving: $(SETUP_STAMP) $(SERVING_STAMP) $(LLAMA_STAMP)
+test-serving: $(SETUP_STAMP) $(SERVING_STAMP) $(LLAMA_STAMP) $(MLX_STAMP)
 	TRIMTAB_VLLM_PYTHON=$(CURDIR)/$(SERVING)/bin/python TRIMTAB_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA)/bin/python \
-	    $(BIN)/python -m pytest tests/serving $(ARGS)
+	    TRIMTAB_MLX_PYTHON=$(CURDIR)/$(MLX)/bin/python $(BIN)/python -m pytest tests/serving $(ARGS)
 
 lint: $(SETUP_STAMP)
 	$(BIN)/ruff check
@@ -114,3 +116,10 @@ $(LLAMA_STAMP): constraints-llama.txt | $(SETUP_STAMP)
 	@$(LLAMA)/bin/python -m pip install --no-input --disable-pip-version-check --quiet --find-links $(WHEELS) \
 	    -r constraints-llama.txt
 	@rm -f $(LLAMA)/.stamp-* && touch $@
+
+# MLX has wheels for CPUs, too.
+$(MLX_STAMP): constraints-mlx.txt | $(SETUP_STAMP)
+	@echo "set-up: installing mlx-lm into $(MLX)"
+	@$(BIN)/python -m venv $(MLX)
+	@$(MLX)/bin/python -m pip install --no-input --disable-pip-version-check --quiet -r constraints-mlx.txt
+	@rm -f $(MLX)/.stamp-* && touch $@

@@ -67,6 +67,8 @@ SINGLE_PURPOSE_LIBRARIES = (
     "llama_cpp",
     "lm_eval",
     "matplotlib",
+    "mlx",
+    "mlx_lm",
     "optuna",
     "peft",
     "pydantic",

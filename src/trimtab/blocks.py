@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FormatName = Literal["native", "compressed-tensors", "gptq", "gguf", "dense", "peft"]
+FormatName = Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft"]
 """Formats that a recipe can export to: those of `trimtab.export`."""
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 

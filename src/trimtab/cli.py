@@ -170,7 +170,7 @@ def export(
 @app.command()
 def parity(
     directory: Annotated[str, typer.Argument(help="Exported directory.", metavar="DIR")],
-    engine: Annotated[str, typer.Option(help="transformers or vllm.")],
+    engine: Annotated[str, typer.Option(help="transformers, vllm, llama.cpp or mlx.")],
     python: Annotated[str | None, typer.Option(help="Python of the engine's environment.")] = None,
     trained: Annotated[str | None, typer.Option(help="Model saved by trimtab; default: the directory above.")] = None,
     data: Annotated[str | None, typer.Option(help="Held-out text; default: the recipe's.")] = None,

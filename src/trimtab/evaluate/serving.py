@@ -23,7 +23,12 @@ from transformers import PreTrainedModel
 from trimtab import data, loading, recipe
 from trimtab.errors import UserError
 
-_SCRIPTS = {"transformers": "engine_transformers.py", "vllm": "engine_vllm.py", "llama.cpp": "engine_llama_cpp.py"}
+_SCRIPTS = {
+    "transformers": "engine_transformers.py",
+    "vllm": "engine_vllm.py",
+    "llama.cpp": "engine_llama_cpp.py",
+    "mlx": "engine_mlx.py",
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def parity(
 
     Args:
         directory: the exported folder.
-        engine: transformers, vllm or llama.cpp.
+        engine: transformers, vllm, llama.cpp or mlx.
         python: of the engine's virtual environment; None for TRIMTAB_<ENGINE>_PYTHON, or our own.
         trained: the folder that trimtab saved; None for the one that holds `directory`.
         path: held-out text; None for what the recipe names.

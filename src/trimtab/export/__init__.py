@@ -1,6 +1,6 @@
 """Formats that engines load, one file each, found by name; each is written from the stored codes.
 
-native  compressed-tensors  gptq  gguf  dense  peft
+native  compressed-tensors  gptq  gguf  mlx  dense  peft
 """
 
 from trimtab.errors import UserError, nearest
@@ -9,10 +9,11 @@ from trimtab.export.declaration import Format
 from trimtab.export.dense import Dense
 from trimtab.export.gguf_format import Gguf
 from trimtab.export.gptq import Gptq
+from trimtab.export.mlx import Mlx
 from trimtab.export.native import Native
 from trimtab.export.peft_lora import PeftLora
 
-ALL: tuple[Format, ...] = (Native(), CompressedTensors(), Gptq(), Gguf(), Dense(), PeftLora())
+ALL: tuple[Format, ...] = (Native(), CompressedTensors(), Gptq(), Gguf(), Mlx(), Dense(), PeftLora())
 """Every format, in the order of the tables."""
 
 

@@ -25,21 +25,10 @@ from trimtab import hf
 from trimtab.export.declaration import DENSE, Engine, Form, Format, Layer, Refusal, Writing
 from trimtab.export.dense import add_dense
 from trimtab.export.directory import Shards, float_tensors, write_json, write_surroundings
+from trimtab.export.words import words
 from trimtab.grid import Grid, Range
 from trimtab.linear import QuantLinear
 from trimtab.weights import AffineWeight
-
-
-def words(values_RC: Tensor, bits: int) -> Tensor:
-    """Columns of codes packed into int32 words, lowest bits first: (R, C) to (ceil(R bits / 32), C)."""
-    rows, columns = values_RC.shape
-    shifts = torch.arange(bits)
-    stream = ((values_RC.to(torch.uint8).unsqueeze(1) >> shifts.view(1, -1, 1)) & 1).reshape(rows * bits, columns)
-    stream = torch.nn.functional.pad(stream, (0, 0, 0, -rows * bits % 32)).view(-1, 32, columns)
-    packed = torch.zeros(stream.shape[0], columns, dtype=torch.int64)
-    for i in range(32):
-        packed |= stream[:, i].to(torch.int64) << i
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
 
 
 def packed(codes_NK: Tensor, range_: Range, grid: Grid) -> dict[str, Tensor]:
@@ -55,8 +44,8 @@ def packed(codes_NK: Tensor, range_: Range, grid: Grid) -> dict[str, Tensor]:
     assert torch.equal(scale.float(), range_.scale_NG.float()), "the declaration let an inexact scale through"
     zero = torch.full_like(range_.scale_NG, grid.center) if range_.zero_NG is None else range_.zero_NG
     return {
-        "qweight": words(codes_NK.T, grid.bits),
-        "qzeros": words(zero.to(torch.uint8), grid.bits).T.contiguous(),
+        "qweight": words(codes_NK, grid.bits).T.contiguous(),
+        "qzeros": words(zero.T.to(torch.uint8), grid.bits),
         "scales": scale.T.contiguous(),
         "g_idx": torch.arange(k, dtype=torch.int32) // (k // groups),
     }

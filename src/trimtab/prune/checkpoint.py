@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab import data, loading
+from trimtab import data, loading, sources
 from trimtab.errors import UserError
 from trimtab.export.directory import replacing, write_json
 from trimtab.prune.pruning import Options, Pruned, prune
@@ -30,7 +30,7 @@ def prune_checkpoint(
     out: str | os.PathLike[str],
     options: Options,
     *,
-    text: str = data.PYDOC_TOPICS,
+    text: str = sources.PYDOC_TOPICS,
     split: str = "train",
     tokens: int = 8192,
     block_tokens: int = 256,

@@ -8,7 +8,8 @@
 A refused cell is also exported lossily: the relative error is that of the matrices of the model's first block, rounded
 to the nearest grid that the format holds. A measured cell is trained for a few steps, folded and exported; the engine's
 log-probabilities are compared with those of the folded model. The engine's own noise is measured in the same run: the same
-engine and format on the untuned, rounded model. Cells that stand in `results/serving.json` are not measured again.
+engine and format on the untuned, rounded model; where an adapter may be kept, which adds no noise while it is zero, on the
+model after one step. Cells that stand in `results/serving.json` are not measured again.
 Engine `vllm` of compressed-tensors needs a GPU and is not measured; `native` is what the engines are compared with. vLLM is
 asked not to round inputs that no file asks it to round (`VLLM_CPU_INT4_W4A8`). Other models' rows stand in
 `results/serving_models.json`.
@@ -19,6 +20,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -43,17 +45,19 @@ DOCS = Path(__file__).parent.parent / "docs" / "formats.md"
 MODEL = "smollm2-135m"
 BITS = (2, 3, 4, 8)
 GROUP = 64
+METHODS: dict[str, dict[str, Any]] = {"lr-qat": {"rank": 32, "alpha": 32.0}}
+"""Options beside the name: the paper's alpha of 1 moves no code in a few steps."""
 RATES = {"qat": 1e-4, "lr-qat": 1e-2, "qa-hira": 1e-2, "qa-lora": 1e-2, "qa-blora": 1e-2, "qlora": 1e-2, "q-bara": 1e-2}
 """Learning rates that move codes, zeros or adapters in a few steps: a model left as it was would prove nothing."""
 MLX_WINDOWS = 1
 """MLX takes minutes for more on a CPU."""
-OTHER_RATE = 1e-3
-"""For models that nothing is known of."""
+SCALE_RATE, SMALL_SCALE_RATE = 1e-3, 3e-5
+"""Of scales; those of 8 bits, and of models that nothing is known of, are small."""
 OTHER_EXITS = [("compressed-tensors", "transformers"), ("compressed-tensors", "vllm-cpu"), ("gguf", "llama.cpp"),
                ("mlx", "mlx"), ("dense", "transformers"), ("dense", "vllm")]  # fmt: skip
 ENGINES = ("transformers", "vllm", "vllm-cpu", "llama.cpp", "mlx")
-MEASURED = ("tokens", "steps", "top1_agreement", "rms_logprob", "max_logprob", "engine_noise", "perplexity_trained",
-            "perplexity_served")  # fmt: skip
+MEASURED = ("tokens", "steps", "codes_moved", "top1_agreement", "rms_logprob", "max_logprob", "engine_noise",
+            "perplexity_trained", "perplexity_served")  # fmt: skip
 ZEROS = {"symmetric": ("rtn", "peqa", "lr-qat", "qat"), "integer": ("rtn", "lr-qat", "qa-hira", "qa-lora", "qa-blora"),
          "real": ("qa-hira", "qa-lora"), "nf4": ("qlora", "q-bara", "qa-hira")}  # fmt: skip
 
@@ -137,18 +141,32 @@ def wanted(rows: list[dict[str, Any]], patterns: list[str], again: bool) -> dict
     return dict(sorted(models.items(), key=lambda item: (item[0][1:], item[0][0] != "rtn")))
 
 
-def served(
-    model: Model, exits: list[tuple[str, str]], steps: int, tokens: int, path: str = MODEL, rate: float | None = None
-) -> dict[tuple[str, str], serving.Served]:
+@dataclass(frozen=True)
+class Made:
+    """A model that was trained and served."""
+
+    served: dict[tuple[str, str], serving.Served]
+    """By (format, engine)."""
+    codes: torch.Tensor | None
+    """Of one layer; None for a table of values."""
+
+    def moved(self, untuned: torch.Tensor | None) -> float | None:
+        """Share of the layer's codes that are not the untuned model's."""
+        if self.codes is None or untuned is None:
+            return None
+        return (self.codes != untuned).float().mean().item()
+
+
+def served(model: Model, exits: list[tuple[str, str]], steps: int, tokens: int, path: str = MODEL) -> Made:
     """Train a model once, export it to each format, and compare each (format, engine) with it."""
     name, zero, bits = model
     grid = {"codebook": "nf4", "group": GROUP} if zero == "nf4" else {"bits": bits, "group": GROUP, "zero": zero}
-    found = {}
+    found, small = {}, bits == 8 or path != MODEL
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "run"
         values: dict[str, Any] = {
             "model": {"path": path},
-            "method": {"name": name},
+            "method": {"name": name, **METHODS.get(name, {})},
             "rules": [{"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}, {"match": "*", "grid": grid}],
             "train": {"steps": 0},
             "evaluate": {"parity": False},
@@ -158,18 +176,20 @@ def served(
         if steps:
             values["data"] = {"path": "pydoc-topics", "block_tokens": 128, "limit": 40}
             values["train"] = {"steps": steps, "batch_tokens": 256, "micro_batch": 2}
-            values["train"] |= {"lr": rate or RATES.get(name), "lr_scale": 1e-3}
+            values["train"] |= {"lr": RATES.get(name), "lr_scale": SMALL_SCALE_RATE if small else SCALE_RATE}
         pipeline.run(recipe.from_dict(values))
         trained, tokenizer = loading.load(str(out))
         rows = data.load_rows("pydoc-topics", split="test")
         blocks = data.token_blocks(rows, tokenizer, block_tokens=128, limit_tokens=tokens)
         expected = serving.model_logprobs(trained, blocks)
+        base = trained.get_submodule("model.layers.0.mlp.up_proj").base
+        codes = base.integer_codes() if isinstance(base, AffineWeight) else None
         del trained
         for format_, engine in exits:
             few = MLX_WINDOWS if engine == "mlx" else len(blocks)
             computed = serving.engine_logprobs(out / format_, engine.removesuffix("-cpu"), blocks[:few])
             found[format_, engine] = serving.compare(engine, expected[:few], computed, blocks[:few])
-    return found
+    return Made(found, codes)
 
 
 class Untuned:
@@ -178,28 +198,40 @@ class Untuned:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self.known: dict[tuple[Model, str, str], serving.Served] = {}
+        self.codes: dict[Model, torch.Tensor | None] = {}
 
-    def of(self, model: Model, exits: list[tuple[str, str]]) -> dict[tuple[str, str], serving.Served]:
-        """Each (format, engine). A method that may keep an adapter is its own untuned model; of all others it is RTN."""
-        untuned = model if model[1] in ("real", "nf4") else ("rtn", *model[1:])
+    def of(self, model: Model, exits: list[tuple[str, str]]) -> Made:
+        """A method that may keep an adapter is its own untuned model, after one step; of all others it is RTN."""
+        alone = model[1] in ("real", "nf4")
+        untuned = model if alone else ("rtn", *model[1:])
         missing = [e for e in exits if (untuned, *e) not in self.known]
         if missing:
-            self.known |= {(untuned, *e): found for e, found in served(untuned, missing, 0, self.tokens).items()}
-        return {e: self.known[untuned, *e] for e in exits}
+            made = served(untuned, missing, int(alone), self.tokens)
+            self.known |= {(untuned, *e): found for e, found in made.served.items()}
+            self.codes[untuned] = made.codes
+        return Made({e: self.known[untuned, *e] for e in exits}, self.codes[untuned])
+
+
+def filled(model: Model, steps: int, made: Made, noise: Made, exit_: tuple[str, str]) -> dict[str, Any]:
+    """What was measured of a cell."""
+    this, untuned = made.served[exit_], noise.served[exit_]
+    moved = made.moved(noise.codes)
+    assert this.perplexity_trained != untuned.perplexity_trained or not steps, f"{model}: training changed nothing"
+    assert moved or model[0] not in ("lr-qat", "qat"), f"{model}: training moved no code"
+    found = {k: getattr(this, k) for k in MEASURED if hasattr(this, k)}
+    return {**found, "steps": steps, "codes_moved": moved, "engine_noise": untuned.rms_logprob}
 
 
 def measure_other(path: str, steps: int, tokens: int) -> None:
     """Rows of another model: LR-QAT at 4 bits in every engine, against the noise of the rounded model."""
+    model: Model = ("lr-qat", "symmetric", 4)
     noise = served(("rtn", "symmetric", 4), OTHER_EXITS, 0, tokens, path)
-    found = served(("lr-qat", "symmetric", 4), OTHER_EXITS, steps, tokens, path, OTHER_RATE)
+    made = served(model, OTHER_EXITS, steps, tokens, path)
     rows = [r for r in others() if r["model"] != Path(path).stem]
-    for format_, engine in OTHER_EXITS:
-        this, untuned = found[format_, engine], noise[format_, engine]
-        assert this.perplexity_trained != untuned.perplexity_trained, "training changed nothing, so nothing is shown"
-        row: dict[str, Any] = {"model": Path(path).stem, "method": "lr-qat", "zero": "symmetric", "bits": 4}
-        row |= {"format": format_, "engine": engine, "verdict": "exact"}
-        row |= {k: getattr(this, k) for k in MEASURED if hasattr(this, k)}
-        rows.append(row | {"steps": steps, "engine_noise": untuned.rms_logprob})
+    for exit_ in OTHER_EXITS:
+        row: dict[str, Any] = {"model": Path(path).stem, **dict(zip(("method", "zero", "bits"), model, strict=True))}
+        row |= {"format": exit_[0], "engine": exit_[1], "verdict": "exact"}
+        rows.append(row | filled(model, steps, made, noise, exit_))
         print(json.dumps(rows[-1]), flush=True)
     OTHERS.write_text(json.dumps({"group": GROUP, "rows": rows}, indent=1) + "\n")
 
@@ -297,7 +329,7 @@ def main() -> None:
     if options.model:
         measure_other(options.model, options.steps, options.tokens)
     stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    kept = {key(r): {k: r[k] for k in MEASURED} for r in stored if "rms_logprob" in r}
+    kept = {key(r): {k: r.get(k) for k in MEASURED} for r in stored if "rms_logprob" in r}
     rows = [{**row, **kept.get(key(row), {})} for row in verdicts()]
     write(rows)
     untuned = Untuned(options.tokens)
@@ -306,13 +338,9 @@ def main() -> None:
             break
         exits = [(row["format"], row["engine"]) for row in cells]
         noise, steps = untuned.of(model, exits), 0 if model[0] == "rtn" else options.steps
-        found = served(model, exits, steps, options.tokens) if steps else noise
-        moved = any(found[e].perplexity_trained != noise[e].perplexity_trained for e in exits)
-        assert moved or not steps, f"{model}: training changed nothing, so nothing is shown"
+        made = served(model, exits, steps, options.tokens) if steps else noise
         for row in cells:
-            e = row["format"], row["engine"]
-            row |= {k: getattr(found[e], k) for k in MEASURED if hasattr(found[e], k)}
-            row |= {"steps": steps, "engine_noise": noise[e].rms_logprob}
+            row |= filled(model, steps, made, noise, (row["format"], row["engine"]))
             print(json.dumps(row), flush=True)
         write(rows)
 

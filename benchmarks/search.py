@@ -185,6 +185,7 @@ def main() -> None:
                 rows.append({"method": method, "trials": trials, "seed": seed, "hypervolume_ratio": round(value, 5)})
             print(method, seed, f"{seconds:.1f} s", [r["hypervolume_ratio"] for r in rows[-4:]], flush=True)
             about = {"prior": PRIOR, "passes": truth.passes, "true_front": len(pareto(truth.size, truth.kl))}
+            about["for_99_percent_of_40"] = int((best < 0.99 * best[39]).sum()) + 1
             lines = ",\n".join(json.dumps(r) for r in rows)
             file.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n')
 

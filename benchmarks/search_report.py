@@ -84,7 +84,8 @@ def truth(found: dict, text: list[str]) -> list[str]:
         "|---" * (len(counts) + 2) + "|",
         *lines,
         "",
-        f"The aim of {AIM:.0%} at {AIM_TRIALS} trials is {verdict}: {reached:.1%}. "
+        f"The aim of {AIM:.0%} at {AIM_TRIALS} trials is {verdict}: {reached:.1%}; {about['for_99_percent_of_40']} of "
+        f"them would have to be points of the true front. "
         + (
             "Ours is significantly behind: " + ", ".join(behind) + "."
             if behind

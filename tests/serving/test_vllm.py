@@ -90,6 +90,20 @@ def test_four_bits(tmp_path: Path, group: int, zero: str) -> None:
     assert found[True].top1_agreement > 0.9
 
 
+def test_gptq_folders_are_read(tmp_path: Path) -> None:
+    """The layout's own reader cannot be installed here; vLLM's is another hand's."""
+    rules = [{"match": "*.0.mlp.down_proj", "grid": None}, {"match": "*", "grid": {"bits": 4, "group": 64}}]
+    model = prepared(*rules)
+    found = served(model, export(model, tmp_path / "out", "gptq", engine="vllm-cpu"))
+    assert found.rms_logprob < 2 * noise(model)
+    assert found.top1_agreement > 0.9
+    model = prepared({"match": "*", "grid": {"bits": 4, "group": 64, "zero": "integer"}})
+    with pytest.raises(UserError, match="zero that is integer, which vllm-cpu does not run in gptq"):
+        export(model, tmp_path / "integer", "gptq", engine="vllm-cpu")
+    with pytest.raises(UserError, match="bits=4, sym=False"):
+        serving.engine_logprobs(export(model, tmp_path / "integer", "gptq"), "vllm", BLOCKS)
+
+
 def test_eight_bits_have_no_kernel_on_a_cpu(tmp_path: Path) -> None:
     """Refused by us for that engine, and by the engine itself if written for another."""
     model = prepared({"match": "*", "grid": {"bits": 8}})

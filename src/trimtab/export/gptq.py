@@ -1,4 +1,4 @@
-"""GPTQ v2: the layout that gptqmodel and, through it, transformers read.
+"""GPTQ v2: the layout that gptqmodel and, through it, transformers read, and vLLM where zeros are symmetric.
 
     qweight   int32 (ceil(K b / 32), N)   codes packed along K, lowest bits first; three bits run over word ends
     qzeros    int32 (G, ceil(N b / 32))   zeros packed along N, as they are (the first version stored them less one)
@@ -55,9 +55,13 @@ class Gptq(Format):
     """One grid for all layers, float16 scales."""
 
     name = "gptq"
-    summary = "GPTQ v2: one grid for all layers, for gptqmodel and transformers with it"
+    summary = "GPTQ v2: one grid for all layers, for gptqmodel, transformers with it, and vLLM"
     forms = (Form(name="gptq_v2", bits=(2, 3, 4, 8), zeros=("symmetric", "integer"), scales="float16"),)
-    engines = (Engine(name="gptqmodel", bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),)
+    engines = (
+        Engine(name="gptqmodel", bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),
+        Engine(name="vllm", bits=(4, 8), zeros=("symmetric",), groups=(None, 32, 64, 128), fuses=True),
+        Engine(name="vllm-cpu", bits=(4,), zeros=("symmetric",), fuses=True),
+    )
 
     def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
         """One width and group for the whole model, and no linear layer of ours left in float."""

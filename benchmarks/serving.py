@@ -217,7 +217,8 @@ def filled(model: Model, steps: int, made: Made, noise: Made, exit_: tuple[str, 
     this, untuned = made.served[exit_], noise.served[exit_]
     moved = made.moved(noise.codes)
     assert this.perplexity_trained != untuned.perplexity_trained or not steps, f"{model}: training changed nothing"
-    assert moved or model[0] not in ("lr-qat", "qat"), f"{model}: training moved no code"
+    # At 8 bits LR-QAT keeps no fraction of a step, so that a few steps move scales alone.
+    assert moved or model[0] not in ("lr-qat", "qat") or model[2] == 8, f"{model}: training moved no code"
     found = {k: getattr(this, k) for k in MEASURED if hasattr(this, k)}
     return {**found, "steps": steps, "codes_moved": moved, "engine_noise": untuned.rms_logprob}
 

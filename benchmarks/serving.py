@@ -297,6 +297,14 @@ def document(rows: list[dict[str, Any]]) -> str:
         if "rms_logprob" not in row:
             continue
         lines.append(f"| {row['method']} | {row['zero']} | {row['bits']} | {parity(row)} |")
+    tuned = [r for r in rows if "rms_logprob" in r and r["method"] != "rtn"]
+    beyond = [r for r in tuned if r["rms_logprob"] > 1.5 * r["engine_noise"]]
+    lines += ["", f"Beyond the bound: {len(beyond)} of {len(tuned)} cells."]
+    if beyond:
+        worst = [r["max_logprob"] for r in beyond]
+        lines += [
+            f"Their largest single differences are {min(worst):.0f} to {max(worst):.0f}: few positions carry the RMS."
+        ]
     if others():
         lines += ["", "### Other models", "", "From GGUF files as they are found: LR-QAT at 4 bits, symmetric.", ""]
         lines += ["| model | format | engine | top-1 | RMS | noise | within |", "|---" * 7 + "|"]

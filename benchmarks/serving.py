@@ -302,9 +302,7 @@ def document(rows: list[dict[str, Any]]) -> str:
     lines += ["", f"Beyond the bound: {len(beyond)} of {len(tuned)} cells."]
     if beyond:
         worst = [r["max_logprob"] for r in beyond]
-        lines += [
-            f"Their largest single differences are {min(worst):.0f} to {max(worst):.0f}: few positions carry the RMS."
-        ]
+        lines += [f"Their largest single differences are {min(worst):.0f} to {max(worst):.0f}."]
     if others():
         lines += ["", "### Other models", "", "From GGUF files as they are found: LR-QAT at 4 bits, symmetric.", ""]
         lines += ["| model | format | engine | top-1 | RMS | noise | within |", "|---" * 7 + "|"]

@@ -12,7 +12,7 @@ engine and format on the untuned, rounded model; where an adapter may be kept, w
 model after one step. Cells that stand in `results/serving.json` are not measured again.
 Engine `vllm` of compressed-tensors needs a GPU and is not measured; `native` is what the engines are compared with. vLLM is
 asked not to round inputs that no file asks it to round (`VLLM_CPU_INT4_W4A8`). Other models' rows stand in
-`results/serving_models.json`.
+`results/serving_models.json`, where there are any.
 """
 
 import argparse
@@ -49,6 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {"lr-qat": {"rank": 32, "alpha": 32.0}}
 """Options beside the name: the paper's alpha of 1 moves no code in a few steps."""
 RATES = {"qat": 1e-4, "lr-qat": 5e-2, "qa-hira": 1e-2, "qa-lora": 1e-2, "qa-blora": 1e-2, "qlora": 1e-2, "q-bara": 1e-2}
 """Learning rates that move codes, zeros or adapters in a few steps: a model left as it was would prove nothing."""
+NARROW_LR_QAT = 1e-2
+"""Of LR-QAT at 2 and 3 bits: what these cells were measured with."""
 MLX_WINDOWS = 1
 """MLX takes minutes for more on a CPU."""
 SCALE_RATE, SMALL_SCALE_RATE = 1e-3, 3e-5
@@ -176,7 +178,8 @@ def served(model: Model, exits: list[tuple[str, str]], steps: int, tokens: int, 
         if steps:
             values["data"] = {"path": "pydoc-topics", "block_tokens": 128, "limit": 40}
             values["train"] = {"steps": steps, "batch_tokens": 256, "micro_batch": 2}
-            values["train"] |= {"lr": RATES.get(name), "lr_scale": SMALL_SCALE_RATE if small else SCALE_RATE}
+            rate = NARROW_LR_QAT if name == "lr-qat" and bits < 4 else RATES.get(name)
+            values["train"] |= {"lr": rate, "lr_scale": SMALL_SCALE_RATE if small else SCALE_RATE}
         pipeline.run(recipe.from_dict(values))
         trained, tokenizer = loading.load(str(out))
         rows = data.load_rows("pydoc-topics", split="test")

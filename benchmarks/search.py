@@ -44,8 +44,10 @@ class Truth:
     def index(self, configuration: tuple[int, ...]) -> int:
         return int(np.ravel_multi_index(configuration, (self.choices,) * self.units))
 
-    def problem(self, prior: str) -> Problem:
-        return Problem(self.prior[prior], self.bytes_UC, self.fixed)
+    def cost(self, seed: int, prior: str = PRIOR) -> np.ndarray:
+        """The additive prior (units, choices): that of the seed where it is drawn at random."""
+        found = self.prior[prior]
+        return found if found.ndim == 2 else found[seed % len(found)]
 
     def hypervolume(self, tried: list[tuple[int, ...]]) -> float:
         rows = [self.index(c) for c in tried]
@@ -74,8 +76,9 @@ Sequence = list[tuple[int, ...]]
 
 def ours(truth: Truth, trials: int, seed: int, prior: str = PRIOR) -> Sequence:
     tried: list[Tried] = []
+    problem = Problem(truth.cost(seed, prior), truth.bytes_UC, truth.fixed)
     for _ in range(trials - math.ceil(truth.passes[prior])):
-        found = propose(truth.problem(prior), tried, seed=seed)
+        found = propose(problem, tried, seed=seed)
         tried.append(Tried(found, float(truth.kl[truth.index(found)])))
     return [t.configuration for t in tried]
 
@@ -85,11 +88,11 @@ def random(truth: Truth, trials: int, seed: int) -> Sequence:
     return [tuple(int(c) for c in np.unravel_index(r, (truth.choices,) * truth.units)) for r in rows]
 
 
-def by_prediction(truth: Truth, pool: Sequence, trials: int) -> Sequence:
+def by_prediction(truth: Truth, pool: Sequence, trials: int, prior_UC: np.ndarray) -> Sequence:
     """A pool in the order of the hypervolume that the prior predicts each to add."""
     rows = np.array(pool)
-    size = truth.problem(PRIOR).sizes(rows).astype(float)
-    cost = np.log(np.maximum(truth.prior[PRIOR][np.arange(truth.units), rows].sum(1), 1e-9))
+    size = Problem(prior_UC, truth.bytes_UC, truth.fixed).sizes(rows).astype(float)
+    cost = np.log(np.maximum(prior_UC[np.arange(truth.units), rows].sum(1), 1e-9))
     reference = truth.reference[0], float(cost.max())
     chosen: list[int] = []
     for _ in range(min(trials, len(pool))):
@@ -101,7 +104,7 @@ def by_prediction(truth: Truth, pool: Sequence, trials: int) -> Sequence:
 
 def greedy(truth: Truth, trials: int, seed: int) -> Sequence:
     """From the widest down, each time the unit that costs least for the bytes it saves."""
-    cost, now = truth.prior[PRIOR], [truth.choices - 1] * truth.units
+    cost, now = truth.cost(seed), [truth.choices - 1] * truth.units
     path = [tuple(now)]
     while any(now):
         rates = [
@@ -110,13 +113,17 @@ def greedy(truth: Truth, trials: int, seed: int) -> Sequence:
         ]
         now[int(np.argmin(rates))] -= 1
         path.append(tuple(now))
-    return by_prediction(truth, path, trials - math.ceil(truth.passes[PRIOR]))
+    return by_prediction(truth, path, trials - math.ceil(truth.passes[PRIOR]), cost)
 
 
 def integer_program(truth: Truth, trials: int, seed: int) -> Sequence:
-    found = front(truth.bytes_UC, truth.prior[PRIOR], fixed=truth.fixed)
+    found = front(truth.bytes_UC, truth.cost(seed), fixed=truth.fixed)
     pool = [found.configuration(i) for i in range(len(found.bytes))]
-    return by_prediction(truth, pool, trials - math.ceil(truth.passes[PRIOR]))
+    return by_prediction(truth, pool, trials - math.ceil(truth.passes[PRIOR]), truth.cost(seed))
+
+
+def uniform(truth: Truth, trials: int, seed: int) -> Sequence:
+    return [(c,) * truth.units for c in reversed(range(truth.choices))]
 
 
 def optunas(make: Callable[[int], object]) -> Callable[[Truth, int, int], Sequence]:
@@ -153,11 +160,14 @@ METHODS: dict[str, Callable[[Truth, int, int], Sequence]] = {
     "ours": ours,
     "integer program alone": integer_program,
     "greedy": greedy,
+    "uniform widths": uniform,
     "random": random,
     "NSGA-II": optunas(_sampler("NSGAIISampler", population_size=10)),
     "TPE": optunas(_sampler("TPESampler")),
     "GP (Optuna)": optunas(_sampler("GPSampler")),
 }
+POOLED = ("integer program alone", "greedy", "uniform widths")
+"""Those that know a few configurations only, and make no further trials."""
 CHARGED = ("ours", "integer program alone", "greedy")
 
 
@@ -171,7 +181,8 @@ def main() -> None:
     arguments = parser.parse_args()
     name = TABLES[arguments.table].file
     truth, file = Truth(name), RESULTS / name.replace("search_truth", "search").replace(".npz", ".json")
-    best = truth.best(max(TRIALS))
+    best, every = truth.best(max(TRIALS)), range(arguments.seeds)
+    pools = {m: max(len(METHODS[m](truth, len(truth.kl), s)) for s in every) for m in POOLED}
     for method in arguments.methods:
         charge = math.ceil(truth.passes[PRIOR]) if method in CHARGED else 0
         for seed in range(arguments.first_seed, arguments.seeds):
@@ -186,6 +197,7 @@ def main() -> None:
             print(method, seed, f"{seconds:.1f} s", [r["hypervolume_ratio"] for r in rows[-4:]], flush=True)
             about = {"prior": PRIOR, "passes": truth.passes, "true_front": len(pareto(truth.size, truth.kl))}
             about["for_99_percent_of_40"] = int((best < 0.99 * best[39]).sum()) + 1
+            about["pools"] = pools
             lines = ",\n".join(json.dumps(r) for r in rows)
             file.write_text(f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n')
 

@@ -44,8 +44,8 @@ def truths() -> list[str]:
         "",
         "Hypervolume of bytes against log KL to the float model after so many trials, as a share of the most that any set",
         "of that size could reach: the median over seeds, and in brackets by how much ours is ahead (95 % interval of the",
-        "paired median). Passes for sensitivities are charged as trials to ours, greedy and the integer program, and these",
-        "hardly depend on the seed: a table is one model, one text and one prior. `python benchmarks/search.py`.",
+        "paired median). Passes for sensitivities are charged as trials to ours, greedy and the integer program; a seed",
+        "draws their labels, too. `python benchmarks/search.py`.",
     ]
     for name, about in ABOUT.items():
         file = RESULTS / f"{name}.json"
@@ -78,7 +78,9 @@ def truth(found: dict, text: list[str]) -> list[str]:
         "",
         *text,
         f"Sensitivities: {about['passes'][about['prior']]:g} passes ({about['prior']}). The true front has "
-        f"{about['true_front']} points.",
+        f"{about['true_front']} points. "
+        "At most so many trials are",
+        f"made by: {', '.join(f'{m} {n}' for m, n in about['pools'].items())}.",
         "",
         "| method | " + " | ".join(f"{n} trials" for n in counts) + " | seeds |",
         "|---" * (len(counts) + 2) + "|",

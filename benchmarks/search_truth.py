@@ -33,6 +33,8 @@ from trimtab.search.space import By, Space, Unit, space
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 BITS = (2, 3, 4)
+SEEDS = 10
+"""Of the labels that Fisher's sensitivities are drawn with: a search's seed decides them, too."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,9 @@ def measured(model: torch.nn.Module, laid_out: Space, blocks: torch.Tensor) -> d
         whole = sensitivity.exact(model, laid_out.units, laid_out.placements, some, micro_batch=len(some))
         found[f"{name}_cost"] = whole.cost_UC
         found[f"{name}_passes"] = np.array(whole.passes * len(some) / len(blocks))
-    fisher = sensitivity.fisher(model, laid_out.units, laid_out.placements, blocks)
-    found["fisher_cost"], found["fisher_passes"] = fisher.cost_UC, np.array(fisher.passes)
+    drawn = [sensitivity.fisher(model, laid_out.units, laid_out.placements, blocks, seed=s) for s in range(SEEDS)]
+    found["fisher_cost"] = np.stack([fisher.cost_UC for fisher in drawn])
+    found["fisher_passes"] = np.array(drawn[0].passes)
     return found
 
 

@@ -39,8 +39,10 @@ SEEDS = (0, 1, 2)
 RATIOS = (20, 30)
 TASKS = ("wikitext", "polarity")
 METRIC = {"wikitext": "perplexity", "polarity": "accuracy"}
-SCALE_RATE = 0.1
-"""Rate of scales, as a share of that of deltas: what came out of both choices at 3 bits in quality_rates.jsonl."""
+SCALE_RATE, SCALE_BITS = 0.1, 4
+"""Rate of scales, as a share of that of deltas (both choices in quality_rates.jsonl gave it), and the width that it is
+meant for: at others it goes in proportion to their steps."""
+SEARCHED_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Scale:
     items: int = 500
     choice_items: int = 400
     prune_tokens: int = 8192
-    trials: int = 12
+    trials: int = 18
     trial_steps: int = 4
     promoted_steps: int = 12
     trial_tokens: int = 2048
@@ -197,6 +199,7 @@ class Study:
                 "micro_batch": s.step_tokens // window,
                 "lr": rate,
                 "lr_scale": None if rate is None else rate * SCALE_RATE,
+                "lr_scale_bits": SCALE_BITS,
                 "seed": seed,
                 "activation_checkpointing": False,
                 "save_steps": 10_000,
@@ -249,6 +252,7 @@ class Study:
         values["data"] |= {"eval_path": str(next(folder.glob("heldout.*"))), "eval_tokens": s.trial_tokens}
         values["search"] = {
             "units": s.units,
+            "bits": SEARCHED_BITS,
             "trials": s.trials,
             "objective": "tuned",
             "steps": s.trial_steps,
@@ -287,10 +291,14 @@ class Study:
         rate = self.rate(cell.task, cell.row) if cell.row.trained else None
         if self.late() or (rate is None and cell.row.trained):
             return
+        twin = self.twin(cell, seed)
+        if twin is not None:
+            add(self.cells, twin)
+            say(f"{cell.name} seed {seed}: its search found the uniform model, whose row it shares")
+            return
         found = self.run(cell, rate, seed)
         if found is None:
             return
-        search = found["search"] or {}
         values = {
             "cell": cell.name,
             "task": cell.task,
@@ -306,10 +314,25 @@ class Study:
             "file_bytes": found["file_bytes"],
             "peak_bytes": found["peak_memory_bytes"] - found["libraries_bytes"],
             "seconds": round(found["run_seconds"], 1),
-            "search": {k: search[k] for k in ("trials", "tokens", "seconds", "budget_bytes")} if search else None,
+            "search": found["search"] and cost_of(found["search"]),
         }
         add(self.cells, values)
         say(f"{cell.name} seed {seed}: {found['value']:.3f} in {found['run_seconds']:.0f} s")
+
+    def twin(self, cell: Cell, seed: int) -> dict[str, Any] | None:
+        """The finished uniform cell whose very recipe a search has come to, as a row of this cell."""
+        found = next((w for w in read(self.widths) if w["cell"] == cell.name), None)
+        if found is None or {*"".join(found["widths"].values())} != {str(cell.row.bits)}:
+            return None
+        uniform = f"{cell.task}-{cell.ratio}-uniform-{cell.row.bits}"
+        same = next((c for c in read(self.cells) if c["cell"] == uniform and c["seed"] == seed), None)
+        named = {"cell": cell.name, "row": cell.row.name, "search": cost_of(found), "same_as": uniform}
+        return None if same is None else same | named
+
+
+def cost_of(search: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of the search that it uses."""
+    return {key: search[key] for key in ("trials", "tokens", "seconds", "budget_bytes")}
 
 
 def split(source: Path, folder: Path) -> Path:

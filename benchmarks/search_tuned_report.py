@@ -11,7 +11,7 @@ from typing import Any
 
 from quality import read
 from quality_report import interval
-from search_tuned import CELLS, METRIC, RATIOS, ROWS, SEEDS, TASKS, Scale
+from search_tuned import CELLS, METRIC, RATIOS, ROWS, SCALE_BITS, SEARCHED_BITS, SEEDS, TASKS, Scale
 
 AIM = 0.30
 """Less training memory than LoRA on the pruned float model."""
@@ -64,6 +64,7 @@ def _table(task: str, ratio: int, cells: Cells, plans: dict[tuple[str, str], int
             *(_memory(plans, task, ratio, row.name, s) if row.trained else "-" for s in settings),
             f"{search['trials']} trials, {search['tokens']:,} tokens, {search['seconds']:,.0f} s" if search else "-",
         ]
+        columns[-1] += ": the uniform model" if any("same_as" in c for c in found) else ""
         lines.append(f"| {' | '.join([row.name, *columns])} |")
     return lines
 
@@ -116,11 +117,13 @@ def section(results: Path) -> list[str]:
         "",
         "SmolLM2-135M-Instruct (its dequantized 4-bit file), 20 and 30 % of the decoder's parameters pruned by Taylor",
         f"importance, then tuned for {s.steps} steps of {s.step_tokens} tokens on WikiText-2 (perplexity on",
-        f"{s.test_tokens:,} test tokens) or sentence polarity (accuracy in % on {s.items} test items). Searched widths fit",
-        "into the bytes of the uniform 3- and 4-bit model. All rows but LoRA and LoftQ are LR-QAT on whole codes in groups",
-        f"of {s.group}, embedding in 8 bits; every model is folded, saved and reloaded before it is measured. Rates were",
-        "chosen on held-out text at 30 %. The measured peak is the process's, without libraries; the 7B plan is",
-        "`memory.plan` for Llama-7B pruned alike, widths stretched over its layers, and in brackets against LoRA.",
+        f"{s.test_tokens:,} test tokens) or sentence polarity (accuracy in % on {s.items} test items). Searched widths,",
+        f"of {', '.join(map(str, SEARCHED_BITS))} bits, fit into the bytes of the uniform 3- and 4-bit model. All rows",
+        f"but LoRA and LoftQ are LR-QAT on whole codes in groups of {s.group}, embedding in 8 bits; every model is folded,",
+        "saved and reloaded before it is measured. Rates were chosen on held-out text at 30 %, those of searched rows are",
+        f"the uniform ones of their bytes; rates of scales are meant for {SCALE_BITS} bits (`lr_scale_bits`). The measured",
+        "peak is the process's, without libraries; the 7B plan is `memory.plan` for Llama-7B pruned alike, widths",
+        "stretched over its layers, and in brackets against LoRA.",
         "`python benchmarks/search_tuned.py --data DIR`, then `--memory`.",
     ]
     cells: dict[tuple[str, int], Cells] = {}

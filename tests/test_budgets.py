@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 import tiny
 import trimtab as tt
-from trimtab import loading, memory, recipe
+from trimtab import loading, memory, recipe, simulation
 from trimtab.export import native
 from trimtab.search import results
 from trimtab.search.ledger import Trial, Wish
@@ -73,6 +73,7 @@ def searches(draw: st.DrawFn) -> dict[str, Any]:
         "micro_batches": draw(st.sampled_from([1, 2])),
         "checkpointing": draw(st.booleans()),
         "distill": draw(st.sampled_from([None, {"teacher": "bfloat16"}])),
+        "activations": draw(st.sampled_from([None, {"bits": 8, "mode": "static"}])),
         "bytes": draw(share),
         "training": draw(st.none() | share),
         "seed": draw(st.integers(0, 99)),
@@ -88,6 +89,7 @@ def made(drawn: dict[str, Any], models: Path, out: Path, **budgets: int) -> Sear
         rules=[{"match": "lm_head", "grid": None}, {"match": "*", "grid": GRID}],
         train={"batch_tokens": 64 * drawn["micro_batches"], "activation_checkpointing": drawn["checkpointing"]},
         distill=drawn["distill"],
+        activations=drawn["activations"],
         search=drawn["search"] | budgets,
         name=f"{len(budgets)}",
     )
@@ -112,6 +114,7 @@ def peak(search: Search, wish: Wish) -> int:
         dtype=torch.bfloat16,
         checkpointing=used.train.activation_checkpointing,
         micro_batches=used.train.batch_tokens // 64,
+        activations=used.activations,
     )
     return replace(planned, teacher=teacher).total
 
@@ -120,6 +123,9 @@ def on_disk(search: Search, wish: Wish, out: Path) -> int:
     """Bytes of the weights that a run of this point writes."""
     model = AutoModelForCausalLM.from_pretrained(search.recipe.model.path, dtype=torch.bfloat16)
     tt.prepare(model, search.recipe.method, search.space.rules(wish.configuration))
+    if search.recipe.activations is not None and simulation.rounding(model):
+        ids = torch.arange(64).view(2, 32)
+        tt.simulate(model, activations=search.recipe.activations, calibration=ids)
     tt.fold(model)
     native.save(model, out)
     return sum(f.stat().st_size for f in out.glob("*.safetensors"))

@@ -430,4 +430,4 @@ def test_the_plan_knows_the_teacher(given: Path, tmp_path: Path, kind: str, caps
     assert teacher.needs(parsed(given, tmp_path / "run", distill=None)) == memory.Teaching()
     file = tiny.write(tmp_path / "recipe.yaml", tiny.recipe(given / "model", given / "data.jsonl", tmp_path / "run"))
     cli.plan(str(file), [f"distill.teacher={kind}"])
-    assert ("asking the teacher first" if kind == "cached" else "the teacher") in capsys.readouterr().out
+    assert ("before it: asking the teacher" if kind == "cached" else "the teacher") in capsys.readouterr().out

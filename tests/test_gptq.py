@@ -1,6 +1,9 @@
 """GPTQ against a dense float64 reference that solves every row exactly, and as the start of every method."""
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 import reference
 import tiny
 import trimtab as tt
-from trimtab import codebook, data, gptq, loading, pipeline, recipe, weights
+from trimtab import codebook, data, gptq, loading, pipeline, planning, recipe, weights
 from trimtab.errors import UserError
 from trimtab.gptq import Gptq
 from trimtab.grid import AnyGrid, CodebookGrid, Grid
@@ -315,6 +318,46 @@ def test_loading_is_preparing_in_memory(name: str, method: Method, tmp_path: Pat
         asking = {n for n, p in prepared.named_parameters() if p.requires_grad}
         assert {n for n, p in loaded.named_parameters() if p.requires_grad} == asking
         assert not prepared.training
+
+
+MEASURE = """
+import sys, torch
+import trimtab as tt
+from trimtab import loading, memory, recipe
+from trimtab.methods import Rtn
+small, large, rules = sys.argv[1], sys.argv[2], recipe.from_dict(eval(sys.argv[3])).rules
+how = tt.Gptq(tokens=torch.arange(4096).view(16, 256) % 250)
+loading.load(small, Rtn(), rules, start=how)
+memory.return_freed()
+memory.trim()
+base = memory.resident_bytes()
+memory.reset_peak()
+files = memory.peak_bytes() - base
+loading.load(large, Rtn(), rules, start=how)
+print(memory.peak_bytes() - base - files)
+"""
+
+
+def test_its_memory_is_planned(tmp_path: Path) -> None:
+    """Measured in a process of its own; what it takes is far more than training does."""
+    for name, mlp in (("small", 64), ("large", 1536)):
+        config = {"vocab_size": 260, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**config, intermediate_size=mlp), dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    tiny.text(tmp_path / "t.jsonl")
+    start = {"name": "gptq", "tokens": 4096}
+    grid = {"bits": 4, "group": 32, "zero": "integer"}
+    values = tiny.recipe(
+        tmp_path / "large", tmp_path / "t.jsonl", tmp_path / "out", start=start, rules=[{"match": "*", "grid": grid}]
+    )
+    parsed = recipe.from_dict(values)
+    planned = planning.plan(parsed, loading.skeleton(parsed.model.path)[1])
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large"), repr(values)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert planned.total == planned.before
+    assert 0.8 < planned.before / int(done.stdout.split()[-1]) < 1.25
 
 
 def test_what_is_stored_on_the_grid_already_keeps_its_codes() -> None:

@@ -8,8 +8,10 @@ import signal
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 
+from trimtab.errors import UserError
 from trimtab.search import ledger as ledger_module
 from trimtab.search.ledger import Ledger, Trial, Wish
 
@@ -83,10 +85,67 @@ def test_a_silent_worker_elsewhere_is_dead(tmp_path: Path, monkeypatch: pytest.M
     assert trial is not None
     found.bury()
     assert found.trials()[0].state == "running"
-    monkeypatch.setattr(ledger_module, "LEASE_SECONDS", -1.0)
+    now = time.monotonic()
+    clock = [now]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    other = Ledger(str(tmp_path / "j.log"), "s", UNITS, CHOICES)
+    for seconds in (0, 100, 200, 300):  # it beats, by a clock that is years behind ours
+        clock[0] = now + seconds
+        monkeypatch.setattr(time, "time", lambda: 1e9 + clock[0] - now)
+        other.beat(trial)
+        found.bury()
+        assert found.trials()[0].state == "running"
+    clock[0] += ledger_module.LEASE_SECONDS - 1
+    found.bury()
+    assert found.trials()[0].state == "running"
+    clock[0] += 2
     found.bury()
     assert found.trials()[0].state == "dead"
     assert not found.finish(trial, 1, 1.0, 1.0)
+
+
+def test_process_numbers_of_another_container_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same host name, another namespace: that no such process is here does not make its worker dead."""
+    found = Ledger(str(tmp_path / "j.log"), "s", UNITS, CHOICES)
+    here = ledger_module._here()
+    monkeypatch.setattr(ledger_module, "_me", lambda: [f"{here}0", 999_999_999, "1"])
+    assert found.claim(next_free) is not None
+    found.bury()
+    assert found.trials()[0].state == "running"
+    monkeypatch.setattr(ledger_module, "_me", lambda: [here, 999_999_999, "1"])
+    assert found.claim(next_free) is not None
+    found.bury()
+    assert [t.state for t in found.trials()] == ["running", "dead"]
+
+
+def test_a_heartbeat_outlives_a_storage_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Ledger(str(tmp_path / "j.log"), "s", UNITS, CHOICES)
+    trial = found.claim(next_free)
+    assert trial is not None
+
+    def away(*_: object) -> None:
+        raise optuna.exceptions.StorageInternalError("the server closed the connection")
+
+    monkeypatch.setattr(found._storage, "set_trial_user_attr", away)
+    found.beat(trial)
+
+
+def test_other_storages_and_their_errors(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    first, second = Ledger(url, "s", UNITS, CHOICES), Ledger(url, "s", UNITS, CHOICES)
+    wishes = iter([Wish((0, 0, 0), 0), Wish((1, 0, 0), 0)])
+    trial = first.claim(lambda _: Wish((0, 0, 0), 0))
+    other = second.claim(lambda _: next(wishes))
+    assert trial is not None
+    assert other is not None
+    assert other.wish.configuration == (1, 0, 0)
+    assert first.finish(trial, 12, 0.5, 1.0)
+    assert [t.state for t in second.trials()] == ["complete", "duplicate", "running"]
+    with pytest.raises(UserError, match="its driver installed"):
+        Ledger(f"sqlite:///{tmp_path / 'no' / 'folder' / 'x.db'}", "s", UNITS, CHOICES)
+    with pytest.raises(UserError, match=r"postgres://me:\*\*\*@host/db: Optuna cannot open it") as caught:
+        Ledger("postgres://me:secret@host/db", "s", UNITS, CHOICES)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_cut_line_is_mended(tmp_path: Path) -> None:

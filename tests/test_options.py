@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from trimtab import pipeline, recipe
+from trimtab import loading, pipeline, recipe, train
 from trimtab.errors import UserError
 
 
@@ -49,3 +49,30 @@ def test_what_needs_a_gpu_says_so(tmp_path: Path, train: dict[str, Any]) -> None
     with pytest.raises(UserError, match=rf"train.{next(iter(train))}: .* no GPU here"):
         run(tmp_path, "out", **train)
     assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_mixed_widths_move_in_proportion_to_their_steps(tmp_path: Path) -> None:
+    """Adam's first step is its rate: as given at the width it is meant for, and in proportion at others."""
+    tiny.model(tmp_path / "model")
+    tiny.text(tmp_path / "data.jsonl")
+    bits = {"q_proj": 2, "k_proj": 4, "v_proj": 8}
+    rules = [{"match": f"*.{n}", "grid": {"bits": b, "group": 32, "zero": "real"}} for n, b in bits.items()]
+    moved: dict[int | None, dict[str, float]] = {}
+    for meant in (None, 4):
+        changes = {"rules": rules, "train": {"steps": 1, "warmup": 0, "schedule": "constant", "lr_scale_bits": meant}}
+        values = tiny.recipe(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out", **changes)
+        parsed = recipe.from_dict(values)
+        model, tokenizer = loading.load(str(tmp_path / "model"), parsed.method, parsed.rules)
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        train.fit(model, tokenizer, parsed)
+        moved[meant] = {
+            f"{n} {kind}": (p.detach() - before[name]).abs().max().item()
+            for n in bits
+            for kind in ("scale", "offset")
+            for name, p in model.named_parameters()
+            if name == f"model.layers.0.self_attn.{n}.adapter.{kind}"
+        }
+    rate = 1e-4
+    every = {f"{n} {kind}": rate for n in bits for kind in ("scale", "offset")}
+    assert moved[None] == pytest.approx(every, rel=1e-3)
+    assert moved[4] == pytest.approx(every | {"q_proj scale": rate * 5, "v_proj scale": rate / 17}, rel=1e-3)

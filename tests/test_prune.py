@@ -189,11 +189,13 @@ def test_embeddings_count_only_where_asked() -> None:
     assert left[0].parameters > left[1].parameters
 
 
-def test_a_byte_target_is_kept() -> None:
+def test_a_byte_target_is_kept(tmp_path: Path) -> None:
+    """By the file."""
     model = model_of("qwen2", torch.bfloat16)
     target = int(0.7 * sum(p.nbytes for p in model.parameters()))
-    prune.prune(model, Options(target_bytes=target, importance="magnitude", multiple_of=4))
-    assert 0.95 * target < sum(p.nbytes for p in model.parameters()) <= target
+    prune.prune(model, Options(target_bytes=target, importance="magnitude", multiple_of=1))
+    model.save_pretrained(tmp_path)
+    assert 0.97 * target < (tmp_path / "model.safetensors").stat().st_size <= target
     large = Options(target_bytes=1 << 30, importance="magnitude")
     done = prune.prune(model_of("qwen2"), large)
     assert done.parameters == done.parameters_before
@@ -210,6 +212,51 @@ def test_kept_layers_decide_the_widths(keep: tuple[int, ...]) -> None:
     done = prune.prune(model, Options(ratio=0.3, importance="magnitude", multiple_of=4, keep=keep))
     assert (done.widths.groups == 4) == (keep == (0,))
     assert len({layer.mlp.down_proj.in_features for layer in model.base_model.layers}) == 1
+
+
+def test_kept_layers_decide_by_measured_loss() -> None:
+    """As above, by Taylor: only what the kept layer gives up is silenced, and its scores are never compared."""
+    model, about = model_of("mistral"), structures.layout(model_of("mistral"))
+    scores = importance.taylor(model, about, IDS)
+    options = Options(ratio=0.3, multiple_of=4, keep=(0,))
+    counted = about.parameters - about.embedding_parameters
+    losses = {}
+    for pair in widths.pairs(model.config, about, -int(-0.3 * counted // 1), 4):
+        other = copy.deepcopy(model)
+        lost = [
+            s.argsort(stable=True)[: len(s) - n] for s, n in zip(scores[0], (pair.groups, pair.channels), strict=True)
+        ]
+        o, down = outgoing(other)[0]
+        size = about.heads_per_group * about.head_dim
+        o.data.unflatten(1, (-1, size))[:, lost[0]] = 0
+        down.data[:, lost[1]] = 0
+        losses[pair] = other(input_ids=IDS, labels=IDS, use_cache=False).loss.item()
+    assert len(losses) > 1
+    assert prune.prune(model, options, IDS).widths == min(losses, key=losses.__getitem__)
+
+
+def test_qwen2_keeps_its_heads() -> None:
+    """vLLM and mlx-lm compute its head_dim from hidden size and heads."""
+    about = structures.layout(model_of("qwen2"))
+    assert [w.groups for w in widths.pairs(CONFIGS["qwen2"], about, 100, 4)] == [4]
+
+
+def test_widths_are_in_whole_groups() -> None:
+    """Channels always, and what o reads where heads go: a group of 16 takes two of 2 x 6 inputs, or four."""
+    config = MistralConfig(**SIZES, head_dim=6)
+    about = structures.layout(AutoModelForCausalLM.from_config(config))
+    found = widths.pairs(config, about, 100, 8)
+    assert [w.groups for w in found] == [4, 2]
+    assert all(w.channels % 8 == 0 for w in found)
+    assert widths.pairs(config, about, 0, 64) == [about.widths]
+
+
+def test_overflow_is_refused() -> None:
+    model = model_of("llama", torch.float16)
+    model.base_model.layers[1].mlp.up_proj.weight.data *= 3e4
+    for options, what in ((Options(ratio=0.3, multiple_of=4), "layer"), (Options(layers=1), "influence")):
+        with pytest.raises(UserError, match=f"{what}.* is not finite.*--dtype"):
+            prune.prune(copy.deepcopy(model), options, IDS)
 
 
 def test_llama_keeps_heads_that_divide_its_hidden_size() -> None:
@@ -367,7 +414,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     ("options", "message"),
     [
         (Options(ratio=0.98, importance="magnitude", multiple_of=8), "cannot remove"),
-        (Options(ratio=0.2), "calibration text"),
+        (Options(ratio=0.2, multiple_of=8), "calibration text"),
         (Options(layers=1), "calibration text"),
         (Options(ratio=0.2, importance="random", keep=(3,)), "no layer 3"),
     ],

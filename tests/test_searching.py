@@ -6,28 +6,30 @@ import random
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 import trimtab
-from trimtab import chain, recipe
+from trimtab import chain, hf, loading, pipeline, recipe, train
 from trimtab.errors import UserError
 from trimtab.grid import Grid
 from trimtab.methods import Qlora, Rtn
 from trimtab.recipe import Recipe
 from trimtab.rules import Rule
-from trimtab.search import workers
-from trimtab.search.ledger import DIED, Trial
+from trimtab.search import results, workers
+from trimtab.search.ledger import DIED, Trial, Wish
 from trimtab.search.objective import Rounded
 from trimtab.search.searching import Search
 
 SEARCH: dict[str, Any] = {"units": "layer", "bits": [2, 4, 8], "trials": 3, "tokens": 128, "sensitivity_tokens": 64}
+RANGED = [tiny.RULES[0], {"match": "*", "grid": {"bits": 4, "group": 16}}]
 TUNED: dict[str, Any] = {"objective": "tuned", "steps": 1, "promote": 2, "ranks": [2, 4]}
 
 
@@ -58,7 +60,7 @@ def test_a_search_writes_runnable_points_and_goes_on(tmp_path: Path) -> None:
     size = (Path(metrics["output"]) / "model.safetensors").stat().st_size
     row = list(csv.DictReader((folder / "front.csv").read_text().splitlines()))[1]
     assert size <= int(row["bytes"]) < size + 5000
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match="other values of: rules, search, units"):
         workers.run(made(tmp_path, bits=[2, 3]))
 
 
@@ -188,8 +190,187 @@ def test_budgets_hold_and_say_when_they_cannot(tmp_path: Path) -> None:
     assert [t.wish.configuration for t in found.ledger.trials() if t.wish.kind == "uniform"] == [(0, 0), (1, 1)]
     with pytest.raises(UserError, match="smallest configuration"):
         Search(made(tmp_path, budget=100))
-    tight = made(tmp_path, budget_training="1kB", changes={"name": "tight"})
-    assert Search(tight).wish([]) is None
+    with pytest.raises(UserError, match="at the smallest widths"):
+        Search(made(tmp_path, budget_training="1kB", changes={"name": "tight"}))
+
+
+def test_a_lowered_budget_counts_for_trials_made_before_it(tmp_path: Path) -> None:
+    """They teach, but are no part of the front; as many trials within it are made as were asked for."""
+    whole = workers.run(made(tmp_path))
+    budget = whole.space.bytes((0, 1))
+    found = workers.run(made(tmp_path, budget=budget))
+    trials = found.ledger.trials()
+    front = found.front(trials)
+    assert max(found.space.bytes(t.wish.configuration) for t in trials) > budget
+    assert front
+    assert all((t.bytes or 0) <= budget for t in front)
+    inside = [t for t in trials if found.space.bytes(t.wish.configuration) <= budget]
+    # Within it there are five of nine configurations: 22, 24, 42, 28 or 82, 44; all that are left were made.
+    assert sum(t.wish.kind == "search" for t in inside) == 3 or len(inside) == len(
+        [c for c in product(range(3), repeat=2) if found.space.bytes(c) <= budget]
+    )
+    metrics = trimtab.run(results.best(found).model_copy(update={"output": str(tmp_path / "best")}))
+    assert (Path(metrics["output"]) / "model.safetensors").stat().st_size <= budget
+
+
+def test_a_lowered_training_budget_counts_too(tmp_path: Path) -> None:
+    changes = {"method": {"name": "lr-qat", "rank": 4, "storage": "int"}}
+    found = Search(made(tmp_path, changes=changes))
+    small, large = found._peak((0, 0)), found._peak((2, 2))
+    assert small < large
+    trials = [Trial(n, Wish((c, c), 0), "complete", 1 + n, 9.0 - n) for n, c in enumerate((0, 2))]
+    assert len(found.front(trials)) == 2
+    tight = Search(made(tmp_path, changes=changes, budget_training=(small + large) // 2))
+    assert tight.front(trials) == trials[:1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "search", "named"),
+    [
+        ({"rules": [{**tiny.RULES[0], "grid": {"bits": 4, "group": 32}}, tiny.RULES[1]]}, {}, "rules, units"),
+        ({"data": {"limit": 3}}, {}, "data"),
+        ({}, {"sensitivity_tokens": 32}, "search"),
+        ({"train": {"lr": 1.0}}, {}, None),  # of no account for rounded trials
+        ({"train": {"steps": 9}}, TUNED, None),
+        ({"train": {"lr": 1.0}}, TUNED, "train"),
+        ({"activations": {"bits": 8}}, TUNED, "start, distill, activations or kv"),
+    ],
+)
+def test_a_study_is_of_one_recipe(
+    changes: dict[str, Any], search: dict[str, Any], named: str | None, tmp_path: Path
+) -> None:
+    method = {"method": {"name": "qlora", "rank": 2}} if search is TUNED else {}
+    Search(made(tmp_path, changes=method, **(search if search is TUNED else {})))
+    if named is None:
+        Search(made(tmp_path, changes=method | changes, **search))
+    else:
+        with pytest.raises(UserError, match=f"other values of: {named};"):
+            Search(made(tmp_path, changes=method | changes, **search))
+
+
+def test_a_recipe_read_back_goes_on_with_its_study(tmp_path: Path) -> None:
+    """As workers do: rates left to the method are written out."""
+    changes = {"method": {"name": "qlora", "rank": 2}, "train": {"lr": None, "lr_scale": None}, "distill": {}}
+    used = made(tmp_path, changes=changes, **TUNED)
+    Search(used)
+    file = tmp_path / "r.yaml"
+    file.write_text(used.to_yaml(), encoding="utf-8")
+    Search(recipe.read(file))
+
+
+def test_trials_without_a_mark_are_of_another_recipe(tmp_path: Path) -> None:
+    used = made(tmp_path)
+    found = Search(used)
+    assert found.ledger.claim(lambda _: Wish((0, 0), 0)) is not None
+    found.ledger.note("marks", None)
+    with pytest.raises(UserError, match="other values of: data, method, model, rules"):
+        Search(used)
+
+
+def test_trials_train_what_a_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPTQ's start, rounded inputs, and a teacher whose answers are written once."""
+    seen: list[tuple[bool, Path | None, bool]] = []
+
+    def fit(model: Any, tokenizer: Any, recipe: Recipe, **_: Any) -> None:
+        rounded = any(getattr(layer, "inputs", None) is not None for layer in hf.quant_layers(model).values())
+        seen.append((rounded, recipe.teacher_cache, (recipe.teacher_cache or Path()).joinpath("teacher.json").exists()))
+
+    starts: list[Any] = []
+    real = loading.load
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(loading, "load", lambda *a, **k: starts.append(k["start"]) or real(*a, **k))
+    changes = {
+        "activations": {"bits": 8},
+        "start": {"name": "gptq", "tokens": 64},
+        "distill": {},
+        "train": {"batch_tokens": 64},
+    }
+    search = {"objective": "tuned", "steps": 1, "trials": 1, "bits": [4], "uniform": False}
+    found = workers.run(made(tmp_path, changes=changes, **search))
+    assert [t.state for t in found.ledger.trials()] == ["complete"]
+    assert seen == [(True, tmp_path / "out-teacher", True)]
+    assert isinstance(starts[0], trimtab.Gptq)
+    assert results.best(found).teacher_cache == tmp_path / "out-teacher"
+
+
+def test_what_cannot_run_is_infeasible_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Rounded, rules: list[Rule], steps: int) -> float:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Rounded, "__call__", fails)
+    used = made(tmp_path)
+    with pytest.raises(UserError, match="none of 6 was finished; the last: RuntimeError: DefaultCPU"):
+        workers.run(used)
+    assert {t.state for t in Search(used).ledger.trials()} == {"infeasible"}
+
+
+def test_nothing_is_claimed_before_it_can_be_tried(tmp_path: Path) -> None:
+    used = made(tmp_path, changes={"data": {"eval_path": str(tmp_path / "nowhere.jsonl")}})
+    with pytest.raises(UserError, match="nowhere"):
+        workers.run(used)
+    assert Search(used).ledger.trials() == []
+
+
+@pytest.mark.slow
+def test_workers_that_stop_early_are_no_end_of_a_search(tmp_path: Path) -> None:
+    changes = {"data": {"eval_path": str(tmp_path / "nowhere.jsonl")}}
+    with pytest.raises(
+        UserError, match=r"2 of 2 workers stopped with an error \(exit codes \[1, 1\]\) and trials are left"
+    ):
+        workers.run(made(tmp_path, changes=changes, workers=2))
+
+
+def test_what_is_left_untouched_has_one_choice(tmp_path: Path) -> None:
+    found = Search(made(tmp_path, bits=[4, 16], ranks=[2, 4]))
+    assert list(zip(found.space.bits, found.space.ranks, strict=True)) == [(4, 2), (4, 4), (16, None)]
+
+
+def test_a_width_that_a_format_cannot_hold_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="export: mlx"):
+        Search(made(tmp_path, changes={"export": ["native", "mlx"], "rules": RANGED}, bits=[4]))
+
+
+def test_python_and_command_carry_out_the_same_stages(tmp_path: Path) -> None:
+    used = made(tmp_path, changes={"train": {"steps": 1}, "evaluate": {"parity": False}}, trials=1)
+    assert trimtab.run(used)["output"] == str(tmp_path / "out" / "model")
+    with pytest.raises(UserError, match="stages before a run"):
+        pipeline.run(used)
+
+
+def test_overwriting_removes_nothing_before_the_recipe_is_checked(tmp_path: Path) -> None:
+    prune = {"ratio": 0.2, "multiple_of": 32, "tokens": 64, "block_tokens": 32}
+    used = made(tmp_path, changes={"prune": prune, "train": {"steps": 1}, "evaluate": {"parity": False}}, trials=1)
+    chain.run(used)
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*") if f.is_file()}
+    assert used.prune is not None
+    wrong = used.model_copy(update={"prune": used.prune.model_copy(update={"ratio": 30.0})})
+    with pytest.raises(UserError, match="between 0 and 1"):
+        chain.run(wrong, overwrite=True)
+    with pytest.raises(UserError, match="pass one of them"):
+        chain.run(used, overwrite=True, resume=True)
+    missing = used.model_copy(update={"evaluate": used.evaluate.model_copy(update={"tasks": ("piqa",)})})
+    with pytest.raises(UserError, match="tasks"):
+        chain.run(missing.model_copy(update={"output": str(tmp_path / "new")}))
+    assert not (tmp_path / "new" / "search").exists()
+    for key, value in (("dtype", "float32"), ("path", str(tmp_path / "m") + "/")):
+        other = used.model_copy(update={"model": used.model.model_copy(update={key: value})})
+        with pytest.raises(UserError, match="was pruned from another"):
+            chain.search(other)
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*") if f.is_file()} == kept
+    (tmp_path / "out" / "search" / "journal.log").unlink()
+    (tmp_path / "out" / "search" / "trials.csv").unlink()
+    with pytest.raises(UserError, match="did not write"):
+        chain.run(used, overwrite=True)
+
+
+def test_pruned_widths_are_whole_groups_of_the_rules(tmp_path: Path) -> None:
+    """128 inputs of down in groups of 32, and heads of 16 that leave only whole groups to o."""
+    changes = {"prune": {"ratio": 0.3, "multiple_of": 8, "tokens": 64, "block_tokens": 32}}
+    after = chain.pruned(made(tmp_path, changes=changes))
+    config = AutoConfig.from_pretrained(after.model.path)
+    assert config.intermediate_size % 32 == 0
+    assert config.num_attention_heads * config.head_dim % 32 == 0
+    assert chain.pruned_already(made(tmp_path, changes=changes)).model == after.model
 
 
 def test_one_recipe_prunes_searches_and_tunes(tmp_path: Path) -> None:
@@ -211,7 +392,7 @@ def test_one_recipe_prunes_searches_and_tunes(tmp_path: Path) -> None:
         chain.run(used)
     assert used.prune is not None
     otherwise = used.model_copy(update={"prune": used.prune.model_copy(update={"ratio": 0.1})})
-    with pytest.raises(UserError, match="with other options; pass --overwrite"):
+    with pytest.raises(UserError, match="with other options or on other text; remove it"):
         chain.pruned(otherwise)
     pruned = tmp_path / "out" / "pruned"
     again = used.model_copy(update={"model": used.model.model_copy(update={"path": str(pruned)})})

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.search import surrogate
+from trimtab.search import proposal, surrogate
 from trimtab.search.hypervolume import expected_gain, hypervolume, pareto
 from trimtab.search.proposal import Problem, Tried, propose
 from trimtab.search.surrogate import Scales
@@ -140,3 +140,35 @@ def test_a_constraint_is_asked_and_kept() -> None:
     assert found is not None
     assert found[0] == 1
     assert propose(problem, [], admits=lambda c: False) is None
+
+
+def test_under_a_bound_only_what_is_better_is_proposed() -> None:
+    """As long as the prior knows of anything better that fits; without one, small and bad configurations come, too."""
+    draw = np.random.default_rng(0)
+    sizes = np.tile([20, 30, 40, 50, 80], (8, 1)) * draw.integers(5, 15, size=(8, 1))
+    cost = draw.lognormal(0, 1.5, size=(8, 1)) * 4.0 ** -np.array([[2, 3, 4, 5, 8]])
+    bound = (2,) * 8
+    limit = cost[:, 2].sum()
+
+    def first(bound: tuple[int, ...] | None) -> list[float]:
+        problem, tried, costs = Problem(cost, sizes, 0, budget=int(sizes[:, 2].sum()), bound=bound), list[Tried](), []
+        for _ in range(6):
+            found = propose(problem, tried)
+            assert found is not None
+            costs.append(float(cost[np.arange(8), list(found)].sum()))
+            tried.append(Tried(found, costs[-1]))
+        return costs
+
+    assert max(first(bound)) < limit
+    assert max(first(None)) > limit
+
+
+def test_uniform_trials_do_not_end_the_warm_up() -> None:
+    """Only as many proposals as `_WARM` do."""
+    problem = Problem(prior(), np.tile([10, 20, 40], (5, 1)), 0)
+    every = list(itertools.product(range(3), repeat=5))[: proposal._WARM]
+    fitted = [
+        proposal._fitted(problem, [Tried(c, 1.0 + i, proposed=p) for i, c in enumerate(every)]) for p in (True, False)
+    ]
+    assert fitted[0] is not None
+    assert fitted[1] is None

@@ -19,10 +19,10 @@ from trimtab.errors import UserError
 from trimtab.grid import CodebookGrid, Grid
 
 if TYPE_CHECKING:
+    from trimtab.chain import run
     from trimtab.export.native import save
     from trimtab.gptq import Gptq
     from trimtab.loading import load
-    from trimtab.pipeline import run
     from trimtab.preparing import fold, prepare
     from trimtab.simulation import simulate
 
@@ -37,7 +37,7 @@ _LAZY = {
     "fold": "trimtab.preparing",
     "load": "trimtab.loading",
     "prepare": "trimtab.preparing",
-    "run": "trimtab.pipeline",
+    "run": "trimtab.chain",
     "save": "trimtab.export.native",
     "simulate": "trimtab.simulation",
 }

@@ -77,6 +77,9 @@ class TrainBlock(Block):
     """Learning rate of deltas (and of QAT's master weight); null is the method's own."""
     lr_scale: float | None = Field(default=None, ge=0)
     """Learning rate of scales and offsets; null is the method's own."""
+    lr_scale_bits: int | None = Field(default=None, ge=1, le=8)
+    """For mixed widths: the width that lr_scale is meant for. A scale of 8 bits is a seventeenth of one of 4, and so is its
+    rate then; a search sets it to the width of its rules. Null: every width gets lr_scale."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after warm-up."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
@@ -147,7 +150,7 @@ class EvaluateBlock(Block):
 
 
 class PruneBlock(Block):
-    """Prune the float model first; see `trimtab prune --help`."""
+    """Prune the float model first; see `trimtab prune --help`. All that follows, a teacher included, is of what is left."""
 
     ratio: float | None = None
     """Share of the parameters to remove, at least."""
@@ -164,7 +167,7 @@ class PruneBlock(Block):
     count_embeddings: bool = False
     """A ratio of all parameters, embeddings included."""
     multiple_of: int = Field(default=64, ge=1)
-    """Of MLP widths: the largest group size to be used."""
+    """Of MLP widths, and of heads' where some go; made a multiple of the groups that the rules name, too."""
     tokens: int = Field(default=8192, ge=2)
     """Calibration tokens of data.path, at most."""
     block_tokens: int = Field(default=256, ge=2)

@@ -7,20 +7,25 @@
 A recipe with neither block is one run, into <output> itself. A stage that is finished is not repeated.
 """
 
-import json
+import math
 import shutil
-from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trimtab import inputs, pipeline
+from trimtab import inputs, loading, pipeline
 from trimtab.errors import UserError
-from trimtab.prune import Options, Pruned, prune_checkpoint
+from trimtab.grid import CodebookGrid, Grid
+from trimtab.prune import Options, Pruned, checkpoint, prune_checkpoint
 from trimtab.recipe import Recipe
+from trimtab.rules import Placement
 from trimtab.storage import parse_bytes
 
 if TYPE_CHECKING:
     from trimtab.search.searching import Search
+
+_CUT = ("o_proj", "down_proj")
+"""Layers whose inputs become fewer."""
 
 
 class Observer(pipeline.Observer, Protocol):
@@ -52,15 +57,17 @@ def run(
         return pipeline.run(recipe, overwrite=overwrite, resume=resume, show=watch)
     inputs.check_apart(recipe)  # before anything is removed
     final = recipe.out / "model"
+    inputs.check_output(final, overwrite, resume)
     if overwrite:
-        for stage in ("pruned", "search"):
-            shutil.rmtree(recipe.out / stage, ignore_errors=True)
-    else:
-        inputs.check_output(final, overwrite, resume)
+        if recipe.prune is not None:
+            _options(recipe)  # refused before anything is removed
+        _remove_stages(recipe.out)
     chosen = pruned(recipe, watch)
     if chosen.search is not None:
         from trimtab.search import results
 
+        # Whatever the run would refuse in the end, it refuses before hours of searching.
+        inputs.gather(chosen.model_copy(update={"search": None, "output": str(final)}), overwrite, resume)
         chosen = results.best(search(chosen, show=watch))
         watch.say("tuning the best point within the budget")
     chosen = chosen.model_copy(update={"name": recipe.name, "output": str(final)})
@@ -72,8 +79,51 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
     block = recipe.prune
     if block is None:
         return recipe
-    out = recipe.out / "pruned"
-    options = Options(
+    out, options = recipe.out / "pruned", _options(recipe)
+    if options.reads_text and recipe.data is None:
+        raise UserError("prune: needs calibration text; set data.path")
+    text = ("", "") if recipe.data is None else (recipe.data.path, recipe.data.split)
+    sizes = block.tokens, block.block_tokens
+    made = checkpoint.made_from(out)
+    if made is None:
+        watch = show or Quiet()
+        watch.say(f"pruning {recipe.model.path}")
+        done = prune_checkpoint(
+            recipe.model.path,
+            out,
+            options,
+            text=text[0],
+            split=text[1],
+            tokens=sizes[0],
+            block_tokens=sizes[1],
+            dtype=recipe.model.dtype,
+        )
+        watch.pruned(done, str(out))
+    elif made != checkpoint.asked(recipe.model.path, options, *text, *sizes, recipe.model.dtype):
+        raise UserError(
+            f"prune: {out} was pruned from another model, with other options or on other text; remove it to prune again "
+            "(`trimtab run --overwrite` does), or set another `output`"
+        )
+    model = recipe.model.model_copy(update={"path": str(Path(out))})
+    return recipe.model_copy(update={"model": model, "prune": None})
+
+
+def pruned_already(recipe: Recipe) -> Recipe:
+    """The recipe after its pruning, if the pruned model is there; else the recipe as it is."""
+    there = recipe.prune is not None and (recipe.out / "pruned" / "pruning.json").exists()
+    return pruned(recipe) if there else recipe
+
+
+def _options(recipe: Recipe) -> Options:
+    """How to prune: what is left is in whole groups of every grid that the recipe gives to what may be cut."""
+    block = recipe.prune
+    assert block is not None
+    names = [name for name, _ in loading.skeleton(recipe.model.path)[1].named_modules() if name.endswith(_CUT)]
+    grids: list[Placement] = [recipe.method.grid]
+    if recipe.rules is not None:
+        grids = [next((r.grid for r in recipe.rules if fnmatchcase(name, r.match)), None) for name in names]
+    groups = {grid.group for grid in grids if isinstance(grid, Grid | CodebookGrid) and grid.group}
+    return Options(
         ratio=block.ratio,
         target_bytes=None if block.bytes is None else parse_bytes(block.bytes, "prune.bytes"),
         layers=block.layers,
@@ -81,40 +131,21 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
         importance=block.importance,
         keep=block.keep,
         count_embeddings=block.count_embeddings,
-        multiple_of=block.multiple_of,
+        multiple_of=math.lcm(block.multiple_of, *groups),
         seed=block.seed,
     )
-    if (out / "pruning.json").exists():
-        _check_same(out, recipe.model.path, options)
-    else:
-        watch = show or Quiet()
-        watch.say(f"pruning {recipe.model.path}")
-        if recipe.data is None:
-            raise UserError("prune: needs calibration text; set data.path")
-        done = prune_checkpoint(
-            recipe.model.path,
-            out,
-            options,
-            text=recipe.data.path,
-            split=recipe.data.split,
-            tokens=block.tokens,
-            block_tokens=block.block_tokens,
-            dtype=recipe.model.dtype,
-        )
-        watch.pruned(done, str(out))
-    model = recipe.model.model_copy(update={"path": str(Path(out))})
-    return recipe.model_copy(update={"model": model, "prune": None})
 
 
-def _check_same(out: Path, model: str, options: Options) -> None:
-    """Refuse to go on from a model that was pruned otherwise than the recipe now says."""
-    made = json.loads((out / "pruning.json").read_text(encoding="utf-8"))
-    asked = json.loads(json.dumps({"model": model, "options": asdict(options)}))
-    if {key: made.get(key) for key in asked} != asked:
-        raise UserError(
-            f"prune: {out} was pruned from another model or with other options; pass --overwrite to prune again, "
-            "or set another `output`"
-        )
+def _remove_stages(out: Path) -> None:
+    """Remove what an earlier run pruned and searched, and nothing else."""
+    stages = {out / "pruned": ("pruning.json",), out / "search": ("journal.log", "trials.csv")}
+    for folder, marks in stages.items():
+        if folder.exists() and any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
+            raise UserError(
+                f"output: {folder} holds something that trimtab did not write; remove it yourself or set `output`"
+            )
+    for folder in stages:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def search(recipe: Recipe, *, show: Observer | None = None) -> "Search":

@@ -59,14 +59,18 @@ def run(
 def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Predict the memory that a recipe's training needs; loads nothing."""
     _quiet()
-    from trimtab import loading, memory, planning
+    from trimtab import chain, loading, memory, planning
     from trimtab.recipe import read
     from trimtab.report.terminal import Terminal
 
-    parsed = read(recipe, overrides or ())
-    _, model = loading.skeleton(parsed.model.path)
-    predicted = planning.plan(parsed, model)
-    Terminal().plan(predicted, memory.available_bytes())
+    parsed, terminal = read(recipe, overrides or ()), Terminal()
+    planned = chain.pruned_already(parsed)
+    if planned.prune is not None:
+        terminal.say("prune: not done yet, so this is the plan of the whole model; what is left will take less")
+    if planned.search is not None:
+        terminal.say("search: this is the plan of the recipe's own rules; search.budget_training bounds every trial's")
+    _, model = loading.skeleton(planned.model.path)
+    terminal.plan(planning.plan(planned, model), memory.available_bytes())
 
 
 def _saved(directory: str) -> tuple[Any, Any]:

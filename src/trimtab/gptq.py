@@ -177,16 +177,18 @@ def _chunks(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:
 
 def _upper(hessian_KK: Tensor, order: Tensor | None, damping: float) -> Tensor:
     """The upper triangular U of H^-1 = U^T U, float32."""
-    h = hessian_KK.double() if order is None else hessian_KK[order][:, order].double()
-    mean = h.diagonal().mean()
+    h = hessian_KK if order is None else hessian_KK[order][:, order]
+    mean = h.diagonal().double().mean()
     if not mean > 0:
         raise UserError("gptq: no calibration input other than zero reaches this layer; use `start: rtn`")
-    reversed_ = h.flip(0, 1)
+    reversed_ = h.flip(0, 1).double()
     reversed_.diagonal().add_(damping * mean)
     lower, failed = torch.linalg.cholesky_ex(reversed_)
+    del reversed_  # of K x K in float64 there are never more than three: at K = 11008 each is 1 GB
     if failed:
         raise UserError(
             f"gptq: the Hessian of its inputs is singular at damping {damping}; calibrate on more tokens, or raise it"
         )
-    one = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1).float()
+    upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=lower.dtype, device=h.device), upper=False)
+    del lower
+    return upper.float().flip(0, 1)

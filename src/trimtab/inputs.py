@@ -35,6 +35,8 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> Inputs:
     Raises:
         UserError: for anything the user can mend.
     """
+    if recipe.prune is not None or recipe.search is not None:
+        raise UserError("prune, search: these are stages before a run; `trimtab.run` and `trimtab run` carry out all")
     check_output(recipe.out, overwrite, resume)
     check_apart(recipe)
     if resume:
@@ -43,7 +45,7 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> Inputs:
     source = loading.open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
     _check(recipe, tokenizer, rows, source)
-    return Inputs(source, tokenizer, rows, _blocks(recipe, held_out, tokenizer), _start(recipe, rows, tokenizer))
+    return Inputs(source, tokenizer, rows, _blocks(recipe, held_out, tokenizer), start_of(recipe, rows, tokenizer))
 
 
 def check_output(out: Path, overwrite: bool, resume: bool) -> None:
@@ -107,7 +109,7 @@ def _rows(recipe: Recipe) -> tuple[Any, Any]:
     return rows, held_out
 
 
-def _start(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
+def start_of(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
     """GPTQ with its calibration windows, from data of its own or from the training data."""
     block = recipe.start
     if block.name == "rtn":

@@ -11,7 +11,8 @@ moment is a formula, for the two moments at which most of it lives:
 Where an optimizer step is one micro-batch, its gradients come as its activations go, and are dropped before the next one:
 the peak is a maximum over the loss and the layers of backward, and `Plan.apart` is what it lies below the sum. With more
 micro-batches the gradients of the first are there when the second has all its activations, and the sum is the peak. Loading
-stays below either: beside what is loaded already it holds one float weight, as the shared buffers do in training.
+stays below either: beside what is loaded already it holds one float weight, as the shared buffers do in training (but for
+GPTQ, see `planning`).
 
 The shared buffers (`kernels.workspace`) are as large as the largest weight that passes through them: W wherever it is
 made from packed codes, and dL/dW wherever levels are trained. `benchmarks/memory.py` holds the sum to what is measured.
@@ -127,7 +128,7 @@ class Plan:
     teacher: int = 0
     """A float or 8-bit model to learn from, in memory as long as training lasts."""
     before: int = 0
-    """Peak of asking such a model once, before the one that is trained is loaded; it does not add up with the rest."""
+    """Peak of what comes before training, a cached teacher or GPTQ; it does not add up with the rest."""
     apart: int = 0
     """Of gradients, activations and temporary: what is never there at once with the others."""
 

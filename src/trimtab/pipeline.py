@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trimtab import data, export, inputs, loading, memory, peft_start, simulation, teacher_cache, train
+from trimtab import data, export, inputs, loading, memory, startup, teacher_cache, train
 from trimtab.evaluate import harness, parity
 from trimtab.evaluate.parity import Parity
 from trimtab.evaluate.perplexity import perplexity
@@ -119,32 +119,21 @@ def _load(recipe: Recipe, given: Inputs, metrics: dict[str, Any], watch: Observe
     memory.reset_peak()
     how = "" if given.start is None else f" by GPTQ on {given.start.tokens.numel():,} tokens"
     watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
-    torch.manual_seed(recipe.train.seed)
-    model, _ = loading.load(
-        recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=given.source, start=given.start
-    )
+    model = startup.load(recipe, given)
     metrics["load_peak_memory_bytes"] = memory.peak_bytes()
     for line in fitted_starts(model):
         watch.say(line)
-    if recipe.model.adapter is not None:
-        peft_start.start_from(model, recipe.model.adapter)
     return model
 
 
 def _simulate(recipe: Recipe, model: PreTrainedModel, given: Inputs, watch: Observer) -> None:
-    """Round activations and KV cache where asked; what a base from an earlier run rounds, it goes on rounding."""
+    """Round activations and KV cache where asked."""
     kind, kv = recipe.activations, recipe.kv
-    if kind is None and kv is None:
-        return
     asked = [] if kind is None else [f"{kind.bits}-bit {kind.mode} activations"]
     asked += [] if kv is None else [f"a {kv.bits}-bit KV cache (which saves no memory here)"]
-    watch.say(f"simulating {' and '.join(asked)}")
-    tokens = None
-    if kind is not None and kind.mode == "static":
-        assert recipe.data is not None, "the recipe was checked to have data"
-        size, limit = recipe.data.block_tokens, simulation.CALIBRATION_TOKENS
-        tokens = data.token_blocks(given.rows, given.tokenizer, block_tokens=size, limit_tokens=limit)
-    simulation.simulate(model, activations=kind, kv=kv, calibration=tokens)
+    if asked:
+        watch.say(f"simulating {' and '.join(asked)}")
+    startup.simulate(recipe, model, given)
 
 
 def _tune(recipe: Recipe, model: PreTrainedModel, given: Inputs, resume: bool, watch: Observer) -> dict[str, Any]:

@@ -64,14 +64,14 @@ def lay_out(model: "PreTrainedModel", activations: Activations | None, kv: KvCac
         attention.install(model, kv)
     if activations is None:
         return
-    layers = _rounding(model)
+    layers = rounding(model)
     if not layers:
         raise UserError("activations: no linear layer has a low-bit weight; give some a grid in `rules`")
     for layer in layers.values():
         layer.inputs = empty(asdict(activations)).to(next(layer.base.parameters()).device)
 
 
-def _rounding(model: "PreTrainedModel") -> dict[str, QuantLinear]:
+def rounding(model: "PreTrainedModel") -> dict[str, QuantLinear]:
     """The layers whose inputs are rounded."""
     head = model.get_output_embeddings()
     return {
@@ -84,7 +84,7 @@ def _rounding(model: "PreTrainedModel") -> dict[str, QuantLinear]:
 @torch.no_grad()
 def _calibrate(model: "PreTrainedModel", kind: Activations, ids_WL: Tensor) -> None:
     """Static ranges from one pass over the windows."""
-    layers = _rounding(model)
+    layers = rounding(model)
     low = {name: torch.tensor(torch.inf) for name in layers}
     high = {name: torch.tensor(-torch.inf) for name in layers}
 

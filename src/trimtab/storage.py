@@ -17,13 +17,14 @@ is not counted here.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from trimtab import hf, linear, memory, packing
+from trimtab import hf, linear, memory, packing, simulation
+from trimtab.activations import Activations, Inputs, empty
 from trimtab.errors import UserError
 from trimtab.grid import AnyGrid
 from trimtab.linear import QuantEmbedding, QuantLinear
@@ -36,7 +37,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # In the order in which safetensors writes them: the last first, and by name within each.
-_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_DTYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
 _METADATA = {"format": "pt", "trimtab_format": str(hf.FORMAT_VERSION), "trimtab_layout": packing.LAYOUT}
 _OFFSET_DIGITS = 11
 """Digits of offsets below 100 GB, twice the largest file."""
@@ -113,6 +121,7 @@ def stored(
     *,
     dtype: torch.dtype,
     merge: bool = False,
+    activations: Activations | None = None,
 ) -> Stored:
     """What `run` will write for this configuration.
 
@@ -122,9 +131,12 @@ def stored(
         rules: see `rules.resolve`.
         dtype: compute dtype, of what stays in float.
         merge: whether output adapters are merged into dense weights.
+        activations: how inputs are rounded, or None; static ranges are stored.
     """
     hf.cast_floats(model, dtype)
     memory.prepare_meta(model, method, None if rules is None else list(rules))
+    for rounded in simulation.rounding(model).values():
+        rounded.inputs = _inputs(activations)
     for name, layer in hf.quant_layers(model).items():
         if isinstance(layer, QuantLinear) and not layer.tied:
             with torch.device("meta"):
@@ -141,17 +153,39 @@ def stored(
     return Stored(_file_bytes([*entries, marker]), sum(e.nbytes for e in entries), parts)
 
 
+def float_bytes(model: "PreTrainedModel") -> int:
+    """An upper bound, by a few bytes a tensor, of the safetensors that `save_pretrained` makes of a float model."""
+    left_out = getattr(model, "all_tied_weights_keys", {})
+    entries = (Entry(n, t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in left_out)
+    return _frame_bytes() + sum(e.bound for e in entries)
+
+
 def _owners(name: str) -> Iterable[str]:
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
 
 
-def layer_bytes(target: Target, method: Method, *, dtype: torch.dtype, merge: bool = False) -> int:
+def layer_bytes(
+    target: Target,
+    method: Method,
+    *,
+    dtype: torch.dtype,
+    merge: bool = False,
+    activations: Activations | None = None,
+) -> int:
     """The part of one layer on the grid that its target names: what `Stored.parts` holds for it."""
     spare = len(json.dumps(target.name)) - len('""')
-    count, size = _layer(target.kind, target.shape, target.grid, target.bias, target.method(method), dtype, merge)
+    about = target.kind, target.shape, target.grid, target.bias, target.method(method)
+    count, size = _layer(*about, dtype, merge, activations)
     return size + count * spare
+
+
+def _inputs(activations: Activations | None) -> Inputs | None:
+    if activations is None:
+        return None
+    with torch.device("meta"):
+        return empty(asdict(activations))
 
 
 @cache
@@ -163,6 +197,7 @@ def _layer(
     method: Method,
     dtype: torch.dtype,
     merge: bool,
+    activations: Activations | None,
 ) -> tuple[int, int]:
     """Tensors, and bytes under a name of no letters."""
     if kind == "tied":
@@ -174,6 +209,7 @@ def _layer(
             layer: QuantLinear | QuantEmbedding = QuantEmbedding(quantize(source, grid), dtype)
         else:
             built = QuantLinear(*method.build(source, grid), torch.empty(shape[0], dtype=dtype) if bias else None)
+            built.inputs = _inputs(activations) if kind == "linear" and built.base.grid is not None else None
             layer = linear.empty(_folded(built, merge), dtype)
     entries = [Entry(f".{n}", t.dtype, tuple(t.shape)) for n, t in layer.state_dict().items()]
     return len(entries), sum(e.bound for e in entries)

@@ -84,22 +84,38 @@ class _Trainer(SFTTrainer):
     model: Any
     args: Any
     lr_scale: float = 0.0
+    lr_scale_bits: int | None = None
     teacher: LiveTeacher | CachedTeacher | None = None
     distill: DistillBlock | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over two groups: deltas and master weights; scales and offsets."""
+        """AdamW over groups: deltas and master weights; scales and offsets, by width where widths are mixed."""
         if self.optimizer is None:
             named, args = trainable(self.model), self.args
-            scales = [p for name, p in named.items() if name.endswith(_SCALES)]
             others = [p for name, p in named.items() if not name.endswith(_SCALES)]
-            groups = [
-                {"params": others, "lr": args.learning_rate, "weight_decay": args.weight_decay},
-                {"params": scales, "lr": self.lr_scale, "weight_decay": 0.0},
+            groups = [{"params": others, "lr": args.learning_rate, "weight_decay": args.weight_decay}]
+            groups += [
+                {"params": some, "lr": self.lr_scale * factor, "weight_decay": 0.0}
+                for factor, some in self._scales(named).items()
             ]
             kind, options = self.get_optimizer_cls_and_kwargs(args, self.model)
             self.optimizer = kind([g for g in groups if g["params"]], **options)
         return self.optimizer
+
+    def _scales(self, named: dict[str, nn.Parameter]) -> dict[float, list[nn.Parameter]]:
+        """Scales and offsets by what multiplies their rate.
+
+        The largest weight of b bits moves by (2^b - 1) ds, so one absolute rate, as Adam's is, suits one width only.
+        """
+        found: dict[float, list[nn.Parameter]] = {}
+        for name, p in named.items():
+            if name.endswith(_SCALES):
+                factor = 1.0
+                if self.lr_scale_bits is not None and name.endswith(".scale"):
+                    layer = self.model.get_submodule(name.removesuffix(".adapter.scale"))
+                    factor = (2**self.lr_scale_bits - 1) / layer.base.grid.top
+                found.setdefault(factor, []).append(p)
+        return found
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -304,7 +320,7 @@ def fit(
     hf.attach(model)
     model.config.use_cache = False
     trainer = _trainer(model, tokenizer, recipe, rows, [meter])
-    trainer.lr_scale = recipe.lr_scale
+    trainer.lr_scale, trainer.lr_scale_bits = recipe.lr_scale, recipe.train.lr_scale_bits
     slot.append(trainer)
     teacher_cache.attach(trainer, recipe, tokenizer, rows)
     memory.return_freed()

@@ -7,6 +7,7 @@ The directory is written beside its destination and moved there in one step: it 
 `manifest.json` is what `trimtab verify` checks.
 """
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -48,20 +49,44 @@ def prune_checkpoint(
         block_tokens: length of a calibration window.
         dtype: of the model, in memory and in the file: bfloat16, float16 or float32.
     """
-    target = check_empty(out)
+    target, about = check_empty(out), asked(path, options, text, split, tokens, block_tokens, dtype)
     if dtype not in _DTYPES:
         raise UserError(f"prune: dtype {dtype!r} is none of {', '.join(_DTYPES)}")
     source = loading.open_source(path)
     if source is None:
         raise UserError(f"{path}: already quantized; prune the float model first, then quantize what is left")
     tokenizer, blocks = source.tokenizer(), None
-    if options.importance == "taylor" or options.what == "layers" or options.layers is not None:
+    if options.reads_text:
         rows = data.load_rows(text, split=split)
         blocks = data.token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
     model = loading.load_float(path, dtype=_DTYPES[dtype], source=source)
     pruned = prune(model, options, blocks)
-    save(model, target, tokenizer, {"options": asdict(options), "model": path, **asdict(pruned)})
+    save(model, target, tokenizer, about | asdict(pruned))
     return pruned
+
+
+def asked(
+    path: str, options: Options, text: str, split: str, tokens: int, block_tokens: int, dtype: str
+) -> dict[str, Any]:
+    """All that a pruned model follows from, as `pruning.json` holds it."""
+    calibration = {"text": text, "split": split, "tokens": tokens, "block_tokens": block_tokens}
+    about = {
+        "model": path,
+        "dtype": dtype,
+        "options": asdict(options),
+        "calibration": calibration if options.reads_text else None,
+    }
+    same: dict[str, Any] = json.loads(json.dumps(about))
+    return same
+
+
+def made_from(out: Path) -> dict[str, Any] | None:
+    """What `asked` was of the pruned model in this directory; None if there is none."""
+    file = out / "pruning.json"
+    if not file.exists():
+        return None
+    report = json.loads(file.read_text(encoding="utf-8"))
+    return {key: report.get(key) for key in ("model", "dtype", "options", "calibration")}
 
 
 def check_empty(out: str | os.PathLike[str]) -> Path:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
+from trimtab.prune.importance import check_finite
 from trimtab.prune.structures import Layout, decoder_layers
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def influence(model: "PreTrainedModel", blocks_WL: Tensor, micro_batch: int = 1)
         model.eval()
         for some in blocks_WL.split(micro_batch):
             model.base_model(input_ids=some.to(device), use_cache=False)
+    check_finite(total, "the influence of a layer")
     return [float(v) for v in 1 - total / blocks_WL.numel()]
 
 

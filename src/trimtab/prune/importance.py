@@ -61,7 +61,10 @@ def score(
     if kind == "taylor":
         if blocks_WL is None:
             raise UserError("prune: importance taylor needs calibration text; give data, or use magnitude")
-        return taylor(model, about, blocks_WL, micro_batch)
+        found = taylor(model, about, blocks_WL, micro_batch)
+        for number, (groups, channels) in enumerate(found):
+            check_finite(torch.cat((groups, channels)), f"importance in layer {number}")
+        return found
     if kind == "magnitude":
         return [_magnitude(layer, about) for layer in decoder_layers(model)]
     draw = torch.Generator().manual_seed(seed)
@@ -141,7 +144,17 @@ def loss_without(
         for some in blocks_WL.split(micro_batch):
             ids_BL = some.to(device)
             total += summed_loss(model, ids_BL, input_ids=ids_BL, use_cache=False).item()
+    check_finite(torch.tensor(total), "the loss on the calibration text")
     return total / (len(blocks_WL) * (blocks_WL.shape[1] - 1))
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuse to choose by what is no number."""
+    if not values.isfinite().all():
+        raise UserError(
+            f"prune: {what} is not finite: an activation or a gradient is too large for the model's dtype, or a weight "
+            "is no number; prune in bfloat16 or float32 (--dtype, in a recipe model.dtype)"
+        )
 
 
 def _silence(columns: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

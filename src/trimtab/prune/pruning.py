@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from trimtab import memory
+from trimtab import memory, storage
 from trimtab.errors import UserError
 from trimtab.prune import depth
 from trimtab.prune.importance import Importance, loss_without, score
@@ -31,7 +31,7 @@ class Options:
     ratio: float | None = None
     """Share of the parameters to remove, at least: 0.2 is 20 %."""
     target_bytes: int | None = None
-    """Largest size of all parameters in the model's dtype, embeddings included, in bytes."""
+    """Largest size of the model's safetensors in its dtype, embeddings included, in bytes."""
     layers: int | None = None
     """Drop this many whole layers."""
     what: Literal["widths", "layers"] = "widths"
@@ -41,11 +41,16 @@ class Options:
     count_embeddings: bool = False
     """Whether the ratio is one of all parameters; else of those outside the input embedding and an untied head."""
     multiple_of: int = 64
-    """MLP widths are a multiple of this: the largest quantization group that will be used."""
+    """MLP widths are a multiple of this, and inputs of o where heads go: the largest quantization group to be used."""
     keep: tuple[int, ...] = ()
     """Layers that are never dropped and whose importance alone decides the widths; negative numbers count from the end."""
     seed: int = 0
     """Of random importance."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.importance == "taylor" or self.what == "layers" or self.layers is not None
 
     def __post_init__(self) -> None:
         if sum(v is not None for v in (self.ratio, self.target_bytes, self.layers)) != 1:
@@ -145,7 +150,7 @@ def _to_remove(model: "PreTrainedModel", about: Layout, options: Options) -> int
         counted = about.parameters - (0 if options.count_embeddings else about.embedding_parameters)
         return -int(-options.ratio * counted // 1)
     assert options.target_bytes is not None
-    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    stored = storage.float_bytes(model)
     itemsize = min(p.element_size() for p in decoder_layers(model).parameters())
     return max(-((options.target_bytes - stored) // itemsize), 0)
 
@@ -166,8 +171,14 @@ def _narrow(
     scores = score(model, about, options.importance, blocks_WL, options.seed, micro_batch)
 
     def measured(widths: Widths) -> float:
-        gone = [(_least(s.groups, widths.groups), _least(s.channels, widths.channels)) for s in scores]
         assert blocks_WL is not None
+        none = torch.zeros(0, dtype=torch.int64)
+        gone = [
+            (_least(s.groups, widths.groups), _least(s.channels, widths.channels))
+            if not keep or i in keep
+            else (none, none)
+            for i, s in enumerate(scores)
+        ]
         return loss_without(model, gone, about, blocks_WL, micro_batch)
 
     widths = choose(

@@ -9,8 +9,11 @@ enough, rounded down to a multiple of the quantization group. Of these pairs the
 measured, a forward pass for each pair, since first-order scores of groups and of channels do not compare: a group's is one
 sum in which much cancels, that of many channels a sum of absolute values. On SmolLM2-135M they gave up two of three groups
 in every layer. Without text, magnitudes summed over what is given up must do. Layers in `keep` cannot be spared, widths
-being uniform; but where some are named, only their scores count in this choice. Random scores say nothing about it: there
-the pair is taken that takes most nearly the same share from both.
+being uniform; but where some are named, only what they give up counts in this choice. Random scores say nothing about it:
+there the pair is taken that takes most nearly the same share from both.
+
+What is cut stays in whole quantization groups: channels are a multiple of `multiple_of`, and so are the inputs of o where
+heads go. Heads stay where an engine would not find `head_dim`: vLLM and mlx-lm compute Qwen2's as hidden size / heads.
 """
 
 import copy
@@ -38,8 +41,10 @@ def describe(config: Any, about: Layout, widths: Widths) -> Any:
 
 
 def _loads(config: Any, about: Layout, widths: Widths) -> bool:
-    """Whether transformers takes such a config: Llama's and Gemma's want heads that divide the hidden size."""
+    """Whether engines take such a config: transformers wants heads of Llama and Gemma to divide the hidden size."""
     made = describe(config, about, widths)
+    if made.model_type == "qwen2" and made.num_attention_heads * made.head_dim != made.hidden_size:
+        return False
     check = getattr(made, "validate_architecture", None)
     try:
         if check is not None:
@@ -58,13 +63,15 @@ def parameters(about: Layout, widths: Widths) -> int:
 def pairs(config: Any, about: Layout, remove: int, multiple_of: int) -> list[Widths]:
     """For each number of groups that the architecture can have, the most channels that remove `remove` numbers."""
     found, all_ = [], about.widths
+    if remove <= 0:
+        return [all_]
     for groups in range(all_.groups, 0, -1):
         widths = replace(all_, groups=groups)
-        short = remove - (about.parameters - parameters(about, widths))
-        if short > 0:
-            gone = -(-short // (about.layers * about.channel_parameters))
-            widths = replace(widths, channels=(all_.channels - gone) // multiple_of * multiple_of)
-        if widths.channels > 0 and _loads(config, about, widths):
+        short = max(remove - (about.parameters - parameters(about, widths)), 0)
+        gone = -(-short // (about.layers * about.channel_parameters))
+        widths = replace(widths, channels=(all_.channels - gone) // multiple_of * multiple_of)
+        whole = groups == all_.groups or groups * about.heads_per_group * about.head_dim % multiple_of == 0
+        if widths.channels > 0 and whole and _loads(config, about, widths):
             found.append(widths)
     return found
 
@@ -87,14 +94,14 @@ def choose(
     """
     found = pairs(config, about, remove, multiple_of)
     if not found:
-        least = parameters(about, Widths(1, multiple_of))
         raise UserError(
-            f"prune: cannot remove {remove:,} of {about.parameters:,} parameters by widths: with one KV group and "
-            f"{multiple_of} channels a layer {least:,} are left; remove less, use a smaller multiple_of, or drop layers"
+            f"prune: cannot remove {remove:,} of {about.parameters:,} parameters by widths in multiples of {multiple_of}, "
+            f"from {about.widths.groups} KV groups and {about.widths.channels} channels a layer; remove less, use a "
+            "smaller multiple_of, or drop layers"
         )
     if kind == "random":
         return min(found, key=lambda w: abs(w.groups / about.widths.groups - w.channels / about.widths.channels))
-    if measure is not None and not keep:
+    if measure is not None:
         return found[0] if len(found) == 1 else min(found, key=measure)
     counted = [scores[i] for i in keep] or scores
     return min(found, key=lambda w: sum(_lost(s, w) for s in counted))

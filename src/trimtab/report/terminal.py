@@ -140,7 +140,7 @@ class Terminal:
             "temporary": "temporary (one layer, one chunk of logits)",
         }
         names |= {"teacher": "the teacher"} if plan.teacher else {}
-        names |= {"before": "asking the teacher first (not added)"} if plan.before else {}
+        names |= {"before": "before it: asking the teacher, GPTQ (not added)"} if plan.before else {}
         names |= {"apart": "of these never at once (subtracted)"} if plan.apart else {}
         for key, label in names.items():
             table.add_row(label, size(getattr(plan, key)))

@@ -24,12 +24,17 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def draw_front(search: "Search", trials: Sequence[Trial], front: Sequence[Trial], file: Path) -> None:
-    """All finished trials, uniform widths and the front."""
+    """All finished trials, the longer ones apart, uniform widths, the front, and the float model as the baseline."""
     figure, axes = _figure(7, 4.5)
     done = [t for t in trials if t.state == "complete"]
     uniform = [t for t in done if t.wish.kind == "uniform" and t.wish.steps == search.steps]
-    axes.scatter(*_xy([t for t in done if t not in front and t not in uniform]), s=14, c="0.7", label="trials")
-    axes.scatter(*_xy(uniform), s=40, marker="s", c="tab:orange", label="uniform widths", zorder=3)
+    rest = [t for t in done if t not in front and t not in uniform]
+    short, longer = ([t for t in rest if (t.wish.steps == search.steps) == same] for same in (True, False))
+    length = f", {search.steps} steps" if search.steps else ""
+    axes.scatter(*_xy(short), s=14, c="0.7", label=f"trials{length}")
+    if longer:
+        axes.scatter(*_xy(longer), s=14, c="tab:blue", alpha=0.4, label=f"trials, {search.block.promote} steps")
+    axes.scatter(*_xy(uniform), s=40, marker="s", c="tab:orange", label=f"uniform widths{length}", zorder=3)
     for t in uniform:
         bits = f"{search.space.bits[t.wish.configuration[0]]} bits"
         x, y = _xy([t])
@@ -37,6 +42,12 @@ def draw_front(search: "Search", trials: Sequence[Trial], front: Sequence[Trial]
     axes.plot(*_xy(front), "o-", ms=4, lw=1, c="tab:blue", label="front", zorder=4)
     if search.budget is not None:
         axes.axvline(search.budget / _MB, c="tab:red", lw=1, ls="--", label="budget")
+    name = f"float model, untuned: {search.float_bytes / _MB:.3g} MB"
+    loss = search.ledger.noted("float_quality")
+    if loss is None:  # KL 0 by definition
+        axes.plot([], [], ls="", label=name)
+    else:
+        axes.axhline(loss, c="tab:green", lw=1, ls=":", label=name)
     axes.margins(x=0.08)
     axes.set_xlabel("stored weights, MB")
     tuned = search.block.objective == "tuned"

@@ -6,8 +6,9 @@ their states. Three things are ours, since nothing in it prevents that two worke
     a claim      a trial is created whole, in one write: running, with its configuration and worker. The lowest number
                  that holds a configuration (at one length) has it; who finds a lower one gives up its own and asks again.
                  (`Study.ask` writes parameters one by one: between two of them nobody could say who was first.)
-    a lease      host, process and a heartbeat. A dead process on this host, or no beat for `LEASE_SECONDS` from another,
-                 makes the trial a failed one, and its configuration may be tried again.
+    a lease      host, process and a heartbeat. A dead process on this host, or no new beat from another for
+                 `LEASE_SECONDS` of our own clock (clocks of hosts differ), makes the trial a failed one, and its
+                 configuration may be tried again.
     a clean end  the journal's lock is one that the system lets go of when its holder dies, and a line that was cut off
                  by that death is taken away before the next is written.
 
@@ -17,10 +18,13 @@ A trial that ran and could not be finished (it diverged, it did not fit) is fail
 import fcntl
 import math
 import os
+import re
 import socket
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +33,7 @@ from optuna.distributions import IntDistribution
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
 
 from trimtab.errors import UserError
 from trimtab.search.additive import Configuration
@@ -101,12 +106,21 @@ def _mend(journal: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
+def shown(url: str) -> str:
+    """A storage's url without its password."""
+    return re.sub(r"(://[^/@:]*):[^@/]*@", r"\1:***@", url)
+
+
 def _storage(url: str) -> BaseStorage:
     if "://" in url:
         try:
             return get_storage(url)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"search.storage: {url}: Optuna cannot open it ({str(error).splitlines()[0]})") from error
+        except (ImportError, ValueError, SQLAlchemyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"search.storage: {shown(url)}: Optuna cannot open it ({reason}); a database needs its driver installed "
+                "(psycopg2 for postgresql://) and must be there"
+            ) from error
     path = Path(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))  # type: ignore[arg-type]
@@ -131,6 +145,7 @@ class Ledger:
         )
         self._id = self._storage.get_study_id_from_name(name)
         self._units, self._distribution = tuple(units), IntDistribution(0, max(choices - 1, 0))
+        self._seen: dict[int, tuple[float, float]] = {}  # by trial: its last beat, and when we first saw that
 
     def note(self, key: str, value: Any) -> None:
         """Keep a value (of JSON) with the study."""
@@ -208,6 +223,8 @@ class Ledger:
             self._storage.set_trial_user_attr(self._identity(trial.number), "beat", time.time())
         except optuna.exceptions.UpdateFinishedTrialError:
             return  # it was given up for dead; `finish` will say so
+        except (OSError, optuna.exceptions.StorageInternalError):
+            return  # the storage is away for a moment; the next beat may reach it
 
     def finish(self, trial: Trial, size: int, quality: float, seconds: float) -> bool:
         """A trial came to its end; False if it had been given up for dead."""
@@ -228,13 +245,30 @@ class Ledger:
     def bury(self) -> None:
         """Fail the trials whose workers are dead."""
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            worker = trial.user_attrs.get("worker")
-            if not _alive(worker, trial.user_attrs.get("beat", 0.0)):
+            worker, beat = trial.user_attrs.get("worker"), trial.user_attrs.get("beat", 0.0)
+            if not (_alive(worker) if worker and worker[0] == _here() else self._beats(trial.number, beat)):
                 self._end(self._identity(trial.number), "dead", DIED)
+
+    def _beats(self, number: int, beat: float) -> bool:
+        """Whether a trial's last beat is new, or was so not long ago."""
+        now = time.monotonic()
+        last, since = self._seen.get(number, (None, now))
+        self._seen[number] = beat, (since if last == beat else now)
+        return now - self._seen[number][1] < LEASE_SECONDS
 
 
 def _me() -> list[Any]:
-    return [socket.gethostname(), os.getpid(), _born(os.getpid())]
+    return [_here(), os.getpid(), _born(os.getpid())]
+
+
+@cache
+def _here() -> str:
+    """Where process numbers mean the same: this host since it was started, and this container on it."""
+    try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{socket.gethostname()} {start} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux: only beats tell
+        return f"{socket.gethostname()} {uuid.uuid4()}"
 
 
 def _born(pid: int) -> str:
@@ -247,7 +281,5 @@ def _born(pid: int) -> str:
     return "" if fields[0] == "Z" else fields[19]  # a zombie is dead
 
 
-def _alive(worker: Any, beat: float) -> bool:
-    if not worker or worker[0] != socket.gethostname() or not Path("/proc/self/stat").exists():
-        return time.time() - beat < LEASE_SECONDS
+def _alive(worker: Any) -> bool:
     return _born(int(worker[1])) == worker[2]

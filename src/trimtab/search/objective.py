@@ -1,6 +1,7 @@
 """What a configuration is worth: a trial, always measured with its quantization applied.
 
-    rounded    KL(float || rounded) per token: no training, one forward pass of the model with its weights on their grids
+    rounded    KL(float || rounded) per token: no training, one forward pass of the model with its weights rounded to the
+               nearest on their grids; inputs and cache stay as they are
     tuned      held-out loss after a short fine-tune of the recipe's method on the configuration: quantized weights and
                adapters, as they would be folded and served
 
@@ -12,14 +13,16 @@ import gc
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from math import log
+from math import inf, log
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from trimtab import loading, train
+from trimtab import startup, train
 from trimtab.evaluate.perplexity import perplexity
+from trimtab.grid import AnyGrid, Grid
+from trimtab.inputs import Inputs
 from trimtab.preparing import targets
 from trimtab.recipe import Recipe
 from trimtab.rules import Rule
@@ -64,26 +67,28 @@ class Rounded:
 
 
 class Tuned:
-    """Held-out loss after a short fine-tune.
+    """Held-out loss after a short fine-tune of what a run would tune: its start, its rounding, its teacher.
 
     Args:
         recipe: its model, method, data and learning rates; its length is the trial's.
-        tokenizer: the model's.
-        rows: training rows.
-        blocks_WL: int64 held-out tokens.
+        given: tokenizer, training rows, held-out blocks and start.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, rows: Any, blocks_WL: Tensor) -> None:
-        self._recipe, self._tokenizer, self._rows, self._blocks = recipe, tokenizer, rows, blocks_WL
+    def __init__(self, recipe: Recipe, given: Inputs) -> None:
+        self._recipe, self._given = recipe, given
 
     def __call__(self, rules: Sequence[Rule], steps: int) -> float:
         """Nats a token; infinite where training diverged."""
         with tempfile.TemporaryDirectory(prefix="trimtab-trial-") as folder:
             recipe = at_length(self._recipe, rules, steps, folder)
-            torch.manual_seed(recipe.train.seed)
-            model, _ = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
-            train.fit(model, self._tokenizer, recipe, rows=self._rows)
-            value = log(perplexity(model, self._blocks))
+            model = startup.load(recipe, self._given)
+            startup.simulate(recipe, model, self._given)
+            train.fit(model, self._given.tokenizer, recipe, rows=self._given.rows)
+            assert self._given.blocks is not None
+            try:
+                value = log(perplexity(model, self._given.blocks))
+            except OverflowError:
+                value = inf
         del model
         gc.collect()
         return value
@@ -93,4 +98,14 @@ def at_length(recipe: Recipe, rules: Sequence[Rule], steps: int, folder: str) ->
     """The recipe of a trial."""
     training = recipe.train.model_copy(update={"steps": steps, "save_steps": steps + 1, "report_to": "none"})
     changes = {"rules": list(rules), "train": training, "output": folder, "search": None, "prune": None}
+    return recipe.model_copy(update=changes)
+
+
+def for_every_width(recipe: Recipe, template: AnyGrid) -> Recipe:
+    """The recipe of all trials and points: its rate of scales is meant for its own width, and its teacher is asked once."""
+    changes: dict[str, Any] = {}
+    if recipe.train.lr_scale_bits is None and isinstance(template, Grid):
+        changes["train"] = recipe.train.model_copy(update={"lr_scale_bits": template.bits})
+    if recipe.distill is not None and recipe.teacher_cache is not None:
+        changes["distill"] = recipe.distill.model_copy(update={"cache": str(recipe.teacher_cache)})
     return recipe.model_copy(update=changes)

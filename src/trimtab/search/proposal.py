@@ -8,6 +8,8 @@ The first few proposals are the prior's alone (the integer program's, in the ord
 is something to learn from, expected improvement mostly asks where the model is unsure.
 
 The budget is a hard constraint: what exceeds it is never a candidate, so it is never proposed, whatever the model thinks.
+Who names one wants the best within it, not a front down to ruins: there a search counts hypervolume only below the cost of
+the best uniform model that fits (`Problem.bound`).
 Configurations that other workers are trying count as tried, with the cost that the model predicts.
 
 The code knows nothing of storage, processes or models: numbers in, a configuration out.
@@ -25,6 +27,7 @@ from trimtab.search.hypervolume import expected_gain, pareto
 
 Floats = NDArray[np.float64]
 _FRONT_POINTS, _EDITS, _ROUNDS = 600, 1200, 3
+_ASKED = 30
 _WARM = 7
 """Proposals that are the prior's alone."""
 
@@ -38,6 +41,8 @@ class Tried:
     """The lower the better, positive; None while it runs or if it failed."""
     rung: int = 0
     failed: bool = False
+    proposed: bool = True
+    """Whether it came from here; uniform widths do not."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Problem:
     fixed_bytes: int
     budget: int | None = None
     """Most bytes that a proposal may have."""
+    bound: Configuration | None = None
+    """What costs no less than this is of no interest; None for the smallest configuration, or worse where seen."""
 
     def sizes(self, configurations: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bytes of configurations (m, U): (m,)."""
@@ -71,7 +78,7 @@ def propose(
         tried: trials of every state, in any order.
         rung: of the trial to come; others of its length count as tried.
         seed: of the random edits; the same arguments give the same proposal.
-        admits: a further constraint, asked of few candidates.
+        admits: a further constraint, asked of few candidates: the best and, if it takes none of these, the smallest.
 
     Returns:
         None if nothing is left to try.
@@ -94,7 +101,10 @@ def propose(
         if not len(more):
             break
         pool, values = np.concatenate([pool, more]), np.concatenate([values, score(more)])
-    for i in np.argsort(-values, kind="stable"):
+    # Where nothing is expected to gain, what is predicted to cost least.
+    by_gain = np.lexsort((_predict(problem, model, pool, rung)[0], -values))
+    by_size = np.argsort(problem.sizes(pool), kind="stable")
+    for i in [*by_gain[:_ASKED], *by_size[:_ASKED]]:
         configuration = tuple(int(c) for c in pool[i])
         if admits(configuration):
             return configuration
@@ -102,7 +112,7 @@ def propose(
 
 
 def _fitted(problem: Problem, finished: Sequence[Tried]) -> surrogate.Model | None:
-    if len(finished) < _WARM:
+    if sum(t.proposed for t in finished) < _WARM:
         return None
     seen = surrogate.points(problem.cost_UC, [t.configuration for t in finished], [t.rung for t in finished])
     return surrogate.fit(seen, np.log([max(t.quality or 0.0, 1e-12) for t in finished]))
@@ -134,11 +144,12 @@ def _known(
 
 
 def _reference(problem: Problem, model: surrogate.Model | None, costs: Floats, rung: int) -> tuple[float, float]:
-    """The largest bytes within reach, and the cost of the smallest configuration, predicted or worse where seen."""
-    smallest = problem.bytes_UC.argmin(1)[None]
-    worst = _predict(problem, model, smallest, rung)[0][0]
+    """The largest bytes within reach, and the predicted cost of the bound."""
+    bound = problem.bytes_UC.argmin(1) if problem.bound is None else np.array(problem.bound)
+    cost = _predict(problem, model, bound[None], rung)[0][0]
     largest = problem.fixed_bytes + int(problem.bytes_UC.max(1).sum())
-    return float(min(largest, problem.budget or largest)) + 1.0, float(max([worst, *costs]))
+    worst = cost if problem.bound is not None else max([cost, *costs])
+    return float(min(largest, problem.budget or largest)) + 1.0, float(worst)
 
 
 def _scorer(

@@ -4,38 +4,39 @@
 
 Whoever runs this on the same storage works on the same study; what is finished stays finished whatever happens to a
 process. The order of wishes is: uniform widths, for comparison; then one promotion for every four short trials, of the
-best one and of those that the short front would lose most without; else what `proposal` proposes. The last is the best
-short trial's promotion, if it had none: the result is chosen of promoted ones.
+best one and of those that the short front would lose most without (under a budget the next best); else what `proposal`
+proposes. The last is the best short trial's promotion, if it had none: the result is chosen of promoted ones.
 """
 
 import copy
-import hashlib
-import json
+import math
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from trimtab import data, loading, planning
+from trimtab import data, inputs, loading, planning, teacher_cache, train
 from trimtab.errors import UserError
+from trimtab.evaluate.perplexity import perplexity
+from trimtab.export import exporting
 from trimtab.grid import AnyGrid
+from trimtab.inputs import Inputs
 from trimtab.preparing import placed_targets, targets
 from trimtab.recipe import Recipe
-from trimtab.search import sensitivity
+from trimtab.search import mark, sensitivity
 from trimtab.search.additive import Configuration, front
 from trimtab.search.hypervolume import hypervolume, pareto
-from trimtab.search.ledger import DIED, Ledger, Trial, Wish
-from trimtab.search.objective import Rounded, Tuned
+from trimtab.search.ledger import DIED, Ledger, Trial, Wish, shown
+from trimtab.search.objective import Rounded, Tuned, for_every_width
 from trimtab.search.proposal import Problem, Tried, propose
 from trimtab.search.space import Space, space, units
-from trimtab.storage import parse_bytes
+from trimtab.storage import float_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,52 +58,64 @@ class Search:
     def __init__(self, recipe: Recipe) -> None:
         assert recipe.search is not None
         assert recipe.data is not None
-        self.recipe, self.block = recipe, recipe.search
+        self.block = recipe.search
         source, self._skeleton = loading.skeleton(recipe.model.path)
         if source is None:
             raise UserError(f"{recipe.model.path}: already quantized; a search starts from the float model")
         self._source = source
-        others = recipe.rules or []
+        others, template = recipe.rules or [], _template(self._skeleton, recipe, self.block.units)
+        self.recipe = for_every_width(recipe, template)
         self.space: Space = space(
             copy.deepcopy(self._skeleton),
             recipe.method,
             bits=self.block.bits,
-            grid=_template(self._skeleton, recipe, self.block.units),
+            grid=template,
             ranks=self.block.ranks,
             by=self.block.units,
             others=others,
             dtype=recipe.dtype,
             merge=recipe.merge,
+            activations=recipe.activations,
         )
+        self._check_exports()
+        self._peaks: dict[Configuration, int] = {}
         self.budget = None if self.block.budget is None else parse_bytes(self.block.budget, "search.budget")
         if self.budget is not None:
             front(self.space.bytes_UC, np.zeros(self.space.bytes_UC.shape), fixed=self.space.fixed_bytes).within(
                 self.budget
             )
+        self._check_training_budget()
+        self.float_bytes = float_bytes(self._skeleton)
         self.folder = recipe.out / "search"
         url = self.block.storage or str(self.folder / "journal.log")
         names = [unit.name for unit in self.space.units]
         self.ledger = Ledger(url, recipe.name, names, len(self.space.bits))
-        self._same_search()
+        mark.check(self.ledger, self.recipe, self.space, shown(self.block.storage or str(self.folder)))
+        limits = self.ledger.noted("budgets_training") or []
+        if self.budget_training not in limits:
+            self.ledger.note("budgets_training", [*limits, self.budget_training])
 
-    def _same_search(self) -> None:
-        """Refuse a study that another recipe began."""
-        about = {
-            "model": self.recipe.model.path,
-            "method": {"name": self.recipe.method.name, **asdict(self.recipe.method)},
-            "bytes": self.space.bytes_UC.tolist(),
-            "search": self.block.model_dump(
-                mode="json", include={"bits", "ranks", "objective", "steps", "promote", "tokens", "sensitivity"}
-            ),
-        }
-        mark = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        if self.ledger.noted("recipe") is None:
-            self.ledger.note("recipe", mark)
-        elif self.ledger.noted("recipe") != mark:
+    def _check_training_budget(self) -> None:
+        """Refuse a training budget that not even the smallest widths fit."""
+        block = self.block
+        self.budget_training = (
+            None if block.budget_training is None else parse_bytes(block.budget_training, "search.budget_training")
+        )
+        if self.budget_training is None or None in self.space.placements:  # what is left untouched trains in less yet
+            return
+        smallest = tuple(int(c) for c in self.space.bytes_UC.argmin(1))
+        if self._peak(smallest) > self.budget_training:
             raise UserError(
-                f"search: the study {self.recipe.name!r} in {self.block.storage or self.folder} is of another model, "
-                "method, space or objective; set another `output`, `name` or `search.storage`"
+                f"search.budget_training: training takes {self._peak(smallest):,} bytes at the smallest widths, more than "
+                f"{self.budget_training:,}; allow more, or lower train.micro_batch or data.block_tokens"
             )
+
+    def _check_exports(self) -> None:
+        """Refuse a width that a format of the recipe cannot hold."""
+        for choice in range(len(self.space.bits)):
+            rules = self.space.rules((choice,) * len(self.space.units))
+            of = self.recipe.model_copy(update={"rules": rules})
+            exporting.check(of, placed_targets(self._skeleton, of.method, rules))
 
     # ---- what is measured on ---------------------------------------------------------------------------------------
 
@@ -124,16 +137,31 @@ class Search:
         length = min(self.recipe.data.block_tokens, tokens)
         return data.token_blocks(rows, self._tokenizer, block_tokens=length, limit_tokens=tokens)
 
-    def objective(self) -> Objective:
-        """What a trial runs."""
+    def _held_out(self) -> torch.Tensor:
         block = self.recipe.data
         assert block is not None
-        held_out = self._rows if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
-        blocks = self._blocks(held_out, self.block.tokens)
+        rows = self._rows if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
+        return self._blocks(rows, self.block.tokens)
+
+    def objective(self) -> Objective:
+        """What a trial runs."""
+        blocks = self._held_out()
         if self.block.objective == "rounded":
             return Rounded(self._float_model, self.recipe, blocks)
-        self.__dict__.pop("_float_model", None)  # a trial loads its own, quantized
-        return Tuned(self.recipe, self._tokenizer, self._rows, blocks)
+        self.free()  # a trial loads its own, quantized
+        start = inputs.start_of(self.recipe, self._rows, self._tokenizer)
+        return Tuned(self.recipe, Inputs(self._source, self._tokenizer, self._rows, blocks, start))
+
+    def prepare(self) -> None:
+        """What is made once for a study: sensitivities, and a teacher's cache where trials learn from one."""
+        _ = self.problem
+        if self.block.objective == "tuned":
+            self.free()
+            teacher_cache.ask(self.recipe, self._tokenizer, self._rows, train.packed, source=self._source)
+
+    def free(self) -> None:
+        """Let go of the float model."""
+        self.__dict__.pop("_float_model", None)
 
     @cached_property
     def problem(self) -> Problem:
@@ -146,14 +174,20 @@ class Search:
             1.0 if r is None else (1 - _RANK_GAIN) ** np.log2(r / min(self.block.ranks or (r,)))
             for r in self.space.ranks
         ]
-        return Problem(np.array(noted) * np.array(gain), self.space.bytes_UC, self.space.fixed_bytes, self.budget)
+        within = [] if self.budget is None else self._uniform_within()
+        bound = max(within, key=self.space.bytes, default=None)
+        cost = np.array(noted) * np.array(gain)
+        return Problem(cost, self.space.bytes_UC, self.space.fixed_bytes, self.budget, bound)
 
     def _sensitivities(self) -> list[list[float]]:
         blocks = self._blocks(self._rows, self.block.sensitivity_tokens)
         # A width costs the same at every rank.
         distinct = list(dict.fromkeys(self.space.placements))
-        measure = sensitivity.exact if self.block.sensitivity == "exact" else sensitivity.fisher
-        found = measure(self._float_model, self.space.units, distinct, blocks)
+        about = self._float_model, self.space.units, distinct, blocks
+        exact = self.block.sensitivity == "exact"
+        found = sensitivity.exact(*about) if exact else sensitivity.fisher(*about, seed=self.block.seed)
+        if self.block.objective == "tuned":
+            self.ledger.note("float_quality", math.log(perplexity(self._float_model, self._held_out())))
         cost = np.maximum(found.cost_UC[:, [distinct.index(p) for p in self.space.placements]], 0.0)
         return [[float(c) for c in row] for row in cost]
 
@@ -169,57 +203,73 @@ class Search:
         untouched = all(self.space.placements[choice] is None for choice in configuration)
         if untouched and not placed_targets(self._skeleton, self.recipe.method, self.space.rules(configuration)):
             return False
-        return self.block.budget_training is None or self._peak(configuration) <= parse_bytes(
-            self.block.budget_training, "search.budget_training"
-        )
+        return self.budget_training is None or self._peak(configuration) <= self.budget_training
 
-    @lru_cache  # noqa: B019  (a search lives as long as its process)
     def _peak(self, configuration: Configuration) -> int:
-        rules = self.space.rules(configuration)
-        return planning.plan(self.recipe, copy.deepcopy(self._skeleton), rules).total
+        if configuration not in self._peaks:
+            rules = self.space.rules(configuration)
+            self._peaks[configuration] = planning.plan(self.recipe, copy.deepcopy(self._skeleton), rules).total
+        return self._peaks[configuration]
 
     def uniform(self) -> list[Configuration]:
         """The uniform choices within the budgets."""
+        return [c for c in self._uniform_within() if self.admits(c)] if self.block.uniform else []
+
+    def _uniform_within(self) -> list[Configuration]:
         every = [(c,) * len(self.space.units) for c in range(len(self.space.bits))]
-        fits = [c for c in every if self.budget is None or self.space.bytes(c) <= self.budget]
-        return [c for c in fits if self.admits(c)] if self.block.uniform else []
+        return [c for c in every if self.budget is None or self.space.bytes(c) <= self.budget]
 
     def wish(self, trials: list[Trial]) -> Wish | None:
         """The next trial, or None if there are enough."""
         counted = [t for t in trials if t.counts] + _hopeless(trials)
+        inside = self._inside(counted)
         taken = {(t.wish.configuration, t.wish.steps) for t in counted}
         for configuration in self.uniform():
             if (configuration, self.steps) not in taken:
                 return Wish(configuration, self.steps, "uniform")
-        left = self.block.trials - sum(t.wish.kind != "uniform" for t in counted)
+        left = self.block.trials - sum(t.wish.kind != "uniform" for t in inside)
         if left <= 0:
             return None
-        promoted = self._promotion(counted, taken, last=left == 1)
+        promoted = self._promotion(inside, taken, last=left == 1)
         if promoted is not None:
             return promoted
         tried = [
-            Tried(t.wish.configuration, t.quality, int(t.wish.steps != self.steps), t.state in ("infeasible", "dead"))
+            Tried(
+                t.wish.configuration,
+                t.quality,
+                int(t.wish.steps != self.steps),
+                failed=t.state in ("infeasible", "dead"),
+                proposed=t.wish.kind == "search",
+            )
             for t in counted
         ]
         found = propose(self.problem, tried, seed=self.block.seed, admits=self.admits)
-        return self._promotion(counted, taken, last=True) if found is None else Wish(found, self.steps)
+        return self._promotion(inside, taken, last=True) if found is None else Wish(found, self.steps)
 
-    def _promotion(self, counted: list[Trial], taken: set[tuple[Configuration, int]], *, last: bool) -> Wish | None:
+    def _inside(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Those within the budgets: a study may have trials from before they were lowered, which teach but do not count."""
+        within = [t for t in trials if self.budget is None or self.space.bytes(t.wish.configuration) <= self.budget]
+        if self.ledger.noted("budgets_training") == [self.budget_training]:
+            return within  # a plan takes seconds, and none of them was made under another budget
+        return [t for t in within if self.admits(t.wish.configuration)]
+
+    def _promotion(self, inside: list[Trial], taken: set[tuple[Configuration, int]], *, last: bool) -> Wish | None:
         """A short trial to make longer, if it is time for one: the best, else what the short front would lose most without.
 
-        What is chosen in the end is chosen of the longer trials, so the last trial of all (`last`) is no other short one,
-        which could not be chosen, but that of the best short one not promoted yet.
+        Under a budget the next best: it is the best model within it that is wanted. What is chosen in the end is chosen
+        of the longer trials, so the last trial of all (`last`) is no other short one, which could not be chosen, but
+        that of the best short one not promoted yet.
         """
-        short = [t for t in counted if t.wish.steps == self.steps and t.quality is not None]
+        short = [t for t in inside if t.wish.steps == self.steps and t.quality is not None]
         if self.block.promote is None or not short:
             return None
-        promoted = len(taken) - len({c for c, s in taken if s == self.steps})
+        promoted = len({t.wish.configuration for t in inside if t.wish.steps != self.steps})
         due = (promoted + 1) * _SHORT_FOR_EACH_LONG <= len(short)
         if not due and not last:
             return None
         size, cost = _arrays(short)
         order = [int(i) for i in np.argsort(cost, kind="stable")]
-        if not last:
+        if not last and self.budget is None:
             best = pareto(size, cost)
             reference = float(size.max()) + 1, float(cost.max())
             kept = [
@@ -235,13 +285,22 @@ class Search:
 
     def work(self, told: Callable[[], None] = lambda: None) -> None:
         """Make trials until there are enough; `told` is called before and after each."""
-        objective: Objective | None = None
-        _ = self.problem
-        while (trial := self.ledger.claim(self.wish, self.block.trials)) is not None:
-            objective = objective or self.objective()
+        self.prepare()
+        self.ledger.bury()
+        if self.wish(self.ledger.trials()) is None:
+            return
+        # Before there is a claim: loading is no trial's failure, and no lease waits for it.
+        objective = self.objective()
+        while (trial := self.ledger.claim(self.wish, self._limit())) is not None:
             told()
             self._carry_out(trial, objective)
             told()
+        self.free()
+
+    def _limit(self) -> int:
+        """Trials, but for the uniform ones, that the study may have: those of an earlier, larger budget come on top."""
+        tried = [t for t in self.ledger.trials() if t.counts and t.wish.kind != "uniform"]
+        return self.block.trials + len(tried) - len(self._inside(tried))
 
     def _carry_out(self, trial: Trial, objective: Objective) -> None:
         began, ended = time.perf_counter(), False
@@ -251,8 +310,9 @@ class Search:
             size = self.space.bytes(trial.wish.configuration)
             self.ledger.finish(trial, size, quality, time.perf_counter() - began)
             ended = True
-        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-            self.ledger.fail(trial, "infeasible", " ".join(str(error).split()) or type(error).__name__)
+        except (UserError, MemoryError, RuntimeError, ArithmeticError) as error:  # out of memory is a RuntimeError
+            what = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self.ledger.fail(trial, "infeasible", what + " ".join(str(error).split()))
             ended = True
         finally:
             if not ended:
@@ -261,25 +321,27 @@ class Search:
     # ---- what was found --------------------------------------------------------------------------------------------
 
     def front(self, trials: Sequence[Trial]) -> list[Trial]:
-        """The Pareto front of the longest trials, by ascending bytes."""
-        done = [t for t in trials if t.state == "complete"]
+        """The Pareto front of the longest trials within the budgets, by ascending bytes."""
+        done = [t for t in self._inside(trials) if t.state == "complete"]
         longest = max((t.wish.steps for t in done), default=0)
         done = [t for t in done if t.wish.steps == longest]
         return [done[i] for i in pareto(*_arrays(done))]
 
     def hypervolume(self, trials: Sequence[Trial]) -> float:
-        """Of log quality against bytes, in nats times bytes; within the largest bytes and the worst trial."""
-        done = [t for t in trials if t.state == "complete" and t.wish.steps == self.steps]
+        """Of log quality against bytes, in nats times bytes; within the largest bytes and the worst uniform trial."""
+        done = [t for t in self._inside(trials) if t.state == "complete" and t.wish.steps == self.steps]
         if not done:
             return 0.0
         size, cost = _arrays(done)
+        worst = _arrays([t for t in done if t.wish.kind == "uniform"] or done)[1].max()
         largest = self.space.fixed_bytes + int(self.space.bytes_UC.max(1).sum())
-        return hypervolume(size, cost, (float(min(largest, self.budget or largest)) + 1, float(cost.max())))
+        return hypervolume(size, cost, (float(min(largest, self.budget or largest)) + 1, float(worst)))
 
     def seconds_left(self, trials: Sequence[Trial]) -> float | None:
         """Until there are enough trials, as long as they have taken so far; None before the first."""
         took = [t.seconds for t in trials if t.seconds is not None and t.wish.steps == self.steps]
-        open_ = self.block.trials - sum(t.counts and t.wish.kind != "uniform" and t.state != "running" for t in trials)
+        ended = [t for t in self._inside(trials) if t.counts and t.state != "running" and t.wish.kind != "uniform"]
+        open_ = self.block.trials - len(ended)
         return statistics.median(took) * max(open_, 0) / self.block.workers if took else None
 
 

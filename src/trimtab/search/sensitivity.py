@@ -8,12 +8,15 @@ A unit in layer l changes nothing before l, so its passes start from the float h
 through in order and only one layer's inputs are kept. With n layers an evaluation takes (n - l) / n of a pass, and
 all of them about `choices x units / 2`. `passes` says how many, since a search must be charged for them.
 
-`fisher`: the second-order estimate of the same quantity, with the diagonal of the empirical Fisher matrix,
+`fisher`: the second-order estimate of the same quantity, with the diagonal of the Fisher matrix,
 
     cost[u, c] = 1/2 sum_i dW_i^2 F_i        F_i = mean over windows of (dL_window/dW_i)^2 / tokens in a window
+    L_window   = - sum over tokens t of log p(y_t)                        y_t drawn from p itself, the model's prediction
 
-from one backward pass for each window and one quantization for each choice. It is blind to how the errors of many weights
-add up (no off-diagonal terms), so it ranks units better than it predicts a KL.
+from one backward pass for each window and one quantization for each choice. Labels are drawn, not read from the text: the
+second derivative of KL is the Fisher matrix, whose mean is over the model's own labels. With those of the text (the
+"empirical" Fisher) gradients of a window's tokens add up instead of cancelling, the more so the worse the model predicts.
+Rounding errors of many weights have signs of their own, so off-diagonal terms are left out.
 
 Legend: W windows, L tokens in each, D hidden size, U units, C choices.
 """
@@ -29,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab import weights
-from trimtab.loss import summed_loss
+from trimtab.divergence import Head, chunks
+from trimtab.loss import chunked_cross_entropy
 from trimtab.rules import Placement
 from trimtab.search.space import Unit
 
@@ -178,11 +182,17 @@ def on_grid(weight_NK: Tensor, grid: Any) -> Tensor:
 
 
 def fisher(
-    model: "PreTrainedModel", units: Sequence[Unit], placements: Sequence[Placement], blocks_WL: Tensor
+    model: "PreTrainedModel",
+    units: Sequence[Unit],
+    placements: Sequence[Placement],
+    blocks_WL: Tensor,
+    *,
+    seed: int = 0,
 ) -> Sensitivity:
     """Second-order estimate of the KL to the float model, from squared gradients; arguments as of `exact`.
 
-    Squared gradients are kept in float32: as much memory again as the units' weights in that dtype.
+    `seed` is that of the labels. Squared gradients are kept in float32: as much memory again as the units' weights in
+    that dtype.
     """
     linears: dict[str, Any] = {name: model.get_submodule(name) for unit in units for name in unit.layers}
     squares = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
@@ -195,8 +205,12 @@ def fisher(
         for name, linear in linears.items():
             linear.weight.requires_grad_(True)
             stack.callback(linear.weight.register_post_accumulate_grad_hook(_squarer(squares[name])).remove)
+        draw = torch.Generator().manual_seed(seed)
         for ids_L in blocks_WL.to(next(model.parameters()).device):
-            summed_loss(model, ids_L[None], input_ids=ids_L[None], use_cache=False).backward()
+            hidden = model.base_model(input_ids=ids_L[None], use_cache=False).last_hidden_state[0, :-1]
+            head = Head.of(model, hidden.dtype)
+            labels = drawn(head, hidden.detach(), draw)
+            chunked_cross_entropy(hidden, head.weight_VD, labels, bias_V=head.bias_V, softcap=head.softcap).backward()
     cost, count = np.zeros((len(units), len(placements))), len(blocks_WL) * (blocks_WL.shape[1] - 1)
     for u, unit in enumerate(units):
         for name in unit.layers:
@@ -206,6 +220,15 @@ def fisher(
                     moved = (on_grid(weight, grid) - weight).float()
                     cost[u, c] += 0.5 * (moved.square() * squares[name]).double().sum().item() / count
     return Sensitivity(cost, 3.0)
+
+
+def drawn(head: Head, hidden_TD: Tensor, draw: torch.Generator) -> Tensor:
+    """A label (T,) for every place, from what the model predicts there."""
+    found = []
+    for chunk in chunks(len(hidden_TD)):
+        p = head.logits(hidden_TD[chunk]).softmax(-1).cpu()
+        found.append(torch.multinomial(p, 1, generator=draw).squeeze(1))
+    return torch.cat(found).to(hidden_TD.device)
 
 
 def _squarer(total: Tensor) -> Any:

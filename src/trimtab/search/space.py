@@ -11,12 +11,13 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from trimtab import hf, storage
+from trimtab.activations import Activations
 from trimtab.errors import UserError
 from trimtab.grid import AnyGrid, Grid
 from trimtab.methods.base import Method
@@ -104,6 +105,7 @@ def space(
     others: Sequence[Rule] = (),
     dtype: torch.dtype = torch.bfloat16,
     merge: bool = False,
+    activations: Activations | None = None,
 ) -> Space:
     """Lay out a space.
 
@@ -117,21 +119,25 @@ def space(
         others: rules for what is not searched over.
         dtype: compute dtype.
         merge: see `storage.stored`.
+        activations: see `storage.stored`.
     """
     if len(set(bits)) != len(bits) or not bits:
         raise UserError(f"search: bits {list(bits)} are not different widths; write for example [2, 3, 4, 8]")
     if ranks is not None and not hasattr(method, "rank"):
         raise UserError(f"search: {method.name} has no rank to search over; leave out `ranks`")
     found, rules = units(model, by, others), list(others)
-    pairs = tuple((b, r) for b in sorted(bits) for r in (sorted(ranks) if ranks else (None,)))
-    placements = tuple(_placement(method, grid, b) for b, _ in pairs)
+    placed = {b: _placement(method, grid, b) for b in sorted(bits)}
+    # What is left untouched has no rank.
+    pairs = tuple((b, r) for b in placed for r in (sorted(ranks) if ranks and placed[b] is not None else (None,)))
+    placements = tuple(placed[b] for b, _ in pairs)
     hf.cast_floats(model, dtype)
     names = [name for unit in found for name in unit.layers]
 
     def every(choice: int) -> list[Rule]:
         return [*(Rule(n, placements[choice], pairs[choice][1]) for n in names), *rules]
 
-    tables = [_parts(model, method, every(c), names, dtype, merge) for c in range(len(pairs))]
+    how = _How(method, dtype, merge, activations)
+    tables = [_parts(model, every(c), names, how) for c in range(len(pairs))]
     bytes_UC = np.array([[sum(table[n] for n in unit.layers) for table in tables] for unit in found], np.int64)
     return Space(
         units=found,
@@ -140,7 +146,7 @@ def space(
         placements=placements,
         others=tuple(rules),
         bytes_UC=bytes_UC,
-        fixed_bytes=_fixed(model, method, every(0), names, dtype, merge),
+        fixed_bytes=_fixed(model, every(0), names, how),
     )
 
 
@@ -164,34 +170,29 @@ def _float(method: Method) -> Placement:
         return None
 
 
-def _parts(
-    model: "PreTrainedModel",
-    method: Method,
-    rules: Sequence[Rule],
-    names: Sequence[str],
-    dtype: torch.dtype,
-    merge: bool,
-) -> dict[str, int]:
+class _How(NamedTuple):
+    """What decides bytes beside names, shapes and rules."""
+
+    method: Method
+    dtype: torch.dtype
+    merge: bool
+    activations: Activations | None
+
+
+def _parts(model: "PreTrainedModel", rules: Sequence[Rule], names: Sequence[str], how: _How) -> dict[str, int]:
     """Bytes of each of these layers under these rules."""
-    placed: dict[str, Target] = {t.name: t for t in placed_targets(model, method, rules)}
+    placed: dict[str, Target] = {t.name: t for t in placed_targets(model, how.method, rules)}
     found = {}
     for name in names:
         if name in placed:
-            found[name] = storage.layer_bytes(placed[name], method, dtype=dtype, merge=merge)
+            found[name] = storage.layer_bytes(placed[name], **how._asdict())
         else:
             parameters = model.get_submodule(name).named_parameters(prefix=name)
             found[name] = sum(storage.Entry(n, p.dtype, tuple(p.shape)).bound for n, p in parameters)
     return found
 
 
-def _fixed(
-    model: "PreTrainedModel",
-    method: Method,
-    rules: Sequence[Rule],
-    names: Sequence[str],
-    dtype: torch.dtype,
-    merge: bool,
-) -> int:
+def _fixed(model: "PreTrainedModel", rules: Sequence[Rule], names: Sequence[str], how: _How) -> int:
     """Bytes of all but these layers."""
-    whole = storage.stored(copy.deepcopy(model), method, rules, dtype=dtype, merge=merge).bound
-    return whole - sum(_parts(model, method, rules, names, dtype, merge).values())
+    whole = storage.stored(copy.deepcopy(model), rules=rules, **how._asdict()).bound
+    return whole - sum(_parts(model, rules, names, how).values())

@@ -27,7 +27,7 @@ def run(recipe: Recipe, told: Callable[[Search], None] = lambda _: None) -> Sear
 
     Raises:
         KeyboardInterrupt: after everything was written.
-        UserError: if all workers failed.
+        UserError: if workers stopped before there were enough trials, or no trial was finished.
     """
     search = Search(recipe)
     search.folder.mkdir(parents=True, exist_ok=True)
@@ -35,15 +35,23 @@ def run(recipe: Recipe, told: Callable[[Search], None] = lambda _: None) -> Sear
         if search.block.workers == 1:
             search.work(lambda: told(search))
         else:
-            _ = search.problem  # measured once, before there are others to measure it, too
+            search.prepare()  # once, before there are others to do it, too
+            search.free()
             _watch(search, recipe, told)
     finally:
         results.write(search)
+    trials = search.ledger.trials()
+    if not search.front(trials):
+        reasons = [t.reason for t in trials if t.reason]
+        why = f"none of {len(trials)} was finished; the last: {reasons[-1]}" if reasons else "none was made"
+        raise UserError(f"search: there is no trial to choose from: {why}")
     return search
 
 
 def _watch(search: Search, recipe: Recipe, told: Callable[[Search], None]) -> None:
-    (search.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    file = search.folder / "recipe.yaml"
+    file.touch(mode=0o600)  # a storage's url may hold a password
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
     context = multiprocessing.get_context("spawn")
     count = search.block.workers
     threads = max(torch.get_num_threads() // count, 1)
@@ -59,8 +67,14 @@ def _watch(search: Search, recipe: Recipe, told: Callable[[Search], None]) -> No
     finally:
         _end(processes)
     told(search)
-    if all(p.exitcode for p in processes):
-        raise UserError("search: every worker stopped with an error; the messages above say why")
+    search.ledger.bury()
+    failed = [p.exitcode for p in processes if p.exitcode]
+    if failed and search.wish(search.ledger.trials()) is not None:
+        killed = "; -9 is the system's kill, mostly for want of memory: use fewer workers" if -9 in failed else ""
+        raise UserError(
+            f"search: {len(failed)} of {count} workers stopped with an error (exit codes {failed}{killed}) and trials are "
+            "left; the same command goes on"
+        )
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:

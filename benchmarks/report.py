@@ -110,6 +110,20 @@ def generate(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def products(found: dict[str, Any]) -> list[str]:
+    """Products in half precision through float32."""
+    rows = [[r["dtype"], r["name"], *(f"{r[k]:.1f}" for k in ("torch_ms", "ours_ms", "ratio"))] for r in found["rows"]]
+    return [
+        "## Half precision without AVX-512",
+        "",
+        f"One thread of a processor whose best instructions are {found['capability']}: torch's own kernels, and trimtab's,",
+        "which multiply in float32. `python benchmarks/products.py` says what the rows are. The other tables of this page",
+        "come from processors that have AVX-512, where torch's kernels are left alone.",
+        "",
+        *_table("type | product | torch, ms | ours, ms | times faster", rows),
+    ]
+
+
 def seven(found: dict[str, Any]) -> list[str]:
     """7B shapes on this machine, larger ones on paper."""
     rows = []
@@ -200,6 +214,7 @@ def main() -> None:
         "step_1b": step_1b,
         "dequantize": dequantize,
         "generate": generate,
+        "products": products,
         "7b": seven,
         "memory": memory,
     }

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trimtab import attention, linear, packing
 from trimtab.activations import KvCache
 from trimtab.errors import UserError
+from trimtab.kernels import products
 from trimtab.linear import QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class TrimtabQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        products.install()
         config = self.quantization_config
         dtype = kwargs.get("dtype") or getattr(torch, config.compute_dtype)
         self._compute_dtype = dtype

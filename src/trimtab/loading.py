@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from trimtab import hf, memory, rules, stats
 from trimtab.errors import UserError
 from trimtab.gptq import Gptq
+from trimtab.kernels import products
 from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
 from trimtab.preparing import Target, finish, finite, place, place_calibrated, prepare, rounded, targets
@@ -140,6 +141,7 @@ def _first_line(error: Exception) -> str:
 
 def _layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
     """The model that a config describes, on the meta device."""
+    products.install()
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)

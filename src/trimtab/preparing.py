@@ -17,6 +17,7 @@ from trimtab.adapters import DeltaOutput, FoldKind
 from trimtab.errors import UserError
 from trimtab.gptq import Gptq
 from trimtab.grid import AnyGrid, group_size, same_form
+from trimtab.kernels import products
 from trimtab.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method, Source, start
 from trimtab.rules import Kind, Placement, Rule
@@ -246,6 +247,7 @@ def prepare(
     Returns:
         The model itself. To quantize while reading, so that the float model never exists, use `trimtab.load`.
     """
+    products.install()
     todo = targets(model, method, rules.parse_rules(rules_))
 
     def put(target: Target, hessian_KK: Tensor | None = None) -> None:

@@ -1,0 +1,122 @@
+"""Matrix products in half precision, for processors without instructions for it.
+
+On x86 without AVX-512 (most laptops) torch multiplies bfloat16 and float16 in loops of its own: 3 to 50 times slower than
+float32 (`benchmarks/products.py`), the worst where an operand is not laid out for them, as in every backward pass. Here
+such products are taken in float32, block by block. Operands are exact in float32 and sums were float32 before, so the
+result, rounded once, differs by the order of its sums only.
+
+`install` replaces torch's CPU kernels in the process; whatever loads or prepares a model calls it. On other processors, and
+with TRIMTAB_KERNELS=torch, it does nothing.
+"""
+
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BLOCK = 2048
+"""Rows and columns of a block. Each is copied in float32, 16 MiB, whatever the size of the matrices."""
+_FEW = 8
+"""A product of fewer rows does too little with a weight to be worth its copy."""
+_HALF = frozenset([torch.bfloat16, torch.float16])
+_installed: list[torch.library.Library] = []
+
+
+def slow() -> bool:
+    """Whether this processor's products in half precision are to be replaced."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    old = "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    return x86 and old and os.environ.get("TRIMTAB_KERNELS") != "torch"
+
+
+def install(*, force: bool = False) -> None:
+    """Take products of bfloat16 and float16 in float32 from now on, where that is faster (`slow`) or it is forced."""
+    if _installed or not (force or slow()):
+        return
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*verriding a previously registered kernel")
+        for name, instead in _INSTEAD.items():
+            original = torch.library.get_kernel(f"aten::{name}", "CPU")
+            library.impl(name, instead(original), "CPU", with_keyset=True)
+    _installed.append(library)
+
+
+def uninstall() -> None:
+    """Give torch its own kernels back."""
+    while _installed:
+        _installed.pop()._destroy()
+
+
+def _product(ours: Callable[..., Tensor], first: int = 0) -> Callable[[Any], Callable[..., Tensor]]:
+    """A kernel that leaves to the original what is not in half precision, too small, or an error for it to tell."""
+
+    def made(original: Any) -> Callable[..., Tensor]:
+        def kernel(keys: Any, *args: Any, **kwargs: Any) -> Tensor:
+            a, b, out = args[first], args[first + 1], kwargs.get("out")
+            whole = a.dtype == b.dtype in _HALF and a.shape[-2] >= _FEW and b.numel()
+            fits = whole and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
+            if fits and (out is None or (out.dtype == a.dtype and out.shape == (*a.shape[:-1], b.shape[-1]))):
+                return ours(*args, **kwargs)
+            return original.call_boxed(keys, *args, **kwargs)
+
+        return kernel
+
+    return made
+
+
+def _attention_backward(original: Any) -> Callable[..., Any]:
+    def kernel(keys: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if q.dtype not in _HALF:
+            return original.call_boxed(keys, grad, q, k, v, y, *args, **kwargs)
+        mask = kwargs.get("attn_mask")
+        kwargs |= {} if mask is None or mask.dtype not in _HALF else {"attn_mask": mask.float()}
+        found = original.call_boxed(keys, *(t.float() for t in (grad, q, k, v, y)), *args, **kwargs)
+        return tuple(g.to(q.dtype) for g in found)
+
+    return kernel
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(i, i + _BLOCK) for i in range(0, size, _BLOCK)]
+
+
+def _mm(a_MK: Tensor, b_KN: Tensor, *, out: Tensor | None = None) -> Tensor:
+    out_MN = a_MK.new_empty(len(a_MK), b_KN.shape[1]) if out is None else out
+    return _addmm(out_MN, a_MK, b_KN, beta=0, out=out_MN)
+
+
+def _addmm(
+    c: Tensor, a_MK: Tensor, b_KN: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+) -> Tensor:
+    out_MN = a_MK.new_empty(len(a_MK), b_KN.shape[1]) if out is None else out
+    c_MN = c.expand_as(out_MN)
+    for m in _blocks(out_MN.shape[0]):
+        for n in _blocks(out_MN.shape[1]):
+            some = c_MN[m, n].float() if beta else out_MN.new_zeros(out_MN[m, n].shape, dtype=torch.float32)
+            for i, k in enumerate(_blocks(a_MK.shape[1])):
+                some.addmm_(a_MK[m, k].float(), b_KN[k, n].float(), beta=1 if i else beta, alpha=alpha)
+            out_MN[m, n] = some
+    return out_MN
+
+
+def _bmm(a_BMK: Tensor, b_BKN: Tensor, *, out: Tensor | None = None) -> Tensor:
+    out_BMN = a_BMK.new_empty(*a_BMK.shape[:2], b_BKN.shape[2]) if out is None else out
+    for a, b, y in zip(a_BMK, b_BKN, out_BMN, strict=True):
+        _mm(a, b, out=y)
+    return out_BMN
+
+
+_INSTEAD: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "mm": _product(_mm),
+    "mm.out": _product(_mm),
+    "addmm": _product(_addmm, 1),
+    "addmm.out": _product(_addmm, 1),
+    "bmm": _product(_bmm),
+    "bmm.out": _product(_bmm),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}

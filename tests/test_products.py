@@ -1,0 +1,113 @@
+"""Products in half precision taken in float32: against float64, and torch's own kernels where they are given back."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.kernels import products
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On any processor; small blocks, so that products have several each way."""
+    monkeypatch.setattr(products, "_BLOCK", 32)
+    products.uninstall()
+    products.install(force=True)
+    yield
+    products.uninstall()
+    products.install()
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def near(found: Tensor, wanted: Tensor) -> bool:
+    """Within one rounding of the result, and float32's of the sum."""
+    half = torch.finfo(found.dtype).eps / 2
+    return bool(((found.double() - wanted).abs() <= 1.01 * half * wanted.abs() + 1e-4).all())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("m", "k", "n"), [(70, 100, 45), (8, 33, 1), (200, 1, 64), (3, 40, 40)])
+def test_products_are_rounded_once(installed: None, dtype: torch.dtype, m: int, k: int, n: int) -> None:
+    a, b, c = random(m, k, dtype=dtype), random(n, k, dtype=dtype).t(), random(n, dtype=dtype)
+    exact = a.double() @ b.double()
+    if m >= products._FEW:
+        assert near(a @ b, exact)
+        assert near(torch.addmm(c, a, b, beta=0.5, alpha=2), 0.5 * c.double() + 2 * exact)
+        assert near(torch.bmm(a.expand(2, m, k), b.expand(2, k, n))[1], exact)
+    out = torch.empty(m, n, dtype=dtype)
+    assert torch.mm(a, b, out=out) is out
+    assert torch.equal(out, a @ b)
+    torch.addmm(c, a, b, out=out)
+    assert torch.equal(out, F.linear(a, b.t(), c))
+    old = torch.full((m, n), torch.nan, dtype=dtype)
+    assert torch.equal(torch.addmm(old, a, b, beta=0), a @ b)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_linear_layer_and_attention_have_the_gradients_of_float64(installed: None, dtype: torch.dtype) -> None:
+    given = [random(2, 9, 40, 16, dtype=dtype) for _ in range(3)]
+    given = [g * (i + 1) / 3 for i, g in enumerate(given)] + [random(24, 16, dtype=dtype) / 4]
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        mask = torch.ones(40, 40, dtype=torch.bool).tril()
+        for one in (None, mask, torch.zeros(40, 40, dtype=tensors[0].dtype)):
+            y = F.scaled_dot_product_attention(*leaves[:3], attn_mask=one, is_causal=one is None)
+            F.linear(y, leaves[3]).square().mean().backward()
+        return [t.grad for t in leaves if t.grad is not None]
+
+    ours, exact = run(given), run([g.double() for g in given])
+    assert len(ours) == 4
+    for found, wanted in zip(ours, exact, strict=True):
+        error = (found.double() - wanted).norm() / wanted.norm()
+        assert error < 8 * torch.finfo(dtype).eps
+
+
+def test_what_is_wrong_is_still_refused(installed: None) -> None:
+    a = random(64, 64, dtype=torch.bfloat16)
+    for b in (a.float(), a[:32]):
+        with pytest.raises(RuntimeError):
+            a @ b
+    assert torch.mm(a, a[:, :0]).shape == (64, 0)
+    assert torch.equal(torch.mm(a[:, :0], a[:0]), torch.zeros(64, 64, dtype=torch.bfloat16))
+
+
+def test_torch_gets_its_kernels_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    products.uninstall()
+    monkeypatch.setitem(products._INSTEAD, "mm", products._product(lambda a, b: calls.append(1) or a.new_zeros(8, 8)))
+    a = torch.ones(8, 8, dtype=torch.bfloat16)
+    products.install(force=True)
+    assert a.mm(a).sum() == 0
+    assert a.float().mm(a.float()).sum() == 512
+    products.uninstall()
+    assert a.mm(a).sum() == 512
+    assert len(calls) == 1
+    products.install()
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "switch", "slow"),
+    [
+        ("x86_64", "AVX2", None, True),
+        ("AMD64", "DEFAULT", None, True),
+        ("x86_64", "AVX512", None, False),
+        ("arm64", "DEFAULT", None, False),
+        ("x86_64", "AVX2", "torch", False),
+    ],
+)
+def test_which_processors_are_slow(
+    monkeypatch: pytest.MonkeyPatch, machine: str, capability: str, switch: str | None, slow: bool
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setenv("TRIMTAB_KERNELS", switch or "c")
+    assert products.slow() is slow

@@ -63,7 +63,7 @@ class Scale:
     trials: int = 18
     trial_steps: int = 4
     promoted_steps: int = 12
-    trial_tokens: int = 2048
+    trial_tokens: int = 4096
     sensitivity_tokens: int = 4096
     units: str = "fusion"
 

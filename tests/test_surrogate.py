@@ -163,6 +163,23 @@ def test_under_a_bound_only_what_is_better_is_proposed() -> None:
     assert max(first(None)) > limit
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_under_a_budget_the_best_within_it_comes_first(seed: int) -> None:
+    """To where a smaller configuration's gain over all of its bytes is the greater: B/(B + 1) of the way, B = `_BEYOND`."""
+    draw = np.random.default_rng(seed)
+    sizes = np.tile([20, 30, 40, 50, 80], (6, 1)) * draw.integers(5, 15, size=(6, 1))
+    cost = draw.lognormal(0, 1.5, size=(6, 1)) * 4.0 ** -np.array([[2, 3, 4, 5, 8]])
+    bound, budget = (2,) * 6, int(sizes[:, 2].sum())
+    every = list(itertools.product(range(5), repeat=6))
+    within = [c for c in every if sizes[np.arange(6), list(c)].sum() <= budget]
+    best = min(math.log(cost[np.arange(6), list(c)].sum()) for c in within)
+    limit = math.log(cost[:, 2].sum())
+    found = propose(Problem(cost, sizes, 0, budget=budget, bound=bound), [])
+    assert found is not None
+    ours = math.log(cost[np.arange(6), list(found)].sum())
+    assert limit - ours >= 0.8 * (limit - best) > 0
+
+
 def test_uniform_trials_do_not_end_the_warm_up() -> None:
     """Only as many proposals as `_WARM` do."""
     problem = Problem(prior(), np.tile([10, 20, 40], (5, 1)), 0)

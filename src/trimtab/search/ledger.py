@@ -119,7 +119,7 @@ def _storage(url: str) -> BaseStorage:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"search.storage: {shown(url)}: Optuna cannot open it ({reason}); a database needs its driver installed "
-                "(psycopg2 for postgresql://) and must be there"
+                "(psycopg for postgresql://, with an older SQLAlchemy psycopg2) and must be there"
             ) from error
     path = Path(url)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ is something to learn from, expected improvement mostly asks where the model is 
 
 The budget is a hard constraint: what exceeds it is never a candidate, so it is never proposed, whatever the model thinks.
 Who names one wants the best within it, not a front down to ruins: there a search counts hypervolume only below the cost of
-the best uniform model that fits (`Problem.bound`).
+the best uniform model that fits (`Problem.bound`), and as if each gain held far beyond the budget (`_BEYOND`): what it
+brings at the budget decides, the rest of the front breaks ties.
 Configurations that other workers are trying count as tried, with the cost that the model predicts.
 
 The code knows nothing of storage, processes or models: numbers in, a configuration out.
@@ -30,6 +31,8 @@ _FRONT_POINTS, _EDITS, _ROUNDS = 600, 1200, 3
 _ASKED = 30
 _WARM = 7
 """Proposals that are the prior's alone."""
+_BEYOND = 4
+"""The reference point lies this many times the range of bytes beyond a budget."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,15 @@ def _known(
 
 
 def _reference(problem: Problem, model: surrogate.Model | None, costs: Floats, rung: int) -> tuple[float, float]:
-    """The largest bytes within reach, and the predicted cost of the bound."""
+    """The largest bytes within reach, under a budget more, and the predicted cost of the bound."""
     bound = problem.bytes_UC.argmin(1) if problem.bound is None else np.array(problem.bound)
     cost = _predict(problem, model, bound[None], rung)[0][0]
     largest = problem.fixed_bytes + int(problem.bytes_UC.max(1).sum())
     worst = cost if problem.bound is not None else max([cost, *costs])
-    return float(min(largest, problem.budget or largest)) + 1.0, float(worst)
+    if problem.budget is None or problem.budget >= largest:
+        return float(largest) + 1.0, float(worst)
+    smallest = problem.fixed_bytes + int(problem.bytes_UC.min(1).sum())
+    return problem.budget + 1.0 + _BEYOND * (problem.budget - smallest), float(worst)
 
 
 def _scorer(

@@ -1,11 +1,12 @@
 """Searched widths after fine-tuning: a pruned model, tuned at equal bytes by widths searched and uniform, LoRA and LoftQ.
 
 A cell is a task, a share of parameters pruned, a row and a seed. Rows: `searched-3` and `searched-4` (widths found within
-the bytes of the uniform 3- and 4-bit model), `uniform-2` to `uniform-8`, all by LR-QAT on whole codes, `lora` on the pruned
-float model, `loftq` on NF4, and `float`, the pruned model untuned. All train on the same tokens, are folded, saved and
-reloaded before they are measured. Tasks: WikiText-2 (perplexity) and sentence polarity (accuracy; trained on prompt and
-answer as one text). Rates are chosen for each task and row on held-out text at the larger pruning, with half the steps,
-and serve both prunings; searched rows take those of the uniform row of their bytes.
+the bytes of the uniform 3- and 4-bit model), `prior-3` and `prior-4` (the same by sensitivities alone, with no trial),
+`uniform-2` to `uniform-8`, all by LR-QAT on whole codes, `lora` on the pruned float model, `loftq` on NF4, and `float`, the
+pruned model untuned. All train on the same tokens, are folded, saved and reloaded before they are measured. Tasks:
+WikiText-2 (perplexity) and sentence polarity (accuracy; trained on prompt and answer as one text). Rates are chosen for
+each task and row on held-out text at the larger pruning, with half the steps, and serve both prunings; searched rows take
+those of the uniform row of their bytes.
 
 A search is made once for a task, pruning and budget, with seed 0: sensitivities, their additive optimum, short fine-tuned
 trials and a few longer ones. What it took is written into every row that uses it.
@@ -29,7 +30,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import search_tuned_process
 from quality import RESULTS, add, asked, cut_text, further, read, say
@@ -88,7 +89,8 @@ class Row:
     """Of a uniform row, or whose bytes a search has; None for another base."""
     rates: tuple[float, ...] = ()
     rates_like: str | None = None
-    searched: bool = False
+    searched: Literal["", "trials", "sensitivities"] = ""
+    """What its widths are found by."""
 
     @property
     def trained(self) -> bool:
@@ -103,7 +105,8 @@ ROWS = [
     Row("lora", {"name": "lora", "rank": 16}, None, _LOW),
     Row("loftq", {"name": "loftq", "rank": 16}, None, _LOW),
     *(Row(f"uniform-{bits}", LR_QAT, bits, _LEVELS) for bits in (2, 3, 4, 8)),
-    *(Row(f"searched-{bits}", LR_QAT, bits, rates_like=f"uniform-{bits}", searched=True) for bits in (3, 4)),
+    *(Row(f"searched-{bits}", LR_QAT, bits, rates_like=f"uniform-{bits}", searched="trials") for bits in (3, 4)),
+    *(Row(f"prior-{bits}", LR_QAT, bits, rates_like=f"uniform-{bits}", searched="sensitivities") for bits in (3, 4)),
 ]
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -260,7 +263,7 @@ class Study:
             "tokens": s.trial_tokens,
             "sensitivity_tokens": s.sensitivity_tokens,
         }
-        process("search", values)
+        process("search" if cell.row.searched == "trials" else "additive", values)
         found = json.loads((self.work / cell.name / "found.json").read_text())
         add(self.widths, {"cell": cell.name, **found})
         say(f"{cell.name}: {found['trials']} trials and sensitivities in {found['seconds']:.0f} s")

@@ -37,39 +37,58 @@ def cell(values: dict[str, Any]) -> None:
 
 def search(values: dict[str, Any]) -> None:
     """Search, and write widths, bytes and cost to `found.json`; goes on where an earlier process ended."""
-    from trimtab import loading, storage
-    from trimtab.recipe import from_dict
     from trimtab.search import workers
     from trimtab.search.searching import Search, best_within
+
+    recipe, first = sensitive(values)
+    del first  # with its float model
+    done: Search = workers.run(recipe)
+    trials = [t for t in done.ledger.trials() if t.state == "complete"]
+    steps, seconds = sum(t.wish.steps for t in trials), sum(t.seconds or 0.0 for t in trials)
+    cost = {"trials": len(trials), "tokens": steps * recipe.train.batch_tokens, "seconds": seconds}
+    write(done, best_within(done.front(trials)).wish.configuration, cost)
+
+
+def additive(values: dict[str, Any]) -> None:
+    """The same by sensitivities alone: the additive optimum within the budget."""
+    from trimtab.search.additive import front
+
+    _, found = sensitive(values)
+    problem = found.problem
+    points = front(problem.bytes_UC, problem.cost_UC, fixed=problem.fixed_bytes)
+    best = points.configuration(points.within(found.budget))
+    write(found, best, {"trials": 0, "tokens": 0, "seconds": 0.0})
+
+
+def sensitive(values: dict[str, Any]) -> tuple[Any, Any]:
+    """Recipe and search within the bytes of the recipe's rules; its sensitivities are measured, and how long that took."""
+    from trimtab import loading, storage
+    from trimtab.recipe import from_dict
+    from trimtab.search.searching import Search
 
     plain = from_dict(values)
     skeleton = loading.skeleton(plain.model.path)[1]
     budget = storage.stored(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
     recipe = from_dict(values | {"search": values["search"] | {"budget": budget}})
-    first, started = Search(recipe), time.perf_counter()
-    _ = first.problem
-    if first.ledger.noted("sensitivity_seconds") is None:
-        first.ledger.note("sensitivity_seconds", time.perf_counter() - started)
-    del first  # with its float model
-    done = workers.run(recipe)
-    trials = [t for t in done.ledger.trials() if t.state == "complete"]
-    best = best_within(done.front(trials)).wish.configuration
+    found, started = Search(recipe), time.perf_counter()
+    _ = found.problem
+    if found.ledger.noted("sensitivity_seconds") is None:
+        found.ledger.note("sensitivity_seconds", time.perf_counter() - started)
+    return recipe, found
+
+
+def write(found: Any, configuration: tuple[int, ...], cost: dict[str, Any]) -> None:
+    """Widths of the parts of each layer, their bytes, and what they cost beside the sensitivities."""
     bits = dict.fromkeys(PARTS, "")
-    for rule in done.space.rules(best):
+    for rule in found.space.rules(configuration):
         part = next((p for p, names in PARTS.items() if rule.match.endswith(names[0])), None)
         if part is not None:
-            bits[part] += str(rule.grid.bits)  # type: ignore[union-attr]
-    steps = sum(t.wish.steps for t in trials)
-    found = {
-        "widths": bits,
-        "bytes": done.space.bytes(best),
-        "budget_bytes": budget,
-        "trials": len(trials),
-        "tokens": steps * recipe.train.batch_tokens,
-        "seconds": round(sum(t.seconds or 0.0 for t in trials) + done.ledger.noted("sensitivity_seconds"), 1),
-    }
-    (recipe.out / "found.json").write_text(json.dumps(found))
+            bits[part] += str(rule.grid.bits)
+    sizes = {"bytes": found.space.bytes(configuration), "budget_bytes": found.budget}
+    cost |= {"seconds": round(cost["seconds"] + found.ledger.noted("sensitivity_seconds"), 1)}
+    (found.recipe.out / "found.json").write_text(json.dumps({"widths": bits} | sizes | cost))
 
 
 if __name__ == "__main__":
-    {"prune": prune, "cell": cell, "search": search}[sys.argv[1]](json.loads(sys.argv[2]))
+    does = {"prune": prune, "cell": cell, "search": search, "additive": additive}
+    does[sys.argv[1]](json.loads(sys.argv[2]))

@@ -37,6 +37,7 @@ from torch.func import functional_call
 
 from trimtab import hf, simulation
 from trimtab.activations import Activations, KvCache
+from trimtab.kernels import products
 from trimtab.linear import QuantLinear
 from trimtab.methods.base import Method
 from trimtab.preparing import place, targets
@@ -247,7 +248,7 @@ def _fresh(layer: QuantLinear) -> bool:
 
 
 def _buffers(model: "PreTrainedModel", dtype: torch.dtype) -> int:
-    """The two slots of the workspace: the largest weight made from codes, the largest dL/dW."""
+    """The two slots of the workspace: the largest weight made from codes, the largest dL/dW; and blocks in float32."""
     weight = gradient = 0
     for layer in _linears(model):
         size = layer.base.shape[0] * layer.base.shape[1] * dtype.itemsize
@@ -255,7 +256,7 @@ def _buffers(model: "PreTrainedModel", dtype: torch.dtype) -> int:
             weight = max(weight, size)
         if layer.weight_parameters() and not layer.uses_output(dtype):
             gradient = max(gradient, size)
-    return weight + gradient
+    return weight + gradient + products.workspace_bytes(dtype)
 
 
 def _at_loss(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK = 2048
-"""Rows and columns of a block. Each is copied in float32, 16 MiB, whatever the size of the matrices."""
+_BLOCK = 512
+"""Rows and columns of a block. Each is copied in float32, 1 MiB, whatever the size of the matrices."""
 _FEW = 8
 """A product of fewer rows does too little with a weight to be worth its copy."""
 _HALF = frozenset([torch.bfloat16, torch.float16])
@@ -31,6 +31,11 @@ def slow() -> bool:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     old = "AVX512" not in torch.backends.cpu.get_cpu_capability()
     return x86 and old and os.environ.get("TRIMTAB_KERNELS") != "torch"
+
+
+def workspace_bytes(dtype: torch.dtype) -> int:
+    """What a product of this type takes beside its operands and result: a block of each in float32."""
+    return 3 * 4 * _BLOCK**2 if dtype in _HALF and slow() else 0
 
 
 def install(*, force: bool = False) -> None:
@@ -70,13 +75,23 @@ def _product(ours: Callable[..., Tensor], first: int = 0) -> Callable[[Any], Cal
 
 
 def _attention_backward(original: Any) -> Callable[..., Any]:
-    def kernel(keys: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A sequence at a time, so that no more than one is copied."""
+
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        given, (sums, *rest) = args[:5], args[5:]  # the gradient, q, k, v and the result; logsumexp; dropout, causality
+        q, mask = args[1], kwargs.pop("attn_mask", None)
         if q.dtype not in _HALF:
-            return original.call_boxed(keys, grad, q, k, v, y, *args, **kwargs)
-        mask = kwargs.get("attn_mask")
-        kwargs |= {} if mask is None or mask.dtype not in _HALF else {"attn_mask": mask.float()}
-        found = original.call_boxed(keys, *(t.float() for t in (grad, q, k, v, y)), *args, **kwargs)
-        return tuple(g.to(q.dtype) for g in found)
+            return original.call_boxed(keys, *args, **kwargs, attn_mask=mask)
+        found = tuple(torch.empty_like(t) for t in args[1:4])
+        for i in range(len(q)):
+            one = slice(i, i + 1)
+            masked = mask[one] if mask is not None and mask.ndim == 4 and len(mask) > 1 else mask
+            masked = masked.float() if masked is not None and masked.dtype in _HALF else masked
+            wide = (t[one].float() for t in given)
+            parts = original.call_boxed(keys, *wide, sums[one], *rest, **kwargs, attn_mask=masked)
+            for whole, part in zip(found, parts, strict=True):
+                whole[one] = part
+        return found
 
     return kernel
 

@@ -28,6 +28,7 @@ from transformers import (
 import tiny
 from trimtab import hf, memory, methods
 from trimtab.hf import quant_layers
+from trimtab.kernels import products
 from trimtab.linear import QuantLinear
 from trimtab.memory import Plan, kept_for_backward
 from trimtab.methods import Loftq, Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
@@ -90,6 +91,12 @@ def model_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+
+
+@pytest.fixture(autouse=True)
+def fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are those of a processor that needs no blocks in float32; what is measured runs in processes of its own."""
+    monkeypatch.setattr(products, "slow", lambda: False)
 
 
 def planned(name: str, dtype: torch.dtype, **options: Any) -> Plan:

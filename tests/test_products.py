@@ -114,3 +114,5 @@ def test_which_processors_are_slow(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setenv("TRIMTAB_KERNELS", switch or "c")
     assert products.slow() is slow
+    assert products.workspace_bytes(torch.bfloat16) == slow * 3 * 4 * products._BLOCK**2
+    assert products.workspace_bytes(torch.float32) == 0

@@ -112,7 +112,7 @@ def _addmm(
     c_MN = c.expand_as(out_MN)
     for m in _blocks(out_MN.shape[0]):
         for n in _blocks(out_MN.shape[1]):
-            some = c_MN[m, n].float() if beta else out_MN.new_zeros(out_MN[m, n].shape, dtype=torch.float32)
+            some = c_MN[m, n].float()  # with a beta of 0 nobody looks at it
             for i, k in enumerate(_blocks(a_MK.shape[1])):
                 some.addmm_(a_MK[m, k].float(), b_KN[k, n].float(), beta=1 if i else beta, alpha=alpha)
             out_MN[m, n] = some

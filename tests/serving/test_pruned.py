@@ -16,7 +16,7 @@ from trimtab.methods import LrQat
 from trimtab.prune import Options
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_vllm import SIZES
+from test_vllm import SIZES, needs_four_bits
 
 import exported
 from test_gguf_export import byte_level_tokenizer
@@ -47,6 +47,7 @@ def check(model: PreTrainedModel, folder: Path, engine: str) -> None:
     assert found.top1_agreement > 0.9
 
 
+@needs_four_bits
 def test_vllm_takes_float_layers_and_two_groups(tmp_path: Path) -> None:
     """4 bits are all that its kernels run on a CPU: the widths of a search over [4, 16], and another group."""
     rules: list[dict[str, Any]] = [

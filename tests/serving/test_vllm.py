@@ -6,6 +6,7 @@ Tests take one start of the engine for each folder. Inputs of 4-bit layers stay 
 
 import copy
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ SIZES: dict[str, Any] = {
 }
 BLOCKS = torch.arange(128).view(2, 64) * 7 % 260
 EMBEDDING = {"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}
+X86 = torch.cpu.get_capabilities() if platform.machine() in ("x86_64", "AMD64") else None
+NO_FOUR_BITS = X86 is not None and not X86["avx512_f"]
+needs_four_bits = pytest.mark.skipif(NO_FOUR_BITS, reason="vLLM's kernels of 4-bit layers need AVX-512")
+needs_vnni = pytest.mark.skipif(
+    X86 is not None and not (X86["avx512_vnni"] or X86["avx_vnni"]),
+    reason="pairs of 8-bit products overflow their 16 bits in vLLM on a processor without VNNI",
+)
 
 
 def test_the_environment_is_there() -> None:
@@ -78,6 +86,7 @@ def noise(model: PreTrainedModel) -> float:
     return serving.compare("", exact, serving.model_logprobs(model, BLOCKS), BLOCKS).rms_logprob
 
 
+@needs_four_bits
 @pytest.mark.parametrize(("group", "zero"), [(64, "symmetric"), (32, "integer")])
 def test_four_bits(tmp_path: Path, group: int, zero: str) -> None:
     """The engine's difference from the tuned model is no more than from the untuned one."""
@@ -90,6 +99,14 @@ def test_four_bits(tmp_path: Path, group: int, zero: str) -> None:
     assert found[True].top1_agreement > 0.9
 
 
+@pytest.mark.skipif(not NO_FOUR_BITS, reason="this processor has AVX-512")
+def test_a_processor_without_kernels_of_four_bits_is_named(tmp_path: Path) -> None:
+    model = prepared({"match": "*", "grid": {"bits": 4, "group": 64}})
+    with pytest.raises(UserError, match="on x86 they need AVX-512"):
+        serving.engine_logprobs(export(model, tmp_path / "out", engine="vllm-cpu"), "vllm", BLOCKS)
+
+
+@needs_four_bits
 def test_gptq_folders_are_read(tmp_path: Path) -> None:
     """The layout's own reader cannot be installed here; vLLM's is another hand's."""
     rules = [{"match": "*.0.mlp.down_proj", "grid": None}, {"match": "*", "grid": {"bits": 4, "group": 64}}]
@@ -123,6 +140,7 @@ def test_unlike_joined_layers(tmp_path: Path) -> None:
         serving.engine_logprobs(export(model, tmp_path / "out", engine="transformers"), "vllm", BLOCKS)
 
 
+@needs_four_bits
 def test_four_bits_in_several_groups(tmp_path: Path) -> None:
     """Joined layers alike, others not: groups of 32 and 64, per channel, integer zeros and none, and a float layer."""
     grids: dict[str, Any] = {
@@ -176,14 +194,14 @@ def test_an_adapter_on_its_base(tmp_path: Path) -> None:
     assert moved.rms_logprob > 5 * found.rms_logprob
 
 
-def test_rounded_inputs(tmp_path: Path) -> None:
-    """W4A8 in the first layer, W8A8 in the second: nearer to the model with rounded inputs than to that without.
+@pytest.mark.parametrize("second", [{"bits": 4}, pytest.param({"bits": 8}, marks=needs_vnni)])
+def test_rounded_inputs(tmp_path: Path, second: dict[str, Any]) -> None:
+    """W4A8 in groups, then W4A8 or W8A8 per channel: nearer to the model with rounded inputs than to that without.
 
     In float16, since bfloat16 moves inputs so far that too many of their codes differ.
     """
-    model = prepared(
-        {"match": "*.0.*", "grid": {"bits": 4, "group": 32}}, {"match": "*", "grid": {"bits": 8}}, dtype=torch.float16
-    )
+    rules = [{"match": "*.0.*", "grid": {"bits": 4, "group": 32}}, {"match": "*", "grid": second}]
+    model = prepared(*rules, dtype=torch.float16)
     for name, p in model.named_parameters():
         if name.endswith("layernorm.weight"):
             p.data[3] = 40.0  # one channel sets the range of every token, so that the others are rounded coarsely

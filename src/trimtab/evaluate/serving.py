@@ -77,11 +77,17 @@ def engine_logprobs(directory: Path, engine: str, blocks_WL: Tensor, python: str
         return load_file(out)["logprobs"]
 
 
+_MEANINGS = {"cpu_gemm_wna16": "vLLM has no kernel of 4-bit layers for this processor: on x86 they need AVX-512"}
+"""What engines say of processors, in words."""
+
+
 def _reason(output: str) -> str:
     """The last line that names an error, and all that follows."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     last = max((i for i, line in enumerate(lines) if "Error" in line), default=max(len(lines) - 5, 0))
-    return " ".join(lines[last:])[-2000:]
+    said = " ".join(lines[last:])[-2000:]
+    meant = [words for name, words in _MEANINGS.items() if name in said]
+    return "; ".join([*meant, said])
 
 
 @torch.no_grad()

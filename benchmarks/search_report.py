@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import search_repair
 import search_tuned_report
 
 RESULTS = Path(__file__).parent / "results"
@@ -172,6 +173,7 @@ def main() -> None:
     pruned = RESULTS / "pruning.json"
     lines += pruning(json.loads(pruned.read_text())) if pruned.exists() else []
     lines += search_tuned_report.section(RESULTS)
+    lines += search_repair.report()
     (DOCS / "search.md").write_text("\n".join(lines) + "\n")
 
 

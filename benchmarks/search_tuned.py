@@ -1,12 +1,12 @@
 """Searched widths after fine-tuning: a pruned model, tuned at equal bytes by widths searched and uniform, LoRA and LoftQ.
 
-A cell is a task, a share of parameters pruned, a row and a seed. Rows: `searched-3` and `searched-4` (widths found within
-the bytes of the uniform 3- and 4-bit model), `prior-3` and `prior-4` (the same by sensitivities alone, with no trial),
-`uniform-2` to `uniform-8`, all by LR-QAT on whole codes, `lora` on the pruned float model, `loftq` on NF4, and `float`, the
-pruned model untuned. All train on the same tokens, are folded, saved and reloaded before they are measured. Tasks:
-WikiText-2 (perplexity) and sentence polarity (accuracy; trained on prompt and answer as one text). Rates are chosen for
-each task and row on held-out text at the larger pruning, with half the steps, and serve both prunings; searched rows take
-those of the uniform row of their bytes.
+A cell is a task, a share of parameters pruned, a row and a seed. Rows: `searched-3` to `searched-5` (widths found within
+the bytes of the uniform model of so many bits), `uniform-2` to `uniform-8`, all by LR-QAT on whole codes, `lora` on the
+pruned float model, `loftq` on NF4, and `float`, the pruned model untuned. All train on the same tokens, are folded, saved
+and reloaded before they are measured. Tasks: WikiText-2 (perplexity, on pieces from all of the test text) and sentence
+polarity (accuracy; trained on prompt and answer as one text). Rates are chosen for each task and row on held-out text at
+the larger pruning, with half the steps, and serve both prunings; searched rows take those of the uniform row of their
+bytes.
 
 A search is made once for a task, pruning and budget, with seed 0: sensitivities, their additive optimum, short fine-tuned
 trials and a few longer ones. What it took is written into every row that uses it.
@@ -30,9 +30,10 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import search_tuned_process
+import torch
 from quality import RESULTS, add, asked, cut_text, further, read, say
 from search_tuned_process import PARTS
 
@@ -44,6 +45,8 @@ SCALE_RATE, SCALE_BITS = 0.1, 4
 """Rate of scales, as a share of that of deltas (both choices in quality_rates.jsonl gave it), and the width that it is
 meant for: at others it goes in proportion to their steps."""
 SEARCHED_BITS = (2, 3, 4, 5, 6, 8)
+PIECES, PIECE = 48, 2000
+"""Pieces of the test text, from all of it, and the characters in each: one article says little about the next."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Scale:
     trials: int = 18
     trial_steps: int = 4
     promoted_steps: int = 12
-    trial_tokens: int = 4096
-    sensitivity_tokens: int = 4096
+    trial_tokens: int = 8192
+    sensitivity_tokens: int = 8192
     units: str = "fusion"
 
     def window(self, task: str) -> int:
@@ -89,8 +92,7 @@ class Row:
     """Of a uniform row, or whose bytes a search has; None for another base."""
     rates: tuple[float, ...] = ()
     rates_like: str | None = None
-    searched: Literal["", "trials", "sensitivities"] = ""
-    """What its widths are found by."""
+    searched: bool = False
 
     @property
     def trained(self) -> bool:
@@ -99,14 +101,21 @@ class Row:
 
 # Whole codes are packed while they are trained, so that narrower widths take less memory there, too.
 LR_QAT = {"name": "lr-qat", "rank": 32, "alpha": 32.0, "storage": "int"}
-_LOW, _LEVELS = (3e-4, 1e-3, 3e-3), (3e-3, 1e-2, 3e-2)
+_LOW = (3e-4, 1e-3, 3e-3)
+_LEVELS = {
+    2: (3e-3, 1e-2, 3e-2),
+    3: (3e-3, 1e-2, 3e-2),
+    4: (3e-3, 1e-2, 3e-2),
+    5: (1e-2, 3e-2, 0.1),
+    8: (3e-2, 0.1, 0.3),
+}
+"""Rates of deltas, which are in steps: the narrower the step, the larger."""
 ROWS = [
     Row("float", {"name": "lora", "rank": 16}),
     Row("lora", {"name": "lora", "rank": 16}, None, _LOW),
     Row("loftq", {"name": "loftq", "rank": 16}, None, _LOW),
-    *(Row(f"uniform-{bits}", LR_QAT, bits, _LEVELS) for bits in (2, 3, 4, 8)),
-    *(Row(f"searched-{bits}", LR_QAT, bits, rates_like=f"uniform-{bits}", searched="trials") for bits in (3, 4)),
-    *(Row(f"prior-{bits}", LR_QAT, bits, rates_like=f"uniform-{bits}", searched="sensitivities") for bits in (3, 4)),
+    *(Row(f"uniform-{bits}", LR_QAT, bits, rates) for bits, rates in _LEVELS.items()),
+    *(Row(f"searched-{bits}", LR_QAT, bits, rates_like=f"uniform-{bits}", searched=True) for bits in (3, 4, 5)),
 ]
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -263,7 +272,7 @@ class Study:
             "tokens": s.trial_tokens,
             "sensitivity_tokens": s.sensitivity_tokens,
         }
-        process("search" if cell.row.searched == "trials" else "additive", values)
+        process("search", values)
         found = json.loads((self.work / cell.name / "found.json").read_text())
         add(self.widths, {"cell": cell.name, **found})
         say(f"{cell.name}: {found['trials']} trials and sensitivities in {found['seconds']:.0f} s")
@@ -309,6 +318,7 @@ class Study:
             "row": cell.row.name,
             "model": self.scale.model,
             "seed": seed,
+            "machine": machine(),
             "tokens": found["tokens"],
             "trainable": found["trainable"] if cell.row.trained else 0,
             "metric": METRIC[cell.task],
@@ -333,6 +343,11 @@ class Study:
         return None if same is None else same | named
 
 
+def machine() -> str:
+    """What the last bits, and with them the pruned model, depend on."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def cost_of(search: dict[str, Any]) -> dict[str, Any]:
     """What a row says of the search that it uses."""
     return {key: search[key] for key in ("trials", "tokens", "seconds", "budget_bytes")}
@@ -344,6 +359,9 @@ def split(source: Path, folder: Path) -> Path:
     for made in (items / "choice" / "sentence_polarity", items / "test" / "sentence_polarity"):
         made.mkdir(parents=True, exist_ok=True)
     cut_text(source / "wikitext2", text)
+    whole = (text / "test.txt").read_text(encoding="utf-8")
+    places = range(0, len(whole) - PIECE, len(whole) // PIECES)
+    (text / "test.txt").write_text("\n".join(whole[at : at + PIECE] for at in places), encoding="utf-8")
     given = source / "sentence_polarity"
     for name, made in (("train", "train"), ("validation", "heldout")):
         rows = [json.loads(line) for line in (given / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]

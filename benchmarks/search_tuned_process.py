@@ -36,45 +36,29 @@ def cell(values: dict[str, Any]) -> None:
 
 
 def search(values: dict[str, Any]) -> None:
-    """Search, and write widths, bytes and cost to `found.json`; goes on where an earlier process ended."""
+    """Search within the bytes of the recipe's rules; goes on where an earlier process ended.
+
+    Widths, bytes and cost, with the time that sensitivities took, go to `found.json`.
+    """
+    from trimtab import loading, storage
+    from trimtab.recipe import from_dict
     from trimtab.search import workers
     from trimtab.search.searching import Search, best_within
 
-    recipe, first = sensitive(values)
+    plain = from_dict(values)
+    skeleton = loading.skeleton(plain.model.path)[1]
+    budget = storage.stored(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
+    recipe = from_dict(values | {"search": values["search"] | {"budget": budget}})
+    first, started = Search(recipe), time.perf_counter()
+    _ = first.problem
+    if first.ledger.noted("sensitivity_seconds") is None:
+        first.ledger.note("sensitivity_seconds", time.perf_counter() - started)
     del first  # with its float model
     done: Search = workers.run(recipe)
     trials = [t for t in done.ledger.trials() if t.state == "complete"]
     steps, seconds = sum(t.wish.steps for t in trials), sum(t.seconds or 0.0 for t in trials)
     cost = {"trials": len(trials), "tokens": steps * recipe.train.batch_tokens, "seconds": seconds}
     write(done, best_within(done.front(trials)).wish.configuration, cost)
-
-
-def additive(values: dict[str, Any]) -> None:
-    """The same by sensitivities alone: the additive optimum within the budget."""
-    from trimtab.search.additive import front
-
-    _, found = sensitive(values)
-    problem = found.problem
-    points = front(problem.bytes_UC, problem.cost_UC, fixed=problem.fixed_bytes)
-    best = points.configuration(points.within(found.budget))
-    write(found, best, {"trials": 0, "tokens": 0, "seconds": 0.0})
-
-
-def sensitive(values: dict[str, Any]) -> tuple[Any, Any]:
-    """Recipe and search within the bytes of the recipe's rules; its sensitivities are measured, and how long that took."""
-    from trimtab import loading, storage
-    from trimtab.recipe import from_dict
-    from trimtab.search.searching import Search
-
-    plain = from_dict(values)
-    skeleton = loading.skeleton(plain.model.path)[1]
-    budget = storage.stored(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
-    recipe = from_dict(values | {"search": values["search"] | {"budget": budget}})
-    found, started = Search(recipe), time.perf_counter()
-    _ = found.problem
-    if found.ledger.noted("sensitivity_seconds") is None:
-        found.ledger.note("sensitivity_seconds", time.perf_counter() - started)
-    return recipe, found
 
 
 def write(found: Any, configuration: tuple[int, ...], cost: dict[str, Any]) -> None:
@@ -90,5 +74,5 @@ def write(found: Any, configuration: tuple[int, ...], cost: dict[str, Any]) -> N
 
 
 if __name__ == "__main__":
-    does = {"prune": prune, "cell": cell, "search": search, "additive": additive}
+    does = {"prune": prune, "cell": cell, "search": search}
     does[sys.argv[1]](json.loads(sys.argv[2]))

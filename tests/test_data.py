@@ -332,6 +332,10 @@ def test_token_blocks_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert token_blocks(rows, tokenizer, block_tokens=4).tolist() == [[2, 3, 4, 1], [5, 1, 2, 1], [3, 3, 4, 1]]
     assert token_blocks(rows, tokenizer, block_tokens=4, limit_tokens=11).shape == (2, 4)
     assert token_blocks(rows, tokenizer, block_tokens=4, limit_tokens=4).tolist() == [[2, 3, 4, 1]]
+    spread = [token_blocks(rows, tokenizer, block_tokens=2, limit_tokens=n, spread=True).tolist() for n in (None, 8, 4)]
+    every = token_blocks(rows, tokenizer, block_tokens=2).tolist()
+    assert len(every) == 6
+    assert spread == [every, [every[i] for i in (0, 1, 3, 4)], [every[0], every[3]]]
     assert "longer than" not in caplog.text  # the tokenizer's model_max_length is 2
 
 

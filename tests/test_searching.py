@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,20 @@ def test_a_search_writes_runnable_points_and_goes_on(tmp_path: Path) -> None:
     assert size <= int(row["bytes"]) < size + 5000
     with pytest.raises(UserError, match="other values of: rules, search, units"):
         workers.run(made(tmp_path, bits=[2, 3]))
+
+
+@pytest.mark.parametrize(("method", "expected"), [("lr-qat", 4.0), ("qlora", 1.0)])
+def test_training_codes_mends_small_roundings_best(tmp_path: Path, method: str, expected: float) -> None:
+    """The prior of tuned trials falls faster with the width, but not where codes stay as they are."""
+    found = {}
+    for objective in ("rounded", "tuned"):
+        (tmp_path / objective).mkdir()
+        values = {"method": {"name": method, "rank": 2}, "rules": RANGED}
+        used = made(tmp_path / objective, changes=values, objective=objective, steps=1)
+        found[objective] = Search(used).problem.cost_UC
+    ratio = found["tuned"] / found["rounded"]
+    np.testing.assert_allclose(ratio[:, 0] / ratio[:, 1], expected)
+    np.testing.assert_allclose(ratio[:, 1] / ratio[:, 2], expected**2)
 
 
 def test_rounded_quality_is_kl_of_the_prepared_model(tmp_path: Path) -> None:

@@ -203,11 +203,17 @@ def _rendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 
 def token_blocks(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, block_tokens: int, limit_tokens: int | None = None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_tokens: int,
+    limit_tokens: int | None = None,
+    spread: bool = False,
 ) -> torch.Tensor:
     """The rows as token ids, int64 of shape (blocks, block_tokens); see the picture at the top of this file.
 
-    At most `limit_tokens` tokens are used, a whole number of blocks.
+    At most `limit_tokens` tokens are used, a whole number of blocks: the first, or, `spread`, evenly from all of the text,
+    which is then read whole. Neighbours are alike: 8 windows of one article say little about another.
     """
     if block_tokens < 1:
         raise UserError(f"block_tokens: {block_tokens} is not a length; give at least 1")
@@ -217,7 +223,7 @@ def token_blocks(
     head = _begins(tokenizer)
     token_ids: list[int] = []
     for text in text_of(dataset, tokenizer):
-        if limit_tokens is not None and len(token_ids) >= limit_tokens:
+        if limit_tokens is not None and len(token_ids) >= limit_tokens and not spread:
             break
         # verbose=False: a document longer than the model's context is expected here, blocks are what the model sees.
         document = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -232,7 +238,7 @@ def token_blocks(
         raise UserError(
             f"block_tokens: {block_tokens} leaves no token of text behind the one that begins it; give more"
         )
-    blocks = len(token_ids) // each
+    there = blocks = len(token_ids) // each
     if limit_tokens is not None:
         blocks = min(blocks, limit_tokens // block_tokens)
     if blocks == 0:
@@ -241,7 +247,8 @@ def token_blocks(
             f"data: {len(token_ids)} tokens{limited}, not one block of block_tokens = {block_tokens}; "
             "give more text or shorter blocks"
         )
-    texts = torch.tensor(token_ids[: blocks * each], dtype=torch.int64).view(blocks, each)
+    texts = torch.tensor(token_ids[: (there if spread else blocks) * each], dtype=torch.int64).view(-1, each)
+    texts = texts[torch.arange(blocks) * len(texts) // blocks]
     return torch.cat([torch.tensor(head, dtype=torch.int64).expand(blocks, len(head)), texts], dim=1)
 
 

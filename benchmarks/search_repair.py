@@ -2,9 +2,8 @@
 
 SmolLM2-135M pruned by 30 %, as in `search_tuned.py`, LR-QAT at 4 bits but for q/k/v, o, gate/up or down of all layers,
 which are at 3 or at 5. Beside the change of the loss on held-out text after the steps stands what sensitivities (Fisher)
-say of the divergence before tuning. If what is left of a divergence D(b) after tuning is D(b) * step(b)^p, the
-ratio of the two is the same for every row at the right p; `spread` says by how much the ratios differ (standard deviation
-of their logarithm).
+say of the divergence before tuning. If what is left of a divergence D(b) after tuning is proportional to D(b) * step(b)^p,
+the ratio of the two is the same for every row at the right p; the report says what one ratio misses.
 
 Every finished row is kept in benchmarks/results/search_repair.json: the command can be stopped and repeated.
 
@@ -23,7 +22,7 @@ from quality import RESULTS, say
 from search_tuned_process import PARTS
 
 BITS, OTHERS, STEPS, TOKENS, SENSITIVITY_TOKENS = 4, (3, 5), 4, 8192, 16384
-POWERS = (0.0, 0.5, 1.0, 1.5)
+POWERS = (0.0, 0.5, 1.0, 1.5, 2.0)
 FILE = RESULTS / "search_repair.json"
 
 
@@ -102,8 +101,12 @@ def report() -> list[str]:
     def moved(row: dict[str, Any]) -> float:
         return float(row["loss"] - base)
 
-    ratios = {p: [moved(r) / change(r, p) for r in rows] for p in POWERS}
-    spreads = {p: deviation([math.log(x) for x in some]) for p, some in ratios.items() if min(some) > 0}
+    def misfit(power: float) -> float:
+        """What one factor for all rows leaves of the changes, as a share of their root mean square."""
+        pairs = [(moved(r), change(r, power)) for r in rows]
+        factor = sum(y * x for y, x in pairs) / sum(x * x for _, x in pairs)
+        return math.sqrt(sum((y - factor * x) ** 2 for y, x in pairs) / sum(y * y for y, _ in pairs))
+
     return [
         "",
         "## What tuning repairs",
@@ -121,16 +124,10 @@ def report() -> list[str]:
             for r in rows
         ),
         "",
-        "Standard deviation of the ratio's logarithm, by the power of the step: "
-        + ", ".join(f"{p:g}: {s:.2f}" for p, s in spreads.items())
+        "What one ratio for all rows misses, of the root mean square of the changes, by the power of the step: "
+        + ", ".join(f"{p:g}: {misfit(p):.0%}" for p in POWERS)
         + ".",
     ]
-
-
-def deviation(values: list[float]) -> float:
-    """Standard deviation."""
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 def main() -> None:

@@ -247,8 +247,8 @@ def token_blocks(
             f"data: {len(token_ids)} tokens{limited}, not one block of block_tokens = {block_tokens}; "
             "give more text or shorter blocks"
         )
-    texts = torch.tensor(token_ids[: (there if spread else blocks) * each], dtype=torch.int64).view(-1, each)
-    texts = texts[torch.arange(blocks) * len(texts) // blocks]
+    texts = torch.tensor(token_ids[: there * each], dtype=torch.int64).view(there, each)
+    texts = texts[torch.arange(blocks) * there // blocks] if spread else texts[:blocks]
     return torch.cat([torch.tensor(head, dtype=torch.int64).expand(blocks, len(head)), texts], dim=1)
 
 

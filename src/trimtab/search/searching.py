@@ -135,7 +135,7 @@ class Search:
     def _blocks(self, rows: Any, tokens: int) -> torch.Tensor:
         assert self.recipe.data is not None
         length = min(self.recipe.data.block_tokens, tokens)
-        return data.token_blocks(rows, self._tokenizer, block_tokens=length, limit_tokens=tokens)
+        return data.token_blocks(rows, self._tokenizer, block_tokens=length, limit_tokens=tokens, spread=True)
 
     def _held_out(self) -> torch.Tensor:
         block = self.recipe.data

@@ -102,9 +102,9 @@ def test_predicted_bytes_are_those_on_disk(given: Any, tmp_path: Path) -> None:
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) == found.file_bytes
     assert sum(p.nbytes for p in model.parameters()) == found.tensor_bytes
-    # The bound is never less, and never more by more than the digits of offsets and the padding.
+    # The bound is never less, and never more by more than the digits of offsets, a byte of frames and the padding.
     tensors = len(model.state_dict()) + 1
-    assert found.file_bytes <= found.bound <= found.file_bytes + 2 * 11 * tensors + 8
+    assert found.file_bytes <= found.bound <= found.file_bytes + (2 * 11 + 1) * tensors + 8
     # It adds up: each layer's part is known without the others.
     laid_out = skeleton(config)
     hf.cast_floats(laid_out, dtype)
@@ -127,8 +127,22 @@ def test_a_part_depends_on_no_other_layer() -> None:
     # 5 bits less for each of 64 x 96 codes, and 3 zeros in each row, with a header entry of their own.
     codes, zeros = 64 * 96 * 5 // 8, 64 * 3
     name = "model.layers.1.mlp.down_proj.base.zero"
-    entry = len(storage.Entry(name, torch.uint8, (64, 3)).header(10**11 - 1, 10**11 - 1))
-    assert a.bound - b.bound == codes - zeros - entry
+    header = len(storage.Entry(name, torch.uint8, (64, 3)).header(10**11 - 1, 10**11 - 1))
+    assert a.bound - b.bound == codes - zeros - header - 1  # a byte for the frames of further files
+
+
+@pytest.mark.parametrize("largest", [1500, 5000, 20_000])
+def test_files_that_are_split_stay_within_the_bound(
+    largest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SHARD_BYTES", largest)
+    rules = [{"match": "*", "grid": {"bits": 3, "group": 32}}]
+    found = stored(skeleton(CONFIGS[0]), Rtn(), parse_rules(rules), dtype=torch.bfloat16)
+    model = prepare(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[0]), dtype=torch.bfloat16), Rtn(), rules)
+    native.save(model, tmp_path / "out", max_shard_size=largest)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    assert found.file_bytes < sum(f.stat().st_size for f in files) <= found.bound
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ bound, by a few bytes a tensor, in which a layer's share (`layer_bytes`) does no
 keeps that sum within a budget never writes a file that exceeds it.
 
 What is counted is the model after folding, as `save` writes it: levels are codes again, moved zeros stay where zeros are,
-kept adapters are there. transformers splits what exceeds 50 GB over files; each further file has a header of its own that
-is not counted here.
+kept adapters are there. What exceeds `SHARD_BYTES` is split over files, each with a frame of its own: `file_bytes` is then
+that of the one file that would hold all, and the bound has a share of those frames in every tensor. Two files in a row are
+larger than one may be, so n files hold more than (n - 1) / 2 times SHARD_BYTES: two frames for each SHARD_BYTES suffice.
 """
 
 import json
@@ -46,8 +47,10 @@ _DTYPES = {
     torch.float64: "F64",
 }
 _METADATA = {"format": "pt", "trimtab_format": str(hf.FORMAT_VERSION), "trimtab_layout": packing.LAYOUT}
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of tensors in one file, unless asked otherwise."""
 _OFFSET_DIGITS = 11
-"""Digits of offsets below 100 GB, twice the largest file."""
+"""Digits of offsets below 100 GB, far beyond the largest file."""
 _UNITS = {"": 1, "B": 1} | {p + "B": 1000**i for i, p in enumerate("kMGT", 1)}
 _UNITS |= {"KB": 1000} | {p + "iB": 1024**i for i, p in enumerate("KMGT", 1)}
 
@@ -92,9 +95,10 @@ class Entry(NamedTuple):
 
     @property
     def bound(self) -> int:
-        """Bytes of data and header, whatever else is in the file."""
+        """Bytes of data and header, whatever else is in the file, and its share of further files' frames."""
         largest = 10**_OFFSET_DIGITS - 1
-        return self.nbytes + len(self.header(largest, largest).encode())
+        frames = -(-2 * _frame_bytes() * self.nbytes // SHARD_BYTES)
+        return self.nbytes + len(self.header(largest, largest).encode()) + frames
 
 
 @dataclass(frozen=True)

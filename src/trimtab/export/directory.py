@@ -27,7 +27,6 @@ from torch import Tensor
 from trimtab.errors import UserError
 
 MANIFEST = "manifest.json"
-DEFAULT_SHARD = "5GB"
 
 
 @contextmanager
@@ -93,24 +92,33 @@ def verify(folder: Path) -> int:
     Raises:
         UserError: naming the first file that is missing, changed or foreign.
     """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise UserError(f"{folder}: no {MANIFEST} in it, so nothing says what it should hold; save or export it again")
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        listed = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{manifest}: not a manifest ({error!r}); save or export the model again") from error
-    for name, (size, sha256) in listed.items():
+    whole = listed(folder)
+    for name, (size, sha256) in whole.items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file}: is missing; save, export or copy the model again")
         if file.stat().st_size != size or digest(file) != sha256:
             raise UserError(f"{file}: is not what was written (its SHA-256 differs); save, export or copy it again")
     for file in sorted(folder.glob("*.safetensors")):
-        if file.name not in listed:
+        if file.name not in whole:
             raise UserError(f"{file}: does not belong to this model, and readers would take it for a part; remove it")
-    return len(listed)
+    return len(whole)
+
+
+def listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of every file that the folder's manifest lists.
+
+    Raises:
+        UserError: if there is none, or it is none.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise UserError(f"{folder}: no {MANIFEST} in it, so nothing says what it should hold; save or export it again")
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        return {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{manifest}: not a manifest ({error!r}); save or export the model again") from error
 
 
 def write_json(file: Path, values: Any) -> None:

@@ -25,12 +25,12 @@ from trimtab.errors import UserError
 from trimtab.evaluate.perplexity import perplexity
 from trimtab.export import get
 from trimtab.export.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals
-from trimtab.export.directory import DEFAULT_SHARD, replacing, write_json
+from trimtab.export.directory import replacing, write_json
 from trimtab.export.lossy import Change, make_room
 from trimtab.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.preparing import Target
-from trimtab.storage import parse_bytes
+from trimtab.storage import SHARD_BYTES, parse_bytes
 
 Kind = Literal["exact", "algebraic", "lossy"]
 
@@ -111,7 +111,7 @@ class Options:
     """Round what the format does not hold to the nearest that it does, instead of refusing."""
     overwrite: bool = False
     """Replace an earlier export."""
-    max_shard_size: str | int = DEFAULT_SHARD
+    max_shard_size: str | int = SHARD_BYTES
     """Size of a safetensors file, for example `5GB`."""
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from trimtab import hf
 from trimtab.export.declaration import ALL_KINDS, Engine, Format, Writing
-from trimtab.export.directory import DEFAULT_SHARD, write_manifest
-from trimtab.storage import parse_bytes
+from trimtab.export.directory import write_manifest
+from trimtab.storage import SHARD_BYTES, parse_bytes
 
 
 class Native(Format):
@@ -51,7 +51,7 @@ def save(
     tokenizer: Any = None,
     *,
     recipe: str | None = None,
-    max_shard_size: str | int = DEFAULT_SHARD,
+    max_shard_size: str | int = SHARD_BYTES,
 ) -> None:
     """Write a prepared (or folded) model.
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -20,18 +19,7 @@ from trimtab.search import results
 from trimtab.search.ledger import Trial, Wish
 from trimtab.search.searching import Search
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 70,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**{**SIZES, "num_hidden_layers": 3}, tie_word_embeddings=True),
-}
+CONFIGS: tuple[type[PreTrainedConfig], ...] = (LlamaConfig, Qwen2Config)
 METHODS: list[dict[str, Any]] = [
     {"name": "lr-qat", "rank": 2},
     {"name": "lr-qat", "rank": 2, "storage": "int"},
@@ -42,15 +30,18 @@ GRID = {"bits": 4, "group": 32, "zero": "integer"}
 share = st.floats(0, 1)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    for name, config in CONFIGS.items():
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
-        tiny.tokenizer().save_pretrained(folder / name)
-    tiny.text(folder / "t.jsonl")
-    return folder
+@st.composite
+def models(draw: st.DrawFn) -> PreTrainedConfig:
+    """Of any width, depth and sharing of heads that the grids' groups of 32 fit."""
+    return draw(st.sampled_from(CONFIGS))(
+        vocab_size=draw(st.integers(64, 90)),
+        hidden_size=draw(st.sampled_from([32, 64, 96])),
+        intermediate_size=draw(st.sampled_from([32, 96, 160])),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=4,
+        num_key_value_heads=draw(st.sampled_from([1, 2, 4])),
+        tie_word_embeddings=draw(st.booleans()),
+    )
 
 
 @st.composite
@@ -58,7 +49,7 @@ def searches(draw: st.DrawFn) -> dict[str, Any]:
     method = draw(st.sampled_from(METHODS))
     ranks = draw(st.sampled_from([None, [2, 4]])) if method["name"] == "qlora" else None
     return {
-        "model": draw(st.sampled_from(sorted(CONFIGS))),
+        "model": draw(models()),
         "method": method,
         "search": {
             "units": draw(st.sampled_from(["layer", "fusion"])),
@@ -80,11 +71,18 @@ def searches(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def made(drawn: dict[str, Any], models: Path, out: Path, **budgets: int) -> Search:
+def write(config: PreTrainedConfig, folder: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "m")
+    tiny.tokenizer().save_pretrained(folder / "m")
+    tiny.text(folder / "t.jsonl")
+
+
+def made(drawn: dict[str, Any], folder: Path, **budgets: int) -> Search:
     values = tiny.recipe(
-        models / drawn["model"],
-        models / "t.jsonl",
-        out,
+        folder / "m",
+        folder / "t.jsonl",
+        folder / "out",
         method=drawn["method"],
         rules=[{"match": "lm_head", "grid": None}, {"match": "*", "grid": GRID}],
         train={"batch_tokens": 64 * drawn["micro_batches"], "activation_checkpointing": drawn["checkpointing"]},
@@ -136,13 +134,15 @@ def on_disk(search: Search, wish: Wish, out: Path) -> int:
     max_examples=10,
     deadline=None,
     phases=(Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 @given(drawn=searches())
-def test_nothing_proposed_is_above_a_budget(drawn: dict[str, Any], models: Path) -> None:
+def test_nothing_proposed_is_above_a_budget(drawn: dict[str, Any]) -> None:
     draw = np.random.default_rng(drawn["seed"])
-    with tempfile.TemporaryDirectory() as folder:
-        free = made(drawn, models, Path(folder) / "out")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(drawn["model"], folder)
+        free = made(drawn, folder)
         units, choices = free.space.bytes_UC.shape
         smallest, largest = ((c,) * units for c in (0, choices - 1))
         budget = between(free.space.bytes(smallest), free.space.bytes(largest), drawn["bytes"])
@@ -151,13 +151,13 @@ def test_nothing_proposed_is_above_a_budget(drawn: dict[str, Any], models: Path)
             # Where 16 bits everywhere leave nothing to train, that is never proposed and has no peak.
             ends = sorted(free._peak(c) for c in (smallest, largest) if free.admits(c))
             limits["budget_training"] = between(ends[0], ends[-1], drawn["training"])
-        search = made(drawn, models, Path(folder) / "out", **limits)
+        search = made(drawn, folder, **limits)
         cost = -np.sort(-draw.exponential(size=(units, choices)), axis=1)
         search.ledger.note("prior", cost.tolist())
         trials: list[Trial] = []
         while (wish := search.wish(trials)) is not None:
             assert len(trials) < 5 + choices
-            assert on_disk(search, wish, Path(folder) / f"{len(trials)}") <= budget
+            assert on_disk(search, wish, folder / f"{len(trials)}") <= budget
             if "budget_training" in limits:
                 assert peak(search, wish) <= limits["budget_training"]
             size, quality = search.space.bytes(wish.configuration), float(draw.exponential())

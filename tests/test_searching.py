@@ -1,8 +1,10 @@
 """Searches of a tiny model from a recipe: what is written, resumed, refused, pruned before and tuned after."""
 
 import csv
+import io
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -14,17 +16,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 import trimtab
 from trimtab import chain, hf, loading, pipeline, recipe, train
 from trimtab.errors import UserError
+from trimtab.export import directory
 from trimtab.grid import Grid
 from trimtab.methods import Qlora, Rtn
 from trimtab.recipe import Recipe
+from trimtab.report.terminal import Terminal
 from trimtab.rules import Rule
-from trimtab.search import results, workers
+from trimtab.search import figures, results, workers
 from trimtab.search.ledger import DIED, Trial, Wish
 from trimtab.search.objective import Rounded
 from trimtab.search.searching import Search
@@ -51,6 +56,7 @@ def test_a_search_writes_runnable_points_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "search"
     rows = list(csv.DictReader((folder / "front.csv").read_text().splitlines()))
     assert [int(r["bytes"]) for r in rows] == sorted(int(r["bytes"]) for r in rows)
+    assert [int(f.stem) for f in sorted((folder / "points").iterdir())] == list(range(1, len(rows) + 1))
     assert (folder / "front.png").stat().st_size > 0
     assert (folder / "bits.png").stat().st_size > 0
     again = workers.run(made(tmp_path, trials=4))
@@ -63,6 +69,26 @@ def test_a_search_writes_runnable_points_and_goes_on(tmp_path: Path) -> None:
     assert size <= int(row["bytes"]) < size + 5000
     with pytest.raises(UserError, match="other values of: rules, search, units"):
         workers.run(made(tmp_path, bits=[2, 3]))
+
+
+def test_the_pictures_hold_every_trial_and_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "_save", lambda figure, file: drawn.update({file.stem: figure.axes[0]}))
+    changes = {"method": {"name": "qlora", "rank": 2}}
+    space = Search(made(tmp_path, changes=changes, **TUNED)).space
+    budget = space.bytes((len(space.bits) - 1,) * 2)
+    found = workers.run(made(tmp_path, changes=changes, trials=4, budget=budget, **TUNED))
+    trials = found.ledger.trials()
+    axes = drawn["front"]
+    shown = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = ["trials, 1 steps", "trials, 2 steps", "uniform widths, 1 steps", "front", "budget"]
+    assert [*shown][:5] == names
+    assert [*shown][5].startswith("float model, untuned: ")
+    points = len(shown["front"].get_xdata()) + sum(len(shown[n].get_offsets()) for n in names[:3])
+    assert points == sum(t.state == "complete" for t in trials)
+    assert {text.get_text() for text in axes.texts} == {"2r2", "2r4", "4r2", "4r4", "8r2", "8r4"}
+    front = found.front(trials)
+    assert drawn["bits"].images[0].get_array().shape == (len(front), 2)
 
 
 @pytest.mark.parametrize(("method", "expected"), [("lr-qat", 4.0), ("qlora", 1.0)])
@@ -175,6 +201,43 @@ def test_a_killed_search_loses_one_trial_at_most(tmp_path: Path) -> None:
     assert len(done) == len({t.wish.configuration for t in done}) == 12 + 3  # with the uniform widths
     rows = list(csv.DictReader((tmp_path / "out" / "search" / "trials.csv").read_text().splitlines()))
     assert [int(r["number"]) for r in rows if r["state"] == "complete"] == [t.number for t in done]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_command_and_says_how_to_go_on(tmp_path: Path) -> None:
+    used = made(tmp_path, trials=12, units="fusion")
+    file, said = tmp_path / "r.yaml", tmp_path / "r.log"
+    file.write_text(used.to_yaml(), encoding="utf-8")
+    process, ledger = begin(file), Search(used).ledger
+    while process.poll() is None and not any(t.state == "complete" for t in ledger.trials()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, said.read_text()
+    assert f"stopped; go on with `trimtab search {file}`" in said.read_text()
+    assert "Traceback" not in said.read_text()
+    ledger.bury()  # what was claimed and not begun
+    assert not any(t.state == "running" for t in ledger.trials())
+    assert (tmp_path / "out" / "search" / "trials.csv").exists()
+
+
+@pytest.mark.slow
+def test_workers_end_when_the_command_is_killed(tmp_path: Path) -> None:
+    """Their trials in flight are finished; who gives the command again has no strangers beside its own workers."""
+    used = made(tmp_path, trials=2000, units="fusion", workers=2, bits=[2, 3, 4, 5, 6, 7, 8])
+    file = tmp_path / "r.yaml"
+    file.write_text(used.to_yaml(), encoding="utf-8")
+    process, ledger = begin(file), Search(used).ledger
+    while process.poll() is None and sum(t.state == "complete" for t in ledger.trials()) < 2:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 60
+    while (made_before := len(ledger.trials())) and time.monotonic() < until:
+        time.sleep(5)  # a trial takes a fraction of a second
+        if len(ledger.trials()) == made_before:
+            break
+    assert len(ledger.trials()) == made_before
+    assert sum(t.state == "complete" for t in ledger.trials()) < 2000
 
 
 @pytest.mark.slow
@@ -343,6 +406,88 @@ def test_what_is_left_untouched_has_one_choice(tmp_path: Path) -> None:
 def test_a_width_that_a_format_cannot_hold_is_refused_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="export: mlx"):
         Search(made(tmp_path, changes={"export": ["native", "mlx"], "rules": RANGED}, bits=[4]))
+
+
+@pytest.mark.parametrize(
+    ("format_", "bits", "refused"),
+    [
+        ("compressed-tensors", [2, 3, 4], "in a model of several grids"),
+        ("compressed-tensors", [4], None),
+        ("gptq", [4, 16], None),  # nothing but float layers is no model that is wanted
+        ("gptq", [4, 8], "export: gptq"),
+    ],
+)
+def test_several_widths_that_a_format_cannot_hold_are_refused_first(
+    format_: str, bits: list[int], refused: str | None, tmp_path: Path
+) -> None:
+    rules = [{"match": "*", "grid": {"bits": 4, "group": 16, "zero": "integer"}}]
+    used = made(tmp_path, changes={"export": ["native", format_], "rules": rules}, bits=bits)
+    if refused is None:
+        Search(used)
+    else:
+        with pytest.raises(UserError, match=refused):
+            Search(used)
+
+
+def test_windows_come_from_all_of_the_text(tmp_path: Path) -> None:
+    """Of sensitivities and of trials: the first windows are of one article."""
+    found = Search(made(tmp_path))
+    for windows in (found._held_out(), found._blocks(found._rows, 64)):
+        whole = trimtab.data.token_blocks(found._rows, found._tokenizer, block_tokens=windows.shape[1])
+        at = [int((whole == window).all(1).nonzero()[0]) for window in windows]
+        assert at == [i * len(whole) // len(windows) for i in range(len(windows))]
+        assert at[-1] >= len(whole) // 2
+
+
+def test_two_prunings_alike_are_two_models(tmp_path: Path) -> None:
+    """Pruned on another processor from the same recipe, other channels may have been chosen."""
+    used = chain.pruned(made(tmp_path, changes={"prune": {"ratio": 0.2, "tokens": 64, "block_tokens": 32}}))
+    Search(used)
+    Search(used)
+    folder = Path(used.model.path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1.0
+    model.save_pretrained(folder)
+    directory.write_manifest(folder)
+    with pytest.raises(UserError, match="other values of: model;"):
+        Search(used)
+
+
+def test_overwriting_leaves_no_old_study_to_go_on_with(tmp_path: Path) -> None:
+    """One in the output directory is removed; of one that lies elsewhere the user is told."""
+    changes = {"train": {"steps": 1}, "evaluate": {"parity": False}}
+    url = f"sqlite:///{tmp_path}/study.db"
+    chain.run(made(tmp_path, changes=changes, trials=1, storage=url))
+    again = made(tmp_path, changes=changes, trials=1, storage=url)
+    with pytest.raises(UserError, match=r"sqlite:.*holds a study 'tiny', which --overwrite does not remove"):
+        chain.run(again, overwrite=True)
+    assert (tmp_path / "out" / "model").exists()
+    chain.run(again.model_copy(update={"name": "another"}), overwrite=True)
+
+
+def test_the_terminal_shows_the_front_and_what_is_left(tmp_path: Path) -> None:
+    shown, lines = Terminal(), io.StringIO()
+    shown.console = Console(file=lines, width=120, force_terminal=True, color_system=None, legacy_windows=False)
+    found = workers.run(made(tmp_path, trials=2), shown.search)
+    shown.searched(found)
+    said = lines.getvalue()
+    assert "5 trials done, 0 running, 0 failed; hypervolume" in said
+    assert "about 0 min left" in said
+    for point in found.front(found.ledger.trials()):
+        assert f"{point.quality:.4f}" in said
+    assert "sensitivities took 3 passes over 64 tokens" in said
+    assert "\x1b[?25h" in said.rpartition("\x1b[?25l")[2]  # the cursor is back
+    assert "trials were made" not in said
+    more = Search(made(tmp_path, trials=20))
+    assert more.unmade(found.ledger.trials()).startswith("2 of 20 trials were made")
+
+
+def test_a_search_that_runs_out_of_configurations_says_so(tmp_path: Path) -> None:
+    """Two layers and two widths: four configurations, two of them uniform."""
+    found = workers.run(made(tmp_path, bits=[2, 4], trials=9))
+    assert len(found.ledger.trials()) == 4
+    assert found.unmade(found.ledger.trials()).startswith("2 of 9 trials were made: no other configuration")
 
 
 def test_python_and_command_carry_out_the_same_stages(tmp_path: Path) -> None:

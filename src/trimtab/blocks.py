@@ -188,7 +188,8 @@ class SearchBlock(Block):
     trials: int = Field(default=40, ge=1)
     """Trials to make, besides the uniform widths."""
     budget: str | int | None = None
-    """Largest size of the stored weights, such as 90MiB: never exceeded."""
+    """Largest size of the stored weights in the native format, such as 90MiB: never exceeded. Other formats have sizes of
+    their own (GGUF stores 2 and 3 bits in 4)."""
     budget_training: str | int | None = None
     """Largest predicted peak of training, such as 6GiB: never exceeded."""
     objective: Literal["rounded", "tuned"] = "rounded"

@@ -61,6 +61,7 @@ def run(
     if overwrite:
         if recipe.prune is not None:
             _options(recipe)  # refused before anything is removed
+        _check_storage(recipe)
         _remove_stages(recipe.out)
     chosen = pruned(recipe, watch)
     if chosen.search is not None:
@@ -134,6 +135,19 @@ def _options(recipe: Recipe) -> Options:
         multiple_of=math.lcm(block.multiple_of, *groups),
         seed=block.seed,
     )
+
+
+def _check_storage(recipe: Recipe) -> None:
+    """Refuse to overwrite a search whose study lies elsewhere, where others may be at work on it."""
+    url = None if recipe.search is None else recipe.search.storage
+    if url is not None:
+        from trimtab.search.ledger import begun, shown
+
+        if begun(url, recipe.name):
+            raise UserError(
+                f"search.storage: {shown(url)} holds a study {recipe.name!r}, which --overwrite does not remove and the "
+                "search would go on with; set another `name`, or remove it (`optuna delete-study`)"
+            )
 
 
 def _remove_stages(out: Path) -> None:

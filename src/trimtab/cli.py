@@ -52,7 +52,11 @@ def run(
     from trimtab.recipe import read
     from trimtab.report.terminal import Terminal
 
-    chain.run(read(recipe, overrides or ()), overwrite=overwrite, resume=resume, show=Terminal())
+    parsed, terminal = read(recipe, overrides or ()), Terminal()
+    try:
+        chain.run(parsed, overwrite=overwrite, resume=resume, show=terminal)
+    finally:
+        terminal.close()
 
 
 @app.command()
@@ -298,6 +302,8 @@ def search(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     except KeyboardInterrupt:
         terminal.say(f"stopped; go on with `trimtab search {recipe}`")
         raise SystemExit(130) from None
+    finally:
+        terminal.close()
 
 
 @app.command()

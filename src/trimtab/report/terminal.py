@@ -41,7 +41,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """A line about the stage that begins or has ended."""
-        self._stop()
+        self.close()
         self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, step: Step) -> None:
@@ -62,7 +62,7 @@ class Terminal:
             self._progress.add_task("train", total=step.steps, **fields)
         self._progress.update(self._progress.task_ids[0], completed=step.step, **fields)
         if step.step >= step.steps:
-            self._stop()
+            self.close()
 
     def pruned(self, done: Pruned, out: str) -> None:
         """What pruning removed."""
@@ -72,7 +72,7 @@ class Terminal:
 
     def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
         """The results of a run."""
-        self._stop()
+        self.close()
         self._perplexities(metrics.get("perplexity", {}))
         if metrics.get("tasks"):
             tasks = [(name, f"{v:.4f} ± {e:.4f}", str(n)) for name, (v, e, n) in metrics["tasks"].items()]
@@ -191,8 +191,14 @@ class Terminal:
         self._live.update(Group(status, table))
 
     def searched(self, search: "Search") -> None:
-        """Where the results of a search are."""
-        self._stop()
+        """Where the results of a search are, what its prior took, and whether it ended short."""
+        self.close()
+        took = search.ledger.noted("sensitivities")
+        self.say(
+            f"sensitivities took {took['passes']:.3g} passes over {took['tokens']:,} tokens, {took['seconds']:.0f} s"
+        )
+        if short := search.unmade(search.ledger.trials()):
+            self.say(short)
         self.say(f"front.csv, points/*.yaml and pictures are in {search.folder}; `trimtab run` any point's recipe")
 
     def rows(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -204,7 +210,8 @@ class Terminal:
             table.add_row(*map(escape, row))
         self.console.print(table)
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Leave the terminal as it was: whatever is drawn in place stays as it is now."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

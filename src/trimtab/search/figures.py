@@ -36,9 +36,15 @@ def draw_front(search: "Search", trials: Sequence[Trial], front: Sequence[Trial]
         axes.scatter(*_xy(longer), s=14, c="tab:blue", alpha=0.4, label=f"trials, {search.block.promote} steps")
     axes.scatter(*_xy(uniform), s=40, marker="s", c="tab:orange", label=f"uniform widths{length}", zorder=3)
     for t in uniform:
-        bits = f"{search.space.bits[t.wish.configuration[0]]} bits"
         x, y = _xy([t])
-        axes.annotate(bits, (x[0], y[0]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        label = search.space.label(t.wish.configuration[0])
+        axes.annotate(
+            f"{label} bits" if label.isdecimal() else label,
+            (x[0], y[0]),
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize=8,
+        )
     axes.plot(*_xy(front), "o-", ms=4, lw=1, c="tab:blue", label="front", zorder=4)
     if search.budget is not None:
         axes.axvline(search.budget / _MB, c="tab:red", lw=1, ls="--", label="budget")

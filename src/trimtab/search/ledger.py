@@ -126,6 +126,11 @@ def _storage(url: str) -> BaseStorage:
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))  # type: ignore[arg-type]
 
 
+def begun(url: str, name: str) -> bool:
+    """Whether a storage holds a study of this name."""
+    return name in {study.study_name for study in _storage(url).get_all_studies()}
+
+
 class Ledger:
     """One study.
 
@@ -154,6 +159,10 @@ class Ledger:
     def noted(self, key: str) -> Any:
         """A value kept with the study, or None."""
         return self._study.user_attrs.get(key)
+
+    def keys(self, begin: str) -> list[str]:
+        """Keys of kept values that begin so."""
+        return sorted(key for key in self._study.user_attrs if key.startswith(begin))
 
     def trials(self) -> list[Trial]:
         """Every trial so far, by number."""

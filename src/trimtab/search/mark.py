@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import UserError
+from trimtab.export.directory import MANIFEST, listed
 from trimtab.prune.checkpoint import made_from
 from trimtab.recipe import Recipe
 from trimtab.search.ledger import Ledger
@@ -50,7 +51,7 @@ def about(recipe: Recipe, space: Space) -> list[tuple[str, Any]]:
     assert recipe.data is not None
     tuned = recipe.search.objective == "tuned"
     return [
-        ("model", [recipe.model.model_dump(mode="json"), made_from(Path(recipe.model.path))]),
+        ("model", [recipe.model.model_dump(mode="json"), _weights(Path(recipe.model.path))]),
         ("method", [recipe.method.name, asdict(recipe.method), recipe.merge]),
         ("rules", [repr(rule) for rule in (*space.placements, *space.others)]),
         ("units", [space.bytes_UC.tolist(), space.fixed_bytes]),
@@ -59,6 +60,12 @@ def about(recipe: Recipe, space: Space) -> list[tuple[str, Any]]:
         ("train", _training(recipe) if tuned else None),
         ("start, distill, activations or kv", [repr(b) for b in _beside(recipe)] if tuned else None),
     ]
+
+
+def _weights(folder: Path) -> Any:
+    """How a pruned model was made, and the hashes of its files: pruned elsewhere alike, last bits may choose otherwise."""
+    made = made_from(folder)
+    return made and [made, listed(folder) if (folder / MANIFEST).is_file() else None]
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:

@@ -12,7 +12,6 @@ Tokens are the same in every trial, so that trials are paired and most of the no
 import gc
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from math import inf, log
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from trimtab.inputs import Inputs
 from trimtab.preparing import targets
 from trimtab.recipe import Recipe
 from trimtab.rules import Rule
-from trimtab.search.sensitivity import divergence, on_grid, start
+from trimtab.search.sensitivity import divergence, rounded, start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,12 +52,8 @@ class Rounded:
     def __call__(self, rules: Sequence[Rule], steps: int) -> float:
         """Nats a token; `steps` is of no account."""
         total, head = 0.0, self._model.get_output_embeddings()
-        with ExitStack() as stack:
-            for target in targets(self._model, self._method, rules):
-                if target.grid is not None and target.kind != "tied":
-                    weight: Any = self._model.get_submodule(target.name).weight
-                    stack.callback(setattr, weight, "data", weight.data)
-                    weight.data = on_grid(weight.data, target.grid)
+        found = targets(self._model, self._method, rules)
+        with rounded(self._model, {t.name: t.grid for t in found if t.grid is not None and t.kind != "tied"}):
             moved = [start(self._model, some).last for some in self._blocks]
             rounded_head: Any = head.weight.data
             for ours, theirs in zip(self._float, moved, strict=True):

@@ -43,6 +43,7 @@ class Tried:
     quality: float | None
     """The lower the better, positive; None while it runs or if it failed."""
     rung: int = 0
+    """0 for a trial of the length that proposals are for; longer ones only teach."""
     failed: bool = False
     proposed: bool = True
     """Whether it came from here; uniform widths do not."""
@@ -70,7 +71,6 @@ def propose(
     problem: Problem,
     tried: Sequence[Tried],
     *,
-    rung: int = 0,
     seed: int = 0,
     admits: Callable[[Configuration], bool] = lambda _: True,
 ) -> Configuration | None:
@@ -79,20 +79,19 @@ def propose(
     Args:
         problem: space, prior and budget.
         tried: trials of every state, in any order.
-        rung: of the trial to come; others of its length count as tried.
         seed: of the random edits; the same arguments give the same proposal.
         admits: a further constraint, asked of few candidates: the best and, if it takes none of these, the smallest.
 
     Returns:
-        None if nothing is left to try.
+        None if nothing is left to try, or `admits` takes none of those that it is asked of.
     """
-    seen = {t.configuration for t in tried if t.rung == rung}
+    seen = {t.configuration for t in tried if t.rung == 0}
     draw = np.random.default_rng([seed, len(tried)])
     finished = [t for t in tried if t.quality is not None]
     model = _fitted(problem, finished)
-    known, sizes, costs = _known(problem, tried, model, rung)
-    reference = _reference(problem, model, costs, rung)
-    score = _scorer(problem, model, rung, (sizes, costs), reference)
+    known, sizes, costs = _known(problem, tried, model)
+    reference = _reference(problem, model, costs)
+    score = _scorer(problem, model, (sizes, costs), reference)
     pool = _pool(problem, model, known[pareto(sizes, costs)], draw)
     pool = _new(problem, pool, seen)
     if not len(pool):
@@ -105,7 +104,7 @@ def propose(
             break
         pool, values = np.concatenate([pool, more]), np.concatenate([values, score(more)])
     # Where nothing is expected to gain, what is predicted to cost least.
-    by_gain = np.lexsort((_predict(problem, model, pool, rung)[0], -values))
+    by_gain = np.lexsort((_predict(problem, model, pool)[0], -values))
     by_size = np.argsort(problem.sizes(pool), kind="stable")
     for i in [*by_gain[:_ASKED], *by_size[:_ASKED]]:
         configuration = tuple(int(c) for c in pool[i])
@@ -121,23 +120,21 @@ def _fitted(problem: Problem, finished: Sequence[Tried]) -> surrogate.Model | No
     return surrogate.fit(seen, np.log([max(t.quality or 0.0, 1e-12) for t in finished]))
 
 
-def _predict(
-    problem: Problem, model: surrogate.Model | None, pool: NDArray[np.int64], rung: int
-) -> tuple[Floats, Floats]:
+def _predict(problem: Problem, model: surrogate.Model | None, pool: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Mean and deviation of log quality; while it is warming up the prior, taken at its word."""
-    x = surrogate.points(problem.cost_UC, pool, rung)
+    x = surrogate.points(problem.cost_UC, pool, 0)
     if model is None:
         return x.log_prior, np.zeros(len(pool))
     return model.predict(x)
 
 
 def _known(
-    problem: Problem, tried: Sequence[Tried], model: surrogate.Model | None, rung: int
+    problem: Problem, tried: Sequence[Tried], model: surrogate.Model | None
 ) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """Trials of this length, with predicted costs of those that still run: configurations, bytes, log quality."""
-    some = [t for t in tried if t.rung == rung and not t.failed]
+    """Trials as long as proposals, with predicted costs of those that still run: configurations, bytes, log quality."""
+    some = [t for t in tried if t.rung == 0 and not t.failed]
     chosen = np.array([t.configuration for t in some], np.int64).reshape(len(some), len(problem.cost_UC))
-    guess = _predict(problem, model, chosen, rung)[0]
+    guess = _predict(problem, model, chosen)[0]
     # Predictions of the prior compare with each other only.
     costs = [
         g if t.quality is None or model is None else np.log(max(t.quality, 1e-12))
@@ -146,10 +143,10 @@ def _known(
     return chosen, problem.sizes(chosen).astype(float), np.array(costs)
 
 
-def _reference(problem: Problem, model: surrogate.Model | None, costs: Floats, rung: int) -> tuple[float, float]:
+def _reference(problem: Problem, model: surrogate.Model | None, costs: Floats) -> tuple[float, float]:
     """The largest bytes within reach, under a budget more, and the predicted cost of the bound."""
     bound = problem.bytes_UC.argmin(1) if problem.bound is None else np.array(problem.bound)
-    cost = _predict(problem, model, bound[None], rung)[0][0]
+    cost = _predict(problem, model, bound[None])[0][0]
     largest = problem.fixed_bytes + int(problem.bytes_UC.max(1).sum())
     worst = cost if problem.bound is not None else max([cost, *costs])
     if problem.budget is None or problem.budget >= largest:
@@ -161,12 +158,11 @@ def _reference(problem: Problem, model: surrogate.Model | None, costs: Floats, r
 def _scorer(
     problem: Problem,
     model: surrogate.Model | None,
-    rung: int,
     made: tuple[Floats, Floats],
     reference: tuple[float, float],
 ) -> Callable[[NDArray[np.int64]], Floats]:
     def score(pool: NDArray[np.int64]) -> Floats:
-        mean, deviation = _predict(problem, model, pool, rung)
+        mean, deviation = _predict(problem, model, pool)
         return expected_gain(problem.sizes(pool).astype(float), mean, deviation, made, reference)
 
     return score

@@ -15,7 +15,7 @@ from pathlib import Path
 from trimtab.recipe import Recipe
 from trimtab.search import figures
 from trimtab.search.ledger import Trial
-from trimtab.search.searching import Search, best_within
+from trimtab.search.searching import Search
 
 
 def point_recipe(search: Search, trial: Trial, number: int) -> Recipe:
@@ -55,9 +55,9 @@ def write(search: Search) -> list[Path]:
 
 
 def best(search: Search) -> Recipe:
-    """The point of best quality within the budget, as a recipe."""
+    """The point of best quality within the budget, as a recipe: the last of the front, which must not be empty."""
     front = search.front(search.ledger.trials())
-    return point_recipe(search, best_within(front), len(front))
+    return point_recipe(search, front[-1], len(front))
 
 
 def _table(search: Search, trials: Sequence[Trial]) -> str:
@@ -66,17 +66,11 @@ def _table(search: Search, trials: Sequence[Trial]) -> str:
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(["number", "kind", "steps", "state", "bytes", "quality", "seconds", "reason", *units])
     for t in trials:
-        widths = [_choice(search, c) for c in t.wish.configuration]
+        widths = [search.space.label(c) for c in t.wish.configuration]
         size = search.space.bytes(t.wish.configuration)
         row = [t.number, t.wish.kind, t.wish.steps, t.state, size, t.quality, t.seconds, t.reason]
         writer.writerow(["" if v is None else v for v in row] + widths)
     return lines.getvalue()
-
-
-def _choice(search: Search, choice: int) -> str:
-    """For example `4`, or `4r16` with a rank."""
-    rank = search.space.ranks[choice]
-    return f"{search.space.bits[choice]}" + ("" if rank is None else f"r{rank}")
 
 
 def _replace(file: Path, text: str) -> None:

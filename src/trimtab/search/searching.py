@@ -10,7 +10,6 @@ proposes. The last is the best short trial's promotion, if it had none: the resu
 
 import copy
 import math
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +28,10 @@ from trimtab.grid import AnyGrid
 from trimtab.inputs import Inputs
 from trimtab.preparing import placed_targets, targets
 from trimtab.recipe import Recipe
-from trimtab.search import mark, sensitivity
+from trimtab.search import mark, sensitivity, standing
 from trimtab.search.additive import Configuration, front
-from trimtab.search.hypervolume import hypervolume, pareto
-from trimtab.search.ledger import DIED, Ledger, Trial, Wish, shown
+from trimtab.search.hypervolume import hypervolume
+from trimtab.search.ledger import Ledger, Trial, Wish, shown
 from trimtab.search.objective import Rounded, Tuned, for_every_width
 from trimtab.search.proposal import Problem, Tried, propose
 from trimtab.search.space import Space, space, units
@@ -42,7 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BEAT_SECONDS = 30.0
-_SHORT_FOR_EACH_LONG = 4
+_LIMITED = "budget_training "
+"""Begins the key of every training budget that trials of a study were made under."""
 _RANK_GAIN = 0.1
 """Share of a unit's cost that each doubling of its rank is taken to repair, before trials say better."""
 Objective = Callable[[Sequence[Any], int], float]
@@ -91,9 +91,7 @@ class Search:
         names = [unit.name for unit in self.space.units]
         self.ledger = Ledger(url, recipe.name, names, len(self.space.bits))
         mark.check(self.ledger, self.recipe, self.space, shown(self.block.storage or str(self.folder)))
-        limits = self.ledger.noted("budgets_training") or []
-        if self.budget_training not in limits:
-            self.ledger.note("budgets_training", [*limits, self.budget_training])
+        self.ledger.note(f"{_LIMITED}{self.budget_training}", True)  # a key of its own: others may note theirs now
 
     def _check_training_budget(self) -> None:
         """Refuse a training budget that not even the smallest widths fit."""
@@ -111,11 +109,15 @@ class Search:
             )
 
     def _check_exports(self) -> None:
-        """Refuse a width that a format of the recipe cannot hold."""
-        for choice in range(len(self.space.bits)):
-            rules = self.space.rules((choice,) * len(self.space.units))
-            of = self.recipe.model_copy(update={"rules": rules})
-            exporting.check(of, placed_targets(self._skeleton, of.method, rules))
+        """Refuse what a format of the recipe cannot hold: a width, or several widths in one model."""
+        units, choices = range(len(self.space.units)), range(len(self.space.bits))
+        uniform = [tuple(c for _ in units) for c in choices]
+        mixed = [tuple((u + c) % len(choices) for u in units) for c in choices]
+        for configuration in dict.fromkeys([*uniform, *mixed]):
+            rules = self.space.rules(configuration)
+            placed = placed_targets(self._skeleton, self.recipe.method, rules)
+            if placed:
+                exporting.check(self.recipe.model_copy(update={"rules": rules}), placed)
 
     # ---- what is measured on ---------------------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class Search:
         noted = self.ledger.noted("prior")
         if noted is None:
             noted = self._sensitivities()
-            self.ledger.note("prior", noted)
+            self.ledger.note("prior", noted)  # last: who finds it finds the rest
         gain = [
             1.0 if r is None else (1 - _RANK_GAIN) ** np.log2(r / min(self.block.ranks or (r,)))
             for r in self.space.ranks
@@ -188,10 +190,12 @@ class Search:
         # A width costs the same at every rank.
         distinct = list(dict.fromkeys(self.space.placements))
         about = self._float_model, self.space.units, distinct, blocks
-        exact = self.block.sensitivity == "exact"
+        exact, began = self.block.sensitivity == "exact", time.perf_counter()
         found = sensitivity.exact(*about) if exact else sensitivity.fisher(*about, seed=self.block.seed)
         if self.block.objective == "tuned":
             self.ledger.note("float_quality", math.log(perplexity(self._float_model, self._held_out())))
+        took = {"passes": found.passes, "tokens": blocks.numel(), "seconds": time.perf_counter() - began}
+        self.ledger.note("sensitivities", took)
         cost = np.maximum(found.cost_UC[:, [distinct.index(p) for p in self.space.placements]], 0.0)
         return [[float(c) for c in row] for row in cost]
 
@@ -204,9 +208,11 @@ class Search:
 
     def admits(self, configuration: Configuration) -> bool:
         """Whether there is something to quantize or train in it, and its training fits the training budget."""
-        untouched = all(self.space.placements[choice] is None for choice in configuration)
-        if untouched and not placed_targets(self._skeleton, self.recipe.method, self.space.rules(configuration)):
-            return False
+        if all(self.space.placements[choice] in (None, "float") for choice in configuration):
+            placed = placed_targets(self._skeleton, self.recipe.method, self.space.rules(configuration))
+            low = any(t.grid is not None and t.kind == "linear" for t in placed)
+            if not placed or (self.recipe.activations is not None and not low):
+                return False
         return self.budget_training is None or self._peak(configuration) <= self.budget_training
 
     def _peak(self, configuration: Configuration) -> int:
@@ -225,7 +231,7 @@ class Search:
 
     def wish(self, trials: list[Trial]) -> Wish | None:
         """The next trial, or None if there are enough."""
-        counted = [t for t in trials if t.counts] + _hopeless(trials)
+        counted = [t for t in trials if t.counts] + standing.hopeless(trials)
         inside = self._inside(counted)
         taken = {(t.wish.configuration, t.wish.steps) for t in counted}
         for configuration in self.uniform():
@@ -234,7 +240,7 @@ class Search:
         left = self.block.trials - sum(t.wish.kind != "uniform" for t in inside)
         if left <= 0:
             return None
-        promoted = self._promotion(inside, taken, last=left == 1)
+        promoted = self._promotion(inside, last=left == 1)
         if promoted is not None:
             return promoted
         tried = [
@@ -248,42 +254,19 @@ class Search:
             for t in counted
         ]
         found = propose(self.problem, tried, seed=self.block.seed, admits=self.admits)
-        return self._promotion(inside, taken, last=True) if found is None else Wish(found, self.steps)
+        return self._promotion(inside, last=True) if found is None else Wish(found, self.steps)
 
     def _inside(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those within the budgets: a study may have trials from before they were lowered, which teach but do not count."""
         within = [t for t in trials if self.budget is None or self.space.bytes(t.wish.configuration) <= self.budget]
-        if self.ledger.noted("budgets_training") == [self.budget_training]:
+        if self.ledger.keys(_LIMITED) == [f"{_LIMITED}{self.budget_training}"]:
             return within  # a plan takes seconds, and none of them was made under another budget
         return [t for t in within if self.admits(t.wish.configuration)]
 
-    def _promotion(self, inside: list[Trial], taken: set[tuple[Configuration, int]], *, last: bool) -> Wish | None:
-        """A short trial to make longer, if it is time for one: the best, else what the short front would lose most without.
-
-        Under a budget the next best: it is the best model within it that is wanted. What is chosen in the end is chosen
-        of the longer trials, so the last trial of all (`last`) is no other short one, which could not be chosen, but
-        that of the best short one not promoted yet.
-        """
-        short = [t for t in inside if t.wish.steps == self.steps and t.quality is not None]
-        if self.block.promote is None or not short:
-            return None
-        promoted = len({t.wish.configuration for t in inside if t.wish.steps != self.steps})
-        due = (promoted + 1) * _SHORT_FOR_EACH_LONG <= len(short)
-        if not due and not last:
-            return None
-        size, cost = _arrays(short)
-        order = [int(i) for i in np.argsort(cost, kind="stable")]
-        if not last and self.budget is None:
-            best = pareto(size, cost)
-            reference = float(size.max()) + 1, float(cost.max())
-            kept = [
-                hypervolume(np.delete(size[best], i), np.delete(cost[best], i), reference) for i in range(len(best))
-            ]
-            order = [order[0], *(int(best[i]) for i in np.argsort(kept, kind="stable"))]
-        for configuration in (short[i].wish.configuration for i in order):
-            if (configuration, self.block.promote) not in taken:
-                return Wish(configuration, self.block.promote, "promoted")
-        return None
+    def _promotion(self, inside: list[Trial], *, last: bool) -> Wish | None:
+        longer = self.block.promote
+        found = standing.promotion(inside, self.steps, longer, last=last, best=self.budget is not None)
+        return None if found is None or longer is None else Wish(found, longer, "promoted")
 
     # ---- work ------------------------------------------------------------------------------------------------------
 
@@ -325,44 +308,37 @@ class Search:
     # ---- what was found --------------------------------------------------------------------------------------------
 
     def front(self, trials: Sequence[Trial]) -> list[Trial]:
-        """The Pareto front of the longest trials within the budgets, by ascending bytes."""
-        done = [t for t in self._inside(trials) if t.state == "complete"]
-        longest = max((t.wish.steps for t in done), default=0)
-        done = [t for t in done if t.wish.steps == longest]
-        return [done[i] for i in pareto(*_arrays(done))]
+        """The Pareto front of the longest trials within the budgets, by ascending bytes: the last is the best."""
+        return standing.front(self._inside(trials))
 
     def hypervolume(self, trials: Sequence[Trial]) -> float:
         """Of log quality against bytes, in nats times bytes; within the largest bytes and the worst uniform trial."""
         done = [t for t in self._inside(trials) if t.state == "complete" and t.wish.steps == self.steps]
         if not done:
             return 0.0
-        size, cost = _arrays(done)
-        worst = _arrays([t for t in done if t.wish.kind == "uniform"] or done)[1].max()
+        size, cost = standing.arrays(done)
+        worst = standing.arrays([t for t in done if t.wish.kind == "uniform"] or done)[1].max()
         largest = self.space.fixed_bytes + int(self.space.bytes_UC.max(1).sum())
         return hypervolume(size, cost, (float(min(largest, self.budget or largest)) + 1, float(worst)))
 
     def seconds_left(self, trials: Sequence[Trial]) -> float | None:
-        """Until there are enough trials, as long as they have taken so far; None before the first."""
-        took = [t.seconds for t in trials if t.seconds is not None and t.wish.steps == self.steps]
-        ended = [t for t in self._inside(trials) if t.counts and t.state != "running" and t.wish.kind != "uniform"]
-        open_ = self.block.trials - len(ended)
-        return statistics.median(took) * max(open_, 0) / self.block.workers if took else None
+        """Until there are enough trials; None before the first is finished."""
+        counted = [t for t in self._inside(trials) if t.counts]
+        numbers = {"uniform": len(self.uniform()), "wanted": self.block.trials}
+        left = standing.seconds_left(counted, self.steps, self.block.promote, **numbers)
+        return None if left is None else left / self.block.workers
 
-
-def _hopeless(trials: Sequence[Trial]) -> list[Trial]:
-    """Trials that killed their worker for the second time (the system does that to a process that takes too much)."""
-    found, died = [], set[tuple[Configuration, int]]()
-    for t in trials:
-        if t.state == "dead" and t.reason == DIED:
-            key = (t.wish.configuration, t.wish.steps)
-            found += [t] if key in died else []
-            died.add(key)
-    return found
-
-
-def _arrays(trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
-    size = np.array([t.bytes for t in trials], float)
-    return size, np.log(np.maximum(np.array([t.quality for t in trials], float), 1e-12))
+    def unmade(self, trials: Sequence[Trial]) -> str:
+        """Why there are fewer trials than were asked for; "" if there are not."""
+        inside = [t for t in self._inside(trials) if t.counts and t.wish.kind != "uniform"]
+        running = sum(t.state == "running" for t in inside)
+        if running:
+            return f"{running} trials still run elsewhere; the same command adds them to the results when they are finished"
+        if len(inside) >= self.block.trials:
+            return ""
+        return (
+            f"{len(inside)} of {self.block.trials} trials were made: no other configuration was found to fit and be new"
+        )
 
 
 def _template(skeleton: "PreTrainedModel", recipe: Recipe, by: Any) -> AnyGrid:
@@ -390,10 +366,3 @@ def _beating(ledger: Ledger, trial: Trial) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def best_within(points: Sequence[Trial]) -> Trial:
-    """The point of best quality; all are within the budget."""
-    if not points:
-        raise UserError("search: no trial was finished; see the reasons in search/trials.csv")
-    return min(points, key=lambda t: t.quality if t.quality is not None else np.inf)

@@ -21,7 +21,7 @@ Rounding errors of many weights have signs of their own, so off-diagonal terms a
 Legend: W windows, L tokens in each, D hidden size, U units, C choices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ def exact(
             for c, grid in enumerate(placements):
                 if grid is None or grid == "float":
                     continue
-                with _rounded(model, unit, grid):
+                with rounded(model, dict.fromkeys(unit.layers, grid)):
                     moved = (s.through(layers[number:], number, s.hidden) for s in streams)
                     total = sum(divergence(model, s.last, m) for s, m in zip(streams, moved, strict=True))
                 cost[u, c] = total / blocks_WL.numel()
@@ -163,17 +163,14 @@ def divergence(
 
 
 @contextmanager
-def _rounded(model: nn.Module, unit: Unit, grid: Any) -> Iterator[None]:
-    """The unit's layers on a grid, for a while."""
-    linears: list[Any] = [model.get_submodule(name) for name in unit.layers]
-    kept = [linear.weight.data for linear in linears]
-    for linear in linears:
-        linear.weight.data = on_grid(linear.weight.data, grid)
-    try:
+def rounded(model: nn.Module, grids: Mapping[str, Any]) -> Iterator[None]:
+    """These layers on their grids, for a while."""
+    with ExitStack() as stack:
+        for name, grid in grids.items():
+            weight: Any = model.get_submodule(name).weight
+            stack.callback(setattr, weight, "data", weight.data)
+            weight.data = on_grid(weight.data, grid)
         yield
-    finally:
-        for linear, weight in zip(linears, kept, strict=True):
-            linear.weight.data = weight
 
 
 def on_grid(weight_NK: Tensor, grid: Any) -> Tensor:

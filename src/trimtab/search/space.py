@@ -71,6 +71,11 @@ class Space:
         ]
         return [*searched, *self.others]
 
+    def label(self, choice: int) -> str:
+        """For people: `4`, or `4r16` with a rank."""
+        rank = self.ranks[choice]
+        return f"{self.bits[choice]}" + ("" if rank is None else f"r{rank}")
+
     def bytes(self, configuration: Configuration) -> int:
         """At least the bytes of the model's safetensors under these rules, and additive over units."""
         return self.fixed_bytes + int(self.bytes_UC[np.arange(len(self.units)), list(configuration)].sum())

@@ -77,6 +77,13 @@ def _watch(search: Search, recipe: Recipe, told: Callable[[Search], None]) -> No
         )
 
 
+def _leave_with_parent() -> None:
+    """End this worker if whoever started it was killed: nobody would write results, and the next command starts its own."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit("search: the command that started this worker is gone")
+
+
 def _end(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.join(timeout=10)  # a Ctrl-C reached them, too
@@ -88,6 +95,6 @@ def _end(processes: Sequence[BaseProcess]) -> None:
 def _work(file: str, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        Search(read(file)).work()
+        Search(read(file)).work(_leave_with_parent)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

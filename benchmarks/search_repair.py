@@ -31,11 +31,12 @@ def prepared(data: Path, work: Path) -> Any:
     from trimtab.recipe import from_dict
     from trimtab.search.searching import Search
 
-    study = search_tuned.Study(search_tuned.Scale(), RESULTS, data, work, math.inf)
+    study = search_tuned.Study(search_tuned.SCALES, RESULTS, data, work, math.inf)
     cell = next(c for c in search_tuned.CELLS if c.name == f"wikitext-{max(search_tuned.RATIOS)}-uniform-{BITS}")
-    values = study.recipe(cell, cell.row.rates[1], 0, choosing=True, steps=study.scale.steps)
-    values |= {"rules": search_tuned.rules(cell.row, study.scale.group), "output": str(work / "repair")}
-    values["evaluate"] = {"parity": False}
+    rate = 1e-2, 1e-3
+    values = study.recipe(cell, rate, 0, choosing=True, steps=study.scales[cell.task].steps)
+    values |= {"rules": search_tuned.rules(cell.row, study.scales[cell.task].group), "output": str(work / "repair")}
+    values |= {"evaluate": {"parity": False}, "method": values["method"] | {"rank": 32, "alpha": 32.0}}
     values["search"] = {
         "units": "fusion", "bits": (OTHERS[0], BITS, OTHERS[1]), "objective": "tuned", "steps": STEPS, "tokens": TOKENS,
         "sensitivity_tokens": SENSITIVITY_TOKENS,

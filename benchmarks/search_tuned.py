@@ -1,12 +1,14 @@
 """Searched widths after fine-tuning: a pruned model, tuned at equal bytes by widths searched and uniform, LoRA and LoftQ.
 
-A cell is a task, a share of parameters pruned, a row and a seed. Rows: `searched-3` to `searched-5` (widths found within
+A cell is a task, a share of parameters pruned, a row and a seed. Rows: `searched-3` to `searched-6` (widths found within
 the bytes of the uniform model of so many bits), `uniform-2` to `uniform-8`, all by LR-QAT on whole codes, `lora` on the
 pruned float model, `loftq` on NF4, and `float`, the pruned model untuned. All train on the same tokens, are folded, saved
 and reloaded before they are measured. Tasks: WikiText-2 (perplexity, on pieces from all of the test text) and sentence
-polarity (accuracy; trained on prompt and answer as one text). Rates are chosen for each task and row on held-out text at
-the larger pruning, with half the steps, and serve both prunings; searched rows take those of the uniform row of their
-bytes.
+polarity (accuracy; trained on prompt and answer as one text), both of SmolLM2-135M, whose weights are those of a 4-bit
+file; and TinyStories (perplexity) of stories260K, a small model that was never quantized. Rates are chosen for each task
+and row on held-out text at the larger pruning, with half the steps, and serve both prunings. LR-QAT's are chosen at 4 and
+at 6 bits, first those of deltas, then (at 4) those of scales, and at other widths go with the step: a delta counts in
+steps, a scale is one. Searched rows take those of their bytes.
 
 A search is made once for a task, pruning and budget, with seed 0: sensitivities, their additive optimum, short fine-tuned
 trials and a few longer ones. What it took is written into every row that uses it.
@@ -14,7 +16,8 @@ trials and a few longer ones. What it took is written into every row that uses i
 Every finished cell is a line of benchmarks/results/search_tuned.jsonl, every search one of search_tuned_widths.jsonl, every
 tried rate one of search_tuned_rates.jsonl. What stands there is not run again: the command can be stopped and repeated.
 
-    python benchmarks/search_tuned.py --data DIR              DIR holds wikitext2/ and sentence_polarity/
+    python benchmarks/search_tuned.py --data DIR              DIR holds wikitext2/, sentence_polarity/, tinystories/ and
+                                                              stories260k/
     python benchmarks/search_tuned.py --data DIR --rows wikitext-30 --seeds 0 --minutes 60
     python benchmarks/search_tuned.py --list                  what is done and what is not
     python benchmarks/search_tuned.py --memory                training memory at 7B shapes: search_tuned_memory.json
@@ -34,16 +37,15 @@ from typing import Any
 
 import search_tuned_process
 import torch
-from quality import RESULTS, add, asked, cut_text, further, read, say
+from quality import HELD_OUT, RESULTS, Rate, add, asked, cut_text, further, read, say
 from search_tuned_process import PARTS
 
 SEEDS = (0, 1, 2)
 RATIOS = (20, 30)
-TASKS = ("wikitext", "polarity")
-METRIC = {"wikitext": "perplexity", "polarity": "accuracy"}
-SCALE_RATE, SCALE_BITS = 0.1, 4
-"""Rate of scales, as a share of that of deltas (both choices in quality_rates.jsonl gave it), and the width that it is
-meant for: at others it goes in proportion to their steps."""
+TASKS = ("wikitext", "polarity", "tinystories")
+METRIC = {"wikitext": "perplexity", "polarity": "accuracy", "tinystories": "perplexity"}
+SCALE_BITS = 4
+"""The width that rates of scales are meant for."""
 SEARCHED_BITS = (2, 3, 4, 5, 6, 8)
 PIECES, PIECE = 48, 2000
 """Pieces of the test text, from all of it, and the characters in each: one article says little about the next."""
@@ -51,35 +53,47 @@ PIECES, PIECE = 48, 2000
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is: the study, or a rehearsal of it in a minute."""
+    """How large everything is: the study of a model, or a rehearsal of it in a minute."""
 
     model: str = "smollm2-135m"
+    name: str = ""
+    """Begins the names of pruned models."""
+    rank: int = 16
     group: int = 64
     steps: int = 24
     step_tokens: int = 1024
-    wikitext_window: int = 512
+    window: int = 512
     polarity_window: int = 256
     test_tokens: int = 16384
     choice_tokens: int = 8192
     items: int = 500
     choice_items: int = 400
     prune_tokens: int = 8192
-    trials: int = 18
+    trials: int = 12
     trial_steps: int = 4
     promoted_steps: int = 12
     trial_tokens: int = 8192
     sensitivity_tokens: int = 8192
     units: str = "fusion"
 
-    def window(self, task: str) -> int:
-        return self.wikitext_window if task == "wikitext" else self.polarity_window
+    def of(self, task: str) -> int:
+        """Tokens in a window."""
+        return self.polarity_window if task == "polarity" else self.window
 
 
+STORIES = Scale(
+    model="stories260k", name="stories-", rank=4, group=16, steps=100, step_tokens=2048, window=256, polarity_window=256,
+    test_tokens=32768, choice_tokens=32768, prune_tokens=65536, trials=24, trial_steps=25, promoted_steps=50,
+    trial_tokens=32768, sensitivity_tokens=32768,
+)  # fmt: skip
 REHEARSAL: dict[str, Any] = {
-    "group": 8, "steps": 4, "step_tokens": 128, "wikitext_window": 64, "polarity_window": 64, "test_tokens": 512,
+    "group": 8, "steps": 4, "step_tokens": 128, "window": 64, "polarity_window": 64, "test_tokens": 512,
     "choice_tokens": 256, "items": 8, "choice_items": 8, "prune_tokens": 256, "trials": 4, "trial_steps": 1,
     "promoted_steps": 2, "trial_tokens": 128, "sensitivity_tokens": 128, "units": "layer",
 }  # fmt: skip
+
+
+SCALES = {"wikitext": Scale(), "polarity": Scale(), "tinystories": STORIES}
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,9 @@ class Row:
     bits: int | None = None
     """Of a uniform row, or whose bytes a search has; None for another base."""
     rates: tuple[float, ...] = ()
+    """Of deltas, as far as no better one lies beyond them."""
+    scale_rates: tuple[float, ...] = ()
+    """Of scales; those of deltas are chosen at the first."""
     rates_like: str | None = None
     searched: bool = False
 
@@ -100,23 +117,24 @@ class Row:
 
 
 # Whole codes are packed while they are trained, so that narrower widths take less memory there, too.
-LR_QAT = {"name": "lr-qat", "rank": 32, "alpha": 32.0, "storage": "int"}
+LR_QAT = {"name": "lr-qat", "storage": "int"}
 _LOW = (3e-4, 1e-3, 3e-3)
-_LEVELS = {
-    2: (3e-3, 1e-2, 3e-2),
-    3: (3e-3, 1e-2, 3e-2),
-    4: (3e-3, 1e-2, 3e-2),
-    5: (1e-2, 3e-2, 0.1),
-    8: (3e-2, 0.1, 0.3),
-}
-"""Rates of deltas, which are in steps: the narrower the step, the larger."""
+_LIKE = {2: 4, 3: 4, 8: 6}
+"""Width whose rates serve another."""
+SEARCHED = (3, 4, 6)
 ROWS = [
-    Row("float", {"name": "lora", "rank": 16}),
-    Row("lora", {"name": "lora", "rank": 16}, None, _LOW),
-    Row("loftq", {"name": "loftq", "rank": 16}, None, _LOW),
-    *(Row(f"uniform-{bits}", LR_QAT, bits, rates) for bits, rates in _LEVELS.items()),
-    *(Row(f"searched-{bits}", LR_QAT, bits, rates_like=f"uniform-{bits}", searched=True) for bits in (3, 4, 5)),
+    Row("float", {"name": "lora"}),
+    Row("lora", {"name": "lora"}, None, _LOW),
+    Row("loftq", {"name": "loftq"}, None, _LOW),
+    Row("uniform-4", LR_QAT, 4, (3e-3, 1e-2, 3e-2), (1e-3, 3e-4, 3e-3)),
+    Row("uniform-6", LR_QAT, 6, (1e-2, 3e-2, 0.1), (1e-3,)),
+    *(Row(f"uniform-{bits}", LR_QAT, bits, rates_like=f"uniform-{like}") for bits, like in _LIKE.items()),
+    *(
+        Row(f"searched-{bits}", LR_QAT, bits, rates_like=f"uniform-{_LIKE.get(bits, bits)}", searched=True)
+        for bits in SEARCHED
+    ),
 ]
+ROWS.sort(key=lambda row: (row.searched, row.bits or 0))
 BY_NAME = {row.name: row for row in ROWS}
 
 
@@ -165,8 +183,8 @@ def rules(row: Row, group: int, widths: dict[str, str] | None = None) -> list[di
 class Study:
     """What is measured already, and what fills it."""
 
-    def __init__(self, scale: Scale, results: Path, data: Path | None, work: Path, deadline: float) -> None:
-        self.scale, self.work, self.deadline = scale, work, deadline
+    def __init__(self, scales: dict[str, Scale], results: Path, data: Path | None, work: Path, deadline: float) -> None:
+        self.scales, self.work, self.deadline = scales, work, deadline
         self.cells, self.rates, self.widths = (
             results / f"search_tuned{part}.jsonl" for part in ("", "_rates", "_widths")
         )
@@ -175,7 +193,7 @@ class Study:
     @cached_property
     def data(self) -> Path:
         if self._data is None:
-            raise SystemExit("--data: name the folder that holds wikitext2/ and sentence_polarity/")
+            raise SystemExit("--data: name the folder that holds wikitext2/, sentence_polarity/ and tinystories/")
         return split(self._data, self.work / "text")
 
     def done(self, cell: Cell, seed: int) -> bool:
@@ -184,33 +202,38 @@ class Study:
     def late(self) -> bool:
         return time.time() > self.deadline
 
-    def pruned(self, ratio: int) -> Path:
-        """The pruned checkpoint, made where it is not there: Taylor importance on WikiText's training part."""
-        out = self.work / f"pruned-{ratio}"
+    def pruned(self, task: str, ratio: int) -> Path:
+        """The pruned checkpoint, made where it is not there: Taylor importance on WikiText-2 or TinyStories."""
+        s = self.scales[task]
+        out = self.work / f"{s.name}pruned-{ratio}"
         if not (out / "pruning.json").exists():
-            s = self.scale
-            text = str(self.data / "wikitext" / "train.txt")
+            text = "tinystories/train.jsonl" if task == "tinystories" else "wikitext/train.txt"
+            assert self._data is not None
+            model = self._data / s.model
+            values: dict[str, Any] = {"model": str(model) if model.exists() else s.model, "out": str(out)}
+            values |= {"ratio": ratio / 100, "text": str(self.data / text)}
             sizes = {"multiple_of": s.group, "tokens": s.prune_tokens, "block_tokens": s.polarity_window}
-            process("prune", {"model": s.model, "out": str(out), "ratio": ratio / 100, "text": text, **sizes})
-            say(f"pruned by {ratio} %")
+            process("prune", values | sizes)
+            say(f"pruned {s.model} by {ratio} %")
         return out
 
     # ---- recipes ---------------------------------------------------------------------------------------------------
 
-    def recipe(self, cell: Cell, rate: float | None, seed: int, *, choosing: bool, steps: int | None = None) -> Any:
+    def recipe(self, cell: Cell, rate: Rate, seed: int, *, choosing: bool, steps: int | None = None) -> Any:
         """The recipe of a cell, of a tried rate, or (without rules) of a search."""
-        s, folder, window = self.scale, self.data / cell.task, self.scale.window(cell.task)
+        s, folder = self.scales[cell.task], self.data / cell.task
+        window = s.of(cell.task)
         whole = s.steps // 2 if choosing else s.steps
         values: dict[str, Any] = {
-            "model": {"path": str(self.pruned(cell.ratio))},
-            "method": cell.row.method,
+            "model": {"path": str(self.pruned(cell.task, cell.ratio))},
+            "method": cell.row.method | {"rank": s.rank, "alpha": float(s.rank)},
             "data": {"path": str(next(folder.glob("train.*"))), "block_tokens": window},
             "train": {
                 "steps": (whole if cell.row.trained else 0) if steps is None else steps,
                 "batch_tokens": s.step_tokens,
                 "micro_batch": s.step_tokens // window,
-                "lr": rate,
-                "lr_scale": None if rate is None else rate * SCALE_RATE,
+                "lr": rate[0],
+                "lr_scale": rate[1],
                 "lr_scale_bits": SCALE_BITS,
                 "seed": seed,
                 "activation_checkpointing": False,
@@ -219,9 +242,9 @@ class Study:
             "evaluate": {"parity": False},
             "output": str(self.work / "cell"),
         }
-        if cell.task == "wikitext":
+        if METRIC[cell.task] == "perplexity":
             tokens = s.choice_tokens if choosing else s.test_tokens
-            path = folder / ("heldout.txt" if choosing else "test.txt")
+            path = next(folder.glob("heldout.*" if choosing else "test.*"))
             values["data"] |= {"eval_path": str(path), "eval_tokens": tokens}
         else:
             items = folder / ("choice" if choosing else "test")
@@ -229,14 +252,14 @@ class Study:
             values["evaluate"] |= {"tasks": ["sentence_polarity"], "tasks_data": str(items), "tasks_limit": limit}
         return values
 
-    def run(self, cell: Cell, rate: float | None, seed: int, *, choosing: bool = False) -> dict[str, Any] | None:
+    def run(self, cell: Cell, rate: Rate, seed: int, *, choosing: bool = False) -> dict[str, Any] | None:
         """Metrics of one run, in a process of its own; None where its search ran out of time."""
         values, found = self.recipe(cell, rate, seed, choosing=choosing), None
         if cell.row.searched:
             found = self.search(cell, rate)
             if found is None:
                 return None
-        values["rules"] = rules(cell.row, self.scale.group, found and found["widths"])
+        values["rules"] = rules(cell.row, self.scales[cell.task].group, found and found["widths"])
         out = Path(values["output"])
         shutil.rmtree(out, ignore_errors=True)
         started = time.time()
@@ -248,7 +271,7 @@ class Study:
         shutil.rmtree(out)
         return metrics | {"search": found, "run_seconds": time.time() - started}
 
-    def search(self, cell: Cell, rate: float | None) -> dict[str, Any] | None:
+    def search(self, cell: Cell, rate: Rate) -> dict[str, Any] | None:
         """Widths within the bytes of the uniform model; None where it is too late to look for them."""
         assert cell.row.bits is not None
         for found in read(self.widths):
@@ -256,7 +279,7 @@ class Study:
                 return found
         if self.late():
             return None
-        s, folder = self.scale, self.data / cell.task
+        s, folder = self.scales[cell.task], self.data / cell.task
         uniform = BY_NAME[f"uniform-{cell.row.bits}"]
         values = self.recipe(cell, rate, 0, choosing=True, steps=s.steps)
         values |= {"rules": rules(uniform, s.group), "name": cell.name, "output": str(self.work / cell.name)}
@@ -280,28 +303,45 @@ class Study:
 
     # ---- filling ---------------------------------------------------------------------------------------------------
 
-    def rate(self, task: str, row: Row) -> float | None:
-        """The best rate of a row, at the larger pruning; None if time ran out."""
-        row = BY_NAME[row.rates_like] if row.rates_like else row
-        cell, better = Cell(task, max(RATIOS), row), max if task == "polarity" else min
-        tried = {r["rate"]: r["value"] for r in read(self.rates) if r["cell"] == cell.name}
-        todo = list(row.rates)
+    def rate(self, task: str, row: Row) -> Rate | None:
+        """The best rates of a row, at the larger pruning; None if time ran out."""
+        if row.rates_like:
+            like = BY_NAME[row.rates_like]
+            found = self.rate(task, like)
+            return found and ((found[0] or 0.0) * 2.0 ** ((row.bits or 0) - (like.bits or 0)), found[1])
+        cell, best = Cell(task, max(RATIOS), row), max if METRIC[task] == "accuracy" else min
+        first = row.scale_rates[0] if row.scale_rates else None
+        todo: list[Rate] = [(value, first) for value in row.rates]
         while todo:
-            for value in (v for v in todo if v not in tried):
-                if self.late():
-                    return None
-                found = self.run(cell, value, 0, choosing=True)
-                assert found is not None
-                tried[value] = found["value"]
-                add(self.rates, {"cell": cell.name, "rate": value, "value": found["value"], "tokens": found["tokens"]})
-                say(f"{cell.name}: rate {value:g} gives {found['value']:.3f} on held-out text")
-            todo = further(tried, better(tried, key=tried.__getitem__), len(row.rates))
-        return better(tried, key=tried.__getitem__)
+            if not self._try(cell, todo):
+                return None
+            tried = {r[0]: v for r, v in self._tried(cell).items() if r[1] == first}
+            todo = [(value, first) for value in further(tried, best(tried, key=tried.__getitem__), len(row.rates))]
+        chosen = best(tried, key=tried.__getitem__)
+        if not self._try(cell, [(chosen, value) for value in row.scale_rates]):
+            return None
+        about = {r: v for r, v in self._tried(cell).items() if r[0] == chosen}
+        return best(about, key=about.__getitem__)
+
+    def _tried(self, cell: Cell) -> dict[Rate, float]:
+        return {(r["rate"], r["scale_rate"]): r["value"] for r in read(self.rates) if r["cell"] == cell.name}
+
+    def _try(self, cell: Cell, rates: list[Rate]) -> bool:
+        """Measure what is not measured yet; False if time ran out."""
+        for rate in (r for r in rates if r not in self._tried(cell)):
+            if self.late():
+                return False
+            found = self.run(cell, rate, 0, choosing=True)
+            assert found is not None
+            about = {"cell": cell.name, "rate": rate[0], "scale_rate": rate[1], "value": found["value"]}
+            add(self.rates, about | {"tokens": found["tokens"], "machine": machine()})
+            say(f"{cell.name}: rates {rate} give {found['value']:.3f} on held-out text")
+        return True
 
     def fill(self, cell: Cell, seed: int) -> None:
         """Run one cell."""
-        rate = self.rate(cell.task, cell.row) if cell.row.trained else None
-        if self.late() or (rate is None and cell.row.trained):
+        rate = self.rate(cell.task, cell.row) if cell.row.trained else (None, None)
+        if self.late() or rate is None:
             return
         twin = self.twin(cell, seed)
         if twin is not None:
@@ -316,14 +356,15 @@ class Study:
             "task": cell.task,
             "ratio": cell.ratio,
             "row": cell.row.name,
-            "model": self.scale.model,
+            "model": self.scales[cell.task].model,
             "seed": seed,
             "machine": machine(),
             "tokens": found["tokens"],
             "trainable": found["trainable"] if cell.row.trained else 0,
             "metric": METRIC[cell.task],
             "value": found["value"],
-            "lr": rate,
+            "lr": rate[0],
+            "lr_scale": rate[1],
             "file_bytes": found["file_bytes"],
             "peak_bytes": found["peak_memory_bytes"] - found["libraries_bytes"],
             "seconds": round(found["run_seconds"], 1),
@@ -355,7 +396,13 @@ def cost_of(search: dict[str, Any]) -> dict[str, Any]:
 
 def split(source: Path, folder: Path) -> Path:
     """Training, held-out and test text of both tasks."""
-    text, items = folder / "wikitext", folder / "polarity"
+    text, items, stories = folder / "wikitext", folder / "polarity", folder / "tinystories"
+    stories.mkdir(parents=True, exist_ok=True)
+    rows = (source / "tinystories" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = int(len(rows) * (1 - HELD_OUT))
+    (stories / "train.jsonl").write_text("".join(rows[:cut]), encoding="utf-8")
+    (stories / "heldout.jsonl").write_text("".join(rows[cut:]), encoding="utf-8")
+    shutil.copyfile(source / "tinystories" / "valid.jsonl", stories / "test.jsonl")
     for made in (items / "choice" / "sentence_polarity", items / "test" / "sentence_polarity"):
         made.mkdir(parents=True, exist_ok=True)
     cut_text(source / "wikitext2", text)
@@ -364,8 +411,8 @@ def split(source: Path, folder: Path) -> Path:
     (text / "test.txt").write_text("\n".join(whole[at : at + PIECE] for at in places), encoding="utf-8")
     given = source / "sentence_polarity"
     for name, made in (("train", "train"), ("validation", "heldout")):
-        rows = [json.loads(line) for line in (given / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        lines = [json.dumps({"text": "".join(asked(r).values())}) + "\n" for r in rows]
+        asks = [json.loads(line) for line in (given / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.dumps({"text": "".join(asked(r).values())}) + "\n" for r in asks]
         (items / f"{made}.jsonl").write_text("".join(lines), encoding="utf-8")
     # The harness asks what lies in `test.jsonl`.
     shutil.copyfile(given / "validation.jsonl", items / "choice" / "sentence_polarity" / "test.jsonl")
@@ -383,7 +430,9 @@ def process(what: str, values: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with wikitext2/ and sentence_polarity/")
+    parser.add_argument(
+        "--data", type=Path, help="folder with wikitext2/, sentence_polarity/, tinystories/, stories260k/"
+    )
     parser.add_argument("--rows", nargs="*", default=[""], help="beginnings of cells' names, as --list shows them")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after this time")
@@ -398,8 +447,9 @@ def main() -> None:
 
         plan_all(arguments.results)
         return
-    scale = Scale(model=arguments.rehearse, **REHEARSAL) if arguments.rehearse else Scale()
-    study = Study(scale, arguments.results, arguments.data, arguments.work, time.time() + 60 * arguments.minutes)
+    deadline = time.time() + 60 * arguments.minutes
+    scales = dict.fromkeys(TASKS, Scale(model=arguments.rehearse, **REHEARSAL)) if arguments.rehearse else SCALES
+    study = Study(scales, arguments.results, arguments.data, arguments.work, deadline)
     chosen = [cell for cell in CELLS if cell.name.startswith(tuple(arguments.rows))]
     for seed in arguments.seeds:
         for cell in chosen:

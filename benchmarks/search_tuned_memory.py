@@ -1,8 +1,9 @@
 """Training memory of the rows of `search_tuned.py` at the shapes of Llama-7B pruned alike: `memory.plan`, on paper.
 
 Widths of a search on a model of fewer layers are stretched over 32: layer i takes those of layer i * layers // 32. All rows
-have the same batch, checkpointing and (chunked) loss, in two settings: each block recomputed in backward, and nothing
-recomputed, with the batch of the AutoMixQ code. `benchmarks/memory.py` holds the plan to what is measured.
+have the same batch (one micro-batch a step, as the study's), checkpointing and (chunked) loss, in two settings: each block
+recomputed in backward, and nothing recomputed, with the batch of the AutoMixQ code. `benchmarks/memory.py` holds the plan
+to what is measured.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from quality import read, say
-from search_tuned import RATIOS, ROWS, TASKS, Row, Scale, rules
+from search_tuned import RATIOS, ROWS, SCALES, Row, Scale, rules
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trimtab import memory, methods
@@ -33,6 +34,8 @@ SEVEN_B: dict[str, Any] = {
 }
 SETTINGS = {"1 x 512, recomputed": (1, 512, True), "4 x 256, kept": (4, 256, False)}
 """Sequences, tokens in each, whether blocks are recomputed."""
+PLANNED = [task for task, scale in SCALES.items() if scale == Scale()]
+"""Tasks whose model is large enough to say something of 7B."""
 
 
 def skeleton(config: LlamaConfig) -> Any:
@@ -59,6 +62,7 @@ def plan(config: LlamaConfig, row: Row, group: int, widths: dict[str, str] | Non
     found = widths and {part: stretched(digits, config.num_hidden_layers) for part, digits in widths.items()}
     given = rules(row, group, found)
     options = {key: value for key, value in row.method.items() if key != "name"}
+    options |= {"rank": Scale.rank, "alpha": float(Scale.rank)}
     planned = memory.plan(
         skeleton(config),
         methods.make(row.method["name"], **options),
@@ -67,6 +71,7 @@ def plan(config: LlamaConfig, row: Row, group: int, widths: dict[str, str] | Non
         block_tokens=tokens,
         dtype=torch.bfloat16,
         checkpointing=checkpointing,
+        micro_batches=1,
     )
     return {"total_bytes": planned.total, **asdict(planned)}
 
@@ -80,7 +85,7 @@ def plan_all(results: Path, shape: dict[str, Any] = SEVEN_B, group: int = Scale.
         config = pruned(shape, ratio, group)
         for row in ROWS:
             # Without training, or on the same widths whatever the task.
-            for name in [f"{t}-{ratio}-{row.name}" for t in TASKS] if row.searched else [f"{ratio}-{row.name}"]:
+            for name in [f"{t}-{ratio}-{row.name}" for t in PLANNED] if row.searched else [f"{ratio}-{row.name}"]:
                 widths = searches.get(name)
                 if not row.trained or (row.searched and widths is None):
                     continue

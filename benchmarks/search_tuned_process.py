@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +42,16 @@ def search(values: dict[str, Any]) -> None:
     from trimtab import loading, storage
     from trimtab.recipe import from_dict
     from trimtab.search import workers
-    from trimtab.search.searching import Search, best_within
 
     plain = from_dict(values)
     skeleton = loading.skeleton(plain.model.path)[1]
     budget = storage.stored(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
     recipe = from_dict(values | {"search": values["search"] | {"budget": budget}})
-    first, started = Search(recipe), time.perf_counter()
-    _ = first.problem
-    if first.ledger.noted("sensitivity_seconds") is None:
-        first.ledger.note("sensitivity_seconds", time.perf_counter() - started)
-    del first  # with its float model
-    done: Search = workers.run(recipe)
+    done = workers.run(recipe)
     trials = [t for t in done.ledger.trials() if t.state == "complete"]
     steps, seconds = sum(t.wish.steps for t in trials), sum(t.seconds or 0.0 for t in trials)
     cost = {"trials": len(trials), "tokens": steps * recipe.train.batch_tokens, "seconds": seconds}
-    write(done, best_within(done.front(trials)).wish.configuration, cost)
+    write(done, done.front(trials)[-1].wish.configuration, cost)
 
 
 def write(found: Any, configuration: tuple[int, ...], cost: dict[str, Any]) -> None:
@@ -69,7 +62,7 @@ def write(found: Any, configuration: tuple[int, ...], cost: dict[str, Any]) -> N
         if part is not None:
             bits[part] += str(rule.grid.bits)
     sizes = {"bytes": found.space.bytes(configuration), "budget_bytes": found.budget}
-    cost |= {"seconds": round(cost["seconds"] + found.ledger.noted("sensitivity_seconds"), 1)}
+    cost |= {"seconds": round(cost["seconds"] + found.ledger.noted("sensitivities")["seconds"], 1)}
     (found.recipe.out / "found.json").write_text(json.dumps({"widths": bits} | sizes | cost))
 
 

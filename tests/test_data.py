@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from trimtab import data
 from trimtab.data import conversational, describe, load_rows, text_of, token_blocks
 from trimtab.errors import UserError
 
@@ -337,6 +338,15 @@ def test_token_blocks_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert len(every) == 6
     assert spread == [every, [every[i] for i in (0, 1, 3, 4)], [every[0], every[3]]]
     assert "longer than" not in caplog.text  # the tokenizer's model_max_length is 2
+
+
+def test_windows_from_all_of_very_many_rows_read_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load_rows(jsonl(tmp_path, *({"text": "a" if i < 50 else "b"} for i in range(100))))
+    read: list[str] = []
+    monkeypatch.setattr(data, "text_of", lambda *given: (read.append(text) or text for text in text_of(*given)))
+    blocks = token_blocks(rows, tiny_tokenizer(), block_tokens=2, limit_tokens=4, spread=True)
+    assert read == ["a"] * 8 + ["b"] * 8
+    assert blocks.tolist() == [[2, 1], [3, 1]]
 
 
 def test_token_blocks_of_conversations(tmp_path: Path) -> None:

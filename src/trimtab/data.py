@@ -202,6 +202,10 @@ def _rendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         yield text
 
 
+_ROWS_A_TOKEN = 4
+"""Rows read at most for each token that is wanted from all of the text; many may be empty."""
+
+
 def token_blocks(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -212,9 +216,12 @@ def token_blocks(
 ) -> torch.Tensor:
     """The rows as token ids, int64 of shape (blocks, block_tokens); see the picture at the top of this file.
 
-    At most `limit_tokens` tokens are used, a whole number of blocks: the first, or, `spread`, evenly from all of the text,
-    which is then read whole. Neighbours are alike: 8 windows of one article say little about another.
+    At most `limit_tokens` tokens are used, a whole number of blocks: the first, or, `spread`, evenly from all of the text.
+    Neighbours are alike: 8 windows of one article say little about another. Then all rows are read, or, of very many, some
+    from everywhere.
     """
+    if spread and limit_tokens is not None and len(dataset) > (most := _ROWS_A_TOKEN * limit_tokens):
+        dataset = dataset.select([i * len(dataset) // most for i in range(most)])
     if block_tokens < 1:
         raise UserError(f"block_tokens: {block_tokens} is not a length; give at least 1")
     eos_id = tokenizer.eos_token_id

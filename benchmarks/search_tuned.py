@@ -252,13 +252,12 @@ class Study:
             values["evaluate"] |= {"tasks": ["sentence_polarity"], "tasks_data": str(items), "tasks_limit": limit}
         return values
 
-    def run(self, cell: Cell, rate: Rate, seed: int, *, choosing: bool = False) -> dict[str, Any] | None:
-        """Metrics of one run, in a process of its own; None where its search ran out of time."""
+    def run(self, cell: Cell, rate: Rate, seed: int, *, choosing: bool = False) -> dict[str, Any]:
+        """Metrics of one run, in a process of its own; of a searched row, after its search."""
         values, found = self.recipe(cell, rate, seed, choosing=choosing), None
         if cell.row.searched:
             found = self.search(cell, rate)
-            if found is None:
-                return None
+            assert found is not None
         values["rules"] = rules(cell.row, self.scales[cell.task].group, found and found["widths"])
         out = Path(values["output"])
         shutil.rmtree(out, ignore_errors=True)
@@ -332,7 +331,6 @@ class Study:
             if self.late():
                 return False
             found = self.run(cell, rate, 0, choosing=True)
-            assert found is not None
             about = {"cell": cell.name, "rate": rate[0], "scale_rate": rate[1], "value": found["value"]}
             add(self.rates, about | {"tokens": found["tokens"], "machine": machine()})
             say(f"{cell.name}: rates {rate} give {found['value']:.3f} on held-out text")
@@ -341,7 +339,7 @@ class Study:
     def fill(self, cell: Cell, seed: int) -> None:
         """Run one cell."""
         rate = self.rate(cell.task, cell.row) if cell.row.trained else (None, None)
-        if self.late() or rate is None:
+        if self.late() or rate is None or (cell.row.searched and self.search(cell, rate) is None):
             return
         twin = self.twin(cell, seed)
         if twin is not None:
@@ -349,8 +347,6 @@ class Study:
             say(f"{cell.name} seed {seed}: its search found the uniform model, whose row it shares")
             return
         found = self.run(cell, rate, seed)
-        if found is None:
-            return
         values = {
             "cell": cell.name,
             "task": cell.task,

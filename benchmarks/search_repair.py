@@ -7,7 +7,7 @@ the ratio of the two is the same for every row at the right p; the report says w
 
 Every finished row is kept in benchmarks/results/search_repair.json: the command can be stopped and repeated.
 
-    python benchmarks/search_repair.py --data DIR             DIR holds wikitext2/ (about 25 minutes of one core)
+    python benchmarks/search_repair.py --data DIR             DIR as for search_tuned.py (about 15 minutes of one core)
     python benchmarks/search_report.py                        docs/search.md
 """
 

@@ -208,7 +208,11 @@ def test_ctrl_c_stops_the_command_and_says_how_to_go_on(tmp_path: Path) -> None:
     used = made(tmp_path, trials=12, units="fusion")
     file, said = tmp_path / "r.yaml", tmp_path / "r.log"
     file.write_text(used.to_yaml(), encoding="utf-8")
-    process, ledger = begin(file), Search(used).ledger
+    ledger = Search(used).ledger
+    # What a shell runs in the background ignores the signal, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = begin(file)
+    signal.signal(signal.SIGINT, before)
     while process.poll() is None and not any(t.state == "complete" for t in ledger.trials()):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

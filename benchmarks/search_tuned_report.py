@@ -133,8 +133,8 @@ def section(results: Path) -> list[str]:
             f"({small.rank}). Every model is folded, saved and reloaded before it is measured. Rates were chosen on "
             "held-out text at 30 %, those of LR-QAT at 4 and 6 bits: at others they go with the step, those of scales in "
             f"all rows from {SCALE_BITS} bits (`lr_scale_bits`). The measured peak is without libraries, "
-            "in models this small mostly activations and the head; the 7B plan is `memory.plan` for Llama-7B pruned alike, widths stretched over its layers, and in brackets "
-            "against LoRA.",
+            "in models this small mostly activations and the head; the 7B plan is `memory.plan` for Llama-7B pruned alike, "
+            "widths stretched over its layers, and in brackets against LoRA.",
             118,
         ),
         "`python benchmarks/search_tuned.py --data DIR`, then `--memory`.",

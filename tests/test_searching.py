@@ -402,6 +402,16 @@ def test_workers_that_stop_early_are_no_end_of_a_search(tmp_path: Path) -> None:
         workers.run(made(tmp_path, changes=changes, workers=2))
 
 
+def test_float_layers_alone_are_not_wanted_where_inputs_are_rounded(tmp_path: Path) -> None:
+    """LoRA beside float layers could be trained, but no input of theirs is rounded, and planning it is an error."""
+    changes = {"method": {"name": "qlora", "rank": 2}, "rules": RANGED}
+    for rounded, admitted in ((None, True), ({"bits": 8}, False)):
+        used = made(tmp_path, changes=changes | {"activations": rounded, "name": f"{rounded}"}, bits=[4, 16])
+        found = Search(used)
+        assert found.admits((0, 1))
+        assert found.admits((1, 1)) == admitted
+
+
 def test_what_is_left_untouched_has_one_choice(tmp_path: Path) -> None:
     found = Search(made(tmp_path, bits=[4, 16], ranks=[2, 4]))
     assert list(zip(found.space.bits, found.space.ranks, strict=True)) == [(4, 2), (4, 4), (16, None)]

@@ -391,7 +391,7 @@ def cost_of(search: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(source: Path, folder: Path) -> Path:
-    """Training, held-out and test text of both tasks."""
+    """Training, held-out and test text of all tasks."""
     text, items, stories = folder / "wikitext", folder / "polarity", folder / "tinystories"
     stories.mkdir(parents=True, exist_ok=True)
     rows = (source / "tinystories" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -478,6 +478,9 @@ def test_overwriting_leaves_no_old_study_to_go_on_with(tmp_path: Path) -> None:
         chain.run(again, overwrite=True)
     assert (tmp_path / "out" / "model").exists()
     chain.run(again.model_copy(update={"name": "another"}), overwrite=True)
+    inside = made(tmp_path, changes=changes, trials=1, storage=str(tmp_path / "out" / "search" / "journal.log"))
+    chain.run(inside, overwrite=True)
+    chain.run(inside, overwrite=True)
 
 
 def test_the_terminal_shows_the_front_and_what_is_left(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def _options(recipe: Recipe) -> Options:
 def _check_storage(recipe: Recipe) -> None:
     """Refuse to overwrite a search whose study lies elsewhere, where others may be at work on it."""
     url = None if recipe.search is None else recipe.search.storage
-    if url is not None:
+    if url is not None and (recipe.out / "search").resolve() not in Path(url).resolve().parents:
         from trimtab.search.ledger import begun, shown
 
         if begun(url, recipe.name):

@@ -112,8 +112,8 @@ class Search:
         """Refuse what a format of the recipe cannot hold: a width, or several widths in one model."""
         units, choices = range(len(self.space.units)), range(len(self.space.bits))
         uniform = [tuple(c for _ in units) for c in choices]
-        mixed = [tuple((u + c) % len(choices) for u in units) for c in choices]
-        for configuration in dict.fromkeys([*uniform, *mixed]):
+        mixed = tuple(u % len(choices) for u in units)
+        for configuration in dict.fromkeys([*uniform, mixed]):
             rules = self.space.rules(configuration)
             placed = placed_targets(self._skeleton, self.recipe.method, rules)
             if placed:

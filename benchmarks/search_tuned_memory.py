@@ -34,7 +34,7 @@ SEVEN_B: dict[str, Any] = {
 }
 SETTINGS = {"1 x 512, recomputed": (1, 512, True), "4 x 256, kept": (4, 256, False)}
 """Sequences, tokens in each, whether blocks are recomputed."""
-PLANNED = [task for task, scale in SCALES.items() if scale == Scale()]
+PLANNED = [task for task, scale in SCALES.items() if scale.model == Scale.model]
 """Tasks whose model is large enough to say something of 7B."""
 
 

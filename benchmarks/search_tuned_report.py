@@ -117,7 +117,7 @@ def _verdicts(plans: dict[tuple[str, str], int], settings: list[str]) -> list[st
 
 
 def section(results: Path) -> list[str]:
-    s, small = SCALES["wikitext"], SCALES["tinystories"]
+    s, asked, small = SCALES["wikitext"], SCALES["polarity"], SCALES["tinystories"]
     lines = [
         "",
         "## After fine-tuning",
@@ -125,7 +125,8 @@ def section(results: Path) -> list[str]:
         *textwrap.wrap(
             "SmolLM2-135M-Instruct (its dequantized 4-bit file), 20 and 30 % of the decoder's parameters pruned by Taylor "
             f"importance, then tuned for {s.steps} steps of {s.step_tokens} tokens on WikiText-2 (perplexity on "
-            f"{s.test_tokens:,} test tokens) or sentence polarity (accuracy in % on {s.items} test items); and "
+            f"{s.test_tokens:,} test tokens) or for {asked.steps} steps of {asked.step_tokens} tokens on the answers of "
+            f"sentence polarity (accuracy in % on {asked.items} test items); and "
             f"stories260K, which was never quantized, pruned alike and tuned for {small.steps} steps of "
             f"{small.step_tokens} tokens on TinyStories. Searched widths, of {', '.join(map(str, SEARCHED_BITS))} bits, "
             "fit into the bytes of the uniform model of as many bits. All rows but LoRA and LoftQ are LR-QAT on whole "

@@ -193,7 +193,8 @@ class SearchBlock(Block):
     budget_training: str | int | None = None
     """Largest predicted peak of training, such as 6GiB: never exceeded."""
     objective: Literal["rounded", "tuned"] = "rounded"
-    """rounded: KL to the float model, no training; tuned: held-out loss after `steps` steps of training."""
+    """rounded: KL to the float model, no training; tuned: held-out loss after `steps` steps of training, of the answers
+    alone where rows have prompts."""
     steps: int = Field(default=50, ge=1)
     """Steps of a tuned trial."""
     promote: int | None = Field(default=None, ge=2)

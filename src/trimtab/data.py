@@ -204,6 +204,8 @@ def _rendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 _ROWS_A_TOKEN = 4
 """Rows read at most for each token that is wanted from all of the text; many may be empty."""
+_SAMPLED = 256
+"""Rows at most whose length says how long a row is."""
 
 
 def token_blocks(
@@ -257,6 +259,14 @@ def token_blocks(
     texts = torch.tensor(token_ids[: there * each], dtype=torch.int64).view(there, each)
     texts = texts[torch.arange(blocks) * there // blocks] if spread else texts[:blocks]
     return torch.cat([torch.tensor(head, dtype=torch.int64).expand(blocks, len(head)), texts], dim=1)
+
+
+def spread(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
+    """Rows from everywhere in `dataset`, at least one, of about `tokens` tokens together."""
+    some = dataset.select(range(0, len(dataset), -(-len(dataset) // _SAMPLED)))
+    mean = sum(len(tokenizer(t, verbose=False)["input_ids"]) for t in text_of(some, tokenizer)) / len(some)
+    count = min(len(dataset), max(1, round(tokens / max(mean, 1))))
+    return dataset.select([i * len(dataset) // count for i in range(count)])
 
 
 def _begins(tokenizer: PreTrainedTokenizerBase) -> list[int]:

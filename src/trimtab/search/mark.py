@@ -55,7 +55,10 @@ def about(recipe: Recipe, space: Space) -> list[tuple[str, Any]]:
         ("method", [recipe.method.name, asdict(recipe.method), recipe.merge]),
         ("rules", [repr(rule) for rule in (*space.placements, *space.others)]),
         ("units", [space.bytes_UC.tolist(), space.fixed_bytes]),
-        ("data", [recipe.data.model_dump(mode="json", exclude={"eval_tokens"}), "windows from all of the text"]),
+        (
+            "data",
+            [recipe.data.model_dump(mode="json", exclude={"eval_tokens"}), "windows from all of the text, or answers"],
+        ),
         ("search", recipe.search.model_dump(mode="json", exclude=_MAY_CHANGE)),
         ("train", _training(recipe) if tuned else None),
         ("start, distill, activations or kv", [repr(b) for b in _beside(recipe)] if tuned else None),

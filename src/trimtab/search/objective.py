@@ -2,8 +2,8 @@
 
     rounded    KL(float || rounded) per token: no training, one forward pass of the model with its weights rounded to the
                nearest on their grids; inputs and cache stay as they are
-    tuned      held-out loss after a short fine-tune of the recipe's method on the configuration: quantized weights and
-               adapters, as they would be folded and served
+    tuned      held-out loss (see `held_out`) after a short fine-tune of the recipe's method on the configuration: quantized
+               weights and adapters, as they would be folded and served
 
 Tokens are the same in every trial, so that trials are paired and most of the noise of sampling text cancels.
 (The paper's public code measures the 16-bit model with the adapter on it; and memory where it could be computed.)
@@ -12,19 +12,18 @@ Tokens are the same in every trial, so that trials are paired and most of the no
 import gc
 import tempfile
 from collections.abc import Sequence
-from math import inf, log
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trimtab import startup, train
-from trimtab.evaluate.perplexity import perplexity
 from trimtab.grid import AnyGrid, Grid
 from trimtab.inputs import Inputs
 from trimtab.preparing import targets
 from trimtab.recipe import Recipe
 from trimtab.rules import Rule
+from trimtab.search.held_out import Loss
 from trimtab.search.sensitivity import divergence, rounded, start
 
 if TYPE_CHECKING:
@@ -66,11 +65,12 @@ class Tuned:
 
     Args:
         recipe: its model, method, data and learning rates; its length is the trial's.
-        given: tokenizer, training rows, held-out blocks and start.
+        given: tokenizer, training rows and start.
+        loss: what a trained model is measured by.
     """
 
-    def __init__(self, recipe: Recipe, given: Inputs) -> None:
-        self._recipe, self._given = recipe, given
+    def __init__(self, recipe: Recipe, given: Inputs, loss: Loss) -> None:
+        self._recipe, self._given, self._loss = recipe, given, loss
 
     def __call__(self, rules: Sequence[Rule], steps: int) -> float:
         """Nats a token; infinite where training diverged."""
@@ -79,11 +79,7 @@ class Tuned:
             model = startup.load(recipe, self._given)
             startup.simulate(recipe, model, self._given)
             train.fit(model, self._given.tokenizer, recipe, rows=self._given.rows)
-            assert self._given.blocks is not None
-            try:
-                value = log(perplexity(model, self._given.blocks))
-            except OverflowError:
-                value = inf
+            value = self._loss(model)
         del model
         gc.collect()
         return value

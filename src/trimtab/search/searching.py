@@ -9,7 +9,6 @@ proposes. The last is the best short trial's promotion, if it had none: the resu
 """
 
 import copy
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +21,12 @@ import torch
 
 from trimtab import data, inputs, loading, planning, teacher_cache, train
 from trimtab.errors import UserError
-from trimtab.evaluate.perplexity import perplexity
 from trimtab.export import exporting
 from trimtab.grid import AnyGrid
 from trimtab.inputs import Inputs
 from trimtab.preparing import placed_targets, targets
 from trimtab.recipe import Recipe
-from trimtab.search import mark, sensitivity, standing
+from trimtab.search import held_out, mark, sensitivity, standing
 from trimtab.search.additive import Configuration, front
 from trimtab.search.hypervolume import hypervolume
 from trimtab.search.ledger import Ledger, Trial, Wish, shown
@@ -134,25 +132,26 @@ class Search:
     def _float_model(self) -> "PreTrainedModel":
         return loading.load_float(self.recipe.model.path, dtype=self.recipe.dtype, source=self._source)
 
-    def _blocks(self, rows: Any, tokens: int) -> torch.Tensor:
-        assert self.recipe.data is not None
-        length = min(self.recipe.data.block_tokens, tokens)
-        return data.token_blocks(rows, self._tokenizer, block_tokens=length, limit_tokens=tokens, spread=True)
+    def _windows(self, rows: Any, tokens: int) -> torch.Tensor:
+        return held_out.windows(self.recipe, self._tokenizer, rows, tokens)
 
-    def _held_out(self) -> torch.Tensor:
+    @cached_property
+    def _held_out(self) -> Any:
         block = self.recipe.data
         assert block is not None
-        rows = self._rows if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
-        return self._blocks(rows, self.block.tokens)
+        return self._rows if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
+
+    @cached_property
+    def _loss(self) -> held_out.Loss:
+        return held_out.loss(self.recipe, self._tokenizer, self._held_out, self.block.tokens)
 
     def objective(self) -> Objective:
         """What a trial runs."""
-        blocks = self._held_out()
         if self.block.objective == "rounded":
-            return Rounded(self._float_model, self.recipe, blocks)
+            return Rounded(self._float_model, self.recipe, self._windows(self._held_out, self.block.tokens))
         self.free()  # a trial loads its own, quantized
         start = inputs.start_of(self.recipe, self._rows, self._tokenizer)
-        return Tuned(self.recipe, Inputs(self._source, self._tokenizer, self._rows, blocks, start))
+        return Tuned(self.recipe, Inputs(self._source, self._tokenizer, self._rows, None, start), self._loss)
 
     def prepare(self) -> None:
         """What is made once for a study: sensitivities, and a teacher's cache where trials learn from one."""
@@ -186,14 +185,14 @@ class Search:
         return Problem(cost, self.space.bytes_UC, self.space.fixed_bytes, self.budget, bound)
 
     def _sensitivities(self) -> list[list[float]]:
-        blocks = self._blocks(self._rows, self.block.sensitivity_tokens)
+        blocks = self._windows(self._rows, self.block.sensitivity_tokens)
         # A width costs the same at every rank.
         distinct = list(dict.fromkeys(self.space.placements))
         about = self._float_model, self.space.units, distinct, blocks
         exact, began = self.block.sensitivity == "exact", time.perf_counter()
         found = sensitivity.exact(*about) if exact else sensitivity.fisher(*about, seed=self.block.seed)
         if self.block.objective == "tuned":
-            self.ledger.note("float_quality", math.log(perplexity(self._float_model, self._held_out())))
+            self.ledger.note("float_quality", self._loss(self._float_model))
         took = {"passes": found.passes, "tokens": blocks.numel(), "seconds": time.perf_counter() - began}
         self.ledger.note("sensitivities", took)
         cost = np.maximum(found.cost_UC[:, [distinct.index(p) for p in self.space.placements]], 0.0)

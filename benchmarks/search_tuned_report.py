@@ -85,7 +85,9 @@ def _claims(task: str, ratio: int, cells: Cells) -> list[str]:
         sign = 1 if metric == "accuracy" else -1
         gains = [sign * (cells[a][s]["value"] - cells[b][s]["value"]) for s in shared]
         mean, wide = statistics.fmean(gains), interval(gains)
-        if wide is None:
+        if all(cells[a][s].get("same_as", "").endswith(f"-{b}") for s in shared):
+            verdict = "one model: the search came to it"
+        elif wide is None:
             verdict = "one seed: no interval"
         elif abs(mean) <= wide:
             verdict = "no difference beyond seeds"

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trimtab.grid import Grid
 from trimtab.kernels import recompute
-from trimtab.linear import QuantLinear
-from trimtab.loss import chunked_cross_entropy
-from trimtab.packing import LAYOUT, pack, unpack
-from trimtab.weights import AffineWeight
+from trimtab.layers.linear import QuantLinear
+from trimtab.layers.weights import AffineWeight
+from trimtab.quant.grid import Grid
+from trimtab.quant.packing import LAYOUT, pack, unpack
+from trimtab.training.loss import chunked_cross_entropy
 
 N, K, TOKENS, VOCABULARY = 1536, 576, 1024, 49152
 Cases = dict[str, Callable[[], Any]]

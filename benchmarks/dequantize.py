@@ -22,9 +22,9 @@ from typing import Any
 import step
 import torch
 
-from trimtab.grid import CodebookGrid, Grid
 from trimtab.kernels import dequantize
-from trimtab.weights import AffineWeight, CodebookWeight
+from trimtab.layers.weights import AffineWeight, CodebookWeight
+from trimtab.quant.grid import CodebookGrid, Grid
 
 N = K = 4096
 RANK = 32

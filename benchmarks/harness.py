@@ -15,9 +15,11 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from trimtab import loading, pipeline, recipe
-from trimtab.evaluate import harness
+from trimtab.evaluation import harness
 from trimtab.methods import Rtn
+from trimtab.models import load as loading
+from trimtab.pipeline import run as pipeline
+from trimtab.recipe import recipe
 
 OUT = Path(__file__).parent / "results" / "harness.json"
 MODEL = "smollm2-135m"

@@ -123,8 +123,8 @@ def planned(name: str, shape: dict[str, Any], checkpointing: bool, micro_batches
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    from trimtab import memory
-    from trimtab.rules import parse_rules
+    from trimtab.memory import training as memory
+    from trimtab.recipe.rules import parse_rules
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(_config(shape))
@@ -153,8 +153,8 @@ def train(
     from transformers import AutoModelForCausalLM
 
     import trimtab
-    from trimtab import memory
-    from trimtab.loss import summed_loss
+    from trimtab.memory import training as memory
+    from trimtab.training.loss import summed_loss
 
     torch.manual_seed(0)
     config = _config(shape)
@@ -195,8 +195,8 @@ def measure(
     """What is planned, measured and held by libraries; call it in a process of its own."""
     import torch
 
-    from trimtab import memory
     from trimtab.kernels import workspace
+    from trimtab.memory import training as memory
 
     torch.set_num_threads(1)
     if give_back:
@@ -222,7 +222,7 @@ def _apart(*arguments: Any) -> tuple[Any, int, int]:
     """`measure` in a process forked from one that has only imported the libraries."""
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2")]
-    context.set_forkserver_preload(["torch._dynamo", "accelerate", "trimtab", "trimtab.loss", *models])
+    context.set_forkserver_preload(["torch._dynamo", "accelerate", "trimtab", "trimtab.training.loss", *models])
     pipe, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
     process.start()

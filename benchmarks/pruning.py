@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from trimtab import data, loading
-from trimtab.evaluate.perplexity import perplexity
-from trimtab.prune import Options, prune
+from trimtab.data import sequences as data
+from trimtab.evaluation.perplexity import perplexity
+from trimtab.models import load as loading
+from trimtab.pruning import Options, prune
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "smollm2-135m"

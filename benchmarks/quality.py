@@ -127,8 +127,8 @@ def _process(values: dict[str, Any]) -> dict[str, Any]:
 
 def cell(values: dict[str, Any]) -> None:
     """What a cell's own process does."""
-    from trimtab import pipeline
-    from trimtab.recipe import from_dict
+    from trimtab.pipeline import run as pipeline
+    from trimtab.recipe.recipe import from_dict
 
     pipeline.run(from_dict(values), overwrite=True)
     share = moved(values) if values["method"]["name"] in MOVING else None
@@ -139,9 +139,9 @@ def moved(values: dict[str, Any]) -> float:
     """Share of a saved model's codes that are not those of its float model rounded to nearest."""
     import torch
 
-    from trimtab import loading
-    from trimtab.hf import quant_layers
-    from trimtab.weights import AffineWeight
+    from trimtab.layers.weights import AffineWeight
+    from trimtab.models import load as loading
+    from trimtab.models.transformers_bridge import quant_layers
 
     source, (saved, _) = loading.open_source(values["model"]["path"]), loading.load(values["output"])
     assert source is not None
@@ -271,7 +271,7 @@ def _converted(model: str, folder: Path) -> Path:
     if not folder.exists():
         import torch
 
-        from trimtab import loading
+        from trimtab.models import load as loading
 
         source = loading.open_source(model)
         assert source is not None, "quantized models are not rounded again"
@@ -305,7 +305,7 @@ def _cut_task(task: str, source: Path, folder: Path) -> None:
 
 def asked(review: dict[str, Any]) -> dict[str, str]:
     """A training row in the very words that the harness asks with."""
-    from trimtab.evaluate.harness import TASKS
+    from trimtab.evaluation.harness import TASKS
 
     words = TASKS["sentence_polarity"].prompt
     prompt = words["doc_to_text"].replace("{{sentence}}", review["sentence"])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from trimtab import loading
-from trimtab.grid import Grid
-from trimtab.weights import AffineWeight
+from trimtab.layers.weights import AffineWeight
+from trimtab.models import load as loading
+from trimtab.quant.grid import Grid
 
 OUT = Path(__file__).parent / "results" / "ranges.json"
 MODEL = "smollm2-135m"

@@ -150,7 +150,7 @@ def seven(found: dict[str, Any]) -> list[str]:
 
 
 LOGITS_CHUNK_TOKENS = 128
-"""Of `trimtab.memory`."""
+"""Of `trimtab.memory.plan`."""
 
 
 def memory(found: dict[str, Any]) -> list[str]:

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from search_truth import TABLES
 
-from trimtab.search.additive import front
-from trimtab.search.hypervolume import expected_gain, hypervolume, pareto
-from trimtab.search.proposal import Problem, Tried, propose
+from trimtab.bit_search.additive import front
+from trimtab.bit_search.hypervolume import expected_gain, hypervolume, pareto
+from trimtab.bit_search.proposal import Problem, Tried, propose
 
 RESULTS = Path(__file__).parent / "results"
 TRIALS = (10, 20, 40, 80)

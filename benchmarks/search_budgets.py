@@ -16,8 +16,8 @@ import numpy as np
 from search import PRIOR, RESULTS, Sequence, Truth
 from search_truth import TABLES
 
-from trimtab.search.additive import front
-from trimtab.search.proposal import Problem, Tried, propose
+from trimtab.bit_search.additive import front
+from trimtab.bit_search.proposal import Problem, Tried, propose
 
 TRIALS = (10, 15, 20, 30)
 SHARES = tuple(np.arange(1, 10) / 10)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 
-from trimtab.search.proposal import Problem, Tried, propose
+from trimtab.bit_search.proposal import Problem, Tried, propose
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLERS = ("NSGAIISampler", "TPESampler", "GPSampler")

@@ -28,8 +28,8 @@ FILE = RESULTS / "search_repair.json"
 
 def prepared(data: Path, work: Path) -> Any:
     """A search over 3, 4 and 5 bits in each part of each layer; only its parts are used."""
-    from trimtab.recipe import from_dict
-    from trimtab.search.searching import Search
+    from trimtab.bit_search.searching import Search
+    from trimtab.recipe.recipe import from_dict
 
     study = search_tuned.Study(search_tuned.SCALES, RESULTS, data, work, math.inf)
     cell = next(c for c in search_tuned.CELLS if c.name == f"wikitext-{max(search_tuned.RATIOS)}-uniform-{BITS}")
@@ -69,8 +69,8 @@ def parts(search: Any) -> list[str]:
 
 def divergence(search: Any) -> dict[str, dict[int, float]]:
     """What sensitivities say of a part at a width, summed over layers."""
-    from trimtab import loading
-    from trimtab.search import sensitivity
+    from trimtab.bit_search import sensitivity
+    from trimtab.models import load as loading
 
     model = loading.load_float(search.recipe.model.path, dtype=search.recipe.dtype)
     blocks = search._blocks(search._rows, SENSITIVITY_TOKENS)

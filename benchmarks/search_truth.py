@@ -24,11 +24,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trimtab import data, loading, weights
-from trimtab.grid import Grid
+from trimtab.bit_search import sensitivity
+from trimtab.bit_search.space import By, Space, Unit, space
+from trimtab.data import sequences as data
+from trimtab.layers import weights
 from trimtab.methods import Rtn
-from trimtab.search import sensitivity
-from trimtab.search.space import By, Space, Unit, space
+from trimtab.models import load as loading
+from trimtab.quant.grid import Grid
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -18,10 +18,11 @@ from quality import read, say
 from search_tuned import RATIOS, ROWS, SCALES, Row, Scale, rules
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trimtab import memory, methods
-from trimtab.prune.structures import layout
-from trimtab.prune.widths import choose, describe
-from trimtab.rules import parse_rules
+from trimtab import methods
+from trimtab.memory import training as memory
+from trimtab.pruning.structures import layout
+from trimtab.pruning.widths import choose, describe
+from trimtab.recipe.rules import parse_rules
 
 SEVEN_B: dict[str, Any] = {
     "hidden_size": 4096,

@@ -15,7 +15,7 @@ PARTS = {
 
 
 def prune(values: dict[str, Any]) -> None:
-    from trimtab.prune import Options, prune_checkpoint
+    from trimtab.pruning import Options, prune_checkpoint
 
     options = Options(ratio=values["ratio"], multiple_of=values["multiple_of"])
     sizes = {key: values[key] for key in ("text", "tokens", "block_tokens")}
@@ -25,8 +25,9 @@ def prune(values: dict[str, Any]) -> None:
 def cell(values: dict[str, Any]) -> None:
     import trl.trainer.sft_trainer  # noqa: F401  (libraries are no part of a run's memory)
 
-    from trimtab import memory, pipeline
-    from trimtab.recipe import from_dict
+    from trimtab.memory import training as memory
+    from trimtab.pipeline import run as pipeline
+    from trimtab.recipe.recipe import from_dict
 
     before = memory.resident_bytes()
     metrics = pipeline.run(from_dict(values), overwrite=True)
@@ -39,9 +40,10 @@ def search(values: dict[str, Any]) -> None:
 
     Widths, bytes and cost, with the time that sensitivities took, go to `found.json`.
     """
-    from trimtab import loading, storage
-    from trimtab.recipe import from_dict
-    from trimtab.search import workers
+    from trimtab.bit_search import workers
+    from trimtab.formats import file_size as storage
+    from trimtab.models import load as loading
+    from trimtab.recipe.recipe import from_dict
 
     plain = from_dict(values)
     skeleton = loading.skeleton(plain.model.path)[1]

@@ -27,15 +27,21 @@ from typing import Any
 
 import torch
 
-from trimtab import data, export, loading, methods, pipeline, recipe
-from trimtab.evaluate import serving
-from trimtab.export import declaration, exporting
-from trimtab.export.lossy import nearest_grid
-from trimtab.grid import AnyGrid, CodebookGrid, Grid
+from trimtab import formats as export
+from trimtab import methods
+from trimtab.data import sequences as data
+from trimtab.evaluation import serving
+from trimtab.formats import declaration
+from trimtab.formats import export as exporting
+from trimtab.formats.lossy import nearest_grid
+from trimtab.layers.weights import AffineWeight
 from trimtab.methods import Method
-from trimtab.preparing import targets
-from trimtab.rules import Rule
-from trimtab.weights import AffineWeight
+from trimtab.models import load as loading
+from trimtab.models.prepare import targets
+from trimtab.pipeline import run as pipeline
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
+from trimtab.recipe import recipe
+from trimtab.recipe.rules import Rule
 
 Model = tuple[str, str, int]
 """(method, zero, bits)."""

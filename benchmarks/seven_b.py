@@ -50,8 +50,11 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trimtab import loading, memory, methods, rules
-from trimtab.loss import chunked_cross_entropy
+from trimtab import methods
+from trimtab.memory import training as memory
+from trimtab.models import load as loading
+from trimtab.recipe import rules
+from trimtab.training.loss import chunked_cross_entropy
 
 SHAPES = {  # hidden, MLP, layers, heads, KV heads
     "7b": (4096, 11008, 32, 32, 32),
@@ -266,7 +269,7 @@ def _stepper(model: Any) -> Callable[[], float]:
 def measure(name: str, folder: str, threads: int) -> dict[str, Any]:
     """Memory of loading and training, and the seconds of a step."""
     _quiet(threads)
-    import_module("trimtab.pipeline")  # a run holds all of it
+    import_module("trimtab.pipeline.run")  # a run holds all of it
     memory.return_freed()  # as `train.fit` does
     gc.collect()
     memory.trim()

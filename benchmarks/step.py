@@ -182,7 +182,7 @@ def _training(model: Any, ours: bool = False) -> tuple[Step, int]:
     import torch
 
     if ours:
-        from trimtab.loss import summed_loss
+        from trimtab.training.loss import summed_loss
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 import reference
-from trimtab import codebook, gptq
-from trimtab.gptq import Gptq
-from trimtab.grid import AnyGrid, CodebookGrid, Grid
-from trimtab.linear import QuantLinear
+from trimtab.layers.linear import QuantLinear
+from trimtab.layers.weights import AffineWeight, CodebookWeight
 from trimtab.methods import Loftq, Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
 from trimtab.methods.base import Source
-from trimtab.weights import AffineWeight, CodebookWeight
+from trimtab.models import gptq
+from trimtab.models.gptq import Gptq
+from trimtab.quant import codebook
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 
 N, K, RANK, ALPHA = 48, 64, 4, 8.0
 BITS, ZEROS, GROUPS = (2, 3, 4, 8), ("symmetric", "integer", "real"), (32, None)

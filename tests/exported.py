@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import trimtab as tt
-from trimtab.export import exporting
-from trimtab.hf import quant_layers
-from trimtab.linear import QuantLinear
+from trimtab.formats import export as exporting
+from trimtab.layers.linear import QuantLinear
 from trimtab.methods import Method, Rtn
+from trimtab.models.transformers_bridge import quant_layers
 
 IDS = torch.arange(24).view(2, 12) * 5 % 64
 EMBEDDING = {"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}

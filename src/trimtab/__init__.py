@@ -13,18 +13,19 @@ Importing the package also teaches `AutoModelForCausalLM.from_pretrained` to rea
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trimtab import methods, registration
-from trimtab.activations import Activations, KvCache
+from trimtab import methods
 from trimtab.errors import UserError
-from trimtab.grid import CodebookGrid, Grid
+from trimtab.models import registration
+from trimtab.quant.activations import Activations, KvCache
+from trimtab.quant.grid import CodebookGrid, Grid
 
 if TYPE_CHECKING:
-    from trimtab.chain import run
-    from trimtab.export.native import save
-    from trimtab.gptq import Gptq
-    from trimtab.loading import load
-    from trimtab.preparing import fold, prepare
-    from trimtab.simulation import simulate
+    from trimtab.formats.native.write import save
+    from trimtab.models.gptq import Gptq
+    from trimtab.models.load import load
+    from trimtab.models.prepare import fold, prepare
+    from trimtab.models.simulate import simulate
+    from trimtab.pipeline.stages import run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,13 +34,13 @@ __all__ = [
 ]  # fmt: skip
 
 _LAZY = {
-    "Gptq": "trimtab.gptq",
-    "fold": "trimtab.preparing",
-    "load": "trimtab.loading",
-    "prepare": "trimtab.preparing",
-    "run": "trimtab.chain",
-    "save": "trimtab.export.native",
-    "simulate": "trimtab.simulation",
+    "Gptq": "trimtab.models.gptq",
+    "fold": "trimtab.models.prepare",
+    "load": "trimtab.models.load",
+    "prepare": "trimtab.models.prepare",
+    "run": "trimtab.pipeline.stages",
+    "save": "trimtab.formats.native.write",
+    "simulate": "trimtab.models.simulate",
 }
 
 registration.install()

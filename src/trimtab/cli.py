@@ -48,8 +48,8 @@ def run(
 ) -> None:
     """Quantize, tune, fold, save, and compare."""
     _quiet()
-    from trimtab import chain
-    from trimtab.recipe import read
+    from trimtab.pipeline import stages as chain
+    from trimtab.recipe.recipe import read
     from trimtab.report.terminal import Terminal
 
     parsed, terminal = read(recipe, overrides or ()), Terminal()
@@ -63,8 +63,11 @@ def run(
 def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Predict the memory that a recipe's training needs; loads nothing."""
     _quiet()
-    from trimtab import chain, loading, memory, planning
-    from trimtab.recipe import read
+    from trimtab.memory import plan as planning
+    from trimtab.memory import training as memory
+    from trimtab.models import load as loading
+    from trimtab.pipeline import stages as chain
+    from trimtab.recipe.recipe import read
     from trimtab.report.terminal import Terminal
 
     parsed, terminal = read(recipe, overrides or ()), Terminal()
@@ -79,7 +82,7 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
 
 def _saved(directory: str) -> tuple[Any, Any]:
     """A model as it stands, whether saved by trimtab or in float, and its tokenizer."""
-    from trimtab import loading
+    from trimtab.models import load as loading
 
     source = loading.open_source(directory)
     if source is not None:
@@ -100,9 +103,9 @@ def evaluate(
 ) -> None:
     """Perplexity of a saved model on held-out data."""
     _quiet()
-    from trimtab import data
-    from trimtab.evaluate.perplexity import perplexity
-    from trimtab.recipe import read
+    from trimtab.data import sequences as data
+    from trimtab.evaluation.perplexity import perplexity
+    from trimtab.recipe.recipe import read
     from trimtab.report.terminal import Terminal
 
     model, tokenizer = _saved(directory)
@@ -132,7 +135,7 @@ def harness(
 ) -> None:
     """Accuracies with standard errors on local files; with two models, their paired differences."""
     _quiet()
-    from trimtab.evaluate import harness as asking
+    from trimtab.evaluation import harness as asking
     from trimtab.report.terminal import Terminal
 
     names = [name.strip() for name in tasks.split(",")]
@@ -166,7 +169,7 @@ def export(
 ) -> None:
     """Write a saved model in another format, from its codes."""
     _quiet()
-    from trimtab.export import exporting
+    from trimtab.formats import export as exporting
     from trimtab.report.terminal import Terminal
 
     options = exporting.Options(
@@ -186,7 +189,7 @@ def parity(
 ) -> None:
     """Compare what an engine computes from an exported model with the trained one."""
     _quiet()
-    from trimtab.evaluate import serving
+    from trimtab.evaluation import serving
     from trimtab.report.terminal import Terminal
 
     found = serving.parity(directory, engine, python=python, trained=trained, path=data, tokens=tokens)
@@ -199,8 +202,8 @@ def parity(
 def formats() -> None:
     """List the formats, what they can hold, and what each engine runs of them."""
     _quiet()
-    from trimtab.export import ALL
-    from trimtab.export.declaration import HEADER, table
+    from trimtab.formats import ALL
+    from trimtab.formats.declaration import HEADER, table
     from trimtab.report.terminal import Terminal
 
     Terminal().rows("", HEADER, table(ALL))
@@ -209,7 +212,7 @@ def formats() -> None:
 @app.command()
 def verify(directory: _Directory) -> None:
     """Compare every file of a saved or exported model with the hashes in its manifest."""
-    from trimtab.export.directory import verify as verify_files
+    from trimtab.formats.directory import verify as verify_files
     from trimtab.report.terminal import Terminal
 
     Terminal().say(f"{verify_files(Path(directory))} files are what was written")
@@ -223,7 +226,7 @@ def chat(
 ) -> None:
     """Talk to a saved model."""
     _quiet()
-    from trimtab.pipeline import answer
+    from trimtab.pipeline.run import answer
     from trimtab.report.terminal import Terminal
 
     terminal = Terminal()
@@ -257,9 +260,9 @@ def prune(
 ) -> None:
     """Take attention heads and MLP channels, or whole layers, out of a float model; writes an ordinary checkpoint."""
     _quiet()
-    from trimtab.prune import Options, prune_checkpoint
+    from trimtab.formats.file_size import parse_bytes
+    from trimtab.pruning import Options, prune_checkpoint
     from trimtab.report.terminal import Terminal
-    from trimtab.storage import parse_bytes
 
     options = Options(
         ratio=ratio,
@@ -289,8 +292,8 @@ def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
 def search(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Search widths per layer within a budget; Ctrl-C stops, and the same command goes on."""
     _quiet()
-    from trimtab import chain
-    from trimtab.recipe import read
+    from trimtab.pipeline import stages as chain
+    from trimtab.recipe.recipe import read
     from trimtab.report.terminal import Terminal
 
     terminal = Terminal()
@@ -326,8 +329,8 @@ def recipe(
     explain: Annotated[bool, typer.Option("--explain", help="Explain every field.")] = False,
 ) -> None:
     """Print a recipe to start from; with --explain, what every field means."""
-    from trimtab.explain import explanation
-    from trimtab.recipe import EXAMPLE
+    from trimtab.recipe.explain import explanation
+    from trimtab.recipe.recipe import EXAMPLE
 
     sys.stdout.write(explanation() if explain else EXAMPLE)
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 from transformers import SmolLM3Config as SmolLm3Config
 
-from trimtab.evaluate import serving
-from trimtab.export.gguf import save
-from trimtab.export.gguf_vocab import PRE_TOKENIZERS, vocabulary
-from trimtab.hf import quant_layers
+from trimtab.evaluation import serving
+from trimtab.formats.gguf.vocabulary import PRE_TOKENIZERS, vocabulary
+from trimtab.formats.gguf.write import save
 from trimtab.methods import LrQat, Rtn
-from trimtab.preparing import fold, prepare
+from trimtab.models.prepare import fold, prepare
+from trimtab.models.transformers_bridge import quant_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_gguf_export import FAMILIES, QWEN2, SIZES, byte_level_tokenizer, random_model

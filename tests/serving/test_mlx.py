@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import trimtab as tt
 from exported import EMBEDDING
 from test_gguf_export import FAMILIES, GEMMA, SIZES, random_model
-from trimtab.evaluate import serving
-from trimtab.export import exporting
-from trimtab.export.mlx import FAMILIES as TESTED
-from trimtab.hf import quant_layers
+from trimtab.evaluation import serving
+from trimtab.formats import export as exporting
+from trimtab.formats.mlx.write import FAMILIES as TESTED
 from trimtab.methods import LrQat, Method, QaHira, Rtn
+from trimtab.models.transformers_bridge import quant_layers
 
 PERIODIC = Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 7}, **GEMMA)
 CASES: dict[str, Any] = {**{n: c for n, c in CONFIGS.items() if n not in ("gemma2", "gemma3")}, "gemma3": PERIODIC}

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import trimtab as tt
-from trimtab import prune
-from trimtab.evaluate import serving
-from trimtab.export.gguf import save
+from trimtab import pruning as prune
+from trimtab.evaluation import serving
+from trimtab.formats.gguf.write import save
 from trimtab.methods import LrQat
-from trimtab.prune import Options
+from trimtab.pruning import Options
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_vllm import SIZES, needs_four_bits

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import trimtab as tt
 from trimtab.errors import UserError
-from trimtab.evaluate import serving
-from trimtab.export import exporting
-from trimtab.hf import quant_layers
-from trimtab.linear import QuantLinear
+from trimtab.evaluation import serving
+from trimtab.formats import export as exporting
+from trimtab.layers.linear import QuantLinear
 from trimtab.methods import LrQat, Method, QBara, Rtn
+from trimtab.models.transformers_bridge import quant_layers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,

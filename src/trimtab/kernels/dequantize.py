@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab import packing
-from trimtab.codebook import expand_absmax, from_codebook
-from trimtab.grid import Grid, Range, Zero, from_codes
 from trimtab.kernels import cpu
+from trimtab.quant import packing
+from trimtab.quant.codebook import expand_absmax, from_codebook
+from trimtab.quant.grid import Grid, Range, Zero, from_codes
 
 _AFFINE = "Tensor scale, Tensor? zero, Tensor? offset, int bits, float center"
 _CODEBOOK = (

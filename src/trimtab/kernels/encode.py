@@ -9,10 +9,10 @@ Legend: N out features, K in features, G groups in a row.
 import torch
 from torch import Tensor
 
-from trimtab import packing
-from trimtab.codebook import table
-from trimtab.grid import CodebookGrid, Grid, Range, group_size, set_range
 from trimtab.kernels import cpu
+from trimtab.quant import packing
+from trimtab.quant.codebook import table
+from trimtab.quant.grid import CodebookGrid, Grid, Range, group_size, set_range
 
 
 def fits(weight_NK: Tensor) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.grid import Grid, Range, from_codes
+from trimtab.quant.grid import Grid, Range, from_codes
 
 
 class _FromLevels(torch.autograd.Function):

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.codebook import DOUBLE_BLOCK
+from trimtab.quant.codebook import DOUBLE_BLOCK
 
 try:
     import triton

@@ -11,12 +11,12 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from trimtab import weights
-from trimtab.adapters import Adapter
-from trimtab.deltas import AdapterDtype, DeltaShape, PooledDelta
 from trimtab.errors import UserError
-from trimtab.grid import AnyGrid, Grid, group_size, same_form
-from trimtab.weights import AffineWeight, DenseWeight, Storage, Weight
+from trimtab.layers import weights
+from trimtab.layers.adapters import Adapter
+from trimtab.layers.deltas import AdapterDtype, DeltaShape, PooledDelta
+from trimtab.layers.weights import AffineWeight, DenseWeight, Storage, Weight
+from trimtab.quant.grid import AnyGrid, Grid, group_size, same_form
 
 Source = Tensor | Weight
 """Where a layer starts: a float (N, K) matrix, or a weight that is already stored."""

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab import weights
-from trimtab.adapters import Adapter, DeltaOutput
-from trimtab.deltas import DeltaShape
 from trimtab.errors import UserError
-from trimtab.grid import AnyGrid, CodebookGrid, group_size, same_form
+from trimtab.layers import weights
+from trimtab.layers.adapters import Adapter, DeltaOutput
+from trimtab.layers.deltas import DeltaShape
+from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, low_rank, new_delta
-from trimtab.weights import Weight
+from trimtab.quant.grid import AnyGrid, CodebookGrid, group_size, same_form
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from trimtab.adapters import Adapter, DeltaOutput
-from trimtab.deltas import DeltaShape
-from trimtab.grid import AnyGrid, group_size
+from trimtab.layers.adapters import Adapter, DeltaOutput
+from trimtab.layers.deltas import DeltaShape
+from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, low_rank, new_delta, start
-from trimtab.weights import Weight
+from trimtab.quant.grid import AnyGrid, group_size
 
 
 @dataclass(frozen=True, kw_only=True)

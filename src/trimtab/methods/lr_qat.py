@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from trimtab.adapters import Adapter, DeltaLevels
-from trimtab.deltas import DeltaShape, PooledDelta
 from trimtab.errors import UserError
-from trimtab.grid import AnyGrid, Grid, group_size
+from trimtab.layers.adapters import Adapter, DeltaLevels
+from trimtab.layers.deltas import DeltaShape, PooledDelta
+from trimtab.layers.weights import AffineWeight, Storage, Weight
 from trimtab.methods.base import Method, Source, as_affine, balance, low_rank, new_delta, require_affine, scales, start
-from trimtab.weights import AffineWeight, Storage, Weight
+from trimtab.quant.grid import AnyGrid, Grid, group_size
 
 _HALF = 0.49
 """Steps that an SVD start may move a level by; below a half by more than bfloat16 factors round."""

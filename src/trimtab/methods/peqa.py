@@ -5,10 +5,10 @@ W_hat = s * (q - z)      ds = sum over the group of dL/dW_hat * (q - z)
 
 from dataclasses import dataclass
 
-from trimtab.adapters import Adapter, DeltaLevels
-from trimtab.grid import AnyGrid, Grid, group_size
+from trimtab.layers.adapters import Adapter, DeltaLevels
+from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, as_affine, require_affine, scales, start
-from trimtab.weights import Weight
+from trimtab.quant.grid import AnyGrid, Grid, group_size
 
 
 @dataclass(frozen=True, kw_only=True)

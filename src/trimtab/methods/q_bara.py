@@ -8,11 +8,11 @@ k, and delta_W[i, j] = (alpha / r) / k * (B A)[i // k, j // k], of rank up to k 
 
 from dataclasses import dataclass
 
-from trimtab.adapters import Adapter, DeltaOutput
-from trimtab.deltas import DeltaShape
-from trimtab.grid import AnyGrid, CodebookGrid, group_size
+from trimtab.layers.adapters import Adapter, DeltaOutput
+from trimtab.layers.deltas import DeltaShape
+from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, balance, low_rank, new_delta, start
-from trimtab.weights import Weight
+from trimtab.quant.grid import AnyGrid, CodebookGrid, group_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ y = x W_hat^T + (alpha / r) Repeat_e( B A Pool_g(x) )      A: (r, K / g)   B: (N
 
 from dataclasses import dataclass
 
-from trimtab.adapters import Adapter, DeltaOffset
-from trimtab.deltas import DeltaShape
-from trimtab.grid import AnyGrid, Grid
+from trimtab.layers.adapters import Adapter, DeltaOffset
+from trimtab.layers.deltas import DeltaShape
+from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, low_rank, new_delta, pool_size, require_offset, start
-from trimtab.weights import Weight
+from trimtab.quant.grid import AnyGrid, Grid
 
 
 @dataclass(frozen=True, kw_only=True)

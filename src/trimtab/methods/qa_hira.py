@@ -8,11 +8,11 @@ N K / (g e) numbers of rank up to min(N / e, K / g). M starts at zero, which is 
 
 from dataclasses import dataclass
 
-from trimtab.adapters import Adapter, DeltaOffset
-from trimtab.deltas import DeltaShape
-from trimtab.grid import AnyGrid, Grid
+from trimtab.layers.adapters import Adapter, DeltaOffset
+from trimtab.layers.deltas import DeltaShape
+from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, new_delta, pool_size, require_offset, start
-from trimtab.weights import Weight
+from trimtab.quant.grid import AnyGrid, Grid
 
 
 @dataclass(frozen=True, kw_only=True)

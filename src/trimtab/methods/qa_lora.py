@@ -7,11 +7,11 @@ The paper sums over the pool; its public code averages, which shrinks the gradie
 
 from dataclasses import dataclass
 
-from trimtab.adapters import Adapter, DeltaOffset
-from trimtab.deltas import DeltaShape
-from trimtab.grid import AnyGrid, Grid
+from trimtab.layers.adapters import Adapter, DeltaOffset
+from trimtab.layers.deltas import DeltaShape
+from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, low_rank, new_delta, pool_size, require_offset, start
-from trimtab.weights import Weight
+from trimtab.quant.grid import AnyGrid, Grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.adapters import Adapter, MasterLevels
-from trimtab.grid import AnyGrid, Grid, from_codes, group_size
+from trimtab.layers.adapters import Adapter, MasterLevels
+from trimtab.layers.weights import AffineWeight, Weight
 from trimtab.methods.base import Method, Source, as_affine, require_affine, scales, start
-from trimtab.weights import AffineWeight, Weight
+from trimtab.quant.grid import AnyGrid, Grid, from_codes, group_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from trimtab.adapters import Adapter
-from trimtab.grid import AnyGrid, Grid, group_size
+from trimtab.layers.adapters import Adapter
+from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, start
-from trimtab.weights import Weight
+from trimtab.quant.grid import AnyGrid, Grid, group_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trimtab.evaluate.parity import Parity
-from trimtab.export.exporting import Report
-from trimtab.memory import Plan
-from trimtab.prune import Pruned
-from trimtab.train import Step
+from trimtab.evaluation.parity import Parity
+from trimtab.formats.export import Report
+from trimtab.memory.training import Plan
+from trimtab.pruning import Pruned
+from trimtab.training.trainer import Step
 
 if TYPE_CHECKING:
-    from trimtab.search.searching import Search
+    from trimtab.bit_search.searching import Search
 
 _TRAINING = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}")
 

@@ -1,0 +1,80 @@
+"""What a search writes: `<output>/search/`
+
+trials.csv          every trial: widths, bytes, quality, seconds, why it failed
+front.csv           the Pareto front, by ascending bytes
+points/<n>.yaml     a runnable recipe for each of its points: `trimtab run points/3.yaml`
+front.png, bits.png (see `figures`)
+"""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from trimtab.bit_search import figures
+from trimtab.bit_search.ledger import Trial
+from trimtab.bit_search.searching import Search
+from trimtab.recipe.recipe import Recipe
+
+
+def point_recipe(search: Search, trial: Trial, number: int) -> Recipe:
+    """The ordinary recipe of a point: nothing downstream knows of a search."""
+    recipe = search.recipe
+    return recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-{number}",
+            "rules": search.space.rules(trial.wish.configuration),
+            "search": None,
+            "prune": None,
+            "output": str(recipe.out / f"point-{number}"),
+        }
+    )
+
+
+def write(search: Search) -> list[Path]:
+    """Write everything; the recipes of the front."""
+    trials = search.ledger.trials()
+    front = search.front(trials)
+    folder = search.folder
+    points = folder / "points"
+    points.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "trials.csv", _table(search, [t for t in trials if t.state != "duplicate"]))
+    _replace(folder / "front.csv", _table(search, front))
+    written = []
+    for number, trial in enumerate(front, start=1):
+        file = points / f"{number}.yaml"
+        _replace(file, point_recipe(search, trial, number).to_yaml())
+        written.append(file)
+    for stale in set(points.glob("*.yaml")) - set(written):
+        stale.unlink()
+    if front:
+        figures.draw_front(search, trials, front, folder / "front.png")
+        figures.draw_bits(search, front, folder / "bits.png")
+    return written
+
+
+def best(search: Search) -> Recipe:
+    """The point of best quality within the budget, as a recipe: the last of the front, which must not be empty."""
+    front = search.front(search.ledger.trials())
+    return point_recipe(search, front[-1], len(front))
+
+
+def _table(search: Search, trials: Sequence[Trial]) -> str:
+    units = [unit.name for unit in search.space.units]
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["number", "kind", "steps", "state", "bytes", "quality", "seconds", "reason", *units])
+    for t in trials:
+        widths = [search.space.label(c) for c in t.wish.configuration]
+        size = search.space.bytes(t.wish.configuration)
+        row = [t.number, t.wish.kind, t.wish.steps, t.state, size, t.quality, t.seconds, t.reason]
+        writer.writerow(["" if v is None else v for v in row] + widths)
+    return lines.getvalue()
+
+
+def _replace(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    staging = file.with_suffix(f".{os.getpid()}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, file)

@@ -1,0 +1,114 @@
+"""Trained = folded = saved: the same logits, measured.
+
+The trained model's logits on some held-out tokens are kept; after folding they are computed again, and after saving a
+*fresh process* loads the directory by plain `from_pretrained` and computes them a third time:
+
+    python -m trimtab.evaluation.parity DIR TOKENS.safetensors LOGITS.safetensors
+
+Bitwise folds must give the very same bits each time.
+
+Legend: W windows, L tokens in each, V vocabulary.
+"""
+
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trimtab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One model's logits against the trained model's."""
+
+    stage: str
+    """folded, or reloaded."""
+    max_difference: float
+    """Largest absolute difference of a logit."""
+    rms_difference: float
+    """Root mean square difference of the logits."""
+    top1_agreement: float
+    """Share of positions with the same most likely token."""
+    kl: float
+    """Mean KL divergence from the trained model's next-token distribution, in nats."""
+    perplexity: float
+    identical: bool
+    """Whether every logit has the same bits."""
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, blocks_WL: Tensor) -> Tensor:
+    """Logits (W, L, V) in the model's dtype, window by window."""
+    model.eval()
+    device = next(model.parameters()).device
+    return torch.cat([model(input_ids=b.unsqueeze(0).to(device), use_cache=False).logits.cpu() for b in blocks_WL])
+
+
+def compare(stage: str, trained_WLV: Tensor, other_WLV: Tensor, blocks_WL: Tensor) -> Parity:
+    """Compare logits with those of the trained model on the same tokens."""
+    worst, squares, agree, kl, nll, count = 0.0, 0.0, 0, 0.0, 0.0, 0
+    for ours, theirs, ids in zip(trained_WLV, other_WLV, blocks_WL, strict=True):
+        a, b = ours.double(), theirs.double()
+        worst = max(worst, (a - b).abs().max().item())
+        squares += (a - b).square().sum().item()
+        agree += int((a.argmax(-1) == b.argmax(-1)).sum())
+        log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+        kl += (log_a.exp() * (log_a - log_b)).sum().item()
+        nll += F.nll_loss(log_b[:-1], ids[1:], reduction="sum").item()
+        count += len(ids)
+    return Parity(
+        stage=stage,
+        max_difference=worst,
+        rms_difference=math.sqrt(squares / trained_WLV.numel()),
+        top1_agreement=agree / count,
+        kl=max(kl / count, 0.0),
+        perplexity=math.exp(nll / (count - len(blocks_WL))),
+        identical=torch.equal(trained_WLV, other_WLV),
+    )
+
+
+def reloaded_logits(directory: Path, blocks_WL: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits computed by a fresh process from a saved model."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, logits = Path(folder) / "tokens.safetensors", Path(folder) / "logits.safetensors"
+        save_file({"blocks": blocks_WL.contiguous()}, tokens)
+        command = [sys.executable, "-m", __name__, str(directory), str(tokens), str(logits)]
+        command += [str(dtype).removeprefix("torch."), str(torch.get_num_threads())]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{directory}: could not be loaded in a fresh process: {done.stderr.strip()[-2000:]}")
+        return load_file(logits)["logits"]
+
+
+def report(
+    trained_WLV: Tensor, folded_WLV: Tensor, directory: Path, blocks_WL: Tensor, dtype: torch.dtype
+) -> list[Parity]:
+    """The trained model against itself, the folded one, and the one a fresh process loads from `directory`."""
+    reloaded = reloaded_logits(directory, blocks_WL, dtype)
+    stages = (("trained", trained_WLV), ("folded", folded_WLV), ("reloaded", reloaded))
+    return [compare(stage, trained_WLV, other, blocks_WL) for stage, other in stages]
+
+
+def to_json(parities: list[Parity]) -> list[dict[str, Any]]:
+    """Plain values for `parity.json`."""
+    return [asdict(p) for p in parities]
+
+
+def _main(directory: str, tokens: str, logits: str, dtype: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    save_file({"logits": logits_of(model, load_file(tokens)["blocks"])}, logits)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,165 @@
+"""Served = trained: the log-probabilities that an engine computes from an exported folder, against the trained model's.
+
+The engine runs in a process of its own, with the Python of its own virtual environment where one is named, by a script
+that knows nothing of trimtab (`engine_*.py`). The report `parity-<engine>.json` goes into the exported folder.
+
+Legend: W windows, L tokens in each, V vocabulary.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.data import sequences as data
+from trimtab.errors import UserError
+from trimtab.models import load as loading
+from trimtab.recipe import recipe
+
+_SCRIPTS = {
+    "transformers": "engine_transformers.py",
+    "vllm": "engine_vllm.py",
+    "llama.cpp": "engine_llama_cpp.py",
+    "mlx": "engine_mlx.py",
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """An engine's log-probabilities against the trained and folded model's."""
+
+    engine: str
+    tokens: int
+    max_logprob: float
+    """Largest absolute difference of a log-probability, over the whole vocabulary."""
+    rms_logprob: float
+    """Root mean square difference of the log-probabilities."""
+    top1_agreement: float
+    """Share of positions with the same most likely token."""
+    perplexity_trained: float
+    perplexity_served: float
+
+
+def python_of(engine: str, python: str | None) -> str:
+    """The Python that runs an engine: as given, from TRIMTAB_<ENGINE>_PYTHON, or our own."""
+    if engine not in _SCRIPTS:
+        raise UserError(f"--engine: {engine!r} is none of {', '.join(_SCRIPTS)}")
+    variable = f"TRIMTAB_{engine.upper().replace('.', '_')}_PYTHON"
+    found = python or os.environ.get(variable) or sys.executable
+    if not Path(found).is_file():
+        raise UserError(f"{engine}: no Python at {found}; pass --python or set {variable}")
+    return found
+
+
+def engine_logprobs(directory: Path, engine: str, blocks_WL: Tensor, python: str | None = None) -> Tensor:
+    """Log-probabilities float32 (W, L - 1, V) that an engine computes from a folder.
+
+    Raises:
+        UserError: with the end of what the engine said, if it cannot run the folder.
+    """
+    script = Path(__file__).with_name(_SCRIPTS.get(engine, ""))
+    chosen = python_of(engine, python)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, out = Path(folder) / "tokens.safetensors", Path(folder) / "logprobs.safetensors"
+        save_file({"blocks": blocks_WL.contiguous()}, tokens)
+        command = [chosen, "-P", str(script), str(directory), str(tokens), str(out)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode:
+            died = f"ended by signal {-done.returncode}: " if done.returncode < 0 else ""
+            raise UserError(f"{directory}: {engine} cannot run it: {died}{_reason(done.stdout)}")
+        return load_file(out)["logprobs"]
+
+
+_MEANINGS = {"cpu_gemm_wna16": "vLLM has no kernel of 4-bit layers for this processor: on x86 they need AVX-512"}
+"""What engines say of processors, in words."""
+
+
+def _reason(output: str) -> str:
+    """The last line that names an error, and all that follows."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    last = max((i for i, line in enumerate(lines) if "Error" in line), default=max(len(lines) - 5, 0))
+    said = " ".join(lines[last:])[-2000:]
+    meant = [words for name, words in _MEANINGS.items() if name in said]
+    return "; ".join([*meant, said])
+
+
+@torch.no_grad()
+def model_logprobs(model: PreTrainedModel, blocks_WL: Tensor) -> Tensor:
+    """Log-probabilities float32 (W, L - 1, V) of a model in memory."""
+    model.eval()
+    found = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1] for ids in blocks_WL]
+    return torch.stack([logits.float().log_softmax(-1) for logits in found])
+
+
+def compare(engine: str, trained_WLV: Tensor, served_WLV: Tensor, blocks_WL: Tensor) -> Served:
+    """Compare log-probabilities (W, L - 1, V) on the same tokens."""
+    worst, squares, agree = 0.0, 0.0, 0
+    for a, b in zip(trained_WLV, served_WLV, strict=True):
+        difference = (a.double() - b.double()).abs()
+        worst = max(worst, difference.max().item())
+        squares += difference.square().sum().item()
+        agree += int((a.argmax(-1) == b.argmax(-1)).sum())
+    positions = trained_WLV.shape[0] * trained_WLV.shape[1]
+    return Served(
+        engine=engine,
+        tokens=blocks_WL.numel(),
+        max_logprob=worst,
+        rms_logprob=math.sqrt(squares / trained_WLV.numel()),
+        top1_agreement=agree / positions,
+        perplexity_trained=_perplexity(trained_WLV, blocks_WL),
+        perplexity_served=_perplexity(served_WLV, blocks_WL),
+    )
+
+
+def _perplexity(logprobs_WLV: Tensor, blocks_WL: Tensor) -> float:
+    return math.exp(-logprobs_WLV.gather(-1, blocks_WL[:, 1:, None]).double().mean().item())
+
+
+def parity(
+    directory: str, engine: str, *, python: str | None = None, trained: str | None = None, path: str | None = None,
+    tokens: int = 512, window: int = 128,
+) -> Served:  # fmt: skip
+    """Run an engine on an exported folder and write `parity-<engine>.json` into it.
+
+    Args:
+        directory: the exported folder.
+        engine: transformers, vllm, llama.cpp or mlx.
+        python: of the engine's virtual environment; None for TRIMTAB_<ENGINE>_PYTHON, or our own.
+        trained: the folder that trimtab saved; None for the one that holds `directory`.
+        path: held-out text; None for what the recipe names.
+        tokens: how many to compare on.
+        window: tokens read together.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise UserError(f"{directory}: no such directory")
+    native = Path(trained) if trained else folder.absolute().parent
+    if not (native / "config.json").is_file() or loading.open_source(str(native)) is not None:
+        raise UserError(f"{native}: holds no model saved by trimtab to compare with; pass --trained")
+    python_of(engine, python)
+    model, tokenizer = loading.load(str(native))
+    if path is None:
+        saved = native / "recipe.yaml"
+        block = recipe.read(saved).data if saved.is_file() else None
+        if block is None or block.eval_path is None:
+            raise UserError(f"{native}: its recipe names no held-out data; pass --data")
+        path, split = block.eval_path, block.eval_split
+    else:
+        split = "train"
+    if tokenizer is None:
+        raise UserError(f"{native}: was saved without a tokenizer; add its tokenizer files to it")
+    rows = data.load_rows(path, split=split)
+    blocks = data.token_blocks(rows, tokenizer, block_tokens=window, limit_tokens=max(tokens, window))
+    served = engine_logprobs(folder, engine, blocks, python)
+    found = compare(engine, model_logprobs(model, blocks), served, blocks)
+    (folder / f"parity-{engine}.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
+    return found

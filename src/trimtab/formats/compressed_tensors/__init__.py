@@ -1,0 +1,1 @@
+"""compressed-tensors, for vLLM and transformers."""

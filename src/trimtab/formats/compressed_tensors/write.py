@@ -1,0 +1,237 @@
+"""compressed-tensors: what vLLM and transformers read, packed by that package's own function. Weights alone are
+`pack-quantized`:
+
+    weight_packed       int32 (N, ceil(K b / 32)): codes less 2^(b-1), dense in words (64 codes of 3 bits are 6 words)
+    weight_scale        (N, G) in the model's dtype; G = 1 per channel
+    weight_zero_point   int32 (ceil(N b / 32), G), packed along N, integer zeros only
+    weight_shape        int64 (N, K)
+
+Layers that read rounded inputs (W4A8, W8A8) are `int-quantized`, whose name for a layer says how its inputs are rounded:
+
+    weight              int8 (N, K): codes less 2^(b-1), a byte each whatever b is
+    weight_scale        as above
+    weight_zero_point   int8 (N, G), integer zeros only
+    input_scale         float32 (1,), static ranges only; input_zero_point int8 (1,) with them if asymmetric
+
+A reader computes (q - z) * s in the dtype of s: differences of codes have at most 8 bits, so the subtraction is exact and
+the product is rounded once, which are the bits of our own `dequantize`. One config group stands for each distinct grid;
+its targets are the names of its layers, and all other linear layers are in `ignore`. Embeddings and heads are dense: no
+engine that reads this format runs them from codes.
+
+What rounds inputs as we do, read from the engines' code and checked on a CPU: transformers (compressed-tensors' own
+forward) all but dynamic symmetric ranges, where it divides by 127.5 instead of 127, and in the dtype of the input, so to
+the bit in float32 only; vLLM on a CPU dynamic asymmetric ones of 8 bits, for W8A8 and
+W4A8. Its W4A8 kernel (torch's `_dyn_quant_matmul_4bit`) does that whatever the file says; for symmetric W8A8 on a
+processor with AMX it takes a kernel that ignores static ranges and stops in float16. So the rest is refused.
+No GPU kernel of vLLM 0.32 takes int-quantized W4A8.
+
+transformers 5.23 lays layers with integer zeros out in a wrong shape unless the config says `dequantize`, and with that it
+takes every layer for one of the first group: so it reads integer zeros only where all layers share a grid.
+
+3-bit codes are packed with gaps by compressed-tensors before 0.18 and densely since: readers before it would load
+nonsense, so the word count is checked here. This is the only file that imports compressed_tensors.
+
+Legend: N out features, K in features, G groups in a row, b bits.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import UserError
+from trimtab.formats.declaration import DENSE, Engine, Form, Format, Rounded, Writing
+from trimtab.formats.dense.write import add_dense
+from trimtab.formats.directory import Shards, float_tensors, write_surroundings
+from trimtab.layers.linear import QuantLinear
+from trimtab.layers.weights import AffineWeight
+from trimtab.models import transformers_bridge as hf
+from trimtab.quant.activations import Activations, Inputs
+from trimtab.quant.grid import Grid, Range
+
+
+def packed(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One layer's tensors, by the names that follow the layer's own.
+
+    Args:
+        codes_NK: uint8 codes (N, K).
+        range_: scales and integer zeros, (N, G).
+        grid: symmetric or with integer zeros.
+        dtype: the model's; every scale is exact in it.
+    """
+    pack_to_int32 = _package().compressors.pack_quantized.helpers.pack_to_int32
+    found = integers(codes_NK, range_, grid, dtype)
+    n, k = codes_NK.shape
+    words = pack_to_int32(found.pop("weight"), grid.bits)
+    assert words.shape == (n, -(-k * grid.bits // 32)), f"{grid.bits}-bit codes take {words.shape[1]} words a row"
+    if "weight_zero_point" in found:
+        found["weight_zero_point"] = pack_to_int32(found["weight_zero_point"], grid.bits, packed_dim=0)
+    return found | {"weight_packed": words, "weight_shape": torch.tensor([n, k])}
+
+
+def integers(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same with a byte for each code."""
+    scale = range_.scale_NG.to(dtype)
+    assert torch.equal(scale.float(), range_.scale_NG.float()), "the declaration let an inexact scale through"
+    found = {"weight": _signed(codes_NK, grid), "weight_scale": scale}
+    return found if range_.zero_NG is None else found | {"weight_zero_point": _signed(range_.zero_NG, grid)}
+
+
+def _signed(codes: Tensor, grid: Grid) -> Tensor:
+    return (codes.to(torch.int16) - grid.center).to(torch.int8)
+
+
+def measured(inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors of a layer's rounded inputs: none for dynamic ranges."""
+    found = {"input_scale": inputs.scale, "input_zero_point": inputs.zero}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+Scheme = tuple[Grid, Activations | None]
+"""What the format tells layers apart by: the grid, and how inputs are rounded."""
+
+
+def config(schemes: dict[Scheme, list[str]], ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config`, checked by the package's own classes.
+
+    Args:
+        schemes: names of the layers of each scheme.
+        ignore: names of the linear layers that stay float.
+    """
+    quantization = _package().quantization
+    groups, forms = {}, []
+    for i, ((grid, inputs), names) in enumerate(schemes.items()):
+        arguments = quantization.QuantizationArgs(
+            num_bits=grid.bits,
+            type="int",
+            symmetric=grid.zero == "symmetric",
+            strategy="channel" if grid.group is None else "group",
+            group_size=grid.group,
+        )
+        reads = None if inputs is None else _arguments(inputs)
+        forms.append(PACKED if inputs is None else INTEGERS)
+        groups[f"group_{i}"] = quantization.QuantizationScheme(
+            targets=names, weights=arguments, input_activations=reads, format=forms[-1]
+        )
+    form = forms[0] if len(set(forms)) == 1 else "mixed-precision"
+    made = quantization.QuantizationConfig(
+        config_groups=groups, format=form, quantization_status="compressed", ignore=ignore
+    )
+    values: dict[str, Any] = made.model_dump(mode="json", exclude_none=True)
+    if form == PACKED and any(grid.zero != "symmetric" for grid, _ in schemes):
+        values["dequantize"] = True  # read by transformers only
+    return values
+
+
+def _arguments(inputs: Activations) -> Any:
+    """`input_activations` of a scheme."""
+    dynamic = inputs.mode == "dynamic"
+    return _package().quantization.QuantizationArgs(
+        num_bits=inputs.bits,
+        type="int",
+        symmetric=inputs.symmetric,
+        strategy="token" if dynamic else "tensor",
+        dynamic=dynamic,
+    )
+
+
+PACKED = "pack-quantized"
+INTEGERS = "int-quantized"
+KINDS = tuple(
+    Activations(bits, symmetric, mode)
+    for bits in (8, 4)
+    for mode in ("dynamic", "static")
+    for symmetric in (False, True)
+)
+_DYNAMIC, _STATIC = (tuple(k for k in KINDS if k.bits == 8 and k.mode == mode) for mode in ("dynamic", "static"))
+_AS_PACKAGE = tuple(k for k in KINDS if k.mode == "static" or not k.symmetric)
+"""Those that compressed-tensors itself rounds as we do."""
+_W8A8 = Rounded(inputs=(*_DYNAMIC, *_STATIC), bits=(8,), zeros=("symmetric",), groups=(None,))
+
+
+def _package() -> Any:
+    try:
+        import compressed_tensors
+        import compressed_tensors.compressors.pack_quantized.helpers
+        import compressed_tensors.quantization
+    except ImportError as error:
+        raise UserError(f"export: compressed-tensors: not installed ({error}); pip install 'trimtab[serve]'") from None
+    return compressed_tensors
+
+
+class CompressedTensors(Format):
+    """Codes for vLLM and transformers."""
+
+    name = "compressed-tensors"
+    summary = "packed codes with group or channel scales, for vLLM and transformers"
+    forms = (
+        Form(name=PACKED, bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),
+        Form(name=INTEGERS, bits=(2, 3, 4, 8), zeros=("symmetric", "integer"), inputs=KINDS),
+    )
+    engines = (
+        Engine(
+            name="transformers",
+            bits=(2, 3, 4, 8),
+            zeros=("symmetric", "integer"),
+            alone=("integer",),
+            rounded=(Rounded(inputs=_AS_PACKAGE, bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),),
+        ),
+        Engine(
+            name="vllm",
+            bits=(4, 8),
+            zeros=("symmetric", "integer"),
+            groups=(None, 32, 64, 128),
+            fuses=True,
+            rounded=(_W8A8,),
+        ),
+        Engine(
+            name="vllm-cpu",
+            bits=(4,),
+            zeros=("symmetric", "integer"),
+            fuses=True,
+            rounded=(
+                Rounded(inputs=_DYNAMIC[:1], bits=(8,), zeros=("symmetric",), groups=(None,)),
+                Rounded(inputs=_DYNAMIC[:1], bits=(4,), zeros=("symmetric",)),
+            ),
+        ),
+    )
+
+    def write(self, folder: Path, writing: Writing) -> None:
+        """Packed codes where a form took the layer, float matrices elsewhere."""
+        ours = hf.quant_layers(writing.model)
+        shards = Shards(folder, writing.max_shard_bytes)
+        for name, tensor in float_tensors(writing.model, ours, writing.dtype):
+            shards.add(name, tensor)
+        schemes: dict[Scheme, list[str]] = {}
+        for name, layer in ours.items():
+            if writing.forms[name] is DENSE:
+                add_dense(shards, name, layer, writing.dtype)
+                continue
+            base = layer.base
+            assert isinstance(base, AffineWeight)
+            assert isinstance(layer, QuantLinear)
+            inputs = layer.inputs
+            schemes.setdefault((_plain(base.grid), None if inputs is None else inputs.kind), []).append(name)
+            parts = (packed if inputs is None else integers)(
+                base.integer_codes(), base.range(), base.grid, writing.dtype
+            )
+            for part, tensor in (parts if inputs is None else parts | measured(inputs)).items():
+                shards.add(f"{name}.{part}", tensor)
+            if layer.bias is not None:
+                shards.add(f"{name}.bias", layer.bias.to(writing.dtype))
+        shards.close()
+        quantized = {name for names in schemes.values() for name in names}
+        ignore = [name for name in _linear_names(writing.model) if name not in quantized]
+        made = config(schemes, ignore) if schemes else None
+        write_surroundings(folder, writing.model, writing.tokenizer, writing.dtype, made)
+
+
+def _plain(grid: Grid) -> Grid:
+    """What the format tells apart."""
+    return Grid(grid.bits, grid.group, grid.zero)
+
+
+def _linear_names(model: nn.Module) -> Iterator[str]:
+    return (n for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear))

@@ -1,0 +1,394 @@
+"""What a format can hold and what an engine can run, declared once: the refusal and the capability table both read it.
+
+A format is a list of *forms* it can write a quantized matrix in (bits, zeros, groups, dtype of the scales) and of the
+kinds of layers that it writes as plain float matrices instead. The first form that takes a layer is the one written.
+Dense is no loss: the matrix is the very one that the model computes with in its dtype, only larger.
+
+    layer (name, kind, shape, grid)  --Format.form-->  Form | DENSE | Refusal(cause, remedy)
+
+Nothing here touches a tensor, so a recipe is checked against every format it exports to before anything is loaded.
+
+Legend: N out features, K in features.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+
+from trimtab.errors import UserError
+from trimtab.quant.activations import Activations, KvCache
+from trimtab.quant.grid import AnyGrid, Grid, ScaleDtype, Zero
+from trimtab.recipe.rules import Kind
+
+ALL_KINDS: tuple[Kind, ...] = ("linear", "head", "tied", "embedding")
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that engines join into one, which then has one form."""
+
+_EXACT: dict[ScaleDtype, tuple[torch.dtype, ...]] = {
+    "portable": (torch.bfloat16, torch.float16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, torch.float32),
+    "float32": (torch.float32,),
+}
+"""Dtypes in which every stored scale is exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer as it will be written."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, int]
+    """(N, K); (vocabulary, K) for an embedding."""
+    grid: AnyGrid | None
+    """None for a float matrix."""
+    adapter: str | None = None
+    """Place of an adapter that is still beside the weight when it is written."""
+    inputs: Activations | None = None
+    """How what it reads is rounded."""
+    kv: KvCache | None = None
+    """How the model rounds keys and values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way in which a format writes a quantized matrix."""
+
+    name: str
+    """The format's own word for it, for example Q4_0."""
+    bits: tuple[int, ...]
+    zeros: tuple[Zero, ...]
+    kinds: tuple[Kind, ...] = ("linear",)
+    group_of: int = 1
+    """A group (per channel: K) must be a multiple of this."""
+    channel: bool = True
+    scales: Literal["model", "float16", "any"] = "model"
+    """Dtype of scales and offsets in the file: the model's, float16, or the grid's own."""
+    inputs: tuple[Activations | None, ...] = (None,)
+    """Roundings of a layer's inputs that are written with it; None for inputs in float."""
+
+
+DENSE = Form(name="dense", bits=(), zeros=(), kinds=ALL_KINDS)
+"""A plain float matrix in the model's dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """What an engine runs of layers whose inputs are rounded."""
+
+    inputs: tuple[Activations, ...]
+    """Roundings that it does as `activations` does."""
+    bits: tuple[int, ...]
+    zeros: tuple[Zero, ...]
+    groups: tuple[int | None, ...] | None = None
+    """As of `Engine`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What an engine runs of a format: bits, zeros and groups of layers with inputs in float, and `rounded` ones."""
+
+    name: str
+    bits: tuple[int, ...]
+    zeros: tuple[Zero, ...]
+    groups: tuple[int | None, ...] | None = None
+    """Group sizes it has kernels for, None among them for per channel; None alone for any."""
+    alone: tuple[Zero, ...] = ()
+    """Zeros that it runs only where all quantized layers share one grid."""
+    fuses: bool = False
+    """Whether it joins `FUSED` layers, which must then be of one form."""
+    rounded: tuple[Rounded, ...] = ()
+    kv: tuple[str, ...] = ("float",)
+    """Dtypes of the KV cache."""
+
+
+class Refusal(NamedTuple):
+    """Why a layer cannot be written."""
+
+    layer: str
+    cause: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.cause}; {self.remedy}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """A model that a format can hold, on its way to disk."""
+
+    model: Any
+    """A `PreTrainedModel` whose quantized layers are `QuantLinear` and `QuantEmbedding`."""
+    tokenizer: Any
+    dtype: torch.dtype
+    """What the model computes in, and dtype of everything that is written in float."""
+    forms: dict[str, Form]
+    """Form of each of our layers, by name."""
+    max_shard_bytes: int
+    source: Path
+    """What the model was read from, or the directory of the run."""
+    recipe: str | None = None
+    """YAML text of the resolved recipe."""
+
+
+class Format(ABC):
+    """A format that models are written in: what it can hold, who reads it, and the writer."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for `trimtab formats`."""
+    forms: ClassVar[tuple[Form, ...]]
+    dense: ClassVar[tuple[Kind, ...]] = ("embedding", "tied", "head")
+    """Kinds of layers that are written as float matrices where no form takes them."""
+    everything: ClassVar[bool] = False
+    """Whether it holds whatever trimtab can store."""
+    adapters: ClassVar[Literal["no", "merged", "kept"]] = "no"
+    """What becomes of an output adapter: refused, added to a dense matrix, or written as an adapter."""
+    engines: ClassVar[tuple[Engine, ...]]
+
+    @abstractmethod
+    def write(self, folder: Path, writing: Writing) -> None:
+        """Write the whole model into an empty folder. Every layer has been checked: nothing here can be lossy."""
+
+    def form(self, layer: Layer, dtype: torch.dtype) -> Form | Refusal:
+        """The form that holds this layer of a model computing in `dtype`, or why none does."""
+        if self.everything:
+            return DENSE
+        forms = [form for form in self.forms if layer.kind in form.kinds and layer.inputs in form.inputs]
+        rounds = [f"{layer.inputs.describe()} inputs"] if layer.inputs is not None and not forms else []
+        rounds += [] if layer.kv is None else [f"a KV cache of {layer.kv.bits} bits"]
+        if rounds:
+            cause = f"is trained with {' and '.join(rounds)}, which {self.name} would leave unrounded"
+            return Refusal(layer.name, cause, "leave `activations` and `kv` out of the recipe, or keep to native")
+        if layer.grid is None and layer.adapter is None and layer.inputs is None:
+            return DENSE
+        refused = self.adapter_refusal(layer)
+        if refused is not None:
+            return refused
+        for form in forms:
+            if _mismatch([form], layer, dtype, self.name) is None:
+                return form
+        if layer.kind in self.dense and layer.inputs is None:
+            return DENSE
+        found = _mismatch(forms, layer, dtype, self.name)
+        assert found is not None
+        return found
+
+    def adapter_refusal(self, layer: Layer) -> Refusal | None:
+        """Why the layer's adapter cannot go into this format."""
+        if layer.adapter is None or (layer.adapter == "output" and self.adapters != "no"):
+            return None
+        if layer.adapter != "output":
+            cause = f"is not folded yet ({layer.adapter} place)"
+            return Refusal(layer.name, cause, "fold it with `trimtab.fold(model)` and save it again")
+        cause = f"keeps an adapter beside its weight, which {self.name} does not hold"
+        return Refusal(
+            layer.name, cause, "export to peft, or merge it: `merge: true` in the recipe, or export to dense"
+        )
+
+    def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
+        """Why a model of these layers cannot be written although each layer could be."""
+        return None
+
+    def engine(self, name: str) -> Engine:
+        """The engine of this name; a `UserError` naming those that read the format if it is not among them."""
+        for engine in self.engines:
+            if engine.name == name:
+                return engine
+        known = ", ".join(e.name for e in self.engines)
+        raise UserError(f"engine {name!r} does not read {self.name}; {known or 'no engine'} does")
+
+
+def _mismatch(forms: Sequence[Form], layer: Layer, dtype: torch.dtype, name: str) -> Refusal | None:
+    """None if one of the forms takes the layer, else the first property that none of those left has."""
+    grid = layer.grid
+    if not isinstance(grid, Grid):
+        cause = f"is on {'no grid' if grid is None else grid.describe()}, which {name} does not hold"
+        return Refusal(layer.name, cause, "give it an affine grid (bits, group, zero) in `rules`, or export to dense")
+    group = grid.group or layer.shape[1]
+    tests: tuple[tuple[Any, str, str], ...] = (
+        (lambda f: grid.bits in f.bits, f"has {grid.bits} bits", "bits"),
+        (lambda f: grid.zero in f.zeros, f"has {grid.bits}-bit codes with a zero that is {grid.zero}", "zeros"),
+        (lambda f: f.channel or grid.group is not None, "has one scale per channel", "channel"),
+        (lambda f: group % f.group_of == 0, f"has groups of {group}", "group_of"),
+        (lambda f: _scales_fit(f, grid, dtype), f"has {grid.scale_dtype} scales", "scales"),
+    )
+    left = list(forms)
+    for test, found, what in tests:
+        kept = [form for form in left if test(form)]
+        if not kept:
+            return Refusal(layer.name, f"{found}, which {name} does not hold", _remedy(left, what, dtype))
+        left = kept
+    return None
+
+
+def _scales_fit(form: Form, grid: Grid, dtype: torch.dtype) -> bool:
+    if form.scales == "any":
+        return True
+    return (dtype if form.scales == "model" else torch.float16) in _EXACT[grid.scale_dtype]
+
+
+def _remedy(forms: Sequence[Form], what: str, dtype: torch.dtype) -> str:
+    if what == "bits":
+        return f"use a grid of {_words(sorted({b for f in forms for b in f.bits}))} bits"
+    if what == "zeros":
+        return f"use `zero: {_words(dict.fromkeys(z for f in forms for z in f.zeros))}`"
+    if what == "channel":
+        return f"use a group that is a multiple of {min(f.group_of for f in forms)}"
+    if what == "group_of":
+        return f"use a group that is a multiple of {_words(sorted({f.group_of for f in forms}))}"
+    fits = [
+        name
+        for name, dtypes in _EXACT.items()
+        for f in forms
+        if (dtype if f.scales == "model" else torch.float16) in dtypes
+    ]
+    return f"use `scale_dtype: {_words(dict.fromkeys(fits))}`"
+
+
+def _words(items: Iterable[Any]) -> str:
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def refusals(format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engine: str | None = None) -> list[Refusal]:
+    """Why these layers cannot be written, first layer first; empty if they can, and an engine runs the result.
+
+    Args:
+        format_: where to.
+        layers: the quantized layers of a model, and those that keep an adapter.
+        dtype: what the model computes in.
+        engine: the one engine that has to run the result; None for any that reads the format.
+    """
+    found = [f for layer in layers if isinstance(f := format_.form(layer, dtype), Refusal)]
+    whole = format_.model_refusal(layers)
+    found += [] if whole is None else [whole]
+    if found or format_.everything:
+        return found
+    chosen = [format_.engine(engine)] if engine else list(format_.engines)
+    objections = {e.name: not_run(e, format_, layers, dtype) for e in chosen}
+    if all(objections.values()):
+        return next(iter(objections.values()))
+    # An engine that would run all else is not to be lost over layers that it joins.
+    fusing = [e.name for e in chosen if e.fuses and not objections[e.name]]
+    return _unlike_in_fusion(format_, layers, dtype, fusing) if fusing else []
+
+
+def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> list[Refusal]:
+    """Why an engine does not run layers that the format holds."""
+    packed = [x for x in layers if isinstance(x.grid, Grid) and format_.form(x, dtype) is not DENSE]
+    found = []
+    for layer in packed:
+        grid = layer.grid
+        assert isinstance(grid, Grid)
+        alone = layer.inputs is None and grid.zero in engine.alone
+        objection = _objection(engine, layer.inputs, grid)
+        if objection is None and alone and len({x.grid and x.grid.describe() for x in packed}) > 1:
+            cause = f"has a zero that is {grid.zero} in a model of several grids"
+            objection = cause, "give all layers one grid, or other zeros"
+        if objection is not None:
+            cause, remedy = objection
+            cause = f"{cause}, which {engine.name} does not run in {format_.name}"
+            found.append(Refusal(layer.name, cause, f"{remedy}; see `trimtab formats` for what engines run"))
+    return found
+
+
+def _objection(engine: Engine, inputs: Activations | None, grid: Grid) -> tuple[str, str] | None:
+    """The first property of a layer that an engine does not run, and what it runs instead; None if it runs the layer."""
+    left: list[Engine | Rounded] = [engine]
+    beside = ""
+    if inputs is not None:
+        left, beside = [r for r in engine.rounded if inputs in r.inputs], f" with {inputs.describe()} inputs"
+        if not left:
+            kinds = dict.fromkeys(i.describe() for r in engine.rounded for i in r.inputs)
+            return f"has {inputs.describe()} inputs", f"use {_words(kinds or ['inputs in float'])}"
+    of_bits = [x for x in left if grid.bits in x.bits]
+    if not of_bits:
+        return f"has {grid.bits} bits{beside}", f"use {_words(sorted({b for x in left for b in x.bits}))}"
+    of_zero = [x for x in of_bits if grid.zero in x.zeros]
+    if not of_zero:
+        zeros = dict.fromkeys(z for x in of_bits for z in x.zeros)
+        return f"has a zero that is {grid.zero}{beside}", f"use {_words(zeros)}"
+    if not any(x.groups is None or grid.group in x.groups for x in of_zero):
+        groups = dict.fromkeys("per channel" if g is None else g for x in of_zero for g in x.groups or ())
+        return f"is {grid.describe()}{beside}", f"use a group of {_words(groups)}"
+    return None
+
+
+def _unlike_in_fusion(
+    format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engines: list[str]
+) -> list[Refusal]:
+    by_name = {layer.name: layer for layer in layers}
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in by_name)
+    found = []
+    for parent in parents:
+        for parts in FUSED:
+            together = [by_name.get(f"{parent}.{part}") for part in parts]
+            first = next((layer for layer in together if layer is not None), None)
+            if first is None:
+                continue
+            kinds = {_scheme(format_, layer, dtype) for layer in together}
+            if len(kinds) > 1:
+                each = ", ".join(f"{p} {_scheme(format_, x, dtype)}" for p, x in zip(parts, together, strict=True))
+                remedy = "give them one grid in `rules`, or export with --engine for one that keeps them apart"
+                found.append(
+                    Refusal(
+                        first.name, f"{_words(engines)} joins {'/'.join(parts)}, which differ here ({each})", remedy
+                    )
+                )
+    return found
+
+
+def _scheme(format_: Format, layer: Layer | None, dtype: torch.dtype) -> str:
+    """What must be equal in layers that are joined."""
+    if layer is None or layer.grid is None or format_.form(layer, dtype) is DENSE:
+        return "float"
+    return layer.grid.describe() if layer.inputs is None else f"{layer.grid.describe()}, {layer.inputs.describe()}"
+
+
+HEADER = ("format", "engine", "bits", "groups", "zeros", "scales", "adapters", "activations", "KV")
+
+
+def table(formats: Sequence[Format]) -> list[tuple[str, ...]]:
+    """The capability table: a row for what each format holds, and one for what each engine runs of it."""
+    rows: list[tuple[str, ...]] = []
+    for format_ in formats:
+        rows.append((format_.name, "", *_held(format_), format_.adapters, "", ""))
+        for engine in format_.engines:
+            kv = _list(engine.kv)
+            if format_.everything:
+                rows.append(("", engine.name, "all", "all", "all", "", "", "all", kv))
+                continue
+            joins = "joined layers alike" if engine.fuses else ""
+            rows.append(("", engine.name, *_run(engine), joins, "", "float", kv))
+            for rounded in engine.rounded:
+                kinds = ", ".join(kind.describe() for kind in rounded.inputs)
+                rows.append(("", engine.name, *_run(rounded), joins, "", kinds, kv))
+    return rows
+
+
+def _run(what: Engine | Rounded) -> tuple[str, str, str]:
+    if not what.bits:
+        return "float", "", ""
+    groups = "any" if what.groups is None else _list("channel" if g is None else g for g in what.groups)
+    return _list(what.bits), groups, _list(what.zeros)
+
+
+def _held(format_: Format) -> tuple[str, str, str, str]:
+    if format_.everything:
+        return "all", "all", "all", "all"
+    if not format_.forms:
+        return "float", "", "", ""
+    bits = sorted({b for f in format_.forms for b in f.bits})
+    groups = sorted({f"of {f.group_of}" if f.group_of > 1 else "any" for f in format_.forms})
+    zeros = dict.fromkeys(z for f in format_.forms for z in f.zeros)
+    return _list(bits), _list(groups), _list(zeros), _list(dict.fromkeys(f.scales for f in format_.forms))
+
+
+def _list(items: Iterable[Any]) -> str:
+    return " ".join(str(item) for item in items)

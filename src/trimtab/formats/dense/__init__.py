@@ -1,0 +1,1 @@
+"""Dense safetensors in transformers' layout."""

@@ -1,0 +1,65 @@
+"""Dense safetensors in transformers' layout: every matrix as the model computes with it, for readers that know no codes.
+
+    W = dequantize(q, s, z) in the model's dtype      the very matrix that our layer multiplies with: no loss, only size
+    W = dequantize + delta, rounded once              where an output adapter is kept: equal up to that rounding
+
+Matrices are made one at a time, so the export never holds the dense model.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
+from trimtab.formats.directory import Shards, float_tensors, write_surroundings
+from trimtab.layers.adapters import DeltaOutput
+from trimtab.models import transformers_bridge as hf
+
+_ENGINES = tuple(Engine(name=name, bits=(), zeros=()) for name in ("transformers", "vllm"))
+
+
+def matrix(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The (N, K) matrix of one of our layers in `dtype`, a kept output adapter added before rounding."""
+    with torch.no_grad():
+        adapter = getattr(layer, "adapter", None)
+        if isinstance(adapter, DeltaOutput):
+            return (layer.base.dequantize(torch.float32) + adapter.delta.dense()).to(dtype)
+        return layer.base.dequantize(dtype) if adapter is None else layer.dequantize(dtype)
+
+
+def add_dense(shards: Shards, name: str, layer: Any, dtype: torch.dtype) -> None:
+    """Write one of our layers as an ordinary `weight`, and its bias."""
+    add_matrix(shards, name, layer, None if getattr(layer, "tied", False) else matrix(layer, dtype))
+
+
+def add_matrix(shards: Shards, name: str, layer: Any, matrix_NK: Tensor | None) -> None:
+    """Write this matrix (none for a tied head) and the bias of one of our layers."""
+    if matrix_NK is not None and not getattr(layer, "tied", False):
+        shards.add(f"{name}.weight", matrix_NK)
+    bias = getattr(layer, "bias", None)
+    if bias is not None:
+        shards.add(f"{name}.bias", bias if matrix_NK is None else bias.to(matrix_NK.dtype))
+
+
+class Dense(Format):
+    """bfloat16, float16 or float32 safetensors."""
+
+    name = "dense"
+    summary = "plain safetensors in the model's dtype"
+    forms = ()
+    dense = ALL_KINDS
+    adapters = "merged"
+    engines = _ENGINES
+
+    def write(self, folder: Path, writing: Writing) -> None:
+        """Every matrix dequantized, in order of the model."""
+        ours = hf.quant_layers(writing.model)
+        shards = Shards(folder, writing.max_shard_bytes)
+        for name, tensor in float_tensors(writing.model, ours, writing.dtype):
+            shards.add(name, tensor)
+        for name, layer in ours.items():
+            add_dense(shards, name, layer, writing.dtype)
+        shards.close()
+        write_surroundings(folder, writing.model, writing.tokenizer, writing.dtype, None)

@@ -1,0 +1,293 @@
+"""From a model to a directory in some format: checked first, then written from its codes, then reported.
+
+    check     names, shapes and grids against the format's declaration: before anything is loaded
+    write     a model in memory; what the format cannot hold is refused, or with `allow_lossy` changed (`lossy`)
+    export    the same for a saved model, with the perplexity that a lossy export costs
+
+`export.json` in the written folder says what was done: exact (the served matrices are the trained ones, in the model's
+dtype), algebraic (an adapter was added to a dense matrix and rounded once) or lossy, with the relative weight error.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.data import sequences as data
+from trimtab.errors import UserError
+from trimtab.evaluation.perplexity import perplexity
+from trimtab.formats import get
+from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals
+from trimtab.formats.directory import replacing, write_json
+from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
+from trimtab.formats.lossy import Change, make_room
+from trimtab.layers.adapters import DeltaOutput
+from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.methods.base import Method
+from trimtab.models import kv_cache as attention
+from trimtab.models import load as loading
+from trimtab.models import transformers_bridge as hf
+from trimtab.models.prepare import Target
+from trimtab.quant.activations import Activations, KvCache
+from trimtab.recipe import recipe
+
+Kind = Literal["exact", "algebraic", "lossy"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export did."""
+
+    format: str
+    out: str
+    kind: Kind
+    relative_error: float
+    """Frobenius error of all matrices together over their norm; 0 for exact."""
+    changed: list[str]
+    """Layers that were rounded anew."""
+    dense: list[str]
+    """Quantized layers that were written as float matrices."""
+    perplexity: dict[str, float]
+    """Of the model and of what was exported in its place, where the export is lossy and held-out data is known."""
+    disk_bytes: int
+
+
+def layers_of(model: PreTrainedModel) -> list[Layer]:
+    """The quantized layers of a model as they stand, on any device."""
+    head, kv = model.get_output_embeddings(), attention.current(model)
+    found = []
+    for name, layer in hf.quant_layers(model).items():
+        kind = "linear" if layer is not head else "head"
+        kind = "embedding" if isinstance(layer, QuantEmbedding) else kind
+        adapter = None
+        if isinstance(layer, QuantLinear):
+            kind = "tied" if layer.tied else kind
+            adapter = None if layer.adapter is None else layer.adapter.place
+        inputs = layer.inputs.kind if isinstance(layer, QuantLinear) and layer.inputs is not None else None
+        shown = {"shape": layer.base.shape, "grid": layer.base.grid, "inputs": inputs, "kv": kv}
+        found.append(Layer(name=name, kind=kind, adapter=adapter, **shown))  # type: ignore[arg-type]
+    return found
+
+
+def planned(
+    targets: Sequence[Target],
+    method: Method,
+    merge: bool,
+    format_: Format,
+    activations: Activations | None = None,
+    kv: KvCache | None = None,
+) -> list[Layer]:
+    """The layers that a recipe will hand to a format, from names and shapes."""
+    found = []
+    for target in targets:
+        trained = target.kind in ("linear", "head")
+        adapter = method.keeps if trained and (method.keeps == "output" or format_.adapters == "kept") else None
+        grid = target.grid
+        if merge and adapter == "output" and format_.adapters != "kept":
+            grid, adapter = None, None
+        inputs = activations if target.kind == "linear" and target.grid is not None else None
+        about: dict[str, Any] = {"grid": grid, "adapter": adapter, "inputs": inputs, "kv": kv}
+        found.append(Layer(name=target.name, kind=target.kind, shape=target.shape, **about))
+    return found
+
+
+def check(of: recipe.Recipe, targets: Sequence[Target]) -> None:
+    """Raise a `UserError` for the first layer that one of a recipe's formats cannot hold."""
+    for name in of.export:
+        format_ = get(name)
+        found = refusals(format_, planned(targets, of.method, of.merge, format_, of.activations, of.kv), of.dtype)
+        if found:
+            raise UserError(f"export: {name}: {found[0]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to export."""
+
+    engine: str | None = None
+    """The one engine that must run the result; None for any that reads the format."""
+    allow_lossy: bool = False
+    """Round what the format does not hold to the nearest that it does, instead of refusing."""
+    overwrite: bool = False
+    """Replace an earlier export."""
+    max_shard_size: str | int = SHARD_BYTES
+    """Size of a safetensors file, for example `5GB`."""
+
+
+def _refuse(name: str, found: Sequence[Refusal], layers: Sequence[Layer]) -> None:
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    mendable = all(r.layer in {layer.name for layer in layers} for r in found)
+    lossy = "; --allow-lossy rounds to the nearest that it holds" if mendable else ""
+    raise UserError(f"export: {name}: {found[0]}{lossy}{more}")
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    name: str,
+    out: Path,
+    *,
+    source: Path,
+    options: Options = Options(),
+    recipe_text: str | None = None,
+    held_out: Tensor | None = None,
+) -> Report:
+    """Write a model in memory; with `allow_lossy` its refused layers are changed in place.
+
+    Args:
+        model: with our layers, folded (or with output adapters, for formats that take them).
+        tokenizer: written beside it; None for none.
+        name: of the format.
+        out: directory, put in place only when whole.
+        source: what the model was read from.
+        options: engine, losses, replacing and shards.
+        recipe_text: the resolved recipe, as YAML.
+        held_out: tokens (W, L) that a lossy export is measured on.
+
+    Raises:
+        UserError: naming the first layer that the format cannot hold, the cause and the remedy.
+    """
+    largest = parse_bytes(options.max_shard_size, "max_shard_size")
+    format_, dtype, layers = get(name), hf.compute_dtype(model), layers_of(model)
+    refused = refusals(format_, layers, dtype, options.engine)
+    if refused and not options.allow_lossy:
+        _refuse(name, refused, layers)
+    measured_on = held_out if refused else None
+    with replacing(out, overwrite=options.overwrite) as folder:
+        values = _measure("before", model, measured_on)
+        merged = _merge_error(model) if format_.adapters == "merged" else (0.0, 0.0, 0)
+        changes = _make_room(model, format_, layers, refused, dtype, options)
+        layers = layers_of(model)
+        forms = _forms(format_, layers, dtype)
+        about: dict[str, Any] = {
+            "dtype": dtype,
+            "forms": forms,
+            "max_shard_bytes": largest,
+            "source": source,
+            "recipe": recipe_text,
+        }
+        format_.write(folder, Writing(model=model, tokenizer=tokenizer, **about))
+        values |= _measure("after", model, measured_on)
+        squared, squares = _moved(model, changes, merged)
+        report = Report(
+            format=name,
+            out=str(out),
+            kind="lossy" if changes else "algebraic" if merged[2] else "exact",
+            relative_error=math.sqrt(squared / squares) if squares else 0.0,
+            changed=[change.layer.name for change in changes],
+            dense=_dense(format_, layers, forms),
+            perplexity=values,
+            disk_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+        )
+        write_json(folder / "export.json", {k: v for k, v in asdict(report).items() if k != "out"})
+    return report
+
+
+def _make_room(
+    model: PreTrainedModel,
+    format_: Format,
+    layers: Sequence[Layer],
+    refused: Sequence[Refusal],
+    dtype: torch.dtype,
+    options: Options,
+) -> list[Change]:
+    """Change the refused layers; refuse after all if that did not help."""
+    if not refused:
+        return []
+    # A weight rounded anew would come without the inputs it was trained on.
+    if any(layer.inputs or layer.kv for layer in layers):
+        raise UserError(f"export: {format_.name}: {refused[0]} (--allow-lossy cannot mend this)")
+    engine = format_.engine(options.engine) if options.engine else None
+    names = {layer.name for layer in layers}
+    changes = make_room(model, format_, layers, [r for r in refused if r.layer in names], dtype, engine)
+    left = refusals(format_, layers_of(model), dtype, options.engine)
+    if left:
+        raise UserError(f"export: {format_.name}: {left[0]} (--allow-lossy cannot mend this)")
+    return changes
+
+
+def _measure(when: str, model: PreTrainedModel, blocks_WL: Tensor | None) -> dict[str, float]:
+    return {} if blocks_WL is None else {when: perplexity(model, blocks_WL)}
+
+
+def _dense(format_: Format, layers: Sequence[Layer], forms: dict[str, Form]) -> list[str]:
+    """Quantized layers that are written as float matrices."""
+    return [x.name for x in layers if forms[x.name] is DENSE and x.grid is not None and not format_.everything]
+
+
+def _forms(format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> dict[str, Form]:
+    found = {}
+    for layer in layers:
+        form = format_.form(layer, dtype)
+        assert not isinstance(form, Refusal), form
+        found[layer.name] = form
+    return found
+
+
+def _merge_error(model: PreTrainedModel) -> tuple[float, float, int]:
+    """Squared error and squares of matrices that adapters are added to, and how many there are."""
+    squared, squares, count = 0.0, 0.0, 0
+    for layer in hf.quant_layers(model).values():
+        adapter = getattr(layer, "adapter", None)
+        if isinstance(adapter, DeltaOutput):
+            folded = adapter.fold(layer.base)
+            norm = folded.weight.dequantize(torch.float32).square().sum().item()
+            squared, squares, count = squared + folded.error**2 * norm, squares + norm, count + 1
+    return squared, squares, count
+
+
+def _moved(model: PreTrainedModel, changes: Sequence[Change], merged: tuple[float, float, int]) -> tuple[float, float]:
+    """Squared error and squares over all quantized matrices of the model."""
+    if not changes:
+        return merged[0], merged[1]
+    names = {change.layer.name for change in changes}
+    squares = sum(change.squares for change in changes)
+    for name, layer in hf.quant_layers(model).items():
+        if name not in names and isinstance(layer, QuantLinear) and not layer.tied:
+            squares += layer.base.dequantize(torch.float32).square().sum().item()
+    return sum(change.squared_error for change in changes) + merged[0], squares
+
+
+def export(directory: str, name: str, out: Path | None = None, options: Options = Options()) -> Report:
+    """Export a model that trimtab saved, to `DIR/<format>` unless `out` names another directory.
+
+    Raises:
+        UserError: if the directory holds no such model, or as `write` does; before any tensor is read.
+    """
+    format_, folder = get(name), Path(directory)
+    source, laid_out = loading.skeleton(directory)
+    if source is not None:
+        raise UserError(
+            f"{directory}: was not saved by trimtab; run a recipe with `method: rtn` on it, then export that"
+        )
+    layers = layers_of(laid_out)
+    found = refusals(format_, layers, hf.compute_dtype(laid_out), options.engine)
+    if found and not options.allow_lossy:
+        _refuse(name, found, layers)
+    model, tokenizer = loading.load(directory)
+    saved = folder / "recipe.yaml"
+    return write(
+        model,
+        tokenizer,
+        name,
+        out or folder / name,
+        source=folder,
+        options=options,
+        recipe_text=saved.read_text(encoding="utf-8") if saved.is_file() else None,
+        held_out=held_out_blocks(folder, tokenizer) if found else None,
+    )
+
+
+def held_out_blocks(folder: Path, tokenizer: Any) -> Tensor | None:
+    """The held-out tokens (W, L) that a saved model's recipe names; None where it names none."""
+    saved = folder / "recipe.yaml"
+    block = recipe.read(saved).data if saved.is_file() else None
+    if block is None or block.eval_path is None or tokenizer is None:
+        return None
+    rows = data.load_rows(block.eval_path, split=block.eval_split)
+    return data.token_blocks(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=block.eval_tokens)

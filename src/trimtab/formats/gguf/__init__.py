@@ -1,0 +1,1 @@
+"""GGUF, for llama.cpp: its files read and written code for code."""

@@ -1,0 +1,86 @@
+"""GGUF as a format: which grids its types hold, and where a model's source file is found again.
+
+The forms are asked of `gguf_blocks.block_type`, grid by grid, so that what is declared is what is written. gguf itself is
+only imported when a file is.
+"""
+
+from pathlib import Path
+
+from trimtab.errors import UserError
+from trimtab.formats.declaration import ALL_KINDS, DENSE, Engine, Form, Format, Writing
+from trimtab.formats.gguf.blocks import BLOCK, TYPES, block_type
+from trimtab.models import load as loading
+from trimtab.quant.grid import Grid, Zero
+from trimtab.recipe import recipe
+
+FILE = "model.gguf"
+"""The one file of an export."""
+
+_ZEROS: tuple[Zero, ...] = ("symmetric", "integer", "real")
+
+
+def _type_of(bits: int, zero: Zero) -> str | None:
+    try:
+        return block_type(Grid(bits, BLOCK, zero)).name
+    except UserError:
+        return None
+
+
+def _forms() -> tuple[Form, ...]:
+    """A form for each type and zero."""
+    found = []
+    for name in TYPES:
+        for zero in _ZEROS:
+            bits = tuple(b for b in range(1, 9) if _type_of(b, zero) == name)
+            if bits:
+                found.append(
+                    Form(name=name, bits=bits, zeros=(zero,), kinds=ALL_KINDS, group_of=BLOCK, scales="float16")
+                )
+    return tuple(found)
+
+
+class Gguf(Format):
+    """One file for llama.cpp."""
+
+    name = "gguf"
+    summary = "one file of blocks of 32, for llama.cpp; a tuned GGUF file keeps all that was not tuned"
+    forms = _forms()
+    engines = (Engine(name="llama.cpp", bits=tuple(range(1, 9)), zeros=_ZEROS),)
+
+    def write(self, folder: Path, writing: Writing) -> None:
+        """Write `model.gguf`, from the GGUF file that the model came from if there is one."""
+        try:
+            from trimtab.formats.gguf.write import save
+        except ImportError as error:
+            raise UserError(f"export: gguf: not installed ({error}); pip install 'trimtab[gguf]'") from None
+        saved = writing.source / "recipe.yaml"
+        name = recipe.read(saved).name if saved.is_file() else writing.source.name
+        dense = {layer for layer, form in writing.forms.items() if form is DENSE}
+        source = came_from(writing.source)
+        save(folder / FILE, writing.model, writing.tokenizer, name=name, source=source, dense=dense)
+
+
+def came_from(folder: Path) -> Path | None:
+    """The GGUF file that a saved model was made from, over any number of runs; None if it came from none.
+
+    Raises:
+        UserError: if that file is no longer there.
+    """
+    seen = set()
+    while folder not in seen and (folder / "recipe.yaml").is_file():
+        seen.add(folder)
+        path = recipe.read(folder / "recipe.yaml").model.path
+        if path.endswith(".gguf"):
+            file = Path(path).expanduser()
+            if not file.is_file():
+                raise UserError(
+                    f"export: gguf: {path}, which the model was made from, is gone: its tokenizer and all tensors that "
+                    "were not tuned are copied from there; put it back"
+                )
+            return file
+        local = Path(path).expanduser()
+        if not local.exists():  # a package's name, or a hub id, which is never a GGUF file
+            found = loading.resolve(path) if "/" not in path else None
+            return found if found is not None and found.suffix == ".gguf" else None
+        folder = local
+    return None

@@ -1,0 +1,287 @@
+"""A model as one GGUF file, from the stored codes: the matrices, the metadata, the tokenizer.
+
+Two kinds of model are written. One that came from safetensors gets its metadata from its config (`gguf_families`) and its
+tokenizer from a table (`gguf_vocab`). One that came from a GGUF file gets that file back: every field is copied, and every
+tensor whose values are still those of the file is copied byte for byte, whatever type it has; the others, the tuned ones,
+are written from their codes. So a file found in the wild, tuned with QA-HiRA, differs from the original in the minima of
+its blocks and in nothing else.
+
+    codes        `gguf_blocks`: the smallest type that holds them, scales and zeros exact
+    floats       matrices in their own dtype; norms and biases in float32, as llama.cpp wants them
+    order        rows of q and k permuted for the families that llama.cpp rotates by neighbours: rows of blocks move whole
+
+Tensors are made one at a time, as they are written. gguf is imported here, to write, and in `gguf_file`, to read.
+
+Legend: N out features, K in features.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.errors import UserError
+from trimtab.formats.gguf import families as gguf_families
+from trimtab.formats.gguf import vocabulary as gguf_vocab
+from trimtab.formats.gguf.blocks import block_type, require_exact, to_blocks
+from trimtab.formats.gguf.read import GgufSource
+from trimtab.layers.linear import QuantLinear
+from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
+from trimtab.models import load as loading
+from trimtab.models import transformers_bridge as hf
+from trimtab.quant.grid import Range
+
+_Kind: Any = gguf.GGMLQuantizationType
+_Value: Any = gguf.GGUFValueType
+_FLOATS = {torch.float32: _Kind.F32, torch.float16: _Kind.F16, torch.bfloat16: _Kind.BF16}
+_FILE_TYPES = {
+    _Kind.F32: gguf.LlamaFileType.ALL_F32,
+    **{kind: gguf.LlamaFileType[f"MOSTLY_{kind.name}"] for kind in (_Kind.F16, _Kind.BF16)},
+    **{_Kind[name]: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")},
+}
+_SCALARS = {bool: _Value.BOOL, int: _Value.UINT32, float: _Value.FLOAT32, str: _Value.STRING}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor that will be written."""
+
+    name: str
+    kind: Any
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def elements(self) -> int:
+        return int(np.prod(self.shape))
+
+
+def save(
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    source: Path | None = None,
+    dense: Collection[str] = (),
+) -> None:
+    """Write a model as a GGUF file.
+
+    Args:
+        path: the file.
+        model: a folded (or only rounded) causal language model with our layers.
+        tokenizer: its tokenizer; not needed where the model came from a GGUF file.
+        name: of the model, for the file's metadata.
+        source: the GGUF file that the model came from, to copy from.
+        dense: names of quantized layers that are written as float matrices.
+
+    Raises:
+        UserError: naming the layer that no type holds exactly, or what llama.cpp would read otherwise.
+    """
+    config = model.config.get_text_config()
+    family = gguf_families.family(config)
+    parameters = list(_parameters(model, dense))
+    entries = list(_entries(parameters, config, family))
+    fields = gguf_families.metadata(config, model.get_input_embeddings().num_embeddings)
+    if source is None:
+        writer = gguf.GGUFWriter(path, family.architecture)
+        vocabulary = gguf_vocab.vocabulary(tokenizer, fields[f"{family.architecture}.vocab_size"], config)
+        general = {"type": "model", "name": name, "file_type": _file_type(entries), "quantization_version": 2}
+        fields = {f"general.{key}": value for key, value in general.items()} | fields | vocabulary.fields()
+        for key, value in fields.items():
+            _add_field(writer, key, value)
+        if vocabulary.chat_template:
+            writer.add_chat_template(vocabulary.chat_template)
+    else:
+        reader, entries, changed = _from_source(source, parameters, entries)
+        writer = gguf.GGUFWriter(path, family.architecture)
+        _copy_fields(reader, writer, fields, {"general.file_type": _file_type(entries)} if changed else {})
+    _write(writer, entries)
+
+
+def _write(writer: gguf.GGUFWriter, entries: list[_Entry]) -> None:
+    for entry in entries:
+        floats = {_Kind.F32: np.float32, _Kind.F16: np.float16}.get(entry.kind)
+        width, width_bytes = gguf.GGML_QUANT_SIZES[entry.kind]
+        shape = entry.shape if floats else gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)
+        size = entry.elements // width * width_bytes
+        writer.add_tensor_info(entry.name, shape, np.dtype(floats or np.uint8), size, entry.kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            writer.write_tensor_data(entry.make())
+    finally:
+        writer.close()
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------------
+
+
+def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight | Tensor]]:
+    """Every tensor that transformers' own model would have, by its name there; a tied head is not repeated."""
+    ours, seen, dtype = hf.quant_layers(model), set(), hf.compute_dtype(model)
+    for name, module in model.named_modules():
+        layer = ours.get(name)
+        if isinstance(layer, QuantLinear) and layer.adapter is not None:
+            raise UserError(f"{name}: has an adapter, which GGUF does not hold; fold it, or merge it (`merge: true`)")
+        if layer is not None and not (isinstance(layer, QuantLinear) and layer.tied):
+            plain = name in dense or isinstance(layer.base, DenseWeight)
+            yield f"{name}.weight", layer.base.dequantize(dtype) if plain else layer.base
+        if any(name.startswith(f"{above}.base") for above in ours):
+            continue
+        for key, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield f"{name}.{key}", p.data
+
+
+def _entries(
+    parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, family: gguf_families.Family
+) -> Iterator[_Entry]:
+    architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    factors = gguf_families.rope_factors(config)
+    if factors is not None:
+        yield _float_entry("rope_freqs.weight", factors)
+    for hf_name, value in parameters:
+        name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise UserError(f"{hf_name}: llama.cpp's {family.architecture} has no tensor for it")
+        order = gguf_families.row_order(config, hf_name, value.shape[0])
+        if isinstance(value, Tensor):
+            shift = family.norm_shift if hf_name.endswith("norm.weight") else 0.0
+            value = value if value.dim() > 1 else value.float() + shift
+            yield _float_entry(name, value if order is None else value[order])
+            continue
+        yield _block_entry(hf_name, name, value, order)
+
+
+def _float_entry(name: str, value: Tensor) -> _Entry:
+    def make() -> np.ndarray:
+        plain = value.detach().contiguous().cpu()
+        return plain.view(torch.uint8).numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
+
+    return _Entry(name, _FLOATS[value.dtype], tuple(value.shape), make)
+
+
+def _block_entry(hf_name: str, name: str, weight: Weight, order: Tensor | None) -> _Entry:
+    grid = weight.grid
+    assert grid is not None
+    try:
+        kind = block_type(grid, weight.shape[1])
+        assert isinstance(weight, AffineWeight), "no other weight is on an affine grid"
+        require_exact(weight.range())
+    except UserError as error:
+        raise UserError(f"{hf_name.removesuffix('.weight')}: {error}") from None
+
+    def make() -> np.ndarray:
+        range_ = weight.range()
+        if order is not None:
+            range_ = Range(*(None if t is None else t[order] for t in range_))  # type: ignore[arg-type]
+        return to_blocks(weight.integer_codes(order), range_, weight.grid)[1].cpu().numpy()
+
+    return _Entry(name, _Kind[kind.name], weight.shape, make)
+
+
+# ---- a model that came from a GGUF file -----------------------------------------------------------------------------
+
+
+def _from_source(
+    path: Path, parameters: Sequence[tuple[str, Weight | Tensor]], ours: list[_Entry]
+) -> tuple[gguf.GGUFReader, list[_Entry], bool]:
+    """The file's tensors in its order, untouched ones as they are; and whether any type is another than there."""
+    source, layout = loading.skeleton(str(path))
+    assert isinstance(source, GgufSource)
+    source.bind(layout)
+    tensors = {t.name: t for t in source.reader.tensors}
+    by_name = {e.name: e for e in ours}
+    held = [(hf_name, value) for hf_name, value in parameters if source.name_of(hf_name) in tensors]
+    untouched = _untouched(held, source)
+    extra = tensors.keys() - {source.name_of(n) for n in layout.state_dict()}
+    entries = []
+    for name, tensor in tensors.items():
+        if name in untouched or name in extra:
+            by_name.pop(name, None)
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            entries.append(_Entry(name, tensor.tensor_type, shape, lambda data=tensor.data: np.asarray(data)))  # type: ignore[misc]
+        elif name in by_name:
+            entries.append(by_name.pop(name))
+    entries += by_name.values()
+    changed = any(e.name not in tensors or tensors[e.name].tensor_type != e.kind for e in entries)
+    return source.reader, entries, changed
+
+
+def _untouched(parameters: Sequence[tuple[str, Weight | Tensor]], source: GgufSource) -> set[str | None]:
+    """Names of the file's tensors whose values the model still has, in the dtype that it keeps them in."""
+    found = set()
+    for hf_name, value in parameters:
+        kept = source.read(hf_name)
+        theirs = kept.dequantize(torch.float32) if isinstance(kept, Weight) else kept
+        ours = value.dequantize(torch.float32) if isinstance(value, Weight) else value.cpu()
+        if torch.equal(theirs.to(ours.dtype), ours):
+            found.add(source.name_of(hf_name))
+    return found
+
+
+# ---- metadata ------------------------------------------------------------------------------------------------------
+
+
+def _file_type(entries: list[_Entry]) -> int:
+    """llama.cpp's name for the file as a whole: the type of most weights."""
+    weights: Counter[Any] = Counter()
+    for entry in entries:
+        weights[entry.kind] += entry.elements
+    return int(_FILE_TYPES.get(weights.most_common(1)[0][0], gguf.LlamaFileType.GUESSED))
+
+
+def _add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        writer.add_key_value(key, value, _SCALARS[type(value)])
+
+
+def _copy_fields(
+    reader: gguf.GGUFReader, writer: gguf.GGUFWriter, computed: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """Every field of a file as it stands there, but for `other` and for sizes that the model no longer has.
+
+    Args:
+        reader: of the file.
+        writer: of the new one.
+        computed: what the model's config says of its architecture.
+        other: fields to write anew.
+    """
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    resized = any(key in fields and not _same(fields[key].contents(), value) for key, value in computed.items())
+    new = (computed if resized else {}) | other
+    for name, field in fields.items():
+        if name in new and not _same(field.contents(), new[name]):
+            _add_field(writer, name, new.pop(name))
+            continue
+        new.pop(name, None)
+        kind, of = field.types[0], field.types[-1] if field.types[0] == _Value.ARRAY else None
+        if kind != _Value.ARRAY:
+            value: Any = bytes(field.parts[-1]) if kind == _Value.STRING else field.contents()
+        elif len(field.data) == 0:
+            continue  # an empty array says nothing, and gguf cannot write one
+        else:
+            value = [bytes(field.parts[i]) for i in field.data] if of == _Value.STRING else field.contents()
+        if name == "general.alignment":
+            writer.data_alignment = value
+        if name != "general.architecture":  # the writer has put it first, where every file has it
+            writer.add_key_value(name, value, kind, of)
+    for name, value in new.items():
+        _add_field(writer, name, value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(np.float32(a) == np.float32(b)) if isinstance(b, float) else bool(a == b)

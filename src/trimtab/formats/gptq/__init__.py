@@ -1,0 +1,1 @@
+"""GPTQ v2, for gptqmodel, transformers and vLLM."""

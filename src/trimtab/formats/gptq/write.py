@@ -1,0 +1,118 @@
+"""GPTQ v2: the layout that gptqmodel and, through it, transformers read, and vLLM where zeros are symmetric.
+
+    qweight   int32 (ceil(K b / 32), N)   codes packed along K, lowest bits first; three bits run over word ends
+    qzeros    int32 (G, ceil(N b / 32))   zeros packed along N, as they are (the first version stored them less one)
+    scales    float16 (G, N)
+    g_idx     int32 (K,)                  group of each input, here in order
+
+    W[n, k] = scales[g, n] * (q - z)      symmetric: z = 2^(b-1)
+
+All layers share one width and group (with `dynamic` rules gptqmodel could mix; we do not write them). Real zeros do not
+fit, and scales are float16: portable and float16 ones are exact.
+
+Legend: N out features, K in features, G groups in a row, b bits.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.formats.declaration import DENSE, Engine, Form, Format, Layer, Refusal, Writing
+from trimtab.formats.dense.write import add_dense
+from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
+from trimtab.layers.linear import QuantLinear
+from trimtab.layers.weights import AffineWeight
+from trimtab.models import transformers_bridge as hf
+from trimtab.quant.grid import Grid, Range
+from trimtab.quant.words import words
+
+
+def packed(codes_NK: Tensor, range_: Range, grid: Grid) -> dict[str, Tensor]:
+    """One layer's tensors, by the names that follow the layer's own.
+
+    Args:
+        codes_NK: uint8 codes (N, K).
+        range_: scales and integer zeros, (N, G); scales are exact in float16.
+        grid: symmetric or with integer zeros.
+    """
+    k, groups = codes_NK.shape[1], range_.scale_NG.shape[1]
+    scale = range_.scale_NG.to(torch.float16)
+    assert torch.equal(scale.float(), range_.scale_NG.float()), "the declaration let an inexact scale through"
+    zero = torch.full_like(range_.scale_NG, grid.center) if range_.zero_NG is None else range_.zero_NG
+    return {
+        "qweight": words(codes_NK, grid.bits).T.contiguous(),
+        "qzeros": words(zero.T.to(torch.uint8), grid.bits),
+        "scales": scale.T.contiguous(),
+        "g_idx": torch.arange(k, dtype=torch.int32) // (k // groups),
+    }
+
+
+class Gptq(Format):
+    """One grid for all layers, float16 scales."""
+
+    name = "gptq"
+    summary = "GPTQ v2: one grid for all layers, for gptqmodel, transformers with it, and vLLM"
+    forms = (Form(name="gptq_v2", bits=(2, 3, 4, 8), zeros=("symmetric", "integer"), scales="float16"),)
+    engines = (
+        Engine(name="gptqmodel", bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),
+        Engine(name="vllm", bits=(4, 8), zeros=("symmetric",), groups=(None, 32, 64, 128), fuses=True),
+        Engine(name="vllm-cpu", bits=(4,), zeros=("symmetric",), fuses=True),
+    )
+
+    def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
+        """One width and group for the whole model, and no linear layer of ours left in float."""
+        linear = [layer for layer in layers if layer.kind == "linear"]
+        grids = [layer.grid for layer in linear]
+        for layer in linear[1:]:
+            a, b = linear[0].grid, layer.grid
+            if isinstance(a, Grid) and isinstance(b, Grid) and (a.bits, a.group) != (b.bits, b.group):
+                cause = f"is {b.describe()} beside {a.describe()} of {linear[0].name}; gptq holds one width and group"
+                return Refusal(layer.name, cause, "give all layers one, or export to compressed-tensors")
+        if not any(isinstance(grid, Grid) for grid in grids):
+            return Refusal("the model", "has no linear layer on an affine grid", "export to dense")
+        return None
+
+    def write(self, folder: Path, writing: Writing) -> None:
+        """Packed codes where a form took the layer, float matrices elsewhere."""
+        ours = hf.quant_layers(writing.model)
+        shards = Shards(folder, writing.max_shard_bytes)
+        for name, tensor in float_tensors(writing.model, ours, writing.dtype):
+            shards.add(name, tensor)
+        grids: list[Grid] = []
+        for name, layer in ours.items():
+            if writing.forms[name] is DENSE:
+                add_dense(shards, name, layer, writing.dtype)
+                continue
+            assert isinstance(layer, QuantLinear)
+            assert isinstance(layer.base, AffineWeight)
+            grids.append(layer.base.grid)
+            for part, tensor in packed(layer.base.integer_codes(), layer.base.range(), layer.base.grid).items():
+                shards.add(f"{name}.{part}", tensor)
+            if layer.bias is not None:
+                shards.add(f"{name}.bias", layer.bias.to(writing.dtype))
+        shards.close()
+        skipped = [
+            n for n, m in writing.model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")
+        ]
+        made = config(grids[0], all(grid.zero == "symmetric" for grid in grids), skipped)
+        write_json(folder / "quantize_config.json", made)
+        write_surroundings(folder, writing.model, writing.tokenizer, writing.dtype, made)
+
+
+def config(grid: Grid, symmetric: bool, skipped: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of a model on this grid, whose `skipped` linear layers are float."""
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq_v2",
+        "bits": grid.bits,
+        "group_size": grid.group or -1,
+        "sym": symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in skipped},
+    }

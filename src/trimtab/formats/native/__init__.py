@@ -1,0 +1,1 @@
+"""The native format: everything that a prepared model can hold."""

@@ -1,0 +1,104 @@
+"""The native format: a directory that `AutoModelForCausalLM.from_pretrained` reads after `import trimtab`.
+
+    config.json             the model's own config with our `quantization_config` (see `hf`)
+    model.safetensors       tensors under the names of the modules that hold them, codes packed
+    tokenizer files, generation_config.json, recipe.yaml, manifest.json
+
+It holds everything that a prepared model can: folded or not, any grid, kept adapters. The directory is written beside its
+destination and moved into place file by file, `config.json` last: what looks whole is whole.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
+from trimtab.formats.directory import write_manifest
+from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
+from trimtab.models import transformers_bridge as hf
+
+
+class Native(Format):
+    """Everything as it is."""
+
+    name = "native"
+    summary = "trimtab's own: everything, read by transformers after `import trimtab`"
+    forms = ()
+    dense = ALL_KINDS
+    everything = True
+    adapters = "kept"
+    engines = (
+        Engine(
+            name="transformers",
+            bits=(1, 2, 3, 4, 5, 6, 7, 8),
+            zeros=("symmetric", "integer", "real"),
+            kv=("float", "8", "4"),
+        ),
+    )
+
+    def write(self, folder: Path, writing: Writing) -> None:
+        """The model's own tensors."""
+        _write(folder, writing.model, writing.tokenizer, writing.recipe, writing.max_shard_bytes)
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    recipe: str | None = None,
+    max_shard_size: str | int = SHARD_BYTES,
+) -> None:
+    """Write a prepared (or folded) model.
+
+    Args:
+        model: a model with our layers.
+        path: directory; files of an earlier save in it are replaced.
+        tokenizer: saved beside the model if given.
+        recipe: YAML text of the resolved recipe, written as `recipe.yaml`.
+        max_shard_size: size of a safetensors file, for example `5GB`.
+    """
+    largest = parse_bytes(max_shard_size, "max_shard_size")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write(staging, model, tokenizer, recipe, largest)
+        write_manifest(staging)
+        target.mkdir(exist_ok=True)
+        for stale in target.glob("*.safetensors*"):
+            stale.unlink()
+        (target / "config.json").unlink(missing_ok=True)
+        for file in sorted(staging.iterdir(), key=lambda f: f.name == "config.json"):
+            file.chmod(target.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, recipe: str | None, largest: int) -> None:
+    dtype = hf.compute_dtype(model)
+    model.save_pretrained(folder, max_shard_size=largest)
+    _set_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if recipe is not None:
+        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+
+
+def _set_dtype(config: Path, dtype: str) -> None:
+    """transformers writes the dtype of the first parameter, which here is that of some scale."""
+    import json
+
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["dtype"] = dtype
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def disk_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of all files of a saved model, checkpoints of the run that made it left out."""
+    return sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file())

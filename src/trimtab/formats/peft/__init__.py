@@ -1,0 +1,1 @@
+"""PEFT LoRA files beside the dequantized base that they belong to."""

@@ -1,0 +1,105 @@
+"""PEFT LoRA files beside the dequantized base that they belong to: what PEFT and vLLM add to a model at run time.
+
+Every output or offset update is an ordinary LoRA, y = x W^T + (alpha / r) x A'^T B'^T, with
+
+    A' = A Pool   (R, K)      B' = Repeat B   (N, R)      alpha = R * gain,   one R and alpha for each layer
+
+(Q-BaRA: rank k r; a single matrix M: A' = Pool of rank K / p, B' = Repeat M). Where they differ between layers they go
+into `rank_pattern` and `alpha_pattern`. The folder holds both:
+
+    base/                          dense safetensors of the quantized base, as the adapters were trained on
+    adapter_config.json            adapter_model.safetensors      the factors in the adapters' own dtype
+
+An update of integer zeros is no LoRA: it is rounded inside the base, so it is refused.
+
+Legend: N out features, K in features, R rank.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mode
+from typing import Any
+
+import torch
+
+from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Layer, Refusal, Writing
+from trimtab.formats.dense.write import add_matrix
+from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
+from trimtab.layers.adapters import DeltaOffset, DeltaOutput
+from trimtab.layers.linear import QuantLinear
+from trimtab.models import transformers_bridge as hf
+from trimtab.quant.grid import Grid
+
+_PREFIX = "base_model.model."
+
+
+class PeftLora(Format):
+    """Adapters as LoRA files."""
+
+    name = "peft"
+    summary = "LoRA files, and the dequantized base that they were trained on"
+    forms = ()
+    dense = ALL_KINDS
+    adapters = "kept"
+    engines = (Engine(name="transformers", bits=(), zeros=()), Engine(name="vllm", bits=(), zeros=()))
+
+    def adapter_refusal(self, layer: Layer) -> Refusal | None:
+        """Only what is an ordinary LoRA."""
+        if layer.adapter in ("levels", "master"):
+            return Refusal(
+                layer.name, "is trained in its codes, and no LoRA equals that", "fold it, export to another format"
+            )
+        if layer.adapter == "offset" and isinstance(layer.grid, Grid) and layer.grid.zero == "integer":
+            cause = "rounds its update to integer zeros, and no LoRA equals that"
+            return Refusal(layer.name, cause, "fold it and export to compressed-tensors, or train with `zero: real`")
+        return None
+
+    def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
+        """At least one adapter."""
+        if any(layer.adapter is not None for layer in layers):
+            return None
+        remedy = "train with lora, qlora or q-bara; a qa-* method folds, so put peft into its recipe's `export`"
+        return Refusal("the model", "keeps no adapter", remedy)
+
+    def write(self, folder: Path, writing: Writing) -> None:
+        """The base, then the adapters."""
+        ours = hf.quant_layers(writing.model)
+        base = folder / "base"
+        base.mkdir()
+        shards = Shards(base, writing.max_shard_bytes)
+        for name, tensor in float_tensors(writing.model, ours, writing.dtype):
+            shards.add(name, tensor)
+        for name, layer in ours.items():
+            add_matrix(shards, name, layer, layer.base.dequantize(writing.dtype))
+        shards.close()
+        write_surroundings(base, writing.model, writing.tokenizer, writing.dtype, None)
+        found = {n: x.adapter for n, x in ours.items() if isinstance(x, QuantLinear) and x.adapter is not None}
+        tensors = Shards(folder, writing.max_shard_bytes, stem="adapter_model")
+        ranks, alphas = {}, {}
+        for name, adapter in found.items():
+            assert isinstance(adapter, DeltaOutput | DeltaOffset)
+            a, b = adapter.delta.as_plain()
+            ranks[name], alphas[name] = a.shape[0], a.shape[0] * adapter.delta.shape.gain
+            dtype = getattr(torch, adapter.delta.shape.dtype)
+            tensors.add(f"{_PREFIX}{name}.lora_A.weight", a.to(dtype))
+            tensors.add(f"{_PREFIX}{name}.lora_B.weight", b.to(dtype))
+        tensors.close()
+        write_json(folder / "adapter_config.json", config(ranks, alphas, "base"))
+
+
+def config(ranks: dict[str, int], alphas: dict[str, float], base: str) -> dict[str, Any]:
+    """`adapter_config.json` of layers with these ranks and alphas."""
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(ranks),
+        "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
+        "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
+    }

@@ -1,0 +1,358 @@
+"""What is trained, and where it acts.
+
+    output   y = x W_hat^T + delta_W x                                         LoRA, QLoRA, LoftQ, Q-BaRA
+    offset   o' = store(o + D_NG), with D constant on each quantization block  QA-LoRA, QA-HiRA, QA-BLoRA
+    levels   u' = u + delta, then round, clamp, scale                          LR-QAT; PEQA (no delta: scales only)
+    master   u = W / s + z from a trained float W                              full QAT
+
+An adapter answers three questions about the stored weight it is attached to: which matrix multiplies x (`weight`, built
+anew whenever it is needed), what is added to the product (`output`), and which stored weight equals the two together
+(`fold`). Folding calls the same functions as forward, so levels and offsets fold to the bit.
+
+Trained scales and offsets are float32 masters that pass through the grid's storage dtype wherever they act.
+
+Legend: B batch rows, N out features, K in features, g group size, G = K / g groups in a row.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.kernels import channel, dequantize, shifted
+from trimtab.kernels.dequantize import Levels
+from trimtab.kernels.levels import from_levels
+from trimtab.layers.deltas import DeltaShape, PooledDelta
+from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
+from trimtab.quant.grid import Range, round_clamp, ste_round, stored, to_levels
+
+FoldKind = Literal["bitwise", "algebraic", "lossy"]
+
+
+class Fold(NamedTuple):
+    """A stored weight that stands for weight and adapter together."""
+
+    weight: Weight
+    kind: FoldKind
+    """bitwise: the same bits in every dtype; algebraic: equal but for rounding; lossy: information is gone."""
+    error: float
+    """Relative Frobenius error of the folded weight; 0 for bitwise."""
+
+
+class Adapter(nn.Module, ABC):
+    """What is trained on one layer."""
+
+    place: str
+    start: tuple[str, float] | None = None
+    """How a fitted start was found, and its share of the base's error; for reports, not saved."""
+
+    def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
+        """The (N, K) matrix that multiplies x, differentiable in `weight_parameters`.
+
+        With `reuse` it may lie in memory that the next such call overwrites.
+        """
+        return base.dequantize(dtype, reuse=reuse)
+
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that `weight` depends on."""
+        return ()
+
+    def weight_gradients(
+        self, base: Weight, grad_NK: Tensor, wanted: tuple[nn.Parameter, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the `wanted` among `weight_parameters` from dL/dW, which may be overwritten."""
+        with torch.enable_grad():
+            weight = self.weight(base, grad_NK.dtype)
+        return torch.autograd.grad(weight, wanted, grad_NK)
+
+    def uses_output(self, base: Weight, dtype: torch.dtype) -> bool:
+        """Whether `gradients_from_output` may serve."""
+        return False
+
+    def gradients_from_output(
+        self, base: Weight, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor, wanted: tuple[nn.Parameter, ...]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+        """`weight` with `reuse`, and the gradients of the `wanted` from dL/dy, x and y; None if dL/dW is cheaper."""
+        return self.weight(base, grad_BN.dtype, reuse=True), None
+
+    def output(self, base: Weight, x_BK: Tensor) -> Tensor | None:
+        """What is added to the product (..., N), or None."""
+        return None
+
+    @abstractmethod
+    def fold(self, base: Weight) -> Fold:
+        """The stored weight that equals base and adapter."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """What `empty` needs to lay this adapter out without data."""
+
+
+class DeltaOutput(Adapter):
+    """delta_W x beside the product: LoRA and its kin. Stays an adapter, or merges into a dense copy of the weight."""
+
+    place = "output"
+
+    def __init__(self, delta: PooledDelta) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def output(self, base: Weight, x_BK: Tensor) -> Tensor:
+        """delta_W x."""
+        y: Tensor = self.delta(x_BK)
+        return y
+
+    def fold(self, base: Weight) -> Fold:
+        """A dense bfloat16 copy: no grid holds W_hat + delta_W. The error is that copy's own rounding."""
+        with torch.no_grad():
+            exact = base.dequantize(torch.float32) + self.delta.dense()
+            dense = DenseWeight(exact.to(base.weight.dtype if isinstance(base, DenseWeight) else torch.bfloat16))
+            error = (dense.weight.float() - exact).norm() / exact.norm().clamp_min(1e-30)
+        return Fold(dense, "algebraic", error.item())
+
+    def spec(self) -> dict[str, Any]:
+        """Place and shape of the delta."""
+        return {"place": self.place, "delta": asdict(self.delta.shape)}
+
+
+class DeltaOffset(Adapter):
+    """An update that is constant on every quantization block moves the block's zero; codes and scales stay.
+
+        real zero, NF4   o_eff = store(o + D)
+        integer zero     o_eff = -s * clamp(ste_round(z - D / s), 0, 2^b - 1)
+        y = x dequantize(q, s, o_eff.detach())^T + Sum_g(x.detach()) (o_eff - o_eff.detach())^T
+
+    The second term is zero and carries dD = g^T Sum_g(x), so no N x K gradient is ever formed.
+    """
+
+    place = "offset"
+
+    def __init__(self, delta: PooledDelta) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def _effective(self, base: Weight) -> tuple[Tensor, Tensor | None]:
+        """(o_eff, integer zeros), both (N, G) float32 with gradients; zeros are None for real offsets."""
+        group = base.shape[1] // _groups(base)
+        d_NG = self.delta.per_group(group)
+        if isinstance(base, CodebookWeight):
+            return (d_NG if base.offset is None else base.offset + d_NG), None
+        assert isinstance(base, AffineWeight)
+        range_ = base.range()
+        if range_.offset_NG is not None:
+            return stored(range_.offset_NG + d_NG, base.grid.scale_dtype), None
+        assert range_.zero_NG is not None
+        zero = ste_round(range_.zero_NG - d_NG / range_.scale_NG).clamp(0, base.grid.top)
+        return -range_.scale_NG * zero, zero
+
+    def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
+        """The base with its zeros moved; carries no gradient."""
+        with torch.no_grad():
+            o_eff, zero = self._effective(base)
+            if isinstance(base, CodebookWeight):
+                return base.dequantize(dtype, reuse=reuse, offset_NG=o_eff)
+            assert isinstance(base, AffineWeight)
+            return base.dequantize(dtype, reuse=reuse, range_=_moved(base, o_eff, zero))
+
+    def output(self, base: Weight, x_BK: Tensor) -> Tensor | None:
+        """Exact zeros that carry the gradient of the offsets; nothing where none is wanted."""
+        if not torch.is_grad_enabled():
+            return None
+        o_eff, _ = self._effective(base)
+        summed_BG = x_BK.detach().unflatten(-1, (_groups(base), -1)).sum(-1)
+        return F.linear(summed_BG, (o_eff - o_eff.detach()).to(x_BK.dtype))
+
+    def fold(self, base: Weight) -> Fold:
+        """The same codes and scales with moved zeros: bitwise."""
+        with torch.no_grad():
+            o_eff, zero = self._effective(base)
+            if isinstance(base, CodebookWeight):
+                return Fold(base.with_offset(o_eff), "bitwise", 0.0)
+            assert isinstance(base, AffineWeight)
+            moved = AffineWeight(base.codes, _moved(base, o_eff, zero), base.grid, base.shape[1], base.storage)
+            return Fold(moved, "bitwise", 0.0)
+
+    def spec(self) -> dict[str, Any]:
+        """Place and shape of the delta."""
+        return {"place": self.place, "delta": asdict(self.delta.shape)}
+
+
+class DeltaLevels(Adapter):
+    """LR-QAT, eq. 8: W_hat = s * (clamp(ste_round(Phi + delta), 0, 2^b - 1) - z), with A, B and the outer scale trained.
+
+    With a real zero W_hat = s * q + o and o is trained too. Without a delta this is PEQA: codes frozen, s (and o) trained.
+    Because the scale inside Phi is frozen, ds = sum over the group of dL/dW_hat * (q - z); it is not LSQ's.
+    """
+
+    place = "levels"
+
+    def __init__(self, delta: PooledDelta | None, base: AffineWeight) -> None:
+        super().__init__()
+        self.delta = delta
+        self.scale, self.offset = _masters(base)
+
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Everything: the factors, the scales and the offsets."""
+        return tuple(self.parameters())
+
+    def _about(self, base: AffineWeight) -> Levels:
+        """The levels with the factors of an ordinary low-rank shift, and scales and zeros as they act."""
+        factors = None if self.delta is None else self.delta.as_plain()
+        gain = 1.0 if self.delta is None else self.delta.shape.gain
+        return base.described(_trained_range(base, self.scale, self.offset), factors, gain)
+
+    def _levels(self, base: AffineWeight) -> Tensor:
+        levels = base.levels()
+        return levels if self.delta is None else self.delta.added_to(levels)
+
+    def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
+        """s * (q - z) of the shifted levels; level arithmetic stays float32 under autocast."""
+        assert isinstance(base, AffineWeight)
+        with torch.autocast(base.codes.device.type, enabled=False):
+            if not base.packed:
+                range_ = _trained_range(base, self.scale, self.offset)
+                return from_levels(self._levels(base), range_, base.grid, dtype)
+            about = self._about(base)
+            if torch.is_grad_enabled():
+                return shifted.weight(about, dtype, base.shape[1])
+            out = base.result(dtype, None, reuse)
+            dequantize.levels(out, *about)
+            return out
+
+    def weight_gradients(
+        self, base: Weight, grad_NK: Tensor, wanted: tuple[nn.Parameter, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Those of the fused kernel, carried on from what acts (rounded, pooled) to what is trained."""
+        assert isinstance(base, AffineWeight)
+        if not base.packed:
+            return super().weight_gradients(base, grad_NK, wanted)
+        with torch.enable_grad():
+            about = self._about(base)
+        with torch.no_grad():
+            return _carried_on(about, shifted.gradients(about, grad_NK), wanted)
+
+    def uses_output(self, base: Weight, dtype: torch.dtype) -> bool:
+        """Per channel, LR-QAT's gradients need no dL/dW (see `kernels.channel`)."""
+        if not isinstance(base, AffineWeight) or not base.packed or self.delta is None:
+            return False
+        return base.scale.shape[1] == 1 and channel.fits(base.codes, dtype)
+
+    def gradients_from_output(
+        self, base: Weight, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor, wanted: tuple[nn.Parameter, ...]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+        """As long as few levels are clipped."""
+        assert isinstance(base, AffineWeight)
+        with torch.enable_grad():
+            about = self._about(base)
+        with torch.no_grad():
+            weight = base.result(grad_BN.dtype, None, True)
+            clipped = channel.weight_and_clipped(about, weight)
+            if len(clipped[0]) > channel.FEW * weight.numel():
+                return weight, None
+            return weight, _carried_on(about, channel.gradients(about, grad_BN, x_BK, y_BN, clipped), wanted)
+
+    def fold(self, base: Weight) -> Fold:
+        """Plain b-bit codes with the trained scales: bitwise."""
+        assert isinstance(base, AffineWeight)
+        with torch.no_grad():
+            range_ = _trained_range(base, self.scale, self.offset)
+            if base.packed:
+                codes = torch.empty(base.shape, dtype=torch.uint8, device=base.codes.device)
+                dequantize.levels(codes, *self._about(base))
+            else:
+                codes = round_clamp(self._levels(base), base.grid.top).to(torch.uint8)
+            return Fold(base.with_codes(codes, range_), "bitwise", 0.0)
+
+    def spec(self) -> dict[str, Any]:
+        """Place and shape of the delta."""
+        return {"place": self.place, "delta": None if self.delta is None else asdict(self.delta.shape)}
+
+
+class MasterLevels(Adapter):
+    """Full QAT (LSQ): u = W / s + z with a trained float W, so that ds = sum G * (q - z - inside * W / s)."""
+
+    place = "master"
+
+    def __init__(self, weight_NK: Tensor, base: AffineWeight) -> None:
+        super().__init__()
+        self.master = nn.Parameter(weight_NK.detach().float())
+        self.scale, self.offset = _masters(base)
+
+    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The master weight, the scales and the offsets."""
+        return tuple(self.parameters())
+
+    def _parts(self, base: AffineWeight) -> tuple[Tensor, Range]:
+        range_ = _trained_range(base, self.scale, self.offset)
+        return to_levels(self.master, range_, base.grid), range_
+
+    def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
+        """The master weight rounded to the grid."""
+        assert isinstance(base, AffineWeight)
+        with torch.autocast(base.codes.device.type, enabled=False):
+            levels, range_ = self._parts(base)
+            return from_levels(levels, range_, base.grid, dtype)
+
+    def fold(self, base: Weight) -> Fold:
+        """Plain b-bit codes with the trained scales: bitwise."""
+        assert isinstance(base, AffineWeight)
+        with torch.no_grad():
+            levels, range_ = self._parts(base)
+            codes = round_clamp(levels, base.grid.top).to(torch.uint8)
+            return Fold(base.with_codes(codes, range_), "bitwise", 0.0)
+
+    def spec(self) -> dict[str, Any]:
+        """Only the place: the master has the base's shape."""
+        return {"place": self.place}
+
+
+def _carried_on(
+    about: Levels, found: tuple[Tensor | None, ...], wanted: tuple[nn.Parameter, ...]
+) -> tuple[Tensor | None, ...]:
+    """From the gradients of what acts (rounded, pooled) to those of what is trained."""
+    acting = (about.a_RK, about.b_NR, about.scale_NG, about.offset_NG)
+    pairs = [(t, g) for t, g in zip(acting, found, strict=True) if t is not None and t.requires_grad]
+    tensors, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(tensors, wanted, grads)
+
+
+def _groups(base: Weight) -> int:
+    """G, the quantization blocks in a row."""
+    if isinstance(base, CodebookWeight):
+        return base.absmax.shape[1]
+    assert isinstance(base, AffineWeight)
+    return base.scale.shape[1]
+
+
+def _moved(base: AffineWeight, o_eff: Tensor, zero: Tensor | None) -> Range:
+    scale = base.scale.float()
+    return Range(scale, None, o_eff) if zero is None else Range(scale, zero, None)
+
+
+def _masters(base: AffineWeight) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Trainable float32 copies of the stored scales and real offsets."""
+    offset = None if base.offset is None else nn.Parameter(base.offset.detach().float().clone())
+    return nn.Parameter(base.scale.detach().float().clone()), offset
+
+
+def _trained_range(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter | None) -> Range:
+    grid = base.grid
+    zero = None if base.zero is None else base.zero.float()
+    return Range(stored(scale, grid.scale_dtype), zero, None if offset is None else stored(offset, grid.scale_dtype))
+
+
+def empty(spec: dict[str, Any], base: Weight) -> Adapter:
+    """An adapter laid out by its spec for `base`, with no data yet."""
+    shape = spec.get("delta")
+    delta = None if shape is None else PooledDelta(DeltaShape(**shape))
+    if spec["place"] == "levels":
+        assert isinstance(base, AffineWeight)
+        return DeltaLevels(delta, base)
+    if spec["place"] == "master":
+        assert isinstance(base, AffineWeight)
+        return MasterLevels(torch.empty(base.shape), base)
+    assert delta is not None
+    return DeltaOutput(delta) if spec["place"] == "output" else DeltaOffset(delta)

@@ -1,0 +1,399 @@
+"""How a frozen weight is stored: dense, affine codes, or codebook codes.
+
+Each kind is a module whose tensors are all `Parameter(requires_grad=False)`, never buffers (FSDP2 shards parameters
+only), and gives back its (N, K) matrix by `dequantize`. A kind is described by a small JSON `spec`, from which
+`empty` builds the same module without data, so that a saved model can be laid out before its tensors are read.
+
+An affine weight can also hold more than its codes. `fixed8` keeps each level in 8 bits, b of them the integer part:
+
+    n = floor(u * 2^f)      f = 8 - b;   read back as (n + 0.5) / 2^f: at most 2^-(f+1) of a step away, and no ties
+
+which is LR-QAT's down-cast weight Phi: adapters move levels across rounding boundaries, so the fraction matters. `int`
+drops it, `bf16` and `fp32` keep u - z (u - 2^(b-1) with a real zero) in floats, for ablations.
+
+Legend: N out features, K in features, g group size, G = K / g groups in a row.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.kernels import cpu, dequantize, encode, workspace
+from trimtab.kernels.dequantize import Levels
+from trimtab.quant import codebook, packing
+from trimtab.quant.grid import (
+    AnyGrid,
+    CodebookGrid,
+    Grid,
+    Range,
+    from_codes,
+    group_size,
+    round_clamp,
+    set_range,
+    to_levels,
+)
+
+Storage = Literal["int", "fixed8", "bf16", "fp32"]
+Spec = dict[str, Any]
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class Weight(nn.Module, ABC):
+    """A stored (N, K) matrix."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @property
+    @abstractmethod
+    def grid(self) -> AnyGrid | None:
+        """The grid that the values lie on; None for a dense weight."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False) -> Tensor:
+        """The matrix (N, K), or the given rows of it, rounded once to `dtype`.
+
+        With `reuse` the result may lie in memory that the next such call overwrites (see `kernels.workspace`).
+        """
+
+    @abstractmethod
+    def spec(self) -> Spec:
+        """What `empty` needs to lay this weight out without data."""
+
+    def product_of_few(self, x_TK: Tensor) -> Tensor | None:
+        """x W^T (T, N) of a few rows without ever writing W, summed in float32; None where there is no such way."""
+        if x_TK.dtype == torch.float64 or not cpu.serves(x_TK):
+            return None
+        y = torch.empty(x_TK.shape[0], self.shape[0])
+        x = x_TK if x_TK.dtype == torch.bfloat16 else x_TK.float()
+        return y.to(x_TK.dtype) if self._multiply(y, x.contiguous()) else None
+
+    def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
+        """Fill y (T, N), float32, with x W^T of an x in float32 or bfloat16, if this kind can."""
+        return False
+
+    def result(self, dtype: torch.dtype, rows: Tensor | None, reuse: bool) -> Tensor:
+        """Memory for what `dequantize` returns."""
+        shape = (self.shape[0] if rows is None else rows.numel(), self.shape[1])
+        device = next(self.parameters()).device
+        return (
+            workspace.take("weight", shape, dtype, device) if reuse else torch.empty(shape, dtype=dtype, device=device)
+        )
+
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as kept in memory and on disk."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+
+class DenseWeight(Weight):
+    """A weight kept as floats: the base of 16-bit LoRA."""
+
+    def __init__(self, weight_NK: Tensor) -> None:
+        super().__init__((weight_NK.shape[0], weight_NK.shape[1]))
+        self.weight = _frozen(weight_NK.detach())
+
+    @property
+    def grid(self) -> None:
+        """A dense weight is on no grid."""
+        return None
+
+    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False) -> Tensor:
+        """The matrix itself, cast to `dtype`."""
+        return (self.weight if rows is None else self.weight[rows]).to(dtype)
+
+    def spec(self) -> Spec:
+        """Kind, shape and dtype."""
+        return {"kind": "dense", "shape": list(self.shape), "dtype": str(self.weight.dtype).removeprefix("torch.")}
+
+
+class AffineWeight(Weight):
+    """Codes (or levels) on an affine grid, with the scales and zeros of each group.
+
+    Args:
+        codes: packed uint8 (N, bytes) for `int`, uint8 (N, K) for `fixed8`, floats (N, K) for `bf16` and `fp32`.
+        range_: scales and zeros (N, G); stored in the grid's storage dtype, integer zeros as uint8.
+        grid: the affine grid.
+        in_features: K.
+        storage: what `codes` holds.
+    """
+
+    def __init__(self, codes: Tensor, range_: Range, grid: Grid, in_features: int, storage: Storage = "int") -> None:
+        super().__init__((codes.shape[0], in_features))
+        self._grid, self.storage = grid, storage
+        self.codes = _frozen(codes)
+        self.scale = _frozen(range_.scale_NG.detach().to(grid.storage))
+        self.zero = None if range_.zero_NG is None else _frozen(range_.zero_NG.detach().to(torch.uint8))
+        self.offset = None if range_.offset_NG is None else _frozen(range_.offset_NG.detach().to(grid.storage))
+
+    @property
+    def grid(self) -> Grid:
+        """The affine grid."""
+        return self._grid
+
+    @classmethod
+    def quantize(cls, weight_NK: Tensor, grid: Grid, storage: Storage = "int") -> "AffineWeight":
+        """Round a weight to the nearest codes (or store its levels) in the range that the grid's rule chooses."""
+        if grid.bits == 8 and storage == "fixed8":
+            storage = "int"  # no bits are left for a fraction
+        if storage in ("int", "fixed8") and encode.fits(weight_NK):
+            range_ = encode.ranges(weight_NK, grid)
+            codes = encode.codes(weight_NK, range_, grid, storage == "fixed8")
+            return cls(codes, range_, grid, weight_NK.shape[1], storage)
+        pieces = []
+        for rows in weight_NK.detach().split(_rows_at_once(weight_NK)):
+            range_ = set_range(rows, grid)
+            levels = to_levels(rows.float(), range_, grid).clamp_(0, grid.top)
+            pieces.append(cls.of_levels(levels, range_, grid, storage))
+        if len(pieces) == 1:
+            return pieces[0]
+        columns = zip(*(p.range() for p in pieces), strict=True)
+        range_ = Range(*(None if t[0] is None else torch.cat(t) for t in columns))  # type: ignore[arg-type]
+        return cls(torch.cat([p.codes for p in pieces]), range_, grid, weight_NK.shape[1], pieces[0].storage)
+
+    @classmethod
+    def of_levels(cls, levels_NK: Tensor, range_: Range, grid: Grid, storage: Storage = "int") -> "AffineWeight":
+        """Store levels, clamped to the code range. Rounding what is stored gives the codes that levels round to."""
+        in_features = levels_NK.shape[1]
+        if storage == "fixed8" and grid.bits == 8:
+            storage = "int"
+        if storage == "int":
+            codes = packing.pack(levels_NK.round().to(torch.uint8), grid.bits)
+        elif storage == "fixed8":
+            codes = _to_fixed8(levels_NK, grid)
+        else:
+            centred = levels_NK - _center(range_, grid, in_features)
+            codes = centred.to(torch.bfloat16 if storage == "bf16" else torch.float32)
+        return cls(codes, range_, grid, in_features, storage)
+
+    def kept_as(self, storage: Storage) -> "AffineWeight":
+        """The same codes with levels in float brought into `storage`; a weight of integers has none and stays as it is."""
+        if self.packed or storage == self.storage:
+            return self
+        return AffineWeight.of_levels(self.levels(), self.range(), self.grid, storage)
+
+    def range(self) -> Range:
+        """Scales and zeros (N, G) as float32."""
+        zero, offset = (None if p is None else p.float() for p in (self.zero, self.offset))
+        return Range(self.scale.float(), zero, offset)
+
+    def _kept_range(self) -> Range:
+        """The same in the dtypes they are stored in, where the kernels read those."""
+        if self.scale.dtype == torch.float16 or self.scale.device.type != "cpu":
+            return self.range()
+        return Range(self.scale, self.zero, self.offset)
+
+    def levels(self, rows: Tensor | None = None) -> Tensor:
+        """Levels in [0, 2^b - 1] as this storage remembers them: fresh float32 of shape (N, K)."""
+        kept = self.codes if rows is None else self.codes[rows]
+        if self.storage == "int":
+            codes = packing.unpack(kept, self.grid.bits, self.shape[1])
+            return codes.float()
+        if self.storage == "fixed8":
+            return kept.float().add_(0.5).mul_(1.0 / (1 << (8 - self.grid.bits)))
+        return kept.float() + _center(self.range(), self.grid, self.shape[1], rows)
+
+    def integer_codes(self, rows: Tensor | None = None) -> Tensor:
+        """The b-bit codes: uint8 of shape (N, K)."""
+        if self.storage == "int":
+            return packing.unpack(self.codes if rows is None else self.codes[rows], self.grid.bits, self.shape[1])
+        return round_clamp(self.levels(rows), self.grid.top).to(torch.uint8)
+
+    def dequantize(
+        self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False, range_: Range | None = None
+    ) -> Tensor:
+        """s * (q - z), or s * q + o; with `range_` (of all rows) in place of the stored scales and zeros if given."""
+        if self.storage == "int":
+            out = self.result(dtype, rows, reuse)
+            dequantize.affine(out, self.codes, rows, *(range_ or self._kept_range()), self.grid.bits, self.grid.center)
+            return out
+        if self.storage == "fixed8" and rows is None:
+            out = self.result(dtype, None, reuse)
+            dequantize.levels(out, *self.described(range_ or self.range()))
+            return out
+        range_ = Range(*(t if t is None or rows is None else t[rows] for t in range_ or self.range()))  # type: ignore[arg-type]
+        return from_codes(self.integer_codes(rows), range_, self.grid, dtype)
+
+    def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
+        if self.storage == "int":
+            dequantize.affine_product(y, x_TK, self.codes, *self._kept_range(), self.grid.bits, self.grid.center)
+        return self.storage == "int"
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes or levels are integers, as the kernels read them."""
+        return self.storage in ("int", "fixed8")
+
+    def described(self, range_: Range, factors: tuple[Tensor, Tensor] | None = None, gain: float = 1.0) -> Levels:
+        """These levels, moved by gain * B A if `factors` (A, B) are given, as the kernels take them."""
+        a, b = factors or (None, None)
+        fixed, grid = self.storage == "fixed8", self.grid
+        return Levels(self.codes, grid.bits, fixed, a, b, gain, *range_, grid.center)
+
+    def with_codes(self, codes_NK: Tensor, range_: Range) -> "AffineWeight":
+        """A weight of these plain codes, uint8 (N, K), with these scales and zeros."""
+        return AffineWeight(packing.pack(codes_NK, self.grid.bits), range_, self.grid, self.shape[1])
+
+    def spec(self) -> Spec:
+        """Kind, shape, grid and storage."""
+        return {"kind": "affine", "shape": list(self.shape), "grid": asdict(self.grid), "storage": self.storage}
+
+
+class CodebookWeight(Weight):
+    """Codes of a table, with the absmax of each group (itself quantized or not) and perhaps an offset.
+
+    Args:
+        codes: packed uint8 (N, bytes).
+        absmax: (N, G) float32, or with double quantization the triple of `codebook.compress_absmax`.
+        grid: the codebook grid.
+        in_features: K.
+        offset_NG: float32 added after the table (QA-HiRA on NF4), or None.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        absmax: tuple[Tensor, ...],
+        grid: CodebookGrid,
+        in_features: int,
+        offset_NG: Tensor | None = None,
+    ) -> None:
+        super().__init__((codes.shape[0], in_features))
+        self._grid = grid
+        self.codes = _frozen(codes)
+        self.absmax = _frozen(absmax[0])
+        self.absmax_scale = _frozen(absmax[1]) if grid.double_quant else None
+        self.absmax_mean = _frozen(absmax[2]) if grid.double_quant else None
+        self.offset = None if offset_NG is None else _frozen(offset_NG.detach())
+
+    @property
+    def grid(self) -> CodebookGrid:
+        """The codebook grid."""
+        return self._grid
+
+    @classmethod
+    def quantize(cls, weight_NK: Tensor, grid: CodebookGrid) -> "CodebookWeight":
+        """The nearest table entries."""
+        if encode.fits(weight_NK):
+            groups = weight_NK.shape[1] // group_size(grid, weight_NK.shape[1])
+            packed, absmax = encode.table_codes(weight_NK, grid, groups)
+            kept = codebook.compress_absmax(absmax) if grid.double_quant else (absmax,)
+            return cls(packed, kept, grid, weight_NK.shape[1])
+        pieces = [codebook.to_codebook(rows, grid) for rows in weight_NK.detach().split(_rows_at_once(weight_NK))]
+        codes, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        kept = codebook.compress_absmax(absmax) if grid.double_quant else (absmax,)
+        return cls(packing.pack(codes, grid.bits), kept, grid, weight_NK.shape[1])
+
+    def integer_codes(self, rows: Tensor | None = None) -> Tensor:
+        """The codes: uint8 of shape (N, K)."""
+        return packing.unpack(self.codes if rows is None else self.codes[rows], self.grid.bits, self.shape[1])
+
+    def read_absmax(self) -> Tensor:
+        """The absmax of each group: float32 (N, G)."""
+        if self.absmax_scale is None or self.absmax_mean is None:
+            return self.absmax
+        return codebook.expand_absmax(self.absmax, self.absmax_scale, self.absmax_mean)
+
+    def dequantize(
+        self,
+        dtype: torch.dtype,
+        *,
+        rows: Tensor | None = None,
+        reuse: bool = False,
+        offset_NG: Tensor | None = None,
+    ) -> Tensor:
+        """absmax * table[q] + offset; with `offset_NG` in place of the stored offset if given."""
+        out = self.result(dtype, rows, reuse)
+        dequantize.codebook(out, self.codes, rows, *self._about(self.offset if offset_NG is None else offset_NG))
+        return out
+
+    def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
+        dequantize.codebook_product(y, x_TK, self.codes, *self._about(self.offset))
+        return True
+
+    def _about(self, offset_NG: Tensor | None) -> tuple[Tensor | int | None, ...]:
+        """Everything but the codes, as the kernels take it."""
+        device = self.codes.device
+        map_ = codebook.dynamic_map(device) if self.grid.double_quant else None
+        absmax = (self.absmax, map_, self.absmax_scale, self.absmax_mean)
+        return codebook.table(self.grid, device), *absmax, offset_NG, self.grid.bits
+
+    def with_offset(self, offset_NG: Tensor) -> "CodebookWeight":
+        """The same codes and absmax with another offset."""
+        kept = [p for p in (self.absmax, self.absmax_scale, self.absmax_mean) if p is not None]
+        return CodebookWeight(self.codes, tuple(kept), self.grid, self.shape[1], offset_NG)
+
+    def spec(self) -> Spec:
+        """Kind, shape, grid and whether there is an offset."""
+        grid, offset = asdict(self.grid), self.offset is not None
+        return {"kind": "codebook", "shape": list(self.shape), "grid": grid, "offset": offset}
+
+
+def _rows_at_once(weight_NK: Tensor) -> int:
+    """Rows that are quantized together: float temporaries stay small beside a large embedding, and in the cache."""
+    return weight_NK.shape[0] if weight_NK.is_meta else max(1, (1 << 22) // weight_NK.shape[1])
+
+
+def _center(range_: Range, grid: Grid, in_features: int, rows: Tensor | None = None) -> Tensor | float:
+    """What float storages subtract from u: z spread over its group, or the middle code where z is not an integer."""
+    if range_.zero_NG is None:
+        return float(grid.center)
+    zero = range_.zero_NG if rows is None else range_.zero_NG[rows]
+    return zero.repeat_interleave(in_features // zero.shape[1], 1)
+
+
+def _to_fixed8(levels_NK: Tensor, grid: Grid) -> Tensor:
+    unit = 1 << (8 - grid.bits)
+    n = (levels_NK * unit).floor()
+    # A level exactly between two codes reads back half a unit higher; where that would round it up against
+    # half-to-even, the unit below is as near and rounds to the right code.
+    n -= (((n + 0.5) / unit).round() != levels_NK.round()).float()
+    return n.to(torch.uint8)
+
+
+def quantize(weight_NK: Tensor, grid: AnyGrid, storage: Storage = "int") -> AffineWeight | CodebookWeight:
+    """Round a float weight to the nearest values of any grid."""
+    if isinstance(grid, CodebookGrid):
+        return CodebookWeight.quantize(weight_NK, grid)
+    return AffineWeight.quantize(weight_NK, grid, storage)
+
+
+def empty(spec: Spec) -> Weight:
+    """A weight laid out by its spec, with no data yet (make it under `torch.device("meta")`)."""
+    n, k = spec["shape"]
+    if spec["kind"] == "dense":
+        return DenseWeight(torch.empty(n, k, dtype=getattr(torch, spec["dtype"])))
+    if spec["kind"] == "codebook":
+        return _empty_codebook(spec, n, k)
+    grid, storage = Grid(**spec["grid"]), spec["storage"]
+    shape = (n, k // group_size(grid, k))
+    range_ = Range(
+        torch.empty(shape),
+        torch.empty(shape) if grid.zero == "integer" else None,
+        torch.empty(shape) if grid.zero == "real" else None,
+    )
+    if storage == "int":
+        codes = torch.empty(n, packing.row_bytes(grid.bits, k), dtype=torch.uint8)
+    else:
+        codes = torch.empty(n, k, dtype={"fixed8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}[storage])
+    return AffineWeight(codes, range_, grid, k, storage)
+
+
+def _empty_codebook(spec: Spec, n: int, k: int) -> CodebookWeight:
+    grid = CodebookGrid(**spec["grid"])
+    shape = (n, k // group_size(grid, k))
+    absmax: tuple[Tensor, ...] = (torch.empty(shape),)
+    if grid.double_quant:
+        blocks = -(-shape[0] * shape[1] // codebook.DOUBLE_BLOCK)
+        absmax = (torch.empty(shape, dtype=torch.uint8), torch.empty(blocks), torch.empty(1))
+    codes = torch.empty(n, packing.row_bytes(grid.bits, k), dtype=torch.uint8)
+    return CodebookWeight(codes, absmax, grid, k, torch.empty(shape) if spec["offset"] else None)
+
+
+__all__ = ["AffineWeight", "CodebookWeight", "DenseWeight", "Spec", "Storage", "Weight", "empty", "quantize"]

@@ -1,0 +1,1 @@
+"""Memory: what a run will need, predicted before anything is loaded."""

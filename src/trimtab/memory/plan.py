@@ -1,0 +1,68 @@
+"""The memory that a recipe's training takes, before anything is loaded: `memory.plan` with all that a recipe asks for.
+
+GPTQ has a phase of its own, before training. Beside what is stored it holds one block in float with the X^T X of its
+layers' inputs, the hidden states of all windows before and after the block, and for the layer at hand three K x K in
+float64 while H^-1 is factored, or some copies of its weight while columns are rounded.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from trimtab.memory import training as memory
+from trimtab.models import calibrate as stats
+from trimtab.models.prepare import targets
+from trimtab.recipe.recipe import Recipe
+from trimtab.recipe.rules import Rule
+from trimtab.training import teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "q_proj": "q_proj", "up_proj": "gate_proj", "gate_proj": "gate_proj"}
+"""Layers that are given the same input."""
+
+
+def plan(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None = None) -> memory.Plan:
+    """Predict the peak of a recipe's training: its teacher, rounded activations and cache, and accumulation included.
+
+    Args:
+        recipe: whose method, data, training, distillation and simulations count.
+        model: laid out on the meta device (`loading.skeleton`); it is prepared in place.
+        rules: in place of the recipe's.
+    """
+    train, block_tokens = recipe.train, recipe.data.block_tokens if recipe.data else 1024
+    rules = recipe.rules if rules is None else rules
+    working = _rounding_by_gptq(recipe, model, rules) if recipe.start.name == "gptq" else 0
+    planned = memory.plan(
+        model,
+        recipe.method,
+        rules,
+        micro_batch=train.micro_batch,
+        block_tokens=block_tokens,
+        dtype=recipe.dtype,
+        checkpointing=train.activation_checkpointing,
+        micro_batches=max(train.batch_tokens // (train.micro_batch * block_tokens), 1),
+        moment_bytes=train.moment_bytes,
+        teaching=teacher.needs(recipe),
+        activations=recipe.activations,
+        kv=recipe.kv,
+    )
+    before = planned.codes + planned.float_parameters + planned.adapters + working if working else 0
+    return replace(planned, before=max(planned.before, before))
+
+
+def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None) -> int:
+    """Bytes that GPTQ works in, beside the model as far as it is stored: of the block and layer that take most."""
+    shapes = {t.name: t.shape for t in targets(model, recipe.method, rules) if t.grid is not None}
+    itemsize, most = recipe.dtype.itemsize, 0
+    for names in stats.by_block(model, list(shapes)).values():
+        inputs = {
+            name.rpartition(".")[0] + _SHARED.get(name.rpartition(".")[2], name): shapes[name][1] for name in names
+        }
+        floats = sum(n * k * itemsize for n, k in (shapes[name] for name in names))
+        layer = max(
+            (max(24 * k * k + 4 * n * k, 4 * k * k + 20 * n * k) for n, k in (shapes[name] for name in names)),
+            default=0,
+        )
+        most = max(most, floats + sum(4 * k * k for k in inputs.values()) + layer)
+    return most + 2 * recipe.start.tokens * model.config.get_text_config().hidden_size * itemsize

@@ -1,0 +1,360 @@
+"""Bytes: measured while a run lasts, and predicted before anything is loaded.
+
+The plan is computed, not estimated, as far as it can be: the model is laid out on the meta device and prepared there, so
+the bytes of codes, scales, adapters, gradients and optimizer state are those of the very tensors that will exist; one
+forward pass on the meta device, with a hook on every tensor that autograd keeps, gives the activations. What lives for a
+moment is a formula, for the two moments at which most of it lives:
+
+    the loss        the shared buffers, the head's weight if it is made from codes, and one chunk of logits
+    one layer       the shared buffers, gradients of activations, and what its way of training a weight needs beside them
+
+Where an optimizer step is one micro-batch, its gradients come as its activations go, and are dropped before the next one:
+the peak is a maximum over the loss and the layers of backward, and `Plan.apart` is what it lies below the sum. With more
+micro-batches the gradients of the first are there when the second has all its activations, and the sum is the peak. Loading
+stays below either: beside what is loaded already it holds one float weight, as the shared buffers do in training (but for
+GPTQ, see `planning`).
+
+The shared buffers (`kernels.workspace`) are as large as the largest weight that passes through them: W wherever it is
+made from packed codes, and dL/dW wherever levels are trained. `benchmarks/memory.py` holds the sum to what is measured.
+A heap that keeps freed memory (glibc does, up to 32 MB a tensor) needs more than what lives; no plan counts that.
+
+"Resident" is anonymous resident memory: file-mapped pages, which the kernel can drop, are reported beside it.
+"""
+
+import ctypes
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from trimtab.kernels import products
+from trimtab.layers.linear import QuantLinear
+from trimtab.layers.weights import AffineWeight, DenseWeight
+from trimtab.methods.base import Method
+from trimtab.models import simulate as simulation
+from trimtab.models import transformers_bridge as hf
+from trimtab.models.prepare import place, targets
+from trimtab.quant.activations import Activations, KvCache
+from trimtab.recipe.rules import Rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+LOGITS_CHUNK_TOKENS = 128
+"""Tokens whose logits exist at once in training (see `loss`)."""
+
+
+def reset_peak() -> None:
+    """Start a new peak where the system can (Linux); elsewhere the peak is that of the whole process."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process since `reset_peak`, in bytes."""
+    if _STATUS.exists():
+        return _status("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """Anonymous resident memory of this process now, in bytes (all of it where the system does not tell)."""
+    return _status("RssAnon") if _STATUS.exists() else peak_bytes()
+
+
+def trim() -> None:
+    """Hand freed heap pages back to the system.
+
+    glibc keeps them between small tensors that live on: loading a 65 MB model in 4 bits left up to 250 MB resident.
+    """
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if give_back is not None:
+        give_back(0)
+
+
+def return_freed() -> None:
+    """Have blocks of 4 MiB and more go back to the system as soon as they are freed, from now on in this process.
+
+    glibc raises the size from which it maps blocks (up to 32 MiB) whenever one is freed, and keeps what is below.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:
+        set_option(-3, 4 << 20)  # M_MMAP_THRESHOLD; set once, it no longer moves
+
+
+def available_bytes() -> int | None:
+    """Memory that this system could still give, in bytes; None where it does not tell (it does on Linux)."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted bytes of a training run, by what they are for."""
+
+    codes: int
+    """Stored weights: codes, scales, zeros, absmax; dense weights under adapters."""
+    float_parameters: int
+    """What no rule touched: norms, biases, float embeddings and heads."""
+    adapters: int
+    gradients: int
+    optimizer: int
+    """Adam: two numbers for each trainable one."""
+    activations: int
+    """What autograd keeps between forward and backward."""
+    temporary: int
+    """The shared buffers, and the largest that lives beside them for a moment: see above."""
+    trainable: int
+    """Trainable numbers, not bytes."""
+    teacher: int = 0
+    """A float or 8-bit model to learn from, in memory as long as training lasts."""
+    before: int = 0
+    """Peak of what comes before training, a cached teacher or GPTQ; it does not add up with the rest."""
+    apart: int = 0
+    """Of gradients, activations and temporary: what is never there at once with the others."""
+
+    @property
+    def total(self) -> int:
+        """Predicted peak above the interpreter and its libraries."""
+        training = (
+            self.codes + self.float_parameters + self.adapters + self.gradients
+            + self.optimizer + self.activations + self.temporary + self.teacher - self.apart
+        )  # fmt: skip
+        return max(training, self.before)
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Bytes that distillation adds to a plan (see `teacher.needs`)."""
+
+    resident: int = 0
+    """The teacher itself."""
+    at_loss: int = 0
+    """Its hidden states and logits beside the student's."""
+    before: int = 0
+    """See `Plan`."""
+
+
+def plan(
+    model: "PreTrainedModel",
+    method: Method,
+    rules: list[Rule] | None,
+    *,
+    micro_batch: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    micro_batches: int = 2,
+    moment_bytes: int = 4,
+    teaching: Teaching = Teaching(),
+    activations: Activations | None = None,
+    kv: KvCache | None = None,
+) -> Plan:
+    """Predict the peak of training.
+
+    Args:
+        model: laid out on the meta device (`loading.skeleton`); it is prepared in place.
+        method: what trains it.
+        rules: see `rules.resolve`.
+        micro_batch: sequences in one forward pass.
+        block_tokens: tokens in a sequence.
+        dtype: compute dtype.
+        checkpointing: whether each block is recomputed in backward.
+        micro_batches: forward passes of an optimizer step, one or more.
+        moment_bytes: of each of Adam's two numbers for a trainable one.
+        teaching: what a teacher adds.
+        activations: how inputs are rounded, or None.
+        kv: how keys and values are rounded, or None.
+    """
+    hf.cast_floats(model, dtype)
+    prepare_meta(model, method, rules)
+    if activations is not None or kv is not None:
+        simulation.lay_out(model, activations, kv)
+    stored = {id(p): p for layer in hf.quant_layers(model).values() for p in layer.parameters()}
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    trained = {id(p) for p in adapters}
+    config, tokens = model.config.get_text_config(), micro_batch * block_tokens
+    kept = block = kept_for_backward(model, micro_batch, block_tokens)
+    if checkpointing:
+        block = kept // config.num_hidden_layers
+        kept = block + config.num_hidden_layers * tokens * config.hidden_size * dtype.itemsize
+    # Each block's activations are there in the loss, too, but for those that are recomputed later.
+    recomputed = block if checkpointing else 0
+    at_loss = _at_loss(model, tokens, dtype) + teaching.at_loss - recomputed
+    in_layer = _in_layer(model, tokens, dtype)
+    return Plan(
+        codes=_bytes(p for i, p in stored.items() if i not in trained),
+        float_parameters=_bytes(p for p in model.parameters() if id(p) not in stored),
+        adapters=_bytes(adapters),
+        gradients=_bytes(adapters),
+        optimizer=2 * moment_bytes * sum(p.numel() for p in adapters),
+        activations=kept,
+        temporary=_buffers(model, dtype) + max(at_loss, in_layer),
+        trainable=sum(p.numel() for p in adapters),
+        teacher=teaching.resident,
+        before=teaching.before,
+        apart=_apart(model, kept, recomputed, at_loss, in_layer) if micro_batches == 1 else 0,
+    )
+
+
+def _apart(model: "PreTrainedModel", kept: int, block: int, at_loss: int, in_layer: int) -> int:
+    """What activations, gradients and temporary tensors never need together, with no gradients of another micro-batch.
+
+    The peak is that of the loss, with all activations; or of a layer of backward, from the last to the first, with its
+    own activations and those of the layers before it, its own gradients and those of the layers after it. `block` is
+    the one block that is recomputed, if any.
+    """
+    layers: Any = model.base_model.layers
+    inside = [_bytes(p for p in layer.parameters() if p.requires_grad) for layer in layers]
+    whole = _bytes(p for p in model.parameters() if p.requires_grad)
+    gradients = whole - sum(inside)  # of a trained head: they are there in the loss
+    peak = kept + at_loss + gradients
+    for number in reversed(range(len(layers))):
+        gradients += inside[number]
+        left = block + -(-(kept - block) * (number + 1) // len(layers))
+        peak = max(peak, left + gradients + in_layer)
+    return kept + whole + max(at_loss, in_layer) - peak
+
+
+def _linears(model: "PreTrainedModel") -> list[QuantLinear]:
+    return [layer for layer in hf.quant_layers(model).values() if isinstance(layer, QuantLinear)]
+
+
+def _fresh(layer: QuantLinear) -> bool:
+    """Whether autograd makes the weight, in memory of its own, from float levels or a master weight."""
+    if layer.adapter is None or layer.adapter.place not in ("levels", "master"):
+        return False
+    return layer.adapter.place == "master" or not (isinstance(layer.base, AffineWeight) and layer.base.packed)
+
+
+def _buffers(model: "PreTrainedModel", dtype: torch.dtype) -> int:
+    """The two slots of the workspace: the largest weight made from codes, the largest dL/dW; and blocks in float32."""
+    weight = gradient = 0
+    for layer in _linears(model):
+        size = layer.base.shape[0] * layer.base.shape[1] * dtype.itemsize
+        if not isinstance(layer.base, DenseWeight) and not _fresh(layer):
+            weight = max(weight, size)
+        if layer.weight_parameters() and not layer.uses_output(dtype):
+            gradient = max(gradient, size)
+    return weight + gradient + products.workspace_bytes(dtype)
+
+
+def _at_loss(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
+    """One chunk of logits and their exponentials; the counted hidden states and their gradient."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None) is not None
+    whole = any(p.requires_grad for p in head.parameters())  # a trained head: all logits and their gradient
+    count = 2 * tokens if whole else min(tokens, LOGITS_CHUNK_TOKENS)
+    logits = count * config.vocab_size * max(4 + dtype.itemsize, (4 if softcap else 2) * 4)
+    return logits + 2 * tokens * config.hidden_size * dtype.itemsize
+
+
+def _in_layer(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
+    """Gradients of the widest activations, rounded inputs, and floats of (N, K) that autograd makes of a layer's levels.
+
+    Those of a layer are at once W and its copy under autograd, levels, rounded levels, codes and whether they were clipped,
+    and in the compute dtype the three steps from codes to W; for a master weight, then, the gradients of W / s.
+    """
+    largest, head = 0, model.get_output_embeddings()
+    for layer in _linears(model):
+        n, k = layer.base.shape
+        activations = 0 if layer is head else 2 * tokens * max(n, k) * dtype.itemsize  # its logits are in the loss
+        master = layer.adapter is not None and layer.adapter.place == "master"
+        if layer.inputs is not None:  # x on its way to codes, in float32, and the rounded x
+            activations += tokens * k * (4 + dtype.itemsize)
+        floats = n * k * (3 * 4 + 1 + (4 if master else 0) + 4 * dtype.itemsize) if _fresh(layer) else 0
+        largest = max(largest, activations + floats)
+    return largest
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def prepare_meta(model: "PreTrainedModel", method: Method, rules: list[Rule] | None) -> None:
+    """Prepare a meta-device model."""
+    for target in targets(model, method, rules):
+        old: Any = model.get_submodule(target.name)
+        place(model, target, old.base if hasattr(old, "base") else old.weight.detach(), method)
+    hf.untie(model)
+    hf.freeze(model)
+
+
+def kept_for_backward(model: "PreTrainedModel", micro_batch: int, block_tokens: int) -> int:
+    """Bytes that autograd keeps between one forward pass of the decoder and its backward, parameters left out.
+
+    A model on the meta device is run on tensors without data that pass for ones on the CPU: on the meta device itself
+    autocast, masks and the choice of an attention kernel fail, or go other ways than in training.
+    """
+    decoder: Any = model.base_model
+    parameters: dict[str, Tensor] = dict(decoder.named_parameters())
+    with ExitStack() as stack:
+        if any(p.is_meta for p in parameters.values()):
+            parameters = stack.enter_context(_without_data(decoder))
+        own = {p.untyped_storage()._cdata for p in parameters.values()}
+        ids = torch.zeros(micro_batch, block_tokens, dtype=torch.int64, device=next(iter(parameters.values())).device)
+        seen = stack.enter_context(saved_storages())
+        functional_call(decoder, parameters, kwargs={"input_ids": ids, "use_cache": False})
+    return sum(size for key, (size, _) in seen.items() if key not in own)
+
+
+@contextmanager
+def _without_data(decoder: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Parameters that have a size and a device but no data, and a decoder that can run on them.
+
+    Positions and masks stay real, since transformers looks at their values. Only our layers fill tensors that they make
+    themselves, so the mode, under which new tensors have no data either, is on while they run.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def enter(*_: Any) -> None:
+        mode.__enter__()
+
+    def leave(*_: Any) -> None:
+        mode.__exit__(None, None, None)
+
+    with mode:
+        parameters = {
+            name: torch.empty(p.shape, dtype=p.dtype, device="cpu", requires_grad=p.requires_grad)
+            for name, p in decoder.named_parameters()
+        }
+    with ExitStack() as hooks:
+        for layer in hf.quant_layers(decoder).values():
+            hooks.callback(layer.register_forward_pre_hook(enter).remove)
+            hooks.callback(layer.register_forward_hook(leave, always_call=True).remove)
+        yield parameters
+
+
+@contextmanager
+def saved_storages() -> Iterator[dict[int, tuple[int, Tensor]]]:
+    """Collect every storage that autograd saves in this context: its bytes, and a tensor that keeps its address taken."""
+    seen: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        seen[storage._cdata] = (storage.nbytes(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield seen

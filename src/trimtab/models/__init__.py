@@ -1,0 +1,1 @@
+"""Models: loading, preparing and folding them, and the bridge to transformers."""

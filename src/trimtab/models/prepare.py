@@ -1,0 +1,324 @@
+"""A model in, a prepared model out: which layers are ours, swapping them one at a time, and folding them back.
+
+`targets` decides everything before a weight is touched, from names and shapes alone, so it runs on a meta-device model
+too: loading, the memory plan and checks all share it. `place` swaps one layer. `fold` turns what was trained into what is
+stored.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import UserError
+from trimtab.kernels import products
+from trimtab.layers.adapters import DeltaOutput, FoldKind
+from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.layers.weights import Weight
+from trimtab.methods.base import Method, Source, start
+from trimtab.models import calibrate as stats
+from trimtab.models import gptq
+from trimtab.models import transformers_bridge as hf
+from trimtab.models.gptq import Gptq
+from trimtab.quant.grid import AnyGrid, group_size, same_form
+from trimtab.recipe import rules
+from trimtab.recipe.rules import Kind, Placement, Rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that will be ours."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, int]
+    """(N, K); (vocabulary, K) for an embedding."""
+    grid: AnyGrid | None
+    """None keeps its weight in float, under an adapter."""
+    bias: bool
+    rank: int | None = None
+    """Of its adapter, where that is not the method's."""
+
+    def method(self, method: Method) -> Method:
+        """The method as it is on this layer."""
+        if self.rank is None:
+            return method
+        if not hasattr(method, "rank"):
+            raise UserError(f"rules: {method.name} has no rank; leave `rank` out, or use a method that has one")
+        return replace(method, rank=self.rank)  # type: ignore[call-arg]
+
+    def trainable(self, method: Method) -> int:
+        """Trainable numbers that the method puts on this layer."""
+        return self.method(method).trainable(self.grid, self.shape) if self.kind in ("linear", "head") else 0
+
+
+def _layers(model: "PreTrainedModel") -> dict[str, tuple[Kind, nn.Module]]:
+    """Every layer that rules can speak of."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = bool(getattr(model, "all_tied_weights_keys", {})) or getattr(head, "tied", False)
+    found: dict[str, tuple[Kind, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if module is head and isinstance(module, nn.Linear | QuantLinear):
+            found[name] = ("tied" if tied else "head", module)
+        elif module is embedding and isinstance(module, nn.Embedding | QuantEmbedding):
+            found[name] = ("embedding", module)
+        elif isinstance(module, nn.Linear | QuantLinear):
+            found[name] = ("linear", module)
+    return found
+
+
+def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> list[Target]:
+    """The layers that become ours and their grids, embeddings first.
+
+    Args:
+        model: on any device, the meta device included; its layers are float, or ours from an earlier run.
+        method: checked against every layer that it will train.
+        rule_list: None for the method's default (for a model that is already quantized: the grids it has).
+
+    Raises:
+        UserError: naming the layer, for a grid or method that does not fit it, and if no layer is left.
+    """
+    found = placed_targets(model, method, rule_list)
+    if not found:
+        raise UserError("rules: no layer of the model is left to quantize or train; give a layer a grid")
+    return found
+
+
+def placed_targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> list[Target]:
+    """`targets`, but for rules that may leave none."""
+    layers = _layers(model)
+    kinds = {n: kind for n, (kind, _) in layers.items()}
+    placed, ranks = rules.resolve(kinds, rule_list, _default(method)), rules.ranks(kinds, rule_list)
+    any_stored = any(isinstance(module, QuantLinear | QuantEmbedding) for _, module in layers.values())
+    found = []
+    for name, (kind, module) in layers.items():
+        placement, stored = placed[name], isinstance(module, QuantLinear | QuantEmbedding)
+        if rule_list is None and any_stored:  # without rules, a quantized model keeps the grids it has
+            placement = _as_stored(module) if stored else None
+        if kind == "tied":
+            placement = placed[next(n for n, (k, _) in layers.items() if k == "embedding")]
+        if placement is None:
+            continue
+        grid = None if placement == "float" else placement
+        rank = ranks.get(name) if kind in ("linear", "head") else None
+        target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
+        _check(target, module, method)
+        found.append(target)
+    return sorted(found, key=lambda t: t.kind != "embedding")
+
+
+def _default(method: Method) -> Placement:
+    return "float" if method.grid is None else method.grid
+
+
+def _as_stored(module: Any) -> Placement:
+    if isinstance(module, QuantLinear) and module.tied:
+        return None
+    return "float" if module.base.grid is None else module.base.grid
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    if isinstance(module, QuantLinear | QuantEmbedding):
+        return module.base.shape
+    return module.weight.shape[0], module.weight.shape[1]
+
+
+def _check(target: Target, module: nn.Module, method: Method) -> None:
+    if isinstance(module, QuantLinear) and module.adapter is not None:
+        raise UserError(
+            f"{target.name}: already has an adapter ({module.adapter.place} place); "
+            "fold it first with `trimtab.fold(model, merge=True)`, then prepare the result"
+        )
+    try:
+        if target.kind == "embedding" and target.grid is None:
+            raise UserError("an embedding takes a grid or null; it has no adapter to keep in float")
+        if target.grid is not None:
+            group_size(target.grid, target.shape[1])
+        target.trainable(method)
+    except UserError as error:
+        raise UserError(f"{target.name}: {error}") from None
+
+
+def place(model: "PreTrainedModel", target: Target, source: Source, method: Method) -> None:
+    """Swap one layer of the model for ours, made from `source`."""
+    old = model.get_submodule(target.name)
+    if target.kind == "embedding":
+        dtype = old.dtype if isinstance(old, QuantEmbedding) else old.weight.dtype
+        scale = old.scale if isinstance(old, QuantEmbedding) else getattr(old, "scalar_embed_scale", None)
+        base = start(source, target.grid)
+        new: nn.Module = QuantEmbedding(base, dtype, old.padding_idx, scale)  # type: ignore[arg-type]
+    elif target.kind == "tied":
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, QuantEmbedding)
+        new = QuantLinear(embedding.base, tied=True)
+    else:
+        base, adapter = target.method(method).build(source, target.grid)
+        inputs = old.inputs if isinstance(old, QuantLinear) and target.grid is not None else None
+        new = QuantLinear(base, adapter, getattr(old, "bias", None), inputs=inputs)
+    new.train(old.training)
+    model.set_submodule(target.name, new)
+
+
+def fitted_starts(model: "PreTrainedModel") -> list[str]:
+    """How the fitted starts of its adapters were found, one line for each way: how often, and what error they leave."""
+    found: dict[str, list[float]] = {}
+    for layer in hf.quant_layers(model).values():
+        if isinstance(layer, QuantLinear) and layer.adapter is not None and layer.adapter.start is not None:
+            how, left = layer.adapter.start
+            found.setdefault(how, []).append(left)
+    return [
+        f"{how}: {len(e)} layers, {sum(e) / len(e):.2f} of the rounding error left" for how, e in sorted(found.items())
+    ]
+
+
+def finish(model: "PreTrainedModel") -> None:
+    """After the last layer: freeze all but adapters, and tell transformers."""
+    hf.untie(model)
+    hf.freeze(model)
+    hf.attach(model)
+
+
+def rounded(source: Source, target: Target, start: Gptq, hessian_KK: Tensor) -> Source:
+    """A layer's weight on its grid by GPTQ; what is stored on that grid already has nothing left to round."""
+    if target.grid is None or (isinstance(source, Weight) and same_form(source.grid, target.grid)):
+        return source
+    weight = source if isinstance(source, Tensor) else source.dequantize(torch.float32)
+    try:
+        return gptq.quantize(weight, hessian_KK, target.grid, start)
+    except UserError as error:
+        raise UserError(f"{target.name}: {error}") from None
+
+
+def place_calibrated(
+    model: "PreTrainedModel",
+    todo: Sequence[Target],
+    method: Method,
+    start: Gptq,
+    put: Callable[[Target, Tensor | None], None],
+    enter: Callable[[str], None],
+) -> None:
+    """Put every layer in place, block by block: the inputs of a block come from the quantized blocks before it.
+
+    Args:
+        model: float where it is not meta.
+        todo: from `targets`.
+        method: what will train the layers.
+        start: GPTQ, with its calibration windows.
+        put: puts one layer in place, given the Hessian of its inputs; None rounds to nearest (layers outside the blocks).
+        enter: makes a block float before it is run; `""` stands for all that is outside the blocks.
+    """
+    if method.rounds_itself:
+        raise UserError(f"{method.name} finds its own codes, so gptq would be in vain; use `start: rtn`")
+    inside = stats.by_block(model, [t.name for t in todo])
+    by_name = {t.name: t for t in todo}
+    calibrated = {name for names in inside.values() for name in names}
+    for target in todo:
+        if target.name not in calibrated:
+            put(target, None)
+    enter("")
+    watched = {block: [n for n in names if by_name[n].grid is not None] for block, names in inside.items()}
+    if not any(watched.values()):
+        raise UserError(f"gptq: no layer in the decoder blocks has a grid to round to under {method.name}; give it one")
+
+    def leave(block: str, hessians: dict[str, Tensor]) -> None:
+        for name in inside[block]:
+            put(by_name[name], hessians.get(name))
+
+    stats.calibrate(model, start.tokens, watched, enter, leave)
+
+
+def prepare(
+    model: "PreTrainedModel",
+    method: Method,
+    rules_: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
+    *,
+    start: Gptq | None = None,
+) -> "PreTrainedModel":
+    """Quantize a model in memory and attach a method's adapters, in place.
+
+    Args:
+        model: a causal language model with float layers, or one of ours with folded layers.
+        method: for example `trimtab.methods.LrQat(rank=32)`.
+        rules_: `Rule`s or a recipe's mappings; None for the method's own grid on every linear layer but the head.
+        start: how the layers in the decoder blocks find their codes: `trimtab.Gptq(tokens=...)`; None rounds to nearest.
+
+    Returns:
+        The model itself. To quantize while reading, so that the float model never exists, use `trimtab.load`.
+    """
+    products.install()
+    todo = targets(model, method, rules.parse_rules(rules_))
+
+    def put(target: Target, hessian_KK: Tensor | None = None) -> None:
+        old: Any = model.get_submodule(target.name)
+        source: Source = old.base if isinstance(old, QuantLinear | QuantEmbedding) else old.weight.detach()
+        if target.kind != "tied":
+            finite(source, f"{target.name}.weight")
+        if start is not None and hessian_KK is not None:
+            source = rounded(source, target, start, hessian_KK)
+        place(model, target, source, method)
+
+    if start is None:
+        for target in todo:
+            put(target)
+    else:
+        place_calibrated(model, todo, method, start, put, lambda _: None)
+    finish(model)
+    return model
+
+
+def finite(source: Source, name: str) -> None:
+    """Raise a `UserError` naming the tensor if it holds NaN or infinity."""
+    # NaN spreads to the extremes, and they are one pass: a sixteenth of the time of `isfinite` (`benchmarks/choices.py`).
+    if isinstance(source, Tensor) and not all(x.isfinite() for x in torch.aminmax(source)):
+        raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")
+
+
+@dataclass(frozen=True)
+class LayerFold:
+    """What folding did to one layer."""
+
+    name: str
+    place: str
+    action: Literal["folded", "merged", "kept"]
+    kind: FoldKind
+    error: float
+    """Relative Frobenius error of the folded or merged weight; 0 for bitwise."""
+    changed: int
+    """Weights whose float32 value differs between the trained layer and the folded one; for a bitwise fold, codes."""
+
+
+def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
+    """Turn what was trained into what is stored, in place.
+
+    Levels and offsets fold into codes, scales and zeros, to the bit. Output adapters (LoRA, QLoRA, Q-BaRA) fit in no
+    low-bit weight: they stay adapters, or with `merge` become part of a dense copy of the weight (`algebraic`).
+
+    Raises:
+        UserError: where an adapter beside rounded inputs is to be merged.
+    """
+    report = []
+    for name, layer in hf.quant_layers(model).items():
+        if not isinstance(layer, QuantLinear) or layer.adapter is None:
+            continue
+        place_, output = layer.adapter.place, isinstance(layer.adapter, DeltaOutput)
+        if output and merge and layer.inputs is not None:
+            raise UserError(
+                f"{name}: its adapter reads inputs that its weight sees rounded, so no weight equals the two together; "
+                "keep it (`merge: false`)"
+            )
+        folded = layer.adapter.fold(layer.base)
+        if output and not merge:
+            report.append(LayerFold(name, place_, "kept", folded.kind, folded.error, 0))
+            continue
+        with torch.no_grad():
+            trained = layer.dequantize(torch.float32)
+            changed = int((folded.weight.dequantize(torch.float32) != trained).sum())
+        report.append(LayerFold(name, place_, "merged" if output else "folded", folded.kind, folded.error, changed))
+        layer.base, layer.adapter = folded.weight, None
+    hf.attach(model)
+    return report

@@ -1,0 +1,218 @@
+"""The bridge to transformers: a quantizer of our own, so that `save_pretrained` and `from_pretrained` just work.
+
+`config.json` holds, under `quantization_config`, one spec per distinct kind of layer and which layers have it. Before
+weights are read every such layer is laid out on the meta device from its spec; the tensors in the file then have the
+very names and shapes of the modules, so nothing is converted. Importing this module registers the quantizer;
+`registration` sees to it that this happens before any model is read.
+
+A process that never imported trimtab must not get random weights: without the quantizer, transformers would only warn
+that every projection is missing and initialise them. So every file holds one empty tensor under the name of a weight
+that we replaced: a plain load finds its shape wrong and raises.
+"""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from trimtab.errors import UserError
+from trimtab.kernels import products
+from trimtab.layers import linear
+from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.models import kv_cache as attention
+from trimtab.quant import packing
+from trimtab.quant.activations import KvCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUANT_METHOD = "trimtab"
+FORMAT_VERSION = 2
+"""Newest version of the native format: raised when a stored file would read differently. A file has the oldest version that
+reads it right: 2 if inputs or the KV cache are rounded, which a reader of version 1 would leave out, else 1."""
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
+    """Our layers of a model by name, in its order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear | QuantEmbedding)}
+
+
+@register_quantization_config(QUANT_METHOD)
+class TrimtabConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a native model.
+
+    Args:
+        format_version: see `FORMAT_VERSION`.
+        layout: how codes are packed (`packing.LAYOUT`).
+        compute_dtype: dtype the model computes in where the caller names none.
+        specs: distinct layer specs.
+        layers: layer name to index into `specs`.
+        kv: how keys and values are rounded (`attention`), or None.
+    """
+
+    def __init__(
+        self,
+        format_version: int = 1,
+        layout: str = packing.LAYOUT,
+        compute_dtype: str = "bfloat16",
+        specs: list[dict[str, Any]] | None = None,
+        layers: dict[str, int] | None = None,
+        kv: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method: Any = QUANT_METHOD
+        self.format_version, self.layout, self.compute_dtype = format_version, layout, compute_dtype
+        self.specs, self.layers, self.kv = specs or [], layers or {}, kv
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", compute_dtype: torch.dtype) -> "TrimtabConfig":
+        """The config that describes a model as it is now."""
+        specs: dict[str, int] = {}
+        layers = {}
+        for name, layer in quant_layers(model).items():
+            layers[name] = specs.setdefault(json.dumps(layer.spec(), sort_keys=True), len(specs))
+        dtype = str(compute_dtype).removeprefix("torch.")
+        found, kv = [json.loads(s) for s in specs], attention.current(model)
+        version = 2 if kv is not None or any("inputs" in spec for spec in found) else 1
+        return cls(version, compute_dtype=dtype, specs=found, layers=layers, kv=None if kv is None else asdict(kv))
+
+
+@register_quantizer(QUANT_METHOD)
+class TrimtabQuantizer(HfQuantizer):
+    """Lays out our layers before weights are read, and restores what transformers does not know of."""
+
+    requires_calibration = True
+    quantization_config: TrimtabConfig
+    _compute_dtype: torch.dtype | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse files of a version or layout that this release does not read."""
+        config = self.quantization_config
+        if config.format_version > FORMAT_VERSION or config.layout != packing.LAYOUT:
+            raise UserError(
+                f"this model is in trimtab format {config.format_version}, layout {config.layout}; this release reads "
+                f"formats up to {FORMAT_VERSION}, layout {packing.LAYOUT}: install a newer trimtab"
+            )
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Keep every stored dtype; what is not ours is cast once all is loaded."""
+        self._compute_dtype = dtype or self._compute_dtype
+        return None
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remember the dtype to compute in."""
+        self._compute_dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        products.install()
+        config = self.quantization_config
+        dtype = kwargs.get("dtype") or getattr(torch, config.compute_dtype)
+        self._compute_dtype = dtype
+        tied_to: QuantEmbedding | None = None
+        # Embeddings come before their tied heads in every model we know, but nothing promises it.
+        for name in sorted(config.layers, key=lambda n: "embedding" not in config.specs[config.layers[n]]):
+            with torch.device("meta"):
+                layer = linear.empty(config.specs[config.layers[name]], dtype, tied_to)
+            model.set_submodule(name, layer)
+            tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
+        if config.kv is not None:  # transformers keeps the name of an attention out of config.json
+            attention.install(model, KvCache(**config.kv))
+        untie(model)
+        marker = marker_name(model)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), marker}
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        for name, p in model.named_parameters():
+            # transformers marks what it has read; what it has not read it would have left uninitialised, with a warning.
+            if not getattr(p, "_is_hf_initialized", False):
+                raise UserError(f"no tensor {name} in the model's safetensors; save or fetch it again")
+        cast_floats(model, self._compute_dtype or torch.bfloat16)
+        freeze(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes; brings the config up to date with the layers first."""
+        attach(model)
+        state = model.state_dict()
+        state[marker_name(model)] = torch.empty(0, dtype=torch.uint8)
+        version = str(self.quantization_config.format_version)
+        return state, {"trimtab_format": version, "trimtab_layout": packing.LAYOUT}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Saved as it stands."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are ours, not peft's."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainers that refuse purely quantized models take this one."""
+        return True
+
+
+def marker_name(model: nn.Module) -> str:
+    """The name of the empty tensor that makes a load without trimtab fail."""
+    name = next(n for n, m in quant_layers(model).items() if not (isinstance(m, QuantLinear) and m.tied))
+    return f"{name}.weight"
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype a model computes in: that of its float parameters outside our layers."""
+    ours = {id(p) for layer in quant_layers(model).values() for p in layer.parameters()}
+    for layer in quant_layers(model).values():
+        if isinstance(layer, QuantEmbedding):
+            return layer.dtype
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in ours), torch.bfloat16)
+
+
+def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the float parameters outside our layers; buffers (rotary frequencies) keep the dtype they were made in."""
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    ours = {id(p) for layer in quant_layers(model).values() for p in layer.parameters()}
+    for layer in quant_layers(model).values():
+        if isinstance(layer, QuantEmbedding):
+            layer.dtype = dtype
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and id(p) not in ours and not any(part in name for part in kept):
+            p.data = p.data.to(dtype)
+
+
+def untie(model: "PreTrainedModel") -> None:
+    """Forget tied parameters that no longer exist: a tied head now borrows its embedding's stored weight."""
+    names = {f"{n}.weight" for n in quant_layers(model)}
+    keys = getattr(model, "all_tied_weights_keys", {})
+    model.all_tied_weights_keys = {k: v for k, v in keys.items() if k not in names and v not in names}
+    # From these it is made anew by whoever calls `tie_weights` (lm-evaluation-harness does).
+    declared = model._tied_weights_keys or {}
+    model._tied_weights_keys = {k: v for k, v in declared.items() if k not in names and v not in names}
+
+
+def freeze(model: nn.Module) -> None:
+    """Let exactly the adapters of our layers want gradients."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for layer in quant_layers(model).values():
+        if isinstance(layer, QuantLinear) and layer.adapter is not None:
+            for p in layer.adapter.parameters():
+                p.requires_grad_(True)
+
+
+def attach(model: "PreTrainedModel") -> None:
+    """Make transformers see the model for what it is now: quantized by us, trainable, and savable."""
+    if not quant_layers(model):
+        return
+    config = TrimtabConfig.of(model, compute_dtype(model))
+    model.config.quantization_config = config
+    quantizer = getattr(model, "hf_quantizer", None) or TrimtabQuantizer(config, pre_quantized=True)
+    quantizer.quantization_config = config
+    for name, value in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", QUANT_METHOD)):
+        setattr(model, name, value)

@@ -1,0 +1,1 @@
+"""From a recipe to a model: the checks before it, one run, and the stages around it."""

@@ -1,0 +1,243 @@
+"""The one path: recipe in, model out.
+
+    load (quantizing while it reads) -> measure -> train -> fold -> save -> reload -> measure what will be served
+
+Everything that can be wrong is checked before anything is written, and the model is written only when it is whole.
+"""
+
+import gc
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trimtab import formats as export
+from trimtab.data import sequences as data
+from trimtab.evaluation import harness, parity
+from trimtab.evaluation.parity import Parity
+from trimtab.evaluation.perplexity import perplexity
+from trimtab.formats import export as exporting
+from trimtab.formats.native import write as native
+from trimtab.memory import training as memory
+from trimtab.models import load as loading
+from trimtab.models.prepare import LayerFold, fitted_starts, fold
+from trimtab.pipeline import checks as inputs
+from trimtab.pipeline.checks import Inputs
+from trimtab.recipe.recipe import Recipe
+from trimtab.training import build as startup
+from trimtab.training import teacher_cache
+from trimtab.training import trainer as train
+
+
+class Observer(Protocol):
+    """Whoever watches a run."""
+
+    def say(self, text: str) -> None:
+        """A line about a stage."""
+
+    def step(self, step: train.Step) -> None:
+        """An optimizer step was taken."""
+
+    def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
+        """The run is over."""
+
+
+class Quiet:
+    """Watches in silence."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def step(self, step: train.Step) -> None:
+        """Nothing."""
+
+    def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
+        """Nothing."""
+
+
+def run(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, show: Observer | None = None
+) -> dict[str, Any]:
+    """Carry out a recipe.
+
+    Args:
+        recipe: from `recipe.read` or `recipe.from_dict`.
+        overwrite: replace what an earlier run left in the output directory.
+        resume: go on from its last checkpoint.
+        show: told what happens; None for silence.
+
+    Returns:
+        The metrics, as written to `<output>/metrics.json`.
+
+    Raises:
+        UserError: for anything the user can mend; nothing is then left half-written.
+    """
+    watch = show or Quiet()
+    given = inputs.gather(recipe, overwrite, resume)
+    tokenizer, blocks = given.tokenizer, given.blocks
+    metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
+    _measure_float(recipe, given, metrics, watch)
+    asking_bytes = _ask_teacher(recipe, given, watch)
+    model = _load(recipe, given, metrics, watch)
+    _simulate(recipe, model, given, watch)
+    if "rounded" in recipe.evaluate.baselines and blocks is not None:
+        watch.say("measuring the rounded model, before tuning")
+        metrics["perplexity"]["rounded"] = perplexity(model, blocks)
+    if recipe.evaluate.prompt:
+        metrics["answers"]["before"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
+    if overwrite and recipe.out.exists():
+        shutil.rmtree(recipe.out)
+    metrics |= _tune(recipe, model, given, resume, watch)
+    metrics["peak_memory_bytes"] = max(memory.peak_bytes(), asking_bytes)
+    parities = _fold_and_save(recipe, model, tokenizer, blocks, metrics, watch)
+    del model
+    gc.collect()
+    _measure_saved(recipe, tokenizer, blocks, metrics, watch)
+    (recipe.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    watch.finish(metrics, parities)
+    return metrics
+
+
+def _measure_float(recipe: Recipe, given: Inputs, metrics: dict[str, Any], watch: Observer) -> None:
+    """Perplexity of the untuned float model where asked; it is gone before the next model comes."""
+    if "float" not in recipe.evaluate.baselines:
+        return
+    watch.say("measuring the float model (untuned)")
+    model = loading.load_float(recipe.model.path, dtype=recipe.dtype, source=given.source)
+    assert given.blocks is not None, "the recipe was checked to have held-out data"
+    metrics["perplexity"]["float"] = perplexity(model, given.blocks)
+    del model
+    gc.collect()
+
+
+def _ask_teacher(recipe: Recipe, given: Inputs, watch: Observer) -> int:
+    """Fill the teacher's cache where the recipe has one; returns the peak memory that took."""
+    memory.reset_peak()
+    teacher_cache.ask(recipe, given.tokenizer, given.rows, train.packed, source=given.source, say=watch.say)
+    gc.collect()
+    return memory.peak_bytes()
+
+
+def _load(recipe: Recipe, given: Inputs, metrics: dict[str, Any], watch: Observer) -> PreTrainedModel:
+    """The model, quantized and with adapters."""
+    memory.reset_peak()
+    how = "" if given.start is None else f" by GPTQ on {given.start.tokens.numel():,} tokens"
+    watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
+    model = startup.load(recipe, given)
+    metrics["load_peak_memory_bytes"] = memory.peak_bytes()
+    for line in fitted_starts(model):
+        watch.say(line)
+    return model
+
+
+def _simulate(recipe: Recipe, model: PreTrainedModel, given: Inputs, watch: Observer) -> None:
+    """Round activations and KV cache where asked."""
+    kind, kv = recipe.activations, recipe.kv
+    asked = [] if kind is None else [f"{kind.bits}-bit {kind.mode} activations"]
+    asked += [] if kv is None else [f"a {kv.bits}-bit KV cache (which saves no memory here)"]
+    if asked:
+        watch.say(f"simulating {' and '.join(asked)}")
+    startup.simulate(recipe, model, given)
+
+
+def _tune(recipe: Recipe, model: PreTrainedModel, given: Inputs, resume: bool, watch: Observer) -> dict[str, Any]:
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not recipe.train.steps:
+        recipe.out.mkdir(parents=True, exist_ok=True)
+        return {"train_seconds": 0.0, "tokens": 0, "trainable": numbers, "losses": []}
+    watch.say(f"training {numbers:,} numbers for {recipe.train.steps} steps on {data.describe(given.rows)}")
+    done = train.fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=given.rows)
+    return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": numbers, "losses": done.losses}
+
+
+def _fold_and_save(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    blocks: Tensor | None,
+    metrics: dict[str, Any],
+    watch: Observer,
+) -> list[Parity]:
+    """Fold, save, and compare the three stages where asked."""
+    block_tokens = 0 if recipe.data is None else recipe.data.block_tokens
+    wanted = recipe.evaluate.parity and blocks is not None
+    some = blocks[: max(1, recipe.evaluate.parity_tokens // block_tokens)] if wanted and blocks is not None else None
+    trained = None if some is None else parity.logits_of(model, some)
+    formats = {name: export.get(name) for name in recipe.export if name != "native"}
+    unfolded = [name for name, format_ in formats.items() if format_.adapters == "kept"]
+    _export(recipe, model, tokenizer, unfolded, watch)
+    watch.say("folding and saving")
+    folded = fold(model, merge=recipe.merge)
+    metrics["codes_changed_by_fold"] = sum(layer.changed for layer in folded if layer.kind == "bitwise")
+    metrics["fold"] = _summary(folded)
+    metrics["fold_error"] = max((layer.error for layer in folded if layer.action == "merged"), default=0.0)
+    native.save(model, recipe.out, tokenizer, recipe=recipe.to_yaml())
+    metrics["disk_bytes"] = native.disk_bytes(recipe.out)
+    _export(recipe, model, tokenizer, [name for name in formats if name not in unfolded], watch)
+    if some is None or trained is None:
+        if recipe.evaluate.parity:
+            watch.say("no held-out data (data.eval_path), so trained, folded and saved are not compared")
+        return []
+    watch.say("comparing trained, folded, and reloaded in a fresh process")
+    parities = parity.report(trained, parity.logits_of(model, some), recipe.out, some, recipe.dtype)
+    metrics["max_logit_difference"] = max(p.max_difference for p in parities)
+    content = {"tokens": some.numel(), "fold": metrics["fold"], "stages": parity.to_json(parities)}
+    (recipe.out / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return parities
+
+
+def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, names: Sequence[str], watch: Observer) -> None:
+    """Write these formats into folders of the output directory."""
+    for name in names:
+        watch.say(f"exporting to {name}")
+        exporting.write(model, tokenizer, name, recipe.out / name, source=recipe.out, recipe_text=recipe.to_yaml())
+
+
+def _summary(folded: list[LayerFold]) -> str:
+    """For example `210 layers folded, bitwise`."""
+    counts: dict[str, int] = {}
+    for layer in folded:
+        key = f"{layer.action}, {layer.kind}" if layer.action != "kept" else "kept as adapters"
+        counts[key] = counts.get(key, 0) + 1
+    return "; ".join(f"{count} layers {what}" for what, count in counts.items()) or "nothing to fold"
+
+
+def _measure_saved(
+    recipe: Recipe, tokenizer: Any, blocks: Tensor | None, metrics: dict[str, Any], watch: Observer
+) -> None:
+    """Perplexity and an answer of what was saved: what is evaluated is what is served."""
+    if blocks is None and not recipe.evaluate.prompt and not recipe.evaluate.tasks:
+        return
+    watch.say("measuring the saved model")
+    model = AutoModelForCausalLM.from_pretrained(recipe.out, dtype=recipe.dtype)
+    if blocks is not None:
+        metrics["perplexity"]["tuned"] = perplexity(model, blocks)
+    if recipe.evaluate.tasks:
+        block = recipe.evaluate
+        scores = harness.run(model, tokenizer, block.tasks, block.tasks_data or "", limit=block.tasks_limit)
+        harness.write(recipe.out / "harness.json", {str(recipe.out): scores})
+        metrics["tasks"] = {f"{s.task} {s.metric}": [s.value, s.stderr, len(s.items)] for s in scores}
+    if recipe.evaluate.prompt:
+        metrics["answers"]["after"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
+
+
+def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """A greedy answer to one question, through the chat template where there is one."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = {
+        k: v.to(next(model.parameters()).device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")
+    }
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        out = cast(Any, model).generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

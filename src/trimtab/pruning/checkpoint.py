@@ -1,0 +1,108 @@
+"""A checkpoint in, a smaller one out: what `trimtab prune` does.
+
+    DIR/config.json, model.safetensors, tokenizer files      an ordinary model of its own architecture, no pickles
+    DIR/pruning.json                                          options, widths and parameters before and after
+
+The directory is written beside its destination and moved there in one step: it is whole or it is not there. Its
+`manifest.json` is what `trimtab verify` checks.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trimtab.data import rows as sources
+from trimtab.data import sequences as data
+from trimtab.errors import UserError
+from trimtab.formats.directory import replacing, write_json
+from trimtab.models import load as loading
+from trimtab.pruning.pruning import Options, Pruned, prune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def prune_checkpoint(
+    path: str,
+    out: str | os.PathLike[str],
+    options: Options,
+    *,
+    text: str = sources.PYDOC_TOPICS,
+    split: str = "train",
+    tokens: int = 8192,
+    block_tokens: int = 256,
+    dtype: str = "bfloat16",
+) -> Pruned:
+    """Load a float model, prune it, and write it.
+
+    Args:
+        path: a directory, GGUF file, hub id or `smollm2-135m`; a GGUF file is dequantized.
+        out: directory, new or empty.
+        options: what to remove.
+        text: calibration data, in any form that a recipe's `data.path` takes; read only where it is needed.
+        split: of it.
+        tokens: calibration tokens, at most.
+        block_tokens: length of a calibration window.
+        dtype: of the model, in memory and in the file: bfloat16, float16 or float32.
+    """
+    target, about = check_empty(out), asked(path, options, text, split, tokens, block_tokens, dtype)
+    if dtype not in _DTYPES:
+        raise UserError(f"prune: dtype {dtype!r} is none of {', '.join(_DTYPES)}")
+    source = loading.open_source(path)
+    if source is None:
+        raise UserError(f"{path}: already quantized; prune the float model first, then quantize what is left")
+    tokenizer, blocks = source.tokenizer(), None
+    if options.reads_text:
+        rows = data.load_rows(text, split=split)
+        blocks = data.token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
+    model = loading.load_float(path, dtype=_DTYPES[dtype], source=source)
+    pruned = prune(model, options, blocks)
+    save(model, target, tokenizer, about | asdict(pruned))
+    return pruned
+
+
+def asked(
+    path: str, options: Options, text: str, split: str, tokens: int, block_tokens: int, dtype: str
+) -> dict[str, Any]:
+    """All that a pruned model follows from, as `pruning.json` holds it."""
+    calibration = {"text": text, "split": split, "tokens": tokens, "block_tokens": block_tokens}
+    about = {
+        "model": path,
+        "dtype": dtype,
+        "options": asdict(options),
+        "calibration": calibration if options.reads_text else None,
+    }
+    same: dict[str, Any] = json.loads(json.dumps(about))
+    return same
+
+
+def made_from(out: Path) -> dict[str, Any] | None:
+    """What `asked` was of the pruned model in this directory; None if there is none."""
+    file = out / "pruning.json"
+    if not file.exists():
+        return None
+    report = json.loads(file.read_text(encoding="utf-8"))
+    return {key: report.get(key) for key in ("model", "dtype", "options", "calibration")}
+
+
+def check_empty(out: str | os.PathLike[str]) -> Path:
+    """The directory, if nothing is in the way of writing it."""
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: is there already and not an empty directory; remove it or name another")
+    return target
+
+
+def save(model: "PreTrainedModel", target: Path, tokenizer: Any, report: dict[str, Any]) -> None:
+    """Write a pruned model in one step."""
+    with replacing(target) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_json(folder / "pruning.json", report)

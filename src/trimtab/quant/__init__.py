@@ -1,0 +1,1 @@
+"""Numbers: grids, codebooks, codes and their bytes. No model is in sight."""

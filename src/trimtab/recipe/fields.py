@@ -1,0 +1,215 @@
+"""The blocks of a recipe: pydantic models of frozen values, whose field docstrings are the help that users read."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FormatName = Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft"]
+"""Formats that a recipe can export to: those of `trimtab.formats`."""
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Block(BaseModel):
+    """Frozen, and without keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True)
+
+
+class ModelBlock(Block):
+    """Which model to start from."""
+
+    path: str
+    """Directory (safetensors, or saved by trimtab), .gguf file, hub id, or `smollm2-135m`."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype to compute in, and of every weight that stays float."""
+    adapter: str | None = None
+    """Directory of a PEFT LoRA that a method with an output adapter (lora, qlora) goes on from; null for none."""
+
+
+class StartBlock(Block):
+    """How layers find the codes that training starts from."""
+
+    name: Literal["rtn", "gptq"] = "rtn"
+    """rtn (to nearest; the ranges that cost least are the grid's own `range: lp2` .. `lp4`) or gptq (calibrated)."""
+    path: str | None = None
+    """GPTQ's calibration data, in the forms of data.path; null is the training data."""
+    split: str = "train"
+    """Split of a hub data set or of `pydoc-topics`."""
+    tokens: int = Field(default=16384, ge=2)
+    """Calibrate on at most this many tokens."""
+    damping: float = Field(default=0.01, ge=0)
+    """Added to the Hessian's diagonal, as a share of its mean."""
+    act_order: bool = False
+    """Round columns in the order of the Hessian's diagonal; the ranges of groups are then set beforehand."""
+
+
+class DataBlock(Block):
+    """What to train on, and what to measure perplexity on."""
+
+    path: str
+    """JSONL, Parquet or text file, directory of such, hub id, or `pydoc-topics`."""
+    split: str = "train"
+    """Split of a hub data set or of `pydoc-topics`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read only this many rows."""
+    block_tokens: int = Field(default=1024, ge=2)
+    """Length of a training sequence, in tokens."""
+    packing: Literal["auto", "wrapped", "bfd", "none"] = "auto"
+    """How rows fill sequences: wrapped (cut to blocks), bfd (whole rows, best fit), none; auto: wrapped for text."""
+    eval_path: str | None = None
+    """Held-out data for perplexity, in the same forms; null for none."""
+    eval_split: str = "train"
+    """Split of the held-out data."""
+    eval_tokens: int | None = Field(default=None, ge=2)
+    """Measure on at most this many tokens."""
+
+
+class TrainBlock(Block):
+    """How to train. `steps: 0` only quantizes."""
+
+    steps: int = Field(default=1000, ge=0)
+    """Optimizer steps."""
+    batch_tokens: int = Field(default=8192, ge=2)
+    """Tokens in one optimizer step, over all sequences and accumulation."""
+    micro_batch: int = Field(default=4, ge=1)
+    """Sequences in one forward pass; batch_tokens is reached by accumulating gradients."""
+    lr: float | None = Field(default=None, gt=0)
+    """Learning rate of deltas (and of QAT's master weight); null is the method's own."""
+    lr_scale: float | None = Field(default=None, ge=0)
+    """Learning rate of scales and offsets; null is the method's own."""
+    lr_scale_bits: int | None = Field(default=None, ge=1, le=8)
+    """For mixed widths: the width that lr_scale is meant for. A scale of 8 bits is a seventeenth of one of 4, and so is its
+    rate then; a search sets it to the width of its rules. Null: every width gets lr_scale."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after warm-up."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
+    """Adam's decay rates."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of deltas and master weights; scales have none."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
+    """8bit keeps the two moments in 8 bits, paged in the computer's memory when a GPU's is full; both need bitsandbytes."""
+    seed: int = 0
+    """Seed of the adapters' start and of the order of the data."""
+    activation_checkpointing: bool = True
+    """Recompute each block in backward: a third slower, a fraction of the activations."""
+    offload_activations: bool = False
+    """Keep what backward needs in the computer's memory instead of the GPU's."""
+    save_steps: int = Field(default=100, ge=1)
+    """Steps between checkpoints (of trainable tensors and optimizer state only)."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """Checkpoints kept; at least two, since the newest may prove bad in the next step."""
+    log_steps: int = Field(default=1, ge=1)
+    """Steps between log lines."""
+    report_to: str = "none"
+    """Logger that transformers knows: none, tensorboard, wandb, trackio."""
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of each of Adam's two numbers for a trainable one."""
+        return 1 if "8bit" in self.optimizer else 4
+
+
+class DistillBlock(Block):
+    """Learn from the float model as well: (1 - weight) cross-entropy + weight temperature^2 KL(float || tuned)."""
+
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the divergence in the loss; cross-entropy has the rest."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits of both are divided by it in the divergence; above 1, unlikely tokens count for more."""
+    teacher: Literal["bfloat16", "int8", "cached"] = "cached"
+    """The float model in bfloat16 or rounded to 8 bits, in memory; cached: its likeliest tokens, written to disk first."""
+    top_k: int = Field(default=64, ge=1)
+    """Tokens whose probabilities a cache keeps at every position; the mass of all others is kept as one number."""
+    cache: str | None = None
+    """Directory of the cache, for every run on the same sequences; null is `<output>-teacher`."""
+
+
+class EvaluateBlock(Block):
+    """What to measure after the run, besides the tuned model."""
+
+    baselines: tuple[Literal["float", "rounded"], ...] = ()
+    """Perplexity of the untuned float model and of the rounded one before tuning."""
+    parity: bool = True
+    """Compare trained, folded and reloaded-in-a-fresh-process, logit by logit."""
+    parity_tokens: int = Field(default=512, ge=8)
+    """Tokens that parity is measured on."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness for the saved model: piqa, arc_easy, ... (`trimtab harness` compares two models)."""
+    tasks_data: str | None = None
+    """Directory that holds <task>/<split>.jsonl, in the data sets' original fields."""
+    tasks_limit: int | None = Field(default=200, ge=2)
+    """Items of each task, spread evenly; null for all."""
+    prompt: str | None = None
+    """A question answered before and after tuning."""
+    answer_tokens: int = Field(default=48, ge=1)
+    """Length of that answer."""
+
+
+class PruneBlock(Block):
+    """Prune the float model first; see `trimtab prune --help`. All that follows, a teacher included, is of what is left."""
+
+    ratio: float | None = None
+    """Share of the parameters to remove, at least."""
+    bytes: str | int | None = None
+    """Or the largest size of what is left: 200MiB."""
+    layers: int | None = None
+    """Or a number of whole layers to drop."""
+    what: Literal["widths", "layers"] = "widths"
+    """What gives way to a ratio or size."""
+    importance: Literal["taylor", "magnitude", "random"] = "taylor"
+    """Of heads and channels."""
+    keep: tuple[int, ...] = ()
+    """Layers not to drop, which decide the widths."""
+    count_embeddings: bool = False
+    """A ratio of all parameters, embeddings included."""
+    multiple_of: int = Field(default=64, ge=1)
+    """Of MLP widths, and of heads' where some go; made a multiple of the groups that the rules name, too."""
+    tokens: int = Field(default=8192, ge=2)
+    """Calibration tokens of data.path, at most."""
+    block_tokens: int = Field(default=256, ge=2)
+    """Length of a calibration window."""
+    seed: int = 0
+    """Of random importance."""
+
+
+class SearchBlock(Block):
+    """Search the widths of layers for a budget in bytes; see `trimtab search --help`."""
+
+    units: Literal["fusion", "layer"] = "fusion"
+    """What gets a width of its own: groups that engines fuse (q/k/v, gate/up), or whole decoder layers."""
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    """Widths to choose from; 16 keeps a unit in float. Group and zero are those of the recipe's rules."""
+    ranks: tuple[int, ...] | None = None
+    """Ranks of adapters to choose from, too; null leaves the method's."""
+    trials: int = Field(default=40, ge=1)
+    """Trials to make, besides the uniform widths."""
+    budget: str | int | None = None
+    """Largest size of the stored weights in the native format, such as 90MiB: never exceeded. Other formats have sizes of
+    their own (GGUF stores 2 and 3 bits in 4)."""
+    budget_training: str | int | None = None
+    """Largest predicted peak of training, such as 6GiB: never exceeded."""
+    objective: Literal["rounded", "tuned"] = "rounded"
+    """rounded: KL to the float model, no training; tuned: held-out loss after `steps` steps of training, of the answers
+    alone where rows have prompts."""
+    steps: int = Field(default=50, ge=1)
+    """Steps of a tuned trial."""
+    promote: int | None = Field(default=None, ge=2)
+    """Steps of the longer trials to which the best quarter are promoted; null for none."""
+    sensitivity: Literal["exact", "fisher"] = "fisher"
+    """The additive prior: fisher (one backward pass a window) or exact (a forward pass for each unit and width)."""
+    tokens: int = Field(default=2048, ge=2)
+    """Held-out tokens that every trial is measured on (data.eval_path; for `rounded`, else training text)."""
+    sensitivity_tokens: int = Field(default=1024, ge=2)
+    """Training tokens that sensitivities are measured on."""
+    uniform: bool = True
+    """Also try every uniform width within the budget."""
+    storage: str | None = None
+    """Journal file, or a storage of Optuna's by url (postgresql://..); null is search/journal.log in the output."""
+    workers: int = Field(default=1, ge=1)
+    """Processes on this machine; other machines join by the same command and storage."""
+    seed: int = 0
+    """Of the search."""

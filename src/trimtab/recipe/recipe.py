@@ -1,0 +1,286 @@
+"""A recipe: everything about a run, validated before anything is loaded.
+
+One YAML file, read into `Recipe` and the models of `blocks`; `key=value` overrides with dotted keys (`train.steps=10`,
+values in YAML). What only the model can tell (does a pattern match a layer, does a group divide it) is checked by
+`preparing.targets`, on names and shapes, before a weight is read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
+
+from trimtab import methods
+from trimtab.errors import UserError, nearest
+from trimtab.methods.base import Method
+from trimtab.quant.activations import Activations, KvCache
+from trimtab.recipe.fields import (
+    Block,
+    DataBlock,
+    DistillBlock,
+    EvaluateBlock,
+    FormatName,
+    ModelBlock,
+    PruneBlock,
+    SearchBlock,
+    StartBlock,
+    TrainBlock,
+)
+from trimtab.recipe.rules import Rule, parse_rules
+
+
+class Recipe(Block):
+    """The whole configuration of a run."""
+
+    name: str = "run"
+    """Name of the run; taken from the file where it is read from one."""
+    model: ModelBlock
+    method: Method
+    """`name` and that method's options: `trimtab methods` lists them."""
+    rules: list[Rule] | None = None
+    """Grids by layer name, first match wins; null is the method's default on every linear layer but the head."""
+    start: StartBlock = StartBlock()
+    activations: Activations | None = None
+    """Round the inputs of low-bit layers, {bits: 8}: W4A8 with 4-bit weights; null leaves them as they are."""
+    kv: KvCache | None = None
+    """Round keys and values, {bits: 8}: a simulated KV cache; null leaves them as they are."""
+    data: DataBlock | None = None
+    """Needed unless train.steps is 0."""
+    train: TrainBlock = TrainBlock()
+    distill: DistillBlock | None = None
+    """null trains on the data alone; `{}` takes these defaults."""
+    evaluate: EvaluateBlock = EvaluateBlock()
+    prune: PruneBlock | None = None
+    """Prune the float model first."""
+    search: SearchBlock | None = None
+    """Then search the widths of its layers; the rules that follow are the best found within the budget."""
+    merge: bool = False
+    """Merge output adapters into a dense copy of their weights when folding."""
+    export: list[FormatName] = Field(default=["native"], min_length=1)
+    """Formats to write: native into `output` always, each other one into `<output>/<format>`; see `trimtab formats`."""
+    output: str | None = None
+    """Where the model is written; null is `runs/<name>`."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Method:
+        if isinstance(value, Method):
+            return value
+        if not isinstance(value, str | Mapping):
+            raise UserError(f"method: {value!r} is no method; write {{name: lr-qat, rank: 32}}, see `trimtab methods`")
+        options = {"name": value} if isinstance(value, str) else dict(value)
+        if not isinstance(options.get("name"), str):
+            raise UserError("method.name: missing, or no name; see `trimtab methods`")
+        name = options.pop("name")
+        made = methods.make(name, **options)
+        # The dataclass is the YAML block; pydantic checks the types that a dataclass does not.
+        return TypeAdapter(type(made)).validate_python(options)
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _rules(cls, value: Any) -> list[Rule] | None:
+        return parse_rules(value)
+
+    @property
+    def out(self) -> Path:
+        """The output directory."""
+        return Path(self.output or f"runs/{self.name}")
+
+    @property
+    def teacher_cache(self) -> Path | None:
+        """Where the teacher's predictions are kept on disk, if they are."""
+        if self.distill is None or self.distill.teacher != "cached":
+            return None
+        return Path(self.distill.cache or f"{self.out}-teacher")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        dtype: torch.dtype = getattr(torch, self.model.dtype)
+        return dtype
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of deltas."""
+        return self.train.lr if self.train.lr is not None else self.method.lr
+
+    @property
+    def lr_scale(self) -> float:
+        """Learning rate of scales and offsets."""
+        return self.train.lr_scale if self.train.lr_scale is not None else self.method.lr_scale
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every field with the value it has, runnable as it stands."""
+        values = self.model_dump(mode="json", exclude={"method", "rules"})
+        values["method"] = {"name": self.method.name, **asdict(self.method)}
+        values["rules"] = None if self.rules is None else [_plain(rule) for rule in self.rules]
+        values["output"] = str(self.out)
+        values["train"]["lr"], values["train"]["lr_scale"] = self.lr, self.lr_scale
+        return yaml.safe_dump({key: values[key] for key in Recipe.model_fields}, sort_keys=False)
+
+
+def _plain(rule: Rule) -> dict[str, Any]:
+    grid = rule.grid if rule.grid in (None, "float") else asdict(rule.grid)  # type: ignore[arg-type]
+    return {"match": rule.match, "grid": grid} | ({} if rule.rank is None else {"rank": rule.rank})
+
+
+def from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain values.
+
+    Raises:
+        UserError: one line naming the key, with the nearest known one for a typo.
+    """
+    try:
+        recipe = Recipe(**values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first(error)}") from None
+    except TypeError as error:
+        raise UserError(f"{where}: keys must be words ({error})") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    _check(recipe, where)
+    return recipe
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys_beside(problem["loc"])
+        hint = nearest(str(problem["loc"][-1]), known)
+        return f"{key}: unknown key{hint or '; known are ' + ', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing, and it has no default"
+    cause = problem.get("ctx", {}).get("error")
+    return str(cause) if isinstance(cause, UserError) else f"{key}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    block: Any = Recipe
+    for part in location[:-1]:
+        annotation = block.model_fields[part].annotation if hasattr(block, "model_fields") else None
+        options = getattr(annotation, "__args__", (annotation,))
+        block = next((o for o in options if hasattr(o, "model_fields") or is_dataclass(o)), None)
+        if block is None:
+            return []
+    return [f.name for f in fields(block)] if is_dataclass(block) else list(block.model_fields)
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """What single fields cannot say."""
+    if recipe.train.steps and recipe.data is None:
+        raise UserError(f"{where}: data: missing; training needs it (or set train.steps to 0)")
+    if recipe.start.name == "gptq" and recipe.start.path is None and recipe.data is None:
+        raise UserError(f"{where}: start.path: gptq is calibrated on text; name some, or set data.path")
+    trains = recipe.method.name != "rtn"
+    if not trains and recipe.train.steps:
+        raise UserError(f"{where}: train.steps: {recipe.method.name} trains nothing; set it to 0")
+    if recipe.activations is not None and recipe.activations.mode == "static" and recipe.data is None:
+        raise UserError(f"{where}: data: missing; static activations are measured on it (or set mode: dynamic)")
+    if recipe.activations is not None and recipe.merge:
+        raise UserError(
+            f"{where}: merge: an adapter beside rounded inputs fits into no weight; set merge: false, or leave "
+            "activations out"
+        )
+    if recipe.evaluate.baselines and (recipe.data is None or recipe.data.eval_path is None):
+        raise UserError(f"{where}: evaluate.baselines: are compared on held-out data; set data.eval_path")
+    cache = recipe.teacher_cache
+    if cache is not None and recipe.out.resolve() in (cache.resolve(), *cache.resolve().parents):
+        raise UserError(f"{where}: distill.cache: {cache} is in the output directory; give it one of its own")
+    _check_search(recipe, where)
+    if recipe.data is None or not recipe.train.steps:
+        return
+    sequences, rest = divmod(recipe.train.batch_tokens, recipe.data.block_tokens)
+    if rest or sequences % recipe.train.micro_batch or not sequences:
+        whole = recipe.train.micro_batch * recipe.data.block_tokens
+        raise UserError(
+            f"{where}: train.batch_tokens: {recipe.train.batch_tokens} is no multiple of "
+            f"micro_batch x block_tokens = {whole}; use {max(round(recipe.train.batch_tokens / whole), 1) * whole}"
+        )
+
+
+def _check_search(recipe: Recipe, where: str) -> None:
+    block = recipe.search
+    if block is None:
+        return
+    if recipe.data is None:
+        raise UserError(f"{where}: data: missing; a search measures on text")
+    if block.objective == "tuned" and recipe.data.eval_path is None:
+        raise UserError(f"{where}: search.objective: tuned trials are measured on held-out data; set data.eval_path")
+    if block.objective == "tuned" and recipe.method.name == "rtn":
+        raise UserError(f"{where}: search.objective: rtn trains nothing; use rounded, or another method")
+    if block.promote is not None and (block.objective != "tuned" or block.promote <= block.steps):
+        raise UserError(f"{where}: search.promote: is a number of steps above search.steps, for tuned trials")
+    if not all(1 <= b <= 8 or b == 16 for b in block.bits):
+        raise UserError(f"{where}: search.bits: {list(block.bits)} are not widths; 1 to 8, or 16 for float")
+    if recipe.method.grid is None and recipe.rules is None:
+        raise UserError(f"{where}: search: {recipe.method.name} quantizes nothing by itself; give a grid in the rules")
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file and `key=value` overrides.
+
+    Raises:
+        UserError: naming the file, its line or the key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such recipe file")
+    try:
+        values = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys (model, method, data, ...)")
+    for override in overrides:
+        _override(values, override)
+    values.setdefault("name", file.stem)
+    return from_dict(values, str(path))
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: an override is written key=value, for example train.steps=10")
+    *parents, last = key.split(".")
+    block: Any = values
+    for part in parents:
+        if isinstance(block, list):
+            block = block[_index(key, part, block)]
+            continue
+        if not isinstance(block, dict):
+            raise UserError(f"{key}: {part!r} is not inside a block")
+        if not isinstance(block.get(part), dict | list):
+            block[part] = {"name": block[part]} if isinstance(block.get(part), str) and part == "method" else {}
+        block = block[part]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: {text!r} is not a YAML value") from None
+    if isinstance(block, list):
+        block[_index(key, last, block)] = value
+    else:
+        block[last] = value
+
+
+def _index(key: str, part: str, block: list[Any]) -> int:
+    if not part.isdigit() or int(part) >= len(block):
+        raise UserError(f"{key}: {part!r} is no entry of a list of {len(block)}; they count from 0")
+    return int(part)
+
+
+EXAMPLE = """\
+# trimtab run this.yaml
+model: {path: HuggingFaceTB/SmolLM2-135M-Instruct}
+method: {name: lr-qat, rank: 32, alpha: 1.0}
+rules:                                   # first match wins; null keeps a layer in float
+  - {match: "model.embed_tokens", grid: {bits: 8, group: 32}}
+  - {match: "*", grid: {bits: 4, group: 64}}
+data: {path: alpaca.jsonl, block_tokens: 1024}
+train: {steps: 1000, batch_tokens: 8192}
+"""
+"""A recipe to start from."""

@@ -1,0 +1,1 @@
+"""Training: the trainer, its loss, and teachers."""

@@ -1,0 +1,152 @@
+"""Distillation: how far a student's next-token distribution is from its teacher's, and its gradient in the logits.
+
+    loss = (1 - w) CE + w T^2 KL(p || q),     p = softmax(teacher / T),  q = softmax(student / T)
+    d KL / d student = (q - p) / T            so that T^2 KL pulls with T (q - p), as strongly at every temperature
+
+The teacher gives all of p, or what a cache on disk holds of it: its k largest probabilities, and the mass r of all
+other tokens as one bucket. KL between the bucketed distributions is a lower bound of the whole KL, and its gradient is
+again q - p, where p spreads r over the other tokens as the *student* does: nothing is claimed about tokens that were not
+kept, and no mass is lost. (Renormalising the k alone would push all other tokens of the student to zero.)
+
+Both forms are written out rather than left to autograd: the loss makes a chunk's logits once and keeps only the
+gradient in the hidden states (see `loss`).
+
+Legend: C tokens of a chunk, T counted tokens, V vocabulary, D hidden size, k kept tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.layers.linear import QuantLinear
+from trimtab.memory.training import LOGITS_CHUNK_TOKENS
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: softcap * tanh((h W^T + bias) / softcap), or without the cap."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: Any, dtype: torch.dtype, *, reuse: bool = False) -> "Head":
+        """The frozen head of a causal model.
+
+        Args:
+            model: its head is a linear layer, float or ours.
+            dtype: of the hidden states.
+            reuse: a quantized head may lie in the shared buffer; no other layer may then run until the loss is there.
+        """
+        head = model.get_output_embeddings()
+        quantized = isinstance(head, QuantLinear)
+        weight = head.dequantize(dtype, reuse=reuse) if quantized else head.weight.detach().to(dtype)
+        bias = None if head.bias is None else head.bias.detach().to(dtype)
+        return cls(weight, bias, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """Float32 logits (C, V)."""
+        logits = torch.nn.functional.linear(hidden_CD, self.weight_VD, self.bias_V).float()
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+class Targets(Protocol):
+    """What the teacher says of the counted tokens of a batch, in their order."""
+
+    def __len__(self) -> int:
+        """Counted tokens."""
+
+    def divergence(self, chunk: slice, logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Sum of KL(p || q) over a chunk of the counted tokens, and q - p (C, V); the logits are left as they are."""
+
+
+class FullTargets:
+    """The whole distribution, from the teacher's hidden states and head, or from its logits where a head is not all.
+
+    Args:
+        states: (T, D) hidden states; (T, V) logits if there is no head.
+        head: makes the head, once, at the first chunk: until then it needs no memory.
+    """
+
+    def __init__(self, states: Tensor, head: Callable[[], Head] | None) -> None:
+        self._states, self._make = states, head
+
+    @cached_property
+    def _head(self) -> Head | None:
+        return None if self._make is None else self._make()
+
+    def __len__(self) -> int:
+        """Counted tokens."""
+        return len(self._states)
+
+    def logits(self, chunk: slice) -> Tensor:
+        """The teacher's float32 logits (C, V)."""
+        states = self._states[chunk]
+        return states.float() if self._head is None else self._head.logits(states)
+
+    def divergence(self, chunk: slice, logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `Targets`."""
+        log_p = self.logits(chunk).div(temperature).log_softmax(1)
+        log_q = logits_CV.div(temperature).log_softmax(1)
+        p = log_p.exp()
+        kl = torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
+        return kl, log_q.exp_().sub_(p)
+
+
+@dataclass(frozen=True)
+class TopTargets:
+    """The k largest probabilities and the bucket of the rest, at the temperature that they were made for."""
+
+    log_probs: Tensor
+    """(T, k + 1): log p of the kept tokens, then log of the remaining mass."""
+    ids: Tensor
+    """(T, k): the kept tokens."""
+
+    def __len__(self) -> int:
+        """Counted tokens."""
+        return len(self.ids)
+
+    def divergence(self, chunk: slice, logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `Targets`."""
+        log_p, ids = self.log_probs[chunk].float(), self.ids[chunk].long()
+        log_p = log_p.log_softmax(1)  # stored in few digits: their sum is 1 only about
+        rest_CV = logits_CV / temperature
+        kept = rest_CV.gather(1, ids)
+        rest_CV.scatter_(1, ids, -torch.inf)
+        log_rest = rest_CV.logsumexp(1, keepdim=True)
+        scores = torch.cat([kept, log_rest], 1)
+        log_q = scores - scores.logsumexp(1, keepdim=True)
+        p = log_p.exp()
+        kl = torch.where(p > 0, p * (log_p - log_q), 0).sum()
+        gap = log_q.exp() - p
+        # Among the rest, q_j = (share of j in the rest) q_rest, and p is spread in the same shares.
+        error_CV = rest_CV.sub_(log_rest).exp_().mul_(gap[:, -1:])
+        return kl, error_CV.scatter_(1, ids, gap[:, :-1])
+
+
+def chunks(tokens: int) -> Iterator[slice]:
+    """Cuts counted tokens so that few logits exist at once."""
+    return (slice(start, start + LOGITS_CHUNK_TOKENS) for start in range(0, tokens, LOGITS_CHUNK_TOKENS))
+
+
+def top_of(logits_CV: Tensor, k: int, temperature: float) -> TopTargets:
+    """What a cache keeps of a chunk: float16 logarithms, exact enough beside bfloat16 logits, and int32 tokens."""
+    log_p = logits_CV.div(temperature).log_softmax(1)
+    values, ids = log_p.topk(k, 1)
+    rest = log_p.scatter_(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+    return TopTargets(torch.cat([values, rest], 1).half(), ids.int())
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much a batch's loss follows the teacher."""
+
+    weight: float
+    """w: share of the divergence; cross-entropy has the rest."""
+    temperature: float
+    targets: Targets

@@ -1,0 +1,144 @@
+"""Cross-entropy over a large vocabulary, a chunk of tokens at a time; with a teacher, its divergence too.
+
+The head is frozen, so the gradient of the loss in the hidden states is known as soon as the logits are:
+
+    dloss/dh_t = (softmax(h_t W^T) - onehot(y_t)) W        summed over tokens, divided by their count
+
+Each chunk's logits are made once, turned into that gradient, and dropped; what is kept for backward is as large as
+the hidden states. (TRL's chunked loss makes the logits twice and, without Triton, took four times as long on a CPU; it
+also reads `lm_head.weight`, which a quantized head does not have.)
+
+Where the chunked loss cannot serve (a trained head, scaled logits), `loss_of_logits` computes the same from logits.
+
+Legend: T tokens, D hidden size, V vocabulary, C tokens of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.training.divergence import Distillation, Head, chunks
+
+IGNORED = -100
+"""Label of tokens that do not count."""
+
+
+def chunked_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    distillation: Distillation | None = None,
+) -> Tensor:
+    """Sum of -log softmax(h W^T + bias)[y] over the tokens whose label counts; with a teacher, (1 - w) CE + w T^2 KL.
+
+    Args:
+        hidden_TD: last hidden states, with gradients.
+        weight_VD: the head's weight, frozen, in the same dtype.
+        labels_T: int64 labels already shifted; -100 does not count.
+        bias_V: the head's bias, frozen.
+        softcap: logits are passed through softcap * tanh(logits / softcap) (Gemma 2).
+        distillation: the teacher's targets of the counted tokens.
+
+    Returns:
+        A float32 scalar whose gradient reaches `hidden_TD` only.
+    """
+    head = Head(weight_VD, bias_V, softcap)
+    counted = labels_T != IGNORED
+    hidden, labels = hidden_TD[counted], labels_T[counted]
+    with torch.no_grad():
+        total, grad = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        for chunk in _chunks(labels, distillation):
+            part, grad[chunk] = _chunk(hidden[chunk], head, labels[chunk], chunk, distillation)
+            total += part
+    # The value of the sum, with the gradient that was computed along with it.
+    return total + ((hidden - hidden.detach()) * grad).float().sum()
+
+
+def _chunk(
+    hidden: Tensor, head: Head, labels: Tensor, chunk: slice, distillation: Distillation | None
+) -> tuple[Tensor, Tensor]:
+    """A chunk's summed loss and its gradient in the hidden states; its logits are gone before the next ones come."""
+    logits = head.logits(hidden)
+    slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+    part, error = _error(logits, labels, chunk, distillation)
+    if slope is not None:
+        error *= slope
+    return part, error.to(hidden.dtype) @ head.weight_VD
+
+
+def loss_of_logits(logits_TV: Tensor, labels_T: Tensor, distillation: Distillation | None = None) -> Tensor:
+    """The same from logits that are all there, with a gradient that reaches them: for heads that are trained.
+
+    Args:
+        logits_TV: with gradients, in any dtype.
+        labels_T: int64 labels already shifted; -100 does not count.
+        distillation: the teacher's targets of the counted tokens.
+    """
+    if distillation is None:
+        return torch.nn.functional.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED, reduction="sum")
+    counted = labels_T != IGNORED
+    logits, labels = logits_TV[counted], labels_T[counted]
+    total = logits.float().sum() * 0
+    for chunk in _chunks(labels, distillation):
+        some = logits[chunk].float()
+        with torch.no_grad():
+            part, error = _error(some.detach().clone(), labels[chunk], chunk, distillation)
+        total = total + part + ((some - some.detach()) * error).sum()
+    return total
+
+
+def _chunks(labels: Tensor, distillation: Distillation | None) -> Iterator[slice]:
+    assert distillation is None or len(distillation.targets) == len(labels), "teacher and student count other tokens"
+    return chunks(len(labels))
+
+
+def _error(logits: Tensor, labels: Tensor, chunk: slice, distillation: Distillation | None) -> tuple[Tensor, Tensor]:
+    """A chunk's summed loss, and its gradient in the logits, which it overwrites."""
+    if distillation is not None:
+        w, temperature = distillation.weight, distillation.temperature
+        kl, pull = distillation.targets.divergence(chunk, logits, temperature)
+    log_sum = logits.logsumexp(1)
+    rows = torch.arange(len(labels), device=labels.device)
+    loss = (log_sum - logits[rows, labels]).sum()
+    error = logits.sub_(log_sum.unsqueeze(1)).exp_()
+    error[rows, labels] -= 1
+    if distillation is None:
+        return loss, error
+    return (1 - w) * loss + w * temperature**2 * kl, error.mul_(1 - w).add_(pull, alpha=w * temperature)
+
+
+def summed_loss(
+    model: PreTrainedModel, labels_BL: Tensor, distillation: Distillation | None = None, **inputs: Any
+) -> Tensor:
+    """Sum of the next-token losses of a causal model whose head is frozen, never holding all logits.
+
+    Args:
+        model: on its base model's hidden states the head is all that follows.
+        labels_BL: int64 labels in step with the tokens; -100 does not count.
+        distillation: the teacher's targets of the counted tokens.
+        inputs: what the model's forward takes.
+    """
+    hidden = model.base_model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+    # The head's weight lies in the shared buffer: no other layer runs until the loss is there.
+    head = Head.of(model, hidden.dtype, reuse=True)
+    return chunked_cross_entropy(
+        hidden,
+        head.weight_VD,
+        labels_BL[:, 1:].flatten(),
+        bias_V=head.bias_V,
+        softcap=head.softcap,
+        distillation=distillation,
+    )
+
+
+def scales_logits(config: Any) -> bool:
+    """Whether a model multiplies its logits, so that its head is not all that follows its hidden states."""
+    text = config.get_text_config()
+    factors = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    return any(getattr(text, name, None) not in (None, 1, 1.0) for name in factors)

@@ -1,0 +1,273 @@
+"""The command line and the terminal: what each command prints."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+import tiny
+from trimtab import cli, methods
+from trimtab.data import sequences as data
+from trimtab.errors import UserError
+from trimtab.evaluation.parity import Parity
+from trimtab.evaluation.perplexity import perplexity
+from trimtab.formats.native import write as native
+from trimtab.methods import LrQat
+from trimtab.models import load as loading
+from trimtab.models.prepare import fold
+from trimtab.pipeline import run as pipeline
+from trimtab.recipe import explain, recipe
+from trimtab.report.terminal import Terminal, size
+from trimtab.training.trainer import Step
+
+Command = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, `model`, the same quantized, `saved`, data, `data.jsonl`, and a recipe, `recipe.yaml`."""
+    folder = tmp_path_factory.mktemp("given")
+    tiny.model(folder / "model")
+    tiny.text(folder / "data.jsonl")
+    file = tiny.write(folder / "recipe.yaml", tiny.recipe(folder / "model", folder / "data.jsonl", folder / "run"))
+    model, tokenizer = loading.load(str(folder / "model"), LrQat(rank=4), tiny.RULES)
+    fold(model)
+    native.save(model, folder / "saved", tokenizer, recipe=recipe.read(file).to_yaml())
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line that must succeed, and gives what it prints."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    return run
+
+
+def blocks(folder: Path, block_tokens: int, limit: int | None = None) -> tuple[object, ...]:
+    rows = data.load_rows(str(folder / "data.jsonl"))
+    tokens = data.token_blocks(rows, tiny.tokenizer(), block_tokens=block_tokens, limit_tokens=limit)
+    return tokens, tokens.numel()
+
+
+def test_eval(given: Path, command: Command) -> None:
+    """On the recipe's held-out data, or on any; a float model is measured as it is, not rounded."""
+    saved, _ = loading.load(str(given / "saved"))
+    tokens, count = blocks(given, 32, 256)
+    line = command("eval", given / "saved")
+    assert line == (
+        f"perplexity {perplexity(saved, tokens):.4f} on {count} tokens of {given / 'data.jsonl'} (train), windows of 32\n"
+    )
+    tokens, count = blocks(given, 64)
+    float_model = loading.load_float(str(given / "model"))
+    for name, model in (("saved", saved), ("model", float_model)):
+        line = command("eval", given / name, "--data", given / "data.jsonl", "--block-tokens", 64)
+        assert line.startswith(f"perplexity {perplexity(model, tokens):.4f} on {count} tokens")
+    assert perplexity(saved, tokens) != perplexity(float_model, tokens)
+
+
+def test_chat(given: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loading.load(str(given / "saved"))
+    expected = pipeline.answer(model, tokenizer, "Hello?", 12)
+    assert command("chat", given / "saved", "--prompt", "Hello?", "--tokens", 12) == expected + "\n"
+    long = "a word " * 40 + "[bold]and[/bold] :smile: [/]"
+    monkeypatch.setattr(pipeline, "answer", lambda *_: long)
+    assert command("chat", given / "saved", "--prompt", "Hello?") == long + "\n"  # neither wrapped nor interpreted
+    questions = iter(["one", "two", " "])
+    monkeypatch.setattr(Console, "input", lambda *_: next(questions))
+    assert command("chat", given / "saved").count(long) == 2
+
+
+def test_answers_without_a_chat_template(given: Path) -> None:
+    model, _ = loading.load(str(given / "saved"))
+    plain = tiny.tokenizer(template=None)
+    ids = plain("two plus", return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=tiny.EOS)
+    expected = plain.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert pipeline.answer(model, plain, "two plus", 5) == expected
+
+
+def test_plan(given: Path, command: Command) -> None:
+    """From a float directory and from a saved one; it writes and loads nothing."""
+    onto = [f"model.path={given / 'saved'}", "rules=null", "method={name: lora, rank: 4}"]
+    for more, trainable in (([], "10,496"), (onto, "8,192")):
+        printed = command("plan", given / "recipe.yaml", *more)
+        assert "predicted peak of training" in printed
+        assert re.search(rf"trainable numbers\s+{trainable}", printed)
+        assert re.search(r"total\s+[\d.]+ [kM]B above", printed)
+        assert re.search(r"memory free here\s+[\d.]+ [MG]B: fits", printed)
+    assert not (given / "run").exists()
+
+
+def test_methods_and_recipe(command: Command) -> None:
+    printed = command("methods")
+    for method in methods.ALL:
+        assert method.name in printed
+    assert command("recipe") == recipe.EXAMPLE
+    assert command("recipe", "--explain") == explain.explanation()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [([], "Usage"), (["run"], "RECIPE"), (["run", "a.yaml", "--nosuch"], "--nosuch"), (["rum"], "rum")],
+    ids=["nothing", "no recipe", "unknown option", "unknown command"],
+)
+def test_usage(
+    arguments: list[str], part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trimtab", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert part in printed.out + printed.err
+
+
+def test_errors_take_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def read(*_: object) -> None:
+        raise UserError("first\n  second\n\nthird")
+
+    monkeypatch.setattr(recipe, "read", read)
+    monkeypatch.setattr(sys, "argv", ["trimtab", "plan", "a.yaml"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: first second third\n"
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(recipe, "read", read)
+    monkeypatch.setattr(sys, "argv", ["trimtab", "plan", "a.yaml"])
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main()
+
+
+def test_help_is_quick_to_import() -> None:
+    """`trimtab --help` waits for nothing that only a run needs."""
+    probe = "import sys, trimtab.cli; print(sorted({'trl', 'datasets', 'accelerate', 'pydantic'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def terminal(*, tty: bool = False) -> tuple[Terminal, io.StringIO]:
+    shown = Terminal()
+    file = io.StringIO()
+    shown.console = Console(file=file, force_terminal=tty, width=100, highlight=False, emoji=False)
+    return shown, file
+
+
+def test_progress() -> None:
+    steps = [Step(i, 50, 4.5 - i / 50, 128 * i, 0.5 * i, 123_456_789) for i in range(1, 51)]
+    shown, file = terminal()
+    for step in steps:
+        shown.step(step)
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 10  # a log file gets ten lines
+    assert lines[-1] == "  step 50/50  loss 3.500  256 tok/s  123.5 MB"
+    shown, file = terminal(tty=True)
+    for step in steps:
+        shown.step(step)
+    assert "step 50/50" in file.getvalue()
+    assert "256 tok/s" in file.getvalue()
+    assert shown._progress is None
+
+
+def test_results() -> None:
+    shown, file = terminal()
+    metrics = {
+        "perplexity": {"float": 10.0, "rounded": None, "tuned": 9.5},
+        "codes_changed_by_fold": 0,
+        "fold": "14 layers folded, bitwise",
+        "peak_memory_bytes": 2_000_000_000,
+        "disk_bytes": 999,
+        "train_seconds": 2.0,
+        "tokens": 100,
+        "answers": {"after": "[red]4[/red] :smile:"},
+        "output": "runs/[x]",
+    }
+    shown.finish(
+        metrics, [Parity("folded", 0.0, 0.0, 1.0, 0.0, 9.5, True), Parity("reloaded", 0.5, 0.1, 0.9, 0.1, 9, False)]
+    )
+    printed = file.getvalue()
+    for part in (
+        "float (the untuned model)",
+        "9.50",
+        "2.00 GB",
+        "999 B",
+        "2 s, 100 tokens, 50 tok/s",
+        "codes changed by folding: 0 (14 layers folded, bitwise)",
+        "answer after tuning: [red]4[/red] :smile:",
+        "written to runs/[x]",
+    ):
+        assert part in printed
+    assert "rounded" not in printed
+    assert re.search(r"folded .*100\.00% .*yes", printed)
+    assert re.search(r"reloaded .*90\.00% .*no", printed)
+    shown.finish({"output": "runs/y"}, [])
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (83_100_000, "83.1 MB"), (1.5e10, "15.00 GB")]
+)
+def test_sizes(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+def test_the_example_recipes_parse() -> None:
+    """Those that ship with the repository."""
+    files = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
+    assert files
+    for file in files:
+        parsed = recipe.read(file)
+        assert yaml.safe_load(parsed.to_yaml())["name"] == parsed.name
+        assert json.dumps(parsed.model_dump(mode="json", exclude={"method", "rules"}))
+
+
+def test_prune(command: Command, given: Path, tmp_path: Path) -> None:
+    options = (
+        "--ratio",
+        0.3,
+        "--multiple-of",
+        8,
+        "--data",
+        given / "data.jsonl",
+        "--tokens",
+        256,
+        "--block-tokens",
+        64,
+    )
+    shown = command("prune", given / "model", "--out", tmp_path / "out", *options, "--keep", "0,-1")
+    report = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    before, after = report["parameters_before"], report["parameters"]
+    assert f"parameters   {before:,} -> {after:,} ({1 - after / before:.1%} removed)" in shown
+    assert f"MLP channels 128 -> {report['widths']['channels']} in each layer" in shown
+    assert re.search(r"\d s, peak memory [\d.]+ [MG]B; written to ", shown)
+    assert report["options"]["keep"] == [0, -1]
+    # What came out is a model like any other, and by bytes as well as by ratio.
+    command(
+        "plan", tiny.write(tmp_path / "r.yaml", tiny.recipe(tmp_path / "out", given / "data.jsonl", tmp_path / "run"))
+    )
+    command("prune", given / "model", "--out", tmp_path / "small", "--bytes", "150kB", *options[2:])
+    assert 0.8 * 150_000 < 2 * json.loads((tmp_path / "small" / "pruning.json").read_text())["parameters"] <= 150_000
+    dropped = command("prune", given / "model", "--out", tmp_path / "short", "--drop-layers", 1, *options[2:])
+    assert re.search(r"layers       2 -> 1 \(without [01]\)", dropped)

@@ -1,0 +1,112 @@
+"""What the contracts leave out of one layer: rows of a weight, large weights in pieces, embeddings, bfloat16 gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cases
+from cases import SOME, TRAINED, K, N
+from trimtab.layers import weights
+from trimtab.layers.linear import QuantEmbedding
+from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
+from trimtab.methods import Rtn
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
+
+GRIDS: list[AnyGrid] = [
+    Grid(4, 32),
+    Grid(3, None, "integer", "float16"),
+    Grid(8, 16, "real", "float32"),
+    Grid(2, 16, "integer", range="lp2.4"),
+    CodebookGrid("nf4", 32),
+    CodebookGrid("nf3", 16, double_quant=True),
+]
+grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.describe().replace(" ", "-"))
+
+
+def tensors(weight: Weight) -> dict[str, torch.Tensor]:
+    return {n: p.data for n, p in weight.named_parameters()}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_rows_are_rows_of_the_whole(name: str) -> None:
+    base = cases.build(SOME[name]).base
+    rows = torch.tensor([5, 0, N - 1, 5])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(base.dequantize(dtype, rows=rows), base.dequantize(dtype)[rows])
+
+
+@grids
+def test_a_large_weight_is_quantized_in_pieces_of_rows(grid: AnyGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = cases.random(N, K, seed=0, scale=0.05)
+    whole = tensors(weights.quantize(w, grid))
+    monkeypatch.setattr(weights, "_rows_at_once", lambda _: 7)
+    pieces = weights.quantize(w, grid)
+    assert pieces.shape == (N, K)
+    assert tensors(pieces).keys() == whole.keys()
+    for key, tensor in tensors(pieces).items():
+        assert tensor.dtype == whole[key].dtype
+        assert torch.equal(tensor, whole[key]), key
+
+
+@grids
+def test_quantizing_what_is_quantized_changes_nothing(grid: AnyGrid) -> None:
+    """A stored source is taken code for code; a coarser copy of its values does not come back finer."""
+    base, _ = Rtn().build(cases.random(N, K, seed=1, scale=0.05), grid)
+    again, _ = Rtn().build(base, grid)
+    assert again is base
+    other, _ = Rtn().build(base, Grid(8, 16))
+    assert isinstance(other, AffineWeight)
+    assert other.grid == Grid(8, 16)
+    error = (other.dequantize(torch.float32) - base.dequantize(torch.float32)).abs().max()
+    assert error < 2 * other.scale.abs().max()
+    dense, _ = Rtn().build(base, None)
+    assert isinstance(dense, DenseWeight)
+    assert torch.equal(dense.weight, base.dequantize(torch.bfloat16))
+
+
+@grids
+@pytest.mark.parametrize("scale", [None, 6.928])
+def test_an_embedding_gives_rows_in_its_dtype(grid: AnyGrid, scale: float | None) -> None:
+    base, _ = Rtn().build(cases.random(N, K, seed=2), grid)
+    embedding = QuantEmbedding(base, torch.float32, scale=scale)
+    before = {n: t.clone() for n, t in tensors(base).items()}
+    ids = torch.tensor([[0, 7, 7], [N - 1, 3, 0]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        embedding.to(dtype)
+        rows = embedding(ids)
+        assert rows.dtype == dtype
+        table = base.dequantize(dtype)
+        expected = F.embedding(ids, table)
+        assert torch.equal(rows, expected if scale is None else expected * torch.tensor(scale, dtype=dtype))
+    assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in tensors(base).items())
+    assert (embedding.num_embeddings, embedding.embedding_dim) == (N, K)
+
+
+@pytest.mark.parametrize("name", [n for n in SOME if n in TRAINED])
+def test_bfloat16_is_close_to_the_equations(name: str) -> None:
+    layer, x, g, exact = cases.trained(TRAINED[name])
+    leaf = x.bfloat16().requires_grad_()
+    y = layer(leaf)
+    assert y.dtype == torch.bfloat16
+    y.backward(g.bfloat16())
+    assert (y.detach().double() - exact.y).norm() < 1e-2 * exact.y.norm()
+    assert leaf.grad is not None
+    assert (leaf.grad.double() - exact.dx).norm() < 1e-2 * exact.dx.norm()
+    for parameter, grad in exact.grads.items():
+        ours = layer.get_parameter(f"adapter.{parameter}").grad
+        assert ours is not None
+        assert ours.dtype == torch.float32  # masters are float32, whatever is computed in
+        assert (ours.double() - grad).norm() < 2e-2 * grad.norm(), parameter
+
+
+def test_a_master_follows_its_own_scale() -> None:
+    """LSQ: moving s moves codes, where LR-QAT's frozen inner scale leaves them."""
+    flips = {}
+    for name in ("qat-int4-g32-symmetric", "lr-qat-fixed8-int4-g32-symmetric"):
+        layer = cases.build(TRAINED[name])
+        assert layer.adapter is not None
+        before = layer.adapter.fold(layer.base).weight.integer_codes()  # type: ignore[operator]
+        with torch.no_grad():
+            layer.adapter.scale.mul_(1.5)  # type: ignore[union-attr,operator]
+        flips[name[:3]] = (layer.adapter.fold(layer.base).weight.integer_codes() != before).any().item()  # type: ignore[operator]
+    assert flips == {"qat": True, "lr-": False}

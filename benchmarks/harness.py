@@ -17,8 +17,8 @@ from typing import Any
 
 from trimtab.evaluation import harness
 from trimtab.methods import Rtn
-from trimtab.models import load as loading
-from trimtab.pipeline import run as pipeline
+from trimtab.models.load import load, load_float, open_source
+from trimtab.pipeline.run import run
 from trimtab.recipe import recipe
 
 OUT = Path(__file__).parent / "results" / "harness.json"
@@ -42,16 +42,16 @@ def tuned(train: str, folder: Path, steps: int) -> Path:
         "evaluate": {"parity": False},
         "output": str(folder),
     }
-    pipeline.run(recipe.from_dict(values), overwrite=True)
+    run(recipe.from_dict(values), overwrite=True)
     return folder
 
 
 def ask(name: str, folder: str | None, data: str, limit: int | None) -> list[harness.Score]:
     """Scores of one of the three models."""
     if name == "float":
-        model, tokenizer = loading.load_float(MODEL), loading.open_source(MODEL).tokenizer()
+        model, tokenizer = load_float(MODEL), open_source(MODEL).tokenizer()
     else:
-        model, tokenizer = loading.load(MODEL, Rtn(), RULES) if name == "rounded" else loading.load(str(folder))
+        model, tokenizer = load(MODEL, Rtn(), RULES) if name == "rounded" else load(str(folder))
     return harness.run(model, tokenizer, TASKS, data, limit=limit)
 
 

@@ -122,14 +122,14 @@ def planned(name: str, shape: dict[str, Any], checkpointing: bool, micro_batches
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from trimtab.memory.training import plan
 
-    from trimtab.memory import training as memory
     from trimtab.recipe.rules import parse_rules
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(_config(shape))
     method, rules = _about(name, shape["tie_word_embeddings"])
-    return memory.plan(
+    return plan(
         model.train(),
         method,
         parse_rules(rules),
@@ -151,9 +151,9 @@ def train(
     """Prepare a model and train it for two steps; returns the largest resident memory of the steps, if watched."""
     import torch
     from transformers import AutoModelForCausalLM
+    from trimtab.memory.training import resident_bytes, trim
 
     import trimtab
-    from trimtab.memory import training as memory
     from trimtab.training.loss import summed_loss
 
     torch.manual_seed(0)
@@ -168,12 +168,12 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
     ids = torch.randint(config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
     gc.collect()
-    memory.trim()
-    peak, done = [memory.resident_bytes()], threading.Event()
+    trim()
+    peak, done = [resident_bytes()], threading.Event()
 
     def sample() -> None:
         while not done.wait(SAMPLE_SECONDS):
-            peak.append(memory.resident_bytes())
+            peak.append(resident_bytes())
 
     sampler = threading.Thread(target=sample)
     if watch:
@@ -194,9 +194,9 @@ def measure(
 ) -> tuple[Any, int, int]:
     """What is planned, measured and held by libraries; call it in a process of its own."""
     import torch
+    from trimtab.memory.training import resident_bytes, trim
 
     from trimtab.kernels import workspace
-    from trimtab.memory import training as memory
 
     torch.set_num_threads(1)
     if give_back:
@@ -206,8 +206,8 @@ def measure(
     train(name, {**shape, "num_hidden_layers": 1}, checkpointing, micro_batches, watch=False)
     workspace.clear()
     gc.collect()
-    memory.trim()
-    before = memory.resident_bytes()
+    trim()
+    before = resident_bytes()
     return predicted, train(name, shape, checkpointing, micro_batches) - before, before
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.evaluation.perplexity import perplexity
-from trimtab.models import load as loading
+from trimtab.models.load import load_float, open_source
 from trimtab.pruning import Options, prune
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,13 +42,13 @@ def main() -> None:
     parser.add_argument("--multiple-of", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS / "pruning.json")
     arguments = parser.parse_args()
-    source = loading.open_source(arguments.model)
+    source = open_source(arguments.model)
     assert source is not None
     tokenizer = source.tokenizer()
 
     def blocks(file: str, tokens: int, window: int) -> torch.Tensor:
-        rows = data.load_rows(str(arguments.data / file))
-        return data.token_blocks(rows, tokenizer, block_tokens=window, limit_tokens=tokens)
+        rows = load_rows(str(arguments.data / file))
+        return token_blocks(rows, tokenizer, block_tokens=window, limit_tokens=tokens)
 
     test = blocks("test.raw.txt", TEST_TOKENS, WINDOW)
     calibration = blocks("train.part.txt", CALIBRATION_TOKENS, CALIBRATION_WINDOW)
@@ -57,7 +57,7 @@ def main() -> None:
     for way, ratio in todo:
         if any((r["way"], r["ratio"]) == (way, ratio) for r in rows):
             continue
-        model = loading.load_float(arguments.model, dtype=torch.bfloat16, source=source)
+        model = load_float(arguments.model, dtype=torch.bfloat16, source=source)
         row: dict[str, Any] = {"way": way, "ratio": ratio, "parameters": sum(p.numel() for p in model.parameters())}
         if ratio:
             started = time.process_time()

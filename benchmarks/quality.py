@@ -140,10 +140,10 @@ def moved(values: dict[str, Any]) -> float:
     import torch
 
     from trimtab.layers.weights import AffineWeight
-    from trimtab.models import load as loading
+    from trimtab.models.load import load, open_source
     from trimtab.models.transformers_bridge import quant_layers
 
-    source, (saved, _) = loading.open_source(values["model"]["path"]), loading.load(values["output"])
+    source, (saved, _) = open_source(values["model"]["path"]), load(values["output"])
     assert source is not None
     source.bind(saved)
     changed = whole = 0
@@ -271,12 +271,12 @@ def _converted(model: str, folder: Path) -> Path:
     if not folder.exists():
         import torch
 
-        from trimtab.models import load as loading
+        from trimtab.models.load import load_float, open_source
 
-        source = loading.open_source(model)
+        source = open_source(model)
         assert source is not None, "quantized models are not rounded again"
         temporary = folder.with_name(folder.name + ".part")
-        loading.load_float(model, dtype=torch.float32).save_pretrained(temporary)
+        load_float(model, dtype=torch.float32).save_pretrained(temporary)
         source.tokenizer().save_pretrained(temporary)
         temporary.rename(folder)
     return folder

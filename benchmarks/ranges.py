@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from trimtab.layers.weights import AffineWeight
-from trimtab.models import load as loading
+from trimtab.models.load import load_float
 from trimtab.quant.grid import Grid
 
 OUT = Path(__file__).parent / "results" / "ranges.json"
@@ -23,7 +23,7 @@ GRIDS = [Grid(3, group, zero) for group in (32, 64) for zero in ("symmetric", "i
 
 
 def main() -> None:
-    model = loading.load_float(MODEL, dtype=torch.float32)
+    model = load_float(MODEL, dtype=torch.float32)
     weights = [p.data for n, p in model.named_parameters() if n.endswith("_proj.weight")]
     rows = []
     for grid in GRIDS:

@@ -70,9 +70,9 @@ def parts(search: Any) -> list[str]:
 def divergence(search: Any) -> dict[str, dict[int, float]]:
     """What sensitivities say of a part at a width, summed over layers."""
     from trimtab.bit_search import sensitivity
-    from trimtab.models import load as loading
+    from trimtab.models.load import load_float
 
-    model = loading.load_float(search.recipe.model.path, dtype=search.recipe.dtype)
+    model = load_float(search.recipe.model.path, dtype=search.recipe.dtype)
     blocks = search._blocks(search._rows, SENSITIVITY_TOKENS)
     cost_UC = sensitivity.fisher(model, search.space.units, search.space.placements, blocks).cost_UC
     of = parts(search)

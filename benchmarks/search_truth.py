@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from trimtab.bit_search import sensitivity
 from trimtab.bit_search.space import By, Space, Unit, space
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.layers import weights
 from trimtab.methods import Rtn
 from trimtab.models import load as loading
@@ -138,9 +138,9 @@ def main() -> None:
     grid = Grid(4, table.group, "integer")
     laid_out = merged(space(skeleton, Rtn(), bits=BITS, grid=grid, by=table.by, dtype=torch.float32), table.sizes)
     model = loading.load_float(path, dtype=torch.float32, source=source)
-    rows = data.load_rows(str(arguments.data / table.text), limit=200)
+    rows = load_rows(str(arguments.data / table.text), limit=200)
     tokens = table.windows * table.length
-    blocks = data.token_blocks(rows, source.tokenizer(), block_tokens=table.length, limit_tokens=tokens)
+    blocks = token_blocks(rows, source.tokenizer(), block_tokens=table.length, limit_tokens=tokens)
     found = measured(model, laid_out, blocks)
     started, kl = time.perf_counter(), list[float]()
     for value in Rounded(model, laid_out, blocks).all():

@@ -24,13 +24,13 @@ def prune(values: dict[str, Any]) -> None:
 
 def cell(values: dict[str, Any]) -> None:
     import trl.trainer.sft_trainer  # noqa: F401  (libraries are no part of a run's memory)
+    from trimtab.memory.training import resident_bytes
 
-    from trimtab.memory import training as memory
-    from trimtab.pipeline import run as pipeline
+    from trimtab.pipeline.run import run
     from trimtab.recipe.recipe import from_dict
 
-    before = memory.resident_bytes()
-    metrics = pipeline.run(from_dict(values), overwrite=True)
+    before = resident_bytes()
+    metrics = run(from_dict(values), overwrite=True)
     metrics["libraries_bytes"] = before
     (Path(values["output"]) / "metrics.json").write_text(json.dumps(metrics))
 
@@ -41,13 +41,13 @@ def search(values: dict[str, Any]) -> None:
     Widths, bytes and cost, with the time that sensitivities took, go to `found.json`.
     """
     from trimtab.bit_search import workers
-    from trimtab.formats import file_size as storage
+    from trimtab.formats.file_size import stored
     from trimtab.models import load as loading
     from trimtab.recipe.recipe import from_dict
 
     plain = from_dict(values)
     skeleton = loading.skeleton(plain.model.path)[1]
-    budget = storage.stored(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
+    budget = stored(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
     recipe = from_dict(values | {"search": values["search"] | {"budget": budget}})
     done = workers.run(recipe)
     trials = [t for t in done.ledger.trials() if t.state == "complete"]

@@ -27,18 +27,17 @@ from typing import Any
 
 import torch
 
-from trimtab import formats as export
 from trimtab import methods
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.evaluation import serving
-from trimtab.formats import declaration
-from trimtab.formats import export as exporting
+from trimtab.formats import ALL, declaration
+from trimtab.formats.export import planned
 from trimtab.formats.lossy import nearest_grid
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import Method
-from trimtab.models import load as loading
+from trimtab.models.load import load, skeleton
 from trimtab.models.prepare import targets
-from trimtab.pipeline import run as pipeline
+from trimtab.pipeline.run import run
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 from trimtab.recipe import recipe
 from trimtab.recipe.rules import Rule
@@ -107,7 +106,7 @@ def lossy_error(
 
 def verdicts() -> list[dict[str, Any]]:
     """One row for each method, grid, format and engine."""
-    source, laid_out = loading.skeleton(MODEL)
+    source, laid_out = skeleton(MODEL)
     assert source is not None
     source.bind(laid_out)
     rows = []
@@ -119,8 +118,8 @@ def verdicts() -> list[dict[str, Any]]:
             if target.name.startswith("model.layers.0.") and target.name not in weights:
                 weight = source.read(f"{target.name}.weight")
                 weights[target.name] = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)
-        for format_ in export.ALL:
-            layers = exporting.planned(found, method, False, format_)
+        for format_ in ALL:
+            layers = planned(found, method, False, format_)
             refused = declaration.refusals(format_, layers, torch.bfloat16)
             row: dict[str, Any] = {"method": name, "zero": zero, "bits": bits, "format": format_.name}
             if refused:
@@ -186,10 +185,10 @@ def served(model: Model, exits: list[tuple[str, str]], steps: int, tokens: int, 
             values["train"] = {"steps": steps, "batch_tokens": 256, "micro_batch": 2}
             rate = NARROW_LR_QAT if name == "lr-qat" and bits < 4 else RATES.get(name)
             values["train"] |= {"lr": rate, "lr_scale": SMALL_SCALE_RATE if small else SCALE_RATE}
-        pipeline.run(recipe.from_dict(values))
-        trained, tokenizer = loading.load(str(out))
-        rows = data.load_rows("pydoc-topics", split="test")
-        blocks = data.token_blocks(rows, tokenizer, block_tokens=128, limit_tokens=tokens)
+        run(recipe.from_dict(values))
+        trained, tokenizer = load(str(out))
+        rows = load_rows("pydoc-topics", split="test")
+        blocks = token_blocks(rows, tokenizer, block_tokens=128, limit_tokens=tokens)
         expected = serving.model_logprobs(trained, blocks)
         base = trained.get_submodule("model.layers.0.mlp.up_proj").base
         codes = base.integer_codes() if isinstance(base, AffineWeight) else None
@@ -272,7 +271,7 @@ def document(rows: list[dict[str, Any]]) -> str:
         "",
         "| " + " | ".join(declaration.HEADER) + " |",
         "|---" * len(declaration.HEADER) + "|",
-        *("| " + " | ".join(row) + " |" for row in declaration.table(export.ALL)),
+        *("| " + " | ".join(row) + " |" for row in declaration.table(ALL)),
         "",
         "## Method x bits x format",
         "",
@@ -280,13 +279,13 @@ def document(rows: list[dict[str, Any]]) -> str:
         "dtype; *algebraic*: an adapter is added to a dense matrix, rounded once; *refused* with its reason, and the",
         f"relative weight error of `--allow-lossy` on the matrices of the first block of {MODEL}.",
         "",
-        "| method | zero | bits | " + " | ".join(f.name for f in export.ALL) + " |",
-        "|---|---|---" + "|---" * len(export.ALL) + "|",
+        "| method | zero | bits | " + " | ".join(f.name for f in ALL) + " |",
+        "|---|---|---" + "|---" * len(ALL) + "|",
     ]
     reasons: dict[str, int] = {}
     for name, zero, bits, _ in grids():
         cells = []
-        for format_ in export.ALL:
+        for format_ in ALL:
             row = next(r for r in rows if key(r)[:4] == (name, zero, bits, format_.name))
             if row["verdict"] != "refused":
                 cells.append("exact" if row["verdict"] == "not run" else row["verdict"])

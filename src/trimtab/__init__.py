@@ -44,6 +44,9 @@ _LAZY = {
 }
 
 registration.install()
+registration.readers(
+    {"gguf": "trimtab.formats.gguf.read:GgufSource", "trimtab": "trimtab.formats.native.read:NativeSource"}
+)
 
 
 def __getattr__(name: str) -> Any:

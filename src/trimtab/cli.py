@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -64,8 +64,8 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Predict the memory that a recipe's training needs; loads nothing."""
     _quiet()
     from trimtab.memory import plan as planning
-    from trimtab.memory import training as memory
-    from trimtab.models import load as loading
+    from trimtab.memory import process
+    from trimtab.models.sources import open_source
     from trimtab.pipeline import stages as chain
     from trimtab.recipe.recipe import read
     from trimtab.report.terminal import Terminal
@@ -76,21 +76,8 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
         terminal.say("prune: not done yet, so this is the plan of the whole model; what is left will take less")
     if planned.search is not None:
         terminal.say("search: this is the plan of the recipe's own rules; search.budget_training bounds every trial's")
-    _, model = loading.skeleton(planned.model.path)
-    terminal.plan(planning.plan(planned, model), memory.available_bytes())
-
-
-def _saved(directory: str) -> tuple[Any, Any]:
-    """A model as it stands, whether saved by trimtab or in float, and its tokenizer."""
-    from trimtab.models import load as loading
-
-    source = loading.open_source(directory)
-    if source is not None:
-        return loading.load_float(directory, source=source), source.tokenizer()
-    model, tokenizer = loading.load(directory)
-    if tokenizer is None:
-        raise UserError(f"{directory}: was saved without a tokenizer; add its tokenizer files to it")
-    return model, tokenizer
+    model = open_source(planned.model.path).layout()
+    terminal.plan(planning.plan(planned, model), process.available_bytes())
 
 
 @app.command("eval")
@@ -105,10 +92,11 @@ def evaluate(
     _quiet()
     from trimtab.data import sequences as data
     from trimtab.evaluation.perplexity import perplexity
+    from trimtab.models.load import load_as_it_is
     from trimtab.recipe.recipe import read
     from trimtab.report.terminal import Terminal
 
-    model, tokenizer = _saved(directory)
+    model, tokenizer = load_as_it_is(directory)
     saved = Path(directory) / "recipe.yaml"
     if path is None:
         block = read(saved).data if saved.is_file() else None
@@ -136,15 +124,16 @@ def harness(
     """Accuracies with standard errors on local files; with two models, their paired differences."""
     _quiet()
     from trimtab.evaluation import harness as asking
+    from trimtab.models.load import load_as_it_is
     from trimtab.report.terminal import Terminal
 
     names = [name.strip() for name in tasks.split(",")]
-    asking.check(names, path)
+    asking.check_tasks(names, path)
     if out is None and not Path(directory).is_dir():
         raise UserError(f"{directory}: is no directory to write harness.json into; pass --out")
     terminal, scores = Terminal(), {}
     for model in (directory,) if other is None else (directory, other):
-        scores[model] = asking.run(*_saved(model), names, path or "", limit=limit)
+        scores[model] = asking.run(*load_as_it_is(model), names, path or "", limit=limit)
         terminal.rows(model, ("task", "metric", "accuracy", "items"), asking.rows(scores[model]))
     found = [] if other is None else asking.differences(scores[directory], scores[other])
     if other is not None:
@@ -226,11 +215,12 @@ def chat(
 ) -> None:
     """Talk to a saved model."""
     _quiet()
+    from trimtab.models.load import load_as_it_is
     from trimtab.pipeline.run import answer
     from trimtab.report.terminal import Terminal
 
     terminal = Terminal()
-    model, tokenizer = _saved(directory)
+    model, tokenizer = load_as_it_is(directory)
     if prompt is not None:
         terminal.say(answer(model, tokenizer, prompt, tokens))
         return

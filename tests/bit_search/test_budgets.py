@@ -16,10 +16,10 @@ import trimtab as tt
 from trimtab.bit_search import results
 from trimtab.bit_search.ledger import Trial, Wish
 from trimtab.bit_search.searching import Search
-from trimtab.formats.native import write as native
-from trimtab.memory import training as memory
-from trimtab.models import load as loading
-from trimtab.models import simulate as simulation
+from trimtab.formats.native.write import save
+from trimtab.memory.peak import peak_of_training
+from trimtab.models.simulate import rounding
+from trimtab.models.sources import open_source
 from trimtab.recipe import recipe
 
 CONFIGS: tuple[type[PreTrainedConfig], ...] = (LlamaConfig, Qwen2Config)
@@ -104,9 +104,9 @@ def between(low: int, high: int, part: float) -> int:
 def peak(search: Search, wish: Wish) -> int:
     """What `trimtab plan` would say of the recipe of this point, from its fields one by one."""
     used = results.point_recipe(search, Trial(0, wish, "complete"), 1)
-    _, skeleton = loading.skeleton(search.recipe.model.path)
+    skeleton = open_source(search.recipe.model.path).layout()
     teacher = sum(p.numel() * 2 for p in skeleton.parameters()) if used.distill else 0
-    planned = memory.plan(
+    planned = peak_of_training(
         skeleton,
         used.method,
         used.rules,
@@ -124,11 +124,11 @@ def on_disk(search: Search, wish: Wish, out: Path) -> int:
     """Bytes of the weights that a run of this point writes."""
     model = AutoModelForCausalLM.from_pretrained(search.recipe.model.path, dtype=torch.bfloat16)
     tt.prepare(model, search.recipe.method, search.space.rules(wish.configuration))
-    if search.recipe.activations is not None and simulation.rounding(model):
+    if search.recipe.activations is not None and rounding(model):
         ids = torch.arange(64).view(2, 32)
         tt.simulate(model, activations=search.recipe.activations, calibration=ids)
     tt.fold(model)
-    native.save(model, out)
+    save(model, out)
     return sum(f.stat().st_size for f in out.glob("*.safetensors"))
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from trimtab.bit_search import held_out, workers
 from trimtab.bit_search.searching import Search
-from trimtab.data import sequences as data
+from trimtab.data.sequences import conversational, load_rows, spread
 from trimtab.errors import UserError
 from trimtab.recipe import recipe
 
@@ -37,7 +37,7 @@ def alone(model: Any, tokenizer: Any, rows: Any) -> float:
     """Each row by itself, its labels made by hand: transformers' own loss, weighted by the answers' tokens."""
     total, count = 0.0, 0
     for row in rows:
-        if data.conversational(rows):
+        if conversational(rows):
             asked = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
             whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         else:
@@ -55,7 +55,7 @@ def alone(model: Any, tokenizer: Any, rows: Any) -> float:
 def test_the_loss_of_answers_is_that_of_every_row_alone(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     used = made(tmp_path, rows, data={"block_tokens": 64})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    tokenizer, dataset = tiny.tokenizer(), data.load_rows(str(tmp_path / "t.jsonl"))
+    tokenizer, dataset = tiny.tokenizer(), load_rows(str(tmp_path / "t.jsonl"))
     found = held_out.loss(used, tokenizer, dataset, tokens=10_000)(model)
     with torch.no_grad():
         assert found == pytest.approx(alone(model, tokenizer, dataset), rel=1e-5)
@@ -67,7 +67,7 @@ def test_the_loss_of_answers_is_that_of_every_row_alone(rows: list[dict[str, Any
 def test_the_loss_of_text_is_the_log_of_perplexity(tmp_path: Path) -> None:
     used = made(tmp_path, [{"text": row["prompt"] + row["completion"]} for row in ASKED])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    dataset = data.load_rows(str(tmp_path / "t.jsonl"))
+    dataset = load_rows(str(tmp_path / "t.jsonl"))
     ids = held_out.windows(used, tiny.tokenizer(), dataset, 128)
     assert ids.shape == (4, 32)
     with torch.no_grad():
@@ -80,17 +80,17 @@ def test_the_loss_of_text_is_the_log_of_perplexity(tmp_path: Path) -> None:
 
 def test_rows_come_from_everywhere(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i:03}", "completion": "."} for i in range(24)]
-    dataset = data.load_rows(str(tiny.jsonl(tmp_path / "t.jsonl", *rows)))
-    assert data.spread(dataset, tiny.tokenizer(None), 8 * 4)["prompt"] == [f"{3 * i:03}" for i in range(8)]
-    assert len(data.spread(dataset, tiny.tokenizer(None), 1)) == 1
-    assert len(data.spread(dataset, tiny.tokenizer(None), 10_000)) == 24
+    dataset = load_rows(str(tiny.jsonl(tmp_path / "t.jsonl", *rows)))
+    assert spread(dataset, tiny.tokenizer(None), 8 * 4)["prompt"] == [f"{3 * i:03}" for i in range(8)]
+    assert len(spread(dataset, tiny.tokenizer(None), 1)) == 1
+    assert len(spread(dataset, tiny.tokenizer(None), 10_000)) == 24
 
 
 def test_prompts_without_room_for_an_answer_are_named(tmp_path: Path) -> None:
     used = made(tmp_path, [{"prompt": "x" * 80, "completion": "y"}] * 4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     with pytest.raises(UserError, match=r"raise data\.block_tokens"):
-        held_out.loss(used, tiny.tokenizer(), data.load_rows(str(tmp_path / "t.jsonl")), 1000)(model)
+        held_out.loss(used, tiny.tokenizer(), load_rows(str(tmp_path / "t.jsonl")), 1000)(model)
 
 
 def test_tuned_trials_are_ranked_by_their_answers(tmp_path: Path) -> None:

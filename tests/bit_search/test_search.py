@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_storage import CONFIGS, skeleton
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from skeletons import CONFIGS, skeleton
 from trimtab.bit_search import sensitivity
 from trimtab.bit_search.additive import front
 from trimtab.bit_search.space import space, units
 from trimtab.errors import UserError
-from trimtab.formats.native import write as native
+from trimtab.formats.native.write import save
 from trimtab.layers import weights
 from trimtab.methods import LrQat, Qlora, Rtn
 from trimtab.models.prepare import fold, prepare
@@ -112,7 +112,7 @@ def test_bytes_of_a_configuration_are_a_bound_of_its_file(config: object, method
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     prepare(model, method, laid_out.rules(chosen))
     fold(model)
-    native.save(model, tmp_path / "out")
+    save(model, tmp_path / "out")
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     tensors = len(model.state_dict()) + 1
     assert size <= laid_out.bytes(chosen) <= size + 2 * 11 * tensors + 8

@@ -21,23 +21,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 import trimtab
-from trimtab.bit_search import figures, results, workers
+from trimtab.bit_search import figures, objective, results, workers
 from trimtab.bit_search.ledger import DIED, Trial, Wish
 from trimtab.bit_search.objective import Rounded
 from trimtab.bit_search.searching import Search
 from trimtab.errors import UserError
 from trimtab.formats import directory
 from trimtab.methods import Qlora, Rtn
-from trimtab.models import load as loading
-from trimtab.models import transformers_bridge as hf
-from trimtab.pipeline import run as pipeline
+from trimtab.models.transformers_bridge import quant_layers
 from trimtab.pipeline import stages as chain
+from trimtab.pipeline.run import run
 from trimtab.quant.grid import Grid
 from trimtab.recipe import recipe
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule
 from trimtab.report.terminal import Terminal
-from trimtab.training import trainer as train
+from trimtab.training import build
 
 SEARCH: dict[str, Any] = {"units": "layer", "bits": [2, 4, 8], "trials": 3, "tokens": 128, "sensitivity_tokens": 64}
 RANGED = [tiny.RULES[0], {"match": "*", "grid": {"bits": 4, "group": 16}}]
@@ -100,11 +99,11 @@ def test_the_pictures_hold_every_trial_and_baseline(tmp_path: Path, monkeypatch:
 def test_training_codes_mends_small_roundings_best(tmp_path: Path, method: str, expected: float) -> None:
     """The prior of tuned trials falls faster with the width, but not where codes stay as they are."""
     found = {}
-    for objective in ("rounded", "tuned"):
-        (tmp_path / objective).mkdir()
+    for kind in ("rounded", "tuned"):
+        (tmp_path / kind).mkdir()
         values = {"method": {"name": method, "rank": 2}, "rules": RANGED}
-        used = made(tmp_path / objective, changes=values, objective=objective, steps=1)
-        found[objective] = Search(used).problem.cost_UC
+        used = made(tmp_path / kind, changes=values, objective=kind, steps=1)
+        found[kind] = Search(used).problem.cost_UC
     ratio = found["tuned"] / found["rounded"]
     np.testing.assert_allclose(ratio[:, 0] / ratio[:, 1], expected)
     np.testing.assert_allclose(ratio[:, 1] / ratio[:, 2], expected**2)
@@ -359,13 +358,13 @@ def test_trials_train_what_a_run_would(tmp_path: Path, monkeypatch: pytest.Monke
     seen: list[tuple[bool, Path | None, bool]] = []
 
     def fit(model: Any, tokenizer: Any, recipe: Recipe, **_: Any) -> None:
-        rounded = any(getattr(layer, "inputs", None) is not None for layer in hf.quant_layers(model).values())
+        rounded = any(getattr(layer, "inputs", None) is not None for layer in quant_layers(model).values())
         seen.append((rounded, recipe.teacher_cache, (recipe.teacher_cache or Path()).joinpath("teacher.json").exists()))
 
     starts: list[Any] = []
-    real = loading.load
-    monkeypatch.setattr(train, "fit", fit)
-    monkeypatch.setattr(loading, "load", lambda *a, **k: starts.append(k["start"]) or real(*a, **k))
+    real = build.load
+    monkeypatch.setattr(objective, "fit", fit)
+    monkeypatch.setattr(build, "load", lambda *a, **k: starts.append(k["start"]) or real(*a, **k))
     changes = {
         "activations": {"bits": 8},
         "start": {"name": "gptq", "tokens": 64},
@@ -516,7 +515,7 @@ def test_python_and_command_carry_out_the_same_stages(tmp_path: Path) -> None:
     used = made(tmp_path, changes={"train": {"steps": 1}, "evaluate": {"parity": False}}, trials=1)
     assert trimtab.run(used)["output"] == str(tmp_path / "out" / "model")
     with pytest.raises(UserError, match="stages before a run"):
-        pipeline.run(used)
+        run(used)
 
 
 def test_overwriting_removes_nothing_before_the_recipe_is_checked(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from rich.console import Console
 
 import tiny
 from trimtab import cli, methods
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.errors import UserError
 from trimtab.evaluation.parity import Parity
 from trimtab.evaluation.perplexity import perplexity
-from trimtab.formats.native import write as native
+from trimtab.formats.native.write import save
+from trimtab.memory import process
 from trimtab.methods import LrQat
-from trimtab.models import load as loading
+from trimtab.models.load import load, load_float
 from trimtab.models.prepare import fold
 from trimtab.pipeline import run as pipeline
 from trimtab.recipe import explain, recipe
@@ -37,9 +38,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.model(folder / "model")
     tiny.text(folder / "data.jsonl")
     file = tiny.write(folder / "recipe.yaml", tiny.recipe(folder / "model", folder / "data.jsonl", folder / "run"))
-    model, tokenizer = loading.load(str(folder / "model"), LrQat(rank=4), tiny.RULES)
+    model, tokenizer = load(str(folder / "model"), LrQat(rank=4), tiny.RULES)
     fold(model)
-    native.save(model, folder / "saved", tokenizer, recipe=recipe.read(file).to_yaml())
+    save(model, folder / "saved", tokenizer, recipe=recipe.read(file).to_yaml())
     return folder
 
 
@@ -59,21 +60,21 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def blocks(folder: Path, block_tokens: int, limit: int | None = None) -> tuple[object, ...]:
-    rows = data.load_rows(str(folder / "data.jsonl"))
-    tokens = data.token_blocks(rows, tiny.tokenizer(), block_tokens=block_tokens, limit_tokens=limit)
+    rows = load_rows(str(folder / "data.jsonl"))
+    tokens = token_blocks(rows, tiny.tokenizer(), block_tokens=block_tokens, limit_tokens=limit)
     return tokens, tokens.numel()
 
 
 def test_eval(given: Path, command: Command) -> None:
     """On the recipe's held-out data, or on any; a float model is measured as it is, not rounded."""
-    saved, _ = loading.load(str(given / "saved"))
+    saved, _ = load(str(given / "saved"))
     tokens, count = blocks(given, 32, 256)
     line = command("eval", given / "saved")
     assert line == (
         f"perplexity {perplexity(saved, tokens):.4f} on {count} tokens of {given / 'data.jsonl'} (train), windows of 32\n"
     )
     tokens, count = blocks(given, 64)
-    float_model = loading.load_float(str(given / "model"))
+    float_model = load_float(str(given / "model"))
     for name, model in (("saved", saved), ("model", float_model)):
         line = command("eval", given / name, "--data", given / "data.jsonl", "--block-tokens", 64)
         assert line.startswith(f"perplexity {perplexity(model, tokens):.4f} on {count} tokens")
@@ -81,7 +82,7 @@ def test_eval(given: Path, command: Command) -> None:
 
 
 def test_chat(given: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = loading.load(str(given / "saved"))
+    model, tokenizer = load(str(given / "saved"))
     expected = pipeline.answer(model, tokenizer, "Hello?", 12)
     assert command("chat", given / "saved", "--prompt", "Hello?", "--tokens", 12) == expected + "\n"
     long = "a word " * 40 + "[bold]and[/bold] :smile: [/]"
@@ -93,7 +94,7 @@ def test_chat(given: Path, command: Command, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_answers_without_a_chat_template(given: Path) -> None:
-    model, _ = loading.load(str(given / "saved"))
+    model, _ = load(str(given / "saved"))
     plain = tiny.tokenizer(template=None)
     ids = plain("two plus", return_tensors="pt")["input_ids"]
     out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=tiny.EOS)
@@ -176,8 +177,9 @@ def terminal(*, tty: bool = False) -> tuple[Terminal, io.StringIO]:
     return shown, file
 
 
-def test_progress() -> None:
-    steps = [Step(i, 50, 4.5 - i / 50, 128 * i, 0.5 * i, 123_456_789) for i in range(1, 51)]
+def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "peak_bytes", lambda: 123_456_789)
+    steps = [Step(i, 50, 4.5 - i / 50, 128 * i, 0.5 * i) for i in range(1, 51)]
     shown, file = terminal()
     for step in steps:
         shown.step(step)

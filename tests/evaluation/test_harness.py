@@ -13,11 +13,11 @@ from trimtab import cli
 from trimtab.errors import UserError
 from trimtab.evaluation import harness
 from trimtab.evaluation.harness import Score
-from trimtab.formats.native import write as native
+from trimtab.formats.native.write import save
 from trimtab.methods import Rtn
-from trimtab.models import load as loading
+from trimtab.models.load import load, load_float
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.pipeline import run as pipeline
+from trimtab.pipeline.run import run
 from trimtab.recipe import recipe
 
 pytest.importorskip("lm_eval")
@@ -45,8 +45,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, `model`, the same rounded to 3 bits, `saved`, and rows of three tasks in `data`."""
     folder = tmp_path_factory.mktemp("given")
     tiny.model(folder / "model")
-    model, tokenizer = loading.load(str(folder / "model"), Rtn(), tiny.RULES)
-    native.save(model, folder / "saved", tokenizer)
+    model, tokenizer = load(str(folder / "model"), Rtn(), tiny.RULES)
+    save(model, folder / "saved", tokenizer)
     for task, split, rows in (
         ("piqa", "validation", PIQA),
         ("arc_easy", "test", ARC),
@@ -60,7 +60,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def asked(given: Path) -> tuple[Any, Any, list[Score]]:
     """The rounded model, its tokenizer, and what it scores."""
-    model, tokenizer = loading.load(str(given / "saved"))
+    model, tokenizer = load(str(given / "saved"))
     return model, tokenizer, harness.run(model, tokenizer, ["piqa", "arc_easy", "sentence_polarity"], given / "data")
 
 
@@ -124,7 +124,7 @@ def test_a_dense_copy_through_the_harness_itself(given: Path, asked: tuple[Any, 
     import lm_eval
 
     model, tokenizer, scores = asked
-    dense = loading.load_float(str(given / "model"))
+    dense = load_float(str(given / "model"))
     with torch.no_grad():
         for name, layer in quant_layers(model).items():
             dense.get_submodule(name).weight.copy_(layer.base.dequantize(torch.bfloat16))
@@ -198,9 +198,7 @@ def test_on_the_command_line_and_in_a_recipe(given: Path, tmp_path: Path, capsys
     evaluate = {"tasks": ["piqa"], "tasks_data": str(given / "data"), "tasks_limit": 4, "parity": False}
     tiny.text(given / "text.jsonl")
     changes: Any = {"method": "rtn", "train": {"steps": 0}, "evaluate": evaluate}
-    metrics = pipeline.run(
-        recipe.from_dict(tiny.recipe(given / "model", given / "text.jsonl", tmp_path / "run", **changes))
-    )
+    metrics = run(recipe.from_dict(tiny.recipe(given / "model", given / "text.jsonl", tmp_path / "run", **changes)))
     (scores,) = harness.read(tmp_path / "run" / "harness.json").values()
     assert metrics["tasks"] == {f"{s.task} {s.metric}": [s.value, s.stderr, 4] for s in scores}
     picked = [both[str(given / "saved")][0].items[i] for i in (0, 1, 2, 3)]

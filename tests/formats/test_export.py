@@ -17,17 +17,16 @@ from transformers import AutoModelForCausalLM
 import tiny
 import trimtab as tt
 from exported import EMBEDDING, everywhere, linears, logits, prepared, shake, tensors, write
-from trimtab import formats as export
 from trimtab.errors import UserError
-from trimtab.formats import declaration, directory
+from trimtab.formats import ALL, declaration, directory, get
 from trimtab.formats import export as exporting
 from trimtab.formats.declaration import Form, Layer
 from trimtab.methods import LrQat, QaHira, Qlora
-from trimtab.models import load as loading
-from trimtab.pipeline import run as pipeline
-from trimtab.quant.grid import CodebookGrid, Grid
-from trimtab.recipe import fields as blocks
+from trimtab.models.sources import SafetensorsSource
+from trimtab.pipeline.run import run
+from trimtab.quant.grid import CodebookGrid, Grid, Range
 from trimtab.recipe import recipe
+from trimtab.recipe.fields import FormatName
 
 LAYER = Layer(name="model.layers.0.mlp.down_proj", kind="linear", shape=(64, 128), grid=Grid(4, 32))
 
@@ -57,7 +56,7 @@ def test_compressed_tensors(tmp_path: Path, bits: int, zero: str, group: int | N
 
 def test_three_bits_are_dense_words() -> None:
     codes = torch.arange(64, dtype=torch.uint8).view(1, 64) % 8
-    range_ = tt.grid.Range(torch.ones(1, 1), None, None)
+    range_ = Range(torch.ones(1, 1), None, None)
     from trimtab.formats.compressed_tensors.write import packed
 
     assert packed(codes, range_, Grid(3), torch.bfloat16)["weight_packed"].shape == (1, 6)
@@ -90,7 +89,7 @@ def test_mixed_widths(tmp_path: Path) -> None:
     ],
 )
 def test_refused_grids(grid: Any, cause: str, remedy: str) -> None:
-    found = declaration.refusals(export.get("compressed-tensors"), [replace(LAYER, grid=grid)], torch.bfloat16)
+    found = declaration.refusals(get("compressed-tensors"), [replace(LAYER, grid=grid)], torch.bfloat16)
     assert len(found) == 1
     assert found[0].layer == LAYER.name
     assert cause in found[0].cause
@@ -244,12 +243,12 @@ def test_a_shard_size_is_checked_first(tmp_path: Path) -> None:
 
 
 def test_recipes_know_every_format() -> None:
-    assert set(get_args(blocks.FormatName)) == {format_.name for format_ in export.ALL}
+    assert set(get_args(FormatName)) == {format_.name for format_ in ALL}
     with pytest.raises(UserError, match=r"did you mean 'dense'"):
-        export.get("dence")
+        get("dence")
 
 
-@pytest.mark.parametrize("format_", [f for f in export.ALL if f.forms], ids=lambda f: f.name)
+@pytest.mark.parametrize("format_", [f for f in ALL if f.forms], ids=lambda f: f.name)
 def test_table_and_refusal_are_one(format_: declaration.Format) -> None:
     """A grid is taken exactly where some form names its bits and zero, and the table lists those bits."""
     for bits in range(1, 9):
@@ -265,18 +264,18 @@ def test_recipe_is_checked_before_anything_is_read(tmp_path: Path, monkeypatch: 
     def never(*_: Any) -> None:
         raise AssertionError("read a tensor")
 
-    monkeypatch.setattr(loading.SafetensorsSource, "read", never)
+    monkeypatch.setattr(SafetensorsSource, "read", never)
     values = tiny.recipe(tiny.model(tmp_path / "m"), tiny.text(tmp_path / "t.jsonl"), tmp_path / "out")
     values |= {"rules": [everywhere(bits=3, group=32, zero="real")], "export": ["native", "compressed-tensors"]}
     with pytest.raises(
         UserError, match=r"export: compressed-tensors: .*q_proj: has 3-bit codes with a zero that is real"
     ):
-        pipeline.run(recipe.from_dict(values))
+        run(recipe.from_dict(values))
     values |= {"method": "qlora", "rules": None}
     with pytest.raises(UserError, match="keeps an adapter"):
-        pipeline.run(recipe.from_dict(values))
+        run(recipe.from_dict(values))
     with pytest.raises(AssertionError, match="read a tensor"):
-        pipeline.run(recipe.from_dict(values | {"export": ["dense"], "merge": True}))
+        run(recipe.from_dict(values | {"export": ["dense"], "merge": True}))
 
 
 def test_run_and_export(tmp_path: Path) -> None:
@@ -284,7 +283,7 @@ def test_run_and_export(tmp_path: Path) -> None:
     values = tiny.recipe(tiny.model(tmp_path / "m"), tiny.text(tmp_path / "t.jsonl"), tmp_path / "out")
     values |= {"export": ["dense"], "rules": [everywhere(bits=3, group=32, zero="real")]}
     values["train"] |= {"steps": 2}
-    pipeline.run(recipe.from_dict(values))
+    run(recipe.from_dict(values))
     assert directory.verify(tmp_path / "out")
     assert directory.verify(tmp_path / "out/dense")
     with pytest.raises(UserError, match="zero that is real"):

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_gguf_export import SIZES, random_model
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig
 
 import trimtab as tt
 from exported import EMBEDDING, everywhere, linears, prepared, shake, tensors, write
+from gguf_models import SIZES, random_model
 from trimtab.errors import UserError
 from trimtab.formats.mlx.write import width
 from trimtab.methods import LrQat, QaHira, Rtn

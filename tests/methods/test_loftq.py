@@ -11,17 +11,17 @@ from torch import Tensor
 import cases
 import reference
 import tiny
-import trimtab as tt
 from trimtab.errors import UserError
 from trimtab.layers import weights
 from trimtab.layers.adapters import DeltaLevels, DeltaOutput
 from trimtab.layers.deltas import DeltaShape, PooledDelta
+from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight
 from trimtab.methods import Loftq, LrQat, Rtn
-from trimtab.models import load as loading
-from trimtab.models import prepare as preparing
 from trimtab.models.gptq import Gptq
-from trimtab.pipeline import run as pipeline
+from trimtab.models.load import load
+from trimtab.models.prepare import fitted_starts
+from trimtab.pipeline.run import Quiet, run
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 from trimtab.recipe import recipe
 
@@ -78,7 +78,7 @@ def test_it_starts_nearer_than_its_base_and_never_gets_worse_with_turns(grid: An
     for turns in (1, 2, 3, 5, 20):
         base, adapter = layer(w, grid, turns=turns)
         dense = base.dequantize(torch.float32) + adapter.delta.dense()
-        y = tt.linear.QuantLinear(base, adapter)(x)  # type: ignore[attr-defined]
+        y = QuantLinear(base, adapter)(x)
         torch.testing.assert_close(y, x @ dense.T, rtol=1e-4, atol=1e-4)
         errors.append((dense - w).norm().item())
     assert errors == sorted(errors, reverse=True)
@@ -182,16 +182,16 @@ def test_a_run_says_once_how_many_turns_were_taken(tmp_path: Path) -> None:
     method = {"name": "loftq", "rank": 4}
     said: list[str] = []
 
-    class Listening(pipeline.Quiet):
+    class Listening(Quiet):
         def say(self, text: str) -> None:
             said.append(text)
 
     values = tiny.recipe(tmp_path / "model", text, tmp_path / "out", method=method, evaluate={"parity": False})
-    pipeline.run(recipe.from_dict(values), show=Listening())
+    run(recipe.from_dict(values), show=Listening())
     lines = [line for line in said if line.startswith("loftq")]
     assert lines
     assert sum(int(line.split(": ")[1].split()[0]) for line in lines) == 14
     assert all(0 < float(line.split("layers, ")[1].split()[0]) < 1 for line in lines)
     with pytest.raises(UserError, match="finds its own codes"):
-        loading.load(str(tmp_path / "model"), Loftq(), start=Gptq(tokens=torch.zeros(1, 4, dtype=torch.int64)))
-    assert preparing.fitted_starts(loading.load(str(tmp_path / "model"), Rtn())[0]) == []
+        load(str(tmp_path / "model"), Loftq(), start=Gptq(tokens=torch.zeros(1, 4, dtype=torch.int64)))
+    assert fitted_starts(load(str(tmp_path / "model"), Rtn())[0]) == []

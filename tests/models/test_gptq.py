@@ -17,19 +17,20 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 import reference
 import tiny
 import trimtab as tt
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.errors import UserError
 from trimtab.layers import weights
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight
-from trimtab.memory import plan as planning
+from trimtab.memory.plan import plan
 from trimtab.methods import Lora, LrQat, Method, Peqa, QaHira, Qat, QBara, Qlora, Rtn
 from trimtab.methods.base import start
 from trimtab.models import gptq
-from trimtab.models import load as loading
 from trimtab.models.gptq import Gptq
+from trimtab.models.load import load
+from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.pipeline import run as pipeline
+from trimtab.pipeline.run import run
 from trimtab.quant import codebook
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 from trimtab.recipe import recipe
@@ -315,7 +316,7 @@ def test_loading_is_preparing_in_memory(name: str, method: Method, tmp_path: Pat
     for options in ({}, {"act_order": True, "damping": 0.1}):
         how = Gptq(tokens=TOKENS, **options)  # type: ignore[arg-type]
         torch.manual_seed(1)
-        loaded, _ = loading.load(str(tmp_path), method, RULES, dtype=torch.float32, start=how)
+        loaded, _ = load(str(tmp_path), method, RULES, dtype=torch.float32, start=how)
         model = model_of(name)
         torch.manual_seed(1)
         prepared = tt.prepare(model, method, RULES, start=how)
@@ -330,18 +331,20 @@ def test_loading_is_preparing_in_memory(name: str, method: Method, tmp_path: Pat
 MEASURE = """
 import sys, torch
 import trimtab as tt
-from trimtab import loading, memory, recipe
+from trimtab.kernels import heap
+from trimtab.memory import process
 from trimtab.methods import Rtn
-small, large, rules = sys.argv[1], sys.argv[2], recipe.from_dict(eval(sys.argv[3])).rules
+from trimtab.recipe.recipe import from_dict
+small, large, rules = sys.argv[1], sys.argv[2], from_dict(eval(sys.argv[3])).rules
 how = tt.Gptq(tokens=torch.arange(4096).view(16, 256) % 250)
-loading.load(small, Rtn(), rules, start=how)
-memory.return_freed()
-memory.trim()
-base = memory.resident_bytes()
-memory.reset_peak()
-files = memory.peak_bytes() - base
-loading.load(large, Rtn(), rules, start=how)
-print(memory.peak_bytes() - base - files)
+tt.load(small, Rtn(), rules, start=how)
+heap.return_freed()
+heap.trim()
+base = process.resident_bytes()
+process.reset_peak()
+files = process.peak_bytes() - base
+tt.load(large, Rtn(), rules, start=how)
+print(process.peak_bytes() - base - files)
 """
 
 
@@ -359,7 +362,7 @@ def test_its_memory_is_planned(tmp_path: Path) -> None:
         tmp_path / "large", tmp_path / "t.jsonl", tmp_path / "out", start=start, rules=[{"match": "*", "grid": grid}]
     )
     parsed = recipe.from_dict(values)
-    planned = planning.plan(parsed, loading.skeleton(parsed.model.path)[1])
+    planned = plan(parsed, open_source(parsed.model.path).layout())
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large"), repr(values)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -393,12 +396,12 @@ def test_a_recipe_starts_from_gptq_on_its_training_data(tmp_path: Path) -> None:
     values = tiny.recipe(tmp_path / "model", text, tmp_path / "out", start={"name": "gptq", "tokens": 250})
     parsed = recipe.from_dict({**values, "train": {"steps": 0}})
     assert recipe.from_dict(yaml.safe_load(parsed.to_yaml())).start == parsed.start
-    assert pipeline.run(parsed)["max_logit_difference"] == 0
-    saved, tokenizer = loading.load(str(tmp_path / "out"))
-    tokens = data.token_blocks(data.load_rows(str(text)), tokenizer, block_tokens=32, limit_tokens=250)
+    assert run(parsed)["max_logit_difference"] == 0
+    saved, tokenizer = load(str(tmp_path / "out"))
+    tokens = token_blocks(load_rows(str(text)), tokenizer, block_tokens=32, limit_tokens=250)
     assert tokens.shape == (7, 32)
     ours, rtn = (
-        quant_layers(loading.load(str(tmp_path / "model"), Rtn(), tiny.RULES, start=how)[0])
+        quant_layers(load(str(tmp_path / "model"), Rtn(), tiny.RULES, start=how)[0])
         for how in (Gptq(tokens=tokens), None)
     )
     for name, layer in quant_layers(saved).items():

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from trimtab import cli
-from trimtab.formats.native import write as native
+from trimtab.formats.native.write import save
 from trimtab.methods import LrQat, Qlora
-from trimtab.models import load as loading
+from trimtab.models.load import load
 from trimtab.models.prepare import fold
 
 Refused = Callable[..., str]
@@ -274,10 +274,10 @@ def test_model_files(tmp_path: Path, refused: Refused, name: str, part: str) -> 
 @pytest.fixture(scope="module")
 def saved(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What trimtab saves: folded."""
-    model, tokenizer = loading.load(str(given / "model"), LrQat(rank=4), tiny.RULES)
+    model, tokenizer = load(str(given / "model"), LrQat(rank=4), tiny.RULES)
     fold(model)
     path = tmp_path_factory.mktemp("saved") / "model"
-    native.save(model, path, tokenizer)
+    save(model, path, tokenizer)
     return path
 
 
@@ -300,8 +300,8 @@ def test_saved_models(saved: Path, tmp_path: Path, refused: Refused, spoil: Call
 
 
 def test_kept_adapters_are_not_trained_over(given: Path, tmp_path: Path, refused: Refused) -> None:
-    model, tokenizer = loading.load(str(given / "model"), Qlora(rank=4), None)
-    native.save(model, tmp_path / "kept", tokenizer)
+    model, tokenizer = load(str(given / "model"), Qlora(rank=4), None)
+    save(model, tmp_path / "kept", tokenizer)
     holds(refused(start=tmp_path / "kept", rules=None), Q_PROJ, "already has an adapter", "fold it first")
 
 

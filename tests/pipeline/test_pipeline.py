@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 import tiny
 import trimtab
 from trimtab import cli
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.evaluation import parity
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.layers.linear import QuantLinear
-from trimtab.models import load as loading
+from trimtab.models.load import load
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.pipeline import run as pipeline
+from trimtab.pipeline.run import Quiet, run
 from trimtab.recipe.recipe import from_dict, read
-from trimtab.training import trainer as train
+from trimtab.training.trainer import _Trainer, fit
 
 KEYS = {
     "answers",
@@ -89,7 +89,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RELOADER = """
 import json, sys
-from trimtab.evaluate import parity
+from trimtab.evaluation import parity
 for line in sys.stdin:
     parity._main(*json.loads(line))
     print(flush=True)
@@ -176,10 +176,10 @@ def test_parity(runs: dict[str, dict[str, Any]], name: str) -> None:
 
 def test_what_was_saved_is_what_was_measured(runs: dict[str, dict[str, Any]], given: Path) -> None:
     """Reloaded by the public function."""
-    rows = data.load_rows(str(given / "data.jsonl"))
+    rows = load_rows(str(given / "data.jsonl"))
     for name, metrics in runs.items():
         model, tokenizer = trimtab.load(metrics["output"])
-        blocks = data.token_blocks(rows, tokenizer, block_tokens=32, limit_tokens=256)
+        blocks = token_blocks(rows, tokenizer, block_tokens=32, limit_tokens=256)
         assert perplexity(model, blocks) == metrics["perplexity"]["tuned"]
         adapters = [m.adapter for m in quant_layers(model).values() if isinstance(m, QuantLinear) and m.adapter]
         assert len(adapters) == (14 if name == "qlora" else 0)
@@ -198,7 +198,7 @@ MOVED = {
 def test_training_moves_what_the_method_trains(runs: dict[str, dict[str, Any]], name: str) -> None:
     """And nothing else; without this, parity would hold of models that nothing happened to."""
     recipe = read(Path(runs[name]["output"]) / "recipe.yaml")
-    model, _ = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
+    model, _ = load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
     trimtab.fold(model)
     before, after = model.state_dict(), load_file(recipe.out / "model.safetensors")
     moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
@@ -238,18 +238,18 @@ def test_overwriting_replaces_all_of_an_earlier_run(runs: dict[str, dict[str, An
     recipe = from_dict(tiny.recipe(given / "model", given / "data.jsonl", out, **changes, data={"eval_path": None}))
     said: list[str] = []
 
-    class Listener(pipeline.Quiet):
+    class Listener(Quiet):
         def say(self, text: str) -> None:
             said.append(text)
 
-    metrics = pipeline.run(recipe, show=Listener())
+    metrics = run(recipe, show=Listener())
     assert any("no held-out data" in text for text in said)
     assert metrics["perplexity"] == {}
     assert not (out / "parity.json").exists()
     (out / "stale.json").write_text("{}")
     assert (out / "checkpoints" / "checkpoint-1").is_dir()
     untrained = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 0})})
-    assert pipeline.run(untrained, overwrite=True)["losses"] == []
+    assert run(untrained, overwrite=True)["losses"] == []
     assert not (out / "stale.json").exists()
     assert not (out / "checkpoints").exists()
 
@@ -263,7 +263,7 @@ def test_two_stages(runs: dict[str, dict[str, Any]], given: Path, method: dict[s
     first = Path(runs["lr-qat"]["output"])
     out = given / "runs" / f"then-{method['name']}"
     changes = {"method": method, "rules": None, "train": {"steps": 3}, "evaluate": {"parity": False}}
-    metrics = pipeline.run(from_dict(tiny.recipe(first, given / "data.jsonl", out, **changes)))
+    metrics = run(from_dict(tiny.recipe(first, given / "data.jsonl", out, **changes)))
     before, after = load_file(first / "model.safetensors"), load_file(out / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     if method["name"] == "lora":
@@ -281,7 +281,7 @@ def test_no_float_baseline_of_a_quantized_model(runs: dict[str, dict[str, Any]],
     values = tiny.recipe(Path(runs["lr-qat"]["output"]), given / "data.jsonl", given / "runs" / "never")
     values |= {"rules": None, "evaluate": {"baselines": ["float"]}}
     with pytest.raises(trimtab.UserError, match=r"model.path: .*no float model to compare with"):
-        pipeline.run(from_dict(values))
+        run(from_dict(values))
     assert not (given / "runs" / "never").exists()
 
 
@@ -315,20 +315,20 @@ def test_only_answers_are_trained(
     """Read off the labels that reach the loss; a text is an answer from end to end."""
     rows, answer = ROWS[form]
     seen: list[tuple[list[int], list[int]]] = []
-    loss_of = train._Trainer.compute_loss
+    loss_of = _Trainer.compute_loss
 
     def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         seen.extend(zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True))
         return loss_of(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(train._Trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(_Trainer, "compute_loss", compute_loss)
     changes = {"train": {"steps": 1, "batch_tokens": 256, "micro_batch": 2}, "rules": None}
     held = {"eval_path": None, "packing": packing, "block_tokens": 128}
     values = tiny.recipe(given / "model", tiny.jsonl(tmp_path / "rows.jsonl", *rows), tmp_path / "run", **changes)
     values["data"] |= held
     recipe = from_dict({**values, "method": {"name": "qlora", "rank": 2}})
-    model, tokenizer = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
-    done = train.fit(model, tokenizer, recipe)
+    model, tokenizer = load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
+    done = fit(model, tokenizer, recipe)
     assert done.losses[0] > 1
     trained = [token for ids, labels in seen for token, label in zip(ids, labels, strict=True) if label != -100]
     assert [label for _, labels in seen for label in labels if label != -100] == trained

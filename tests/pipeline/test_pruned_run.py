@@ -8,17 +8,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from test_gguf_export import byte_level_tokenizer, weights
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 import exported
 import tiny
 import trimtab as tt
+from gguf_models import byte_level_tokenizer, weights
 from trimtab import pruning as prune
 from trimtab.evaluation.parity import logits_of
 from trimtab.formats.gguf.write import save
 from trimtab.methods import LrQat, Rtn
-from trimtab.pipeline import stages as chain
+from trimtab.pipeline.stages import run
 from trimtab.pruning import Options
 from trimtab.recipe import recipe
 
@@ -134,7 +134,7 @@ def test_one_recipe_ends_in_every_format(tmp_path: Path) -> None:
         evaluate={"parity": False},
         export=["native", "compressed-tensors", "dense", "gguf"],
     )
-    out = Path(chain.run(recipe.from_dict(values))["output"])
+    out = Path(run(recipe.from_dict(values))["output"])
     native = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     assert native.config.intermediate_size < 128
     found = {layer.base.grid.bits for layer in exported.linears(native).values() if hasattr(layer.base.grid, "bits")}

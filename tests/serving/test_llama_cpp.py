@@ -26,7 +26,7 @@ from trimtab.models.prepare import fold, prepare
 from trimtab.models.transformers_bridge import quant_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_gguf_export import FAMILIES, QWEN2, SIZES, byte_level_tokenizer, random_model
+from gguf_models import FAMILIES, QWEN2, SIZES, byte_level_tokenizer, random_model
 
 PYTHON = os.environ.get("TRIMTAB_LLAMA_CPP_PYTHON")
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_gguf_export import FAMILIES, GEMMA, SIZES, random_model
+
 import trimtab as tt
 from exported import EMBEDDING
-from test_gguf_export import FAMILIES, GEMMA, SIZES, random_model
 from trimtab.evaluation import serving
-from trimtab.formats import export as exporting
+from trimtab.formats.export import write
 from trimtab.formats.mlx.write import FAMILIES as TESTED
 from trimtab.methods import LrQat, Method, QaHira, Rtn
 from trimtab.models.transformers_bridge import quant_layers
@@ -48,7 +49,7 @@ def test_the_environment_is_there() -> None:
 
 def difference(model: PreTrainedModel, folder: Path) -> tuple[Tensor, Tensor]:
     """What mlx-lm computes less what we do, and what we do."""
-    exporting.write(model, byte_level_tokenizer(), "mlx", folder, source=folder)
+    write(model, byte_level_tokenizer(), "mlx", folder, source=folder)
     expected = serving.model_logprobs(model, IDS)
     return serving.engine_logprobs(folder, "mlx", IDS) - expected, expected
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_vllm import SIZES, needs_four_bits
 
 import exported
-from test_gguf_export import byte_level_tokenizer
+from gguf_models import byte_level_tokenizer
 
 BLOCKS = torch.arange(128).view(2, 64) * 7 % 250
 EMBEDDING = {"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32}}

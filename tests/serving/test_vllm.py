@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import trimtab as tt
 from trimtab.errors import UserError
 from trimtab.evaluation import serving
-from trimtab.formats import export as exporting
+from trimtab.formats.export import Options, write
 from trimtab.layers.linear import QuantLinear
 from trimtab.methods import LrQat, Method, QBara, Rtn
 from trimtab.models.transformers_bridge import quant_layers
@@ -69,7 +69,7 @@ def prepared(
 
 
 def export(model: PreTrainedModel, out: Path, name: str = "compressed-tensors", **options: Any) -> Path:
-    exporting.write(model, None, name, out, source=out, options=exporting.Options(**options))
+    write(model, None, name, out, source=out, options=Options(**options))
     return out
 
 

@@ -13,21 +13,30 @@ from torch import Tensor
 
 import tiny
 from trimtab import cli
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.errors import UserError
 from trimtab.evaluation import parity
-from trimtab.memory import training as memory
-from trimtab.memory.training import LOGITS_CHUNK_TOKENS, saved_storages
-from trimtab.models import load as loading
-from trimtab.pipeline import run as pipeline
+from trimtab.memory.peak import Plan, Teaching, peak_of_training, saved_storages
+from trimtab.memory.plan import teaching
+from trimtab.models.load import load, load_float
+from trimtab.models.sources import open_source
+from trimtab.pipeline.run import run
 from trimtab.recipe import recipe
 from trimtab.recipe.recipe import Recipe
-from trimtab.training import teacher, teacher_cache
-from trimtab.training import trainer as train
-from trimtab.training.divergence import Distillation, FullTargets, Head, Targets, TopTargets, top_of
+from trimtab.training import build, teacher, teacher_cache
+from trimtab.training.divergence import (
+    LOGITS_CHUNK_TOKENS,
+    Distillation,
+    FullTargets,
+    Head,
+    Targets,
+    TopTargets,
+    top_of,
+)
 from trimtab.training.loss import IGNORED, chunked_cross_entropy, loss_of_logits
 from trimtab.training.teacher import LiveTeacher
 from trimtab.training.teacher_cache import NUMBER, Cache, Key
+from trimtab.training.trainer import packed
 
 C = LOGITS_CHUNK_TOKENS
 HIDDEN, WIDER, VOCABULARY = 24, 32, 50
@@ -216,13 +225,13 @@ def parsed(given: Path, output: Path, file: str = "data.jsonl", **changes: Any) 
 
 def rows_of(of: Recipe) -> Any:
     assert of.data is not None
-    return data.load_rows(of.data.path)
+    return load_rows(of.data.path)
 
 
 def asked(of: Recipe) -> list[str]:
     """What is said while the teacher is asked."""
     said: list[str] = []
-    teacher_cache.ask(of, tiny.tokenizer(), rows_of(of), train.packed, say=said.append)
+    teacher_cache.ask(of, tiny.tokenizer(), rows_of(of), packed, say=said.append)
     return said
 
 
@@ -234,8 +243,8 @@ def test_batches_find_their_rows(given: Path, tmp_path: Path, file: str, packing
     """In any order, and in every packing, the cache says what the teacher in memory says of the same batch."""
     of = parsed(given, tmp_path / "run", file, data={"packing": packing, "block_tokens": 32})
     asked(of)
-    live = LiveTeacher(teacher.load(of))
-    sequences, collate = train.packed(live.model, tiny.tokenizer(), of, rows_of(of))
+    live = LiveTeacher(teacher.load_teacher(of))
+    sequences, collate = packed(live.model, tiny.tokenizer(), of, rows_of(of))
     cached = Cache(tmp_path / "run-teacher", Key.of(of, tiny.tokenizer(), rows_of(of))).teacher(sequences)
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(3)).tolist()
     for some in (order[:3], order[3:5], order[:1]):
@@ -333,7 +342,7 @@ def test_the_teacher_is_gone_before_the_student_comes(
     given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[Any] = []
-    load, load_float = loading.load, loading.load_float
+    load, load_float = build.load, teacher.load_float
 
     def watched_float(*arguments: Any, **options: Any) -> Any:
         model = load_float(*arguments, **options)
@@ -345,9 +354,9 @@ def test_the_teacher_is_gone_before_the_student_comes(
         assert alive[0]() is None
         return load(*arguments, **options)
 
-    monkeypatch.setattr(loading, "load_float", watched_float)
-    monkeypatch.setattr(loading, "load", watched)
-    pipeline.run(parsed(given, tmp_path / "run"))
+    monkeypatch.setattr(teacher, "load_float", watched_float)
+    monkeypatch.setattr(build, "load", watched)
+    run(parsed(given, tmp_path / "run"))
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -357,7 +366,7 @@ def test_the_teacher_is_gone_before_the_student_comes(
 def sharp(given: Path) -> Path:
     """The model with weights so large that rounding them to 3 bits changes what it says."""
     tiny.model(given / "sharp")
-    model = loading.load_float(str(given / "sharp"))
+    model = load_float(str(given / "sharp"))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3.0 if p.dim() == 2 else 1.0)
@@ -371,11 +380,11 @@ def test_a_run_comes_nearer_to_the_float_model(given: Path, sharp: Path, tmp_pat
     changes: Any = {"train": train_block, "distill": {"teacher": kind, "weight": 1.0, "top_k": 200}}
     changes["evaluate"] = {"parity": kind == "cached"}
     of = recipe.from_dict(tiny.recipe(sharp, given / "data.jsonl", tmp_path / "run", **changes))
-    metrics = pipeline.run(of)
-    blocks = data.token_blocks(rows_of(of), tiny.tokenizer(), block_tokens=32, limit_tokens=256)
-    exact = parity.logits_of(loading.load_float(str(sharp)), blocks)
-    rounded, _ = loading.load(str(sharp), of.method, of.rules)
-    tuned, _ = loading.load(str(of.out))
+    metrics = run(of)
+    blocks = token_blocks(rows_of(of), tiny.tokenizer(), block_tokens=32, limit_tokens=256)
+    exact = parity.logits_of(load_float(str(sharp)), blocks)
+    rounded, _ = load(str(sharp), of.method, of.rules)
+    tuned, _ = load(str(of.out))
     before, after = (parity.compare("", exact, parity.logits_of(m, blocks), blocks).kl for m in (rounded, tuned))
     assert after < 0.6 * before
     assert metrics["losses"][-1] < 0.8 * metrics["losses"][0]
@@ -399,42 +408,42 @@ def test_teachers_agree_on_the_loss(given: Path, sharp: Path, tmp_path: Path) ->
                 "rules": rules if head == "trained" else tiny.RULES,
             }
             out = tmp_path / f"{kind}-{head}"
-            losses[kind, head] = pipeline.run(
-                recipe.from_dict(tiny.recipe(path, given / "data.jsonl", out, **options))
-            )["losses"][0]
+            losses[kind, head] = run(recipe.from_dict(tiny.recipe(path, given / "data.jsonl", out, **options)))[
+                "losses"
+            ][0]
     for head in ("frozen", "trained"):
         assert losses["cached", head] == pytest.approx(losses["bfloat16", head], rel=2e-3)
 
 
 def test_no_float_model_no_teacher(given: Path, tmp_path: Path) -> None:
-    saved = pipeline.run(parsed(given, tmp_path / "run", distill=None, train={"steps": 0}))["output"]
+    saved = run(parsed(given, tmp_path / "run", distill=None, train={"steps": 0}))["output"]
     of = recipe.from_dict(tiny.recipe(Path(saved), given / "data.jsonl", tmp_path / "next", distill={}, rules=None))
     with pytest.raises(UserError, match="no float model to learn from"):
-        pipeline.run(of)
+        run(of)
 
 
 @pytest.mark.parametrize("kind", ["cached", "bfloat16", "int8"])
 def test_the_plan_knows_the_teacher(given: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     of = parsed(given, tmp_path / "run", distill={"teacher": kind})
-    needs = teacher.needs(of)
-    real = sum(p.nbytes for p in teacher.load(of).parameters())
+    needs = teaching(of)
+    real = sum(p.nbytes for p in teacher.load_teacher(of).parameters())
     gc.collect()
 
-    def plan(teaching: memory.Teaching) -> memory.Plan:
+    def plan(added: Teaching) -> Plan:
         options: Any = {"micro_batch": 2, "block_tokens": 32, "dtype": of.dtype, "checkpointing": True}
-        return memory.plan(loading.skeleton(of.model.path)[1], of.method, of.rules, **options, teaching=teaching)
+        return peak_of_training(open_source(of.model.path).layout(), of.method, of.rules, **options, teaching=added)
 
-    without, with_teacher = plan(memory.Teaching()), plan(needs)
+    without, with_teacher = plan(Teaching()), plan(needs)
     assert needs.resident == (0 if kind == "cached" else real)
     assert with_teacher.teacher == needs.resident
     assert with_teacher.temporary > without.temporary
     if kind == "cached":
         assert real < needs.before == with_teacher.before
-        huge = memory.Teaching(before=10 * without.total)
+        huge = Teaching(before=10 * without.total)
         assert plan(huge).total == 10 * without.total
     else:
         assert with_teacher.total >= without.total + real
-    assert teacher.needs(parsed(given, tmp_path / "run", distill=None)) == memory.Teaching()
+    assert teaching(parsed(given, tmp_path / "run", distill=None)) == Teaching()
     file = tiny.write(tmp_path / "recipe.yaml", tiny.recipe(given / "model", given / "data.jsonl", tmp_path / "run"))
     cli.plan(str(file), [f"distill.teacher={kind}"])
     assert ("before it: asking the teacher" if kind == "cached" else "the teacher") in capsys.readouterr().out

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.memory.training import LOGITS_CHUNK_TOKENS, saved_storages
+from trimtab.memory.peak import saved_storages
+from trimtab.training.divergence import LOGITS_CHUNK_TOKENS
 from trimtab.training.loss import IGNORED, chunked_cross_entropy
 
 C = LOGITS_CHUNK_TOKENS

@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from trimtab.errors import UserError
-from trimtab.models import load as loading
+from trimtab.models.load import load
 from trimtab.pipeline import run as pipeline
 from trimtab.recipe import recipe
 from trimtab.training import trainer as train
@@ -65,7 +65,7 @@ def test_scales_of_mixed_widths_move_in_proportion_to_their_steps(tmp_path: Path
         changes = {"rules": rules, "train": {"steps": 1, "warmup": 0, "schedule": "constant", "lr_scale_bits": meant}}
         values = tiny.recipe(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out", **changes)
         parsed = recipe.from_dict(values)
-        model, tokenizer = loading.load(str(tmp_path / "model"), parsed.method, parsed.rules)
+        model, tokenizer = load(str(tmp_path / "model"), parsed.method, parsed.rules)
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         train.fit(model, tokenizer, parsed)
         moved[meant] = {

@@ -14,10 +14,10 @@ from torch import Tensor
 import tiny
 from trimtab import cli
 from trimtab.errors import UserError
-from trimtab.models import load as loading
-from trimtab.pipeline import run as pipeline
+from trimtab.models.load import load
+from trimtab.pipeline.run import Quiet, run
 from trimtab.recipe.recipe import Recipe, from_dict
-from trimtab.training import trainer as train
+from trimtab.training.trainer import CHECKPOINT, Step, _Trainer, fit, trainable
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +34,19 @@ def values(given: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return tiny.recipe(given / "model", given / "data.jsonl", output, **{**defaults, **changes})
 
 
-class Interrupts(pipeline.Quiet):
+class Interrupts(Quiet):
     """Stops the run after a step, as a killed process would."""
 
     def __init__(self, after: int) -> None:
         self.after = after
 
-    def step(self, step: train.Step) -> None:
+    def step(self, step: Step) -> None:
         if step.step == self.after:
             raise KeyboardInterrupt
 
 
 def checkpoint(output: Path, step: int) -> dict[str, Tensor]:
-    return load_file(output / "checkpoints" / f"checkpoint-{step}" / train.CHECKPOINT)
+    return load_file(output / "checkpoints" / f"checkpoint-{step}" / CHECKPOINT)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -69,60 +69,60 @@ METHODS: dict[str, dict[str, Any]] = {
 def test_going_on_is_not_stopping(given: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Bit for bit, from the last checkpoint that is whole."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    metrics = pipeline.run(from_dict(values(given, straight, **changes)))
+    metrics = run(from_dict(values(given, straight, **changes)))
     recipe = from_dict(values(given, stopped, **changes))
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(recipe, show=Interrupts(5))
+        run(recipe, show=Interrupts(5))
     assert not (stopped / "config.json").exists()
     assert same(checkpoint(stopped, 3), checkpoint(straight, 3))
     torn = stopped / "checkpoints" / "checkpoint-5"  # killed while it was written: the trainer's state comes last
     torn.mkdir()
-    (torn / train.CHECKPOINT).write_bytes(b"half")
-    resumed = pipeline.run(recipe, resume=True)
+    (torn / CHECKPOINT).write_bytes(b"half")
+    resumed = run(recipe, resume=True)
     assert not same(checkpoint(straight, 6), checkpoint(straight, 3))
     assert same(checkpoint(stopped, 6), checkpoint(straight, 6))
     assert same(load_file(stopped / "model.safetensors"), load_file(straight / "model.safetensors"))
     assert resumed["losses"] == metrics["losses"][3:]
     assert resumed["tokens"] == metrics["tokens"] // 2  # those of this process
-    assert pipeline.run(recipe, resume=True)["losses"] == []  # a finished run has nothing left to do
+    assert run(recipe, resume=True)["losses"] == []  # a finished run has nothing left to do
     assert same(load_file(stopped / "model.safetensors"), load_file(straight / "model.safetensors"))
     shorter = {**recipe.model_dump()["train"], "steps": 5}
     with pytest.raises(UserError, match=r"--resume: .*checkpoint-6 is past train\.steps = 5; raise it, or start anew"):
-        pipeline.run(from_dict(values(given, stopped, **{**changes, "train": shorter})), resume=True)
+        run(from_dict(values(given, stopped, **{**changes, "train": shorter})), resume=True)
 
 
 def test_only_what_is_trained_is_in_a_checkpoint(given: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    pipeline.run(from_dict(values(given, output, train={"steps": 5, "save_steps": 1})))
+    run(from_dict(values(given, output, train={"steps": 5, "save_steps": 1})))
     kept = sorted(folder.name for folder in (output / "checkpoints").iterdir())
     assert kept == ["checkpoint-4", "checkpoint-5"]
     tensors = checkpoint(output, 5)
     assert {name.rpartition(".adapter.")[2] for name in tensors} == {"delta.A", "delta.B", "scale"}
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     files = {file.name for file in (output / "checkpoints" / "checkpoint-5").iterdir()}
-    assert files == {train.CHECKPOINT, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert files == {CHECKPOINT, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
 def test_another_recipe_cannot_go_on(given: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    pipeline.run(from_dict(values(given, output, train={"steps": 3})))
+    run(from_dict(values(given, output, train={"steps": 3})))
     for method, complaint in (
         ({"name": "lr-qat", "rank": 8}, r"delta\.A has another shape there; resume with the same recipe"),
         ({"name": "peqa"}, r"adapter\.delta\.A is in only one of checkpoint and model"),
     ):
         with pytest.raises(UserError, match=rf"checkpoint-3: .*{complaint}"):
-            pipeline.run(from_dict(values(given, output, method=method)), resume=True)
+            run(from_dict(values(given, output, method=method)), resume=True)
 
 
 def went_wrong(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Makes the loss NaN in step `at`."""
-    loss_of = train._Trainer.compute_loss
+    loss_of = _Trainer.compute_loss
 
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = loss_of(self, *args, **kwargs)
         return loss * float("nan") if self.state.global_step + 1 == at else loss
 
-    monkeypatch.setattr(train._Trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(_Trainer, "compute_loss", compute_loss)
 
 
 def test_a_loss_that_is_no_number(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,10 +148,10 @@ def test_a_loss_that_is_no_number(given: Path, tmp_path: Path, capsys: pytest.Ca
     assert not list(tmp_path.glob(".*"))
     kept = checkpoint(output, 2)
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
-    pipeline.run(from_dict({**mended, "train": {**mended["train"], "steps": 2}}))
+    run(from_dict({**mended, "train": {**mended["train"], "steps": 2}}))
     assert same(kept, checkpoint(straight, 2))
     lower = {**mended["train"], "lr": 1e-3, "lr_scale": 1e-5, "steps": 4}
-    pipeline.run(from_dict({**mended, "output": str(output), "train": lower}), resume=True)
+    run(from_dict({**mended, "output": str(output), "train": lower}), resume=True)
     rates = {entry["step"]: entry["learning_rate"] for entry in state(output, 4)["log_history"] if "loss" in entry}
     assert rates == {1: 1e-2, 2: 1e-2, 3: 1e-3, 4: 1e-3}
     optimizer = torch.load(output / "checkpoints" / "checkpoint-4" / "optimizer.pt", weights_only=True)
@@ -161,19 +161,19 @@ def test_a_loss_that_is_no_number(given: Path, tmp_path: Path, capsys: pytest.Ca
 def test_no_checkpoint_of_numbers_gone_wrong(given: Path, tmp_path: Path) -> None:
     """The loss may still be fine when a parameter is not."""
     recipe: Recipe = from_dict(values(given, tmp_path / "run", train={"save_steps": 2}))
-    model, tokenizer = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
-    name, parameter = next((n, p) for n, p in train.trainable(model).items() if n.endswith("delta.A"))
+    model, tokenizer = load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
+    name, parameter = next((n, p) for n, p in trainable(model).items() if n.endswith("delta.A"))
 
-    def poison(step: train.Step) -> None:
+    def poison(step: Step) -> None:
         if step.step == 4:
             parameter.data[0, 0] = float("inf")
 
     with pytest.raises(UserError, match=rf"{name} is no longer finite after step 4; .*checkpoint-2\. Lower train\.lr"):
-        train.fit(model, tokenizer, recipe, on_step=poison)
+        fit(model, tokenizer, recipe, on_step=poison)
     assert [folder.name for folder in (recipe.out / "checkpoints").iterdir()] == ["checkpoint-2"]
     shutil.rmtree(recipe.out / "checkpoints" / "checkpoint-2")
-    model, tokenizer = loading.load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
+    model, tokenizer = load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
     with pytest.MonkeyPatch.context() as patch:
         went_wrong(patch, at=1)
         with pytest.raises(UserError, match=r"became nan in step 1; there is no good checkpoint yet\. Lower train\.lr"):
-            train.fit(model, tokenizer, recipe)
+            fit(model, tokenizer, recipe)

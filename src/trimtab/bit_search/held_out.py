@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trimtab.data import sequences as data
+from trimtab.data.sequences import spread, token_blocks
 from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.recipe.recipe import Recipe
-from trimtab.training import trainer as train
 from trimtab.training.loss import IGNORED, loss_of_logits
+from trimtab.training.trainer import packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ def windows(recipe: Recipe, tokenizer: Any, rows: Any, tokens: int) -> Tensor:
     """At most so many tokens, from all of the rows' text, in windows (W, L) of `data.block_tokens`."""
     assert recipe.data is not None
     length = min(recipe.data.block_tokens, tokens)
-    return data.token_blocks(rows, tokenizer, block_tokens=length, limit_tokens=tokens, spread=True)
+    return token_blocks(rows, tokenizer, block_tokens=length, limit_tokens=tokens, spread=True)
 
 
 def loss(recipe: Recipe, tokenizer: Any, rows: Any, tokens: int) -> Loss:
@@ -48,7 +48,7 @@ def loss(recipe: Recipe, tokenizer: Any, rows: Any, tokens: int) -> Loss:
         UserError: at the first model, where no token counts: prompts alone fill `data.block_tokens`.
     """
     if "prompt" in rows.column_names:
-        return partial(_of_answers, recipe=recipe, tokenizer=tokenizer, rows=data.spread(rows, tokenizer, tokens))
+        return partial(_of_answers, recipe=recipe, tokenizer=tokenizer, rows=spread(rows, tokenizer, tokens))
     return partial(_of_text, blocks_WL=windows(recipe, tokenizer, rows, tokens))
 
 
@@ -62,7 +62,7 @@ def _of_text(model: "PreTrainedModel", blocks_WL: Tensor) -> float:
 @torch.no_grad()
 def _of_answers(model: "PreTrainedModel", recipe: Recipe, tokenizer: Any, rows: Any) -> float:
     with tempfile.TemporaryDirectory(prefix="trimtab-held-out-") as folder:  # the trainer makes one for its checkpoints
-        sequences, collate = train.packed(model, tokenizer, recipe.model_copy(update={"output": folder}), rows)
+        sequences, collate = packed(model, tokenizer, recipe.model_copy(update={"output": folder}), rows)
     model.eval()
     device, total, count = next(model.parameters()).device, 0.0, 0
     for batch in DataLoader(sequences, collate_fn=collate):

@@ -19,7 +19,7 @@ _OWN_LENGTH = {"steps", "save_steps", "keep_checkpoints", "log_steps", "report_t
 """Of the run's training, no trial's."""
 
 
-def check(ledger: Ledger, recipe: Recipe, space: Space, where: str) -> None:
+def check_study(ledger: Ledger, recipe: Recipe, space: Space, where: str) -> None:
     """Mark a new study; refuse one that another recipe began.
 
     Args:

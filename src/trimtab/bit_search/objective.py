@@ -20,12 +20,11 @@ from torch import Tensor
 from trimtab.bit_search.held_out import Loss
 from trimtab.bit_search.sensitivity import divergence, rounded, start
 from trimtab.models.prepare import targets
-from trimtab.pipeline.checks import Inputs
 from trimtab.quant.grid import AnyGrid, Grid
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule
-from trimtab.training import build as startup
-from trimtab.training import trainer as train
+from trimtab.training.build import RunContext, build, simulate
+from trimtab.training.trainer import fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,16 +69,16 @@ class Tuned:
         loss: what a trained model is measured by.
     """
 
-    def __init__(self, recipe: Recipe, given: Inputs, loss: Loss) -> None:
+    def __init__(self, recipe: Recipe, given: RunContext, loss: Loss) -> None:
         self._recipe, self._given, self._loss = recipe, given, loss
 
     def __call__(self, rules: Sequence[Rule], steps: int) -> float:
         """Nats a token; infinite where training diverged."""
         with tempfile.TemporaryDirectory(prefix="trimtab-trial-") as folder:
             recipe = at_length(self._recipe, rules, steps, folder)
-            model = startup.load(recipe, self._given)
-            startup.simulate(recipe, model, self._given)
-            train.fit(model, self._given.tokenizer, recipe, rows=self._given.rows)
+            model = build(recipe, self._given)
+            simulate(recipe, model, self._given)
+            fit(model, self._given.tokenizer, recipe, rows=self._given.rows)
             value = self._loss(model)
         del model
         gc.collect()

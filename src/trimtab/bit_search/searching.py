@@ -26,19 +26,19 @@ from trimtab.bit_search.ledger import Ledger, Trial, Wish, shown
 from trimtab.bit_search.objective import Rounded, Tuned, for_every_width
 from trimtab.bit_search.proposal import Problem, Tried, propose
 from trimtab.bit_search.space import Space, space, units
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows
 from trimtab.errors import UserError
-from trimtab.formats import export as exporting
+from trimtab.formats.export import check_exports
 from trimtab.formats.file_size import float_bytes, parse_bytes
-from trimtab.memory import plan as planning
-from trimtab.models import load as loading
+from trimtab.memory.plan import plan
+from trimtab.models.load import load_float
 from trimtab.models.prepare import placed_targets, targets
-from trimtab.pipeline import checks as inputs
-from trimtab.pipeline.checks import Inputs
+from trimtab.models.sources import open_source
 from trimtab.quant.grid import AnyGrid
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
-from trimtab.training import trainer as train
+from trimtab.training.build import RunContext, calibration
+from trimtab.training.trainer import packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,10 +62,10 @@ class Search:
         assert recipe.search is not None
         assert recipe.data is not None
         self.block = recipe.search
-        source, self._skeleton = loading.skeleton(recipe.model.path)
-        if source is None:
+        self._source = open_source(recipe.model.path)
+        if self._source.prepared:
             raise UserError(f"{recipe.model.path}: already quantized; a search starts from the float model")
-        self._source = source
+        self._skeleton = self._source.layout()
         others, template = recipe.rules or [], _template(self._skeleton, recipe, self.block.units)
         self.recipe = for_every_width(recipe, template)
         self.space: Space = space(
@@ -93,7 +93,7 @@ class Search:
         url = self.block.storage or str(self.folder / "journal.log")
         names = [unit.name for unit in self.space.units]
         self.ledger = Ledger(url, recipe.name, names, len(self.space.bits))
-        mark.check(self.ledger, self.recipe, self.space, shown(self.block.storage or str(self.folder)))
+        mark.check_study(self.ledger, self.recipe, self.space, shown(self.block.storage or str(self.folder)))
         self.ledger.note(f"{_LIMITED}{self.budget_training}", True)  # a key of its own: others may note theirs now
 
     def _check_training_budget(self) -> None:
@@ -120,7 +120,7 @@ class Search:
             rules = self.space.rules(configuration)
             placed = placed_targets(self._skeleton, self.recipe.method, rules)
             if placed:
-                exporting.check(self.recipe.model_copy(update={"rules": rules}), placed)
+                check_exports(self.recipe.model_copy(update={"rules": rules}), placed)
 
     # ---- what is measured on ---------------------------------------------------------------------------------------
 
@@ -131,11 +131,11 @@ class Search:
     @cached_property
     def _rows(self) -> Any:
         assert self.recipe.data is not None
-        return data.load_rows(self.recipe.data.path, split=self.recipe.data.split, limit=self.recipe.data.limit)
+        return load_rows(self.recipe.data.path, split=self.recipe.data.split, limit=self.recipe.data.limit)
 
     @cached_property
     def _float_model(self) -> "PreTrainedModel":
-        return loading.load_float(self.recipe.model.path, dtype=self.recipe.dtype, source=self._source)
+        return load_float(self.recipe.model.path, dtype=self.recipe.dtype, source=self._source)
 
     def _windows(self, rows: Any, tokens: int) -> torch.Tensor:
         return held_out.windows(self.recipe, self._tokenizer, rows, tokens)
@@ -144,7 +144,7 @@ class Search:
     def _held_out(self) -> Any:
         block = self.recipe.data
         assert block is not None
-        return self._rows if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
+        return self._rows if block.eval_path is None else load_rows(block.eval_path, split=block.eval_split)
 
     @cached_property
     def _loss(self) -> held_out.Loss:
@@ -155,15 +155,15 @@ class Search:
         if self.block.objective == "rounded":
             return Rounded(self._float_model, self.recipe, self._windows(self._held_out, self.block.tokens))
         self.free()  # a trial loads its own, quantized
-        start = inputs.start_of(self.recipe, self._rows, self._tokenizer)
-        return Tuned(self.recipe, Inputs(self._source, self._tokenizer, self._rows, None, start), self._loss)
+        start = calibration(self.recipe, self._rows, self._tokenizer)
+        return Tuned(self.recipe, RunContext(self._source, self._tokenizer, self._rows, None, start), self._loss)
 
     def prepare(self) -> None:
         """What is made once for a study: sensitivities, and a teacher's cache where trials learn from one."""
         _ = self.problem
         if self.block.objective == "tuned":
             self.free()
-            teacher_cache.ask(self.recipe, self._tokenizer, self._rows, train.packed, source=self._source)
+            teacher_cache.ask(self.recipe, self._tokenizer, self._rows, packed, source=self._source)
 
     def free(self) -> None:
         """Let go of the float model."""
@@ -222,7 +222,7 @@ class Search:
     def _peak(self, configuration: Configuration) -> int:
         if configuration not in self._peaks:
             rules = self.space.rules(configuration)
-            self._peaks[configuration] = planning.plan(self.recipe, copy.deepcopy(self._skeleton), rules).total
+            self._peaks[configuration] = plan(self.recipe, copy.deepcopy(self._skeleton), rules).total
         return self._peaks[configuration]
 
     def uniform(self) -> list[Configuration]:

@@ -18,10 +18,10 @@ import torch
 
 from trimtab.bit_search.additive import Configuration
 from trimtab.errors import UserError
-from trimtab.formats import file_size as storage
+from trimtab.formats.file_size import Entry, layer_bytes, stored
 from trimtab.methods.base import Method
-from trimtab.models import transformers_bridge as hf
 from trimtab.models.prepare import Target, placed_targets
+from trimtab.models.transformers_bridge import cast_floats
 from trimtab.quant.activations import Activations
 from trimtab.quant.grid import AnyGrid, Grid
 from trimtab.recipe.rules import Placement, Rule
@@ -136,7 +136,7 @@ def space(
     # What is left untouched has no rank.
     pairs = tuple((b, r) for b in placed for r in (sorted(ranks) if ranks and placed[b] is not None else (None,)))
     placements = tuple(placed[b] for b, _ in pairs)
-    hf.cast_floats(model, dtype)
+    cast_floats(model, dtype)
     names = [name for unit in found for name in unit.layers]
 
     def every(choice: int) -> list[Rule]:
@@ -191,14 +191,14 @@ def _parts(model: "PreTrainedModel", rules: Sequence[Rule], names: Sequence[str]
     found = {}
     for name in names:
         if name in placed:
-            found[name] = storage.layer_bytes(placed[name], **how._asdict())
+            found[name] = layer_bytes(placed[name], **how._asdict())
         else:
             parameters = model.get_submodule(name).named_parameters(prefix=name)
-            found[name] = sum(storage.Entry(n, p.dtype, tuple(p.shape)).bound for n, p in parameters)
+            found[name] = sum(Entry(n, p.dtype, tuple(p.shape)).bound for n, p in parameters)
     return found
 
 
 def _fixed(model: "PreTrainedModel", rules: Sequence[Rule], names: Sequence[str], how: _How) -> int:
     """Bytes of all but these layers."""
-    whole = storage.stored(copy.deepcopy(model), rules=rules, **how._asdict()).bound
+    whole = stored(copy.deepcopy(model), rules=rules, **how._asdict()).bound
     return whole - sum(_parts(model, rules, names, how).values())

@@ -113,7 +113,7 @@ class Difference:
     """Two-sided exact McNemar test: how likely so uneven a split is between equally good models."""
 
 
-def check(tasks: Sequence[str], data: str | Path | None) -> None:
+def check_tasks(tasks: Sequence[str], data: str | Path | None) -> None:
     """Raise a `UserError` for an unknown task, missing rows, or a missing library; quick."""
     if find_spec("lm_eval") is None:
         raise UserError("the tasks are lm-evaluation-harness's, which is not installed: pip install 'trimtab[eval]'")
@@ -173,9 +173,9 @@ def run(
         A score for each task and metric.
 
     Raises:
-        UserError: see `check`.
+        UserError: see `check_tasks`.
     """
-    check(tasks, data)
+    check_tasks(tasks, data)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

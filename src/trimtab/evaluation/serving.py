@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.errors import UserError
-from trimtab.models import load as loading
+from trimtab.models.load import load
+from trimtab.models.sources import open_source
 from trimtab.recipe import recipe
 
 _SCRIPTS = {
@@ -143,10 +144,10 @@ def parity(
     if not folder.is_dir():
         raise UserError(f"{directory}: no such directory")
     native = Path(trained) if trained else folder.absolute().parent
-    if not (native / "config.json").is_file() or loading.open_source(str(native)) is not None:
+    if not (native / "config.json").is_file() or not open_source(str(native)).prepared:
         raise UserError(f"{native}: holds no model saved by trimtab to compare with; pass --trained")
     python_of(engine, python)
-    model, tokenizer = loading.load(str(native))
+    model, tokenizer = load(str(native))
     if path is None:
         saved = native / "recipe.yaml"
         block = recipe.read(saved).data if saved.is_file() else None
@@ -157,8 +158,8 @@ def parity(
         split = "train"
     if tokenizer is None:
         raise UserError(f"{native}: was saved without a tokenizer; add its tokenizer files to it")
-    rows = data.load_rows(path, split=split)
-    blocks = data.token_blocks(rows, tokenizer, block_tokens=window, limit_tokens=max(tokens, window))
+    rows = load_rows(path, split=split)
+    blocks = token_blocks(rows, tokenizer, block_tokens=window, limit_tokens=max(tokens, window))
     served = engine_logprobs(folder, engine, blocks, python)
     found = compare(engine, model_logprobs(model, blocks), served, blocks)
     (folder / f"parity-{engine}.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get
@@ -29,10 +29,11 @@ from trimtab.formats.lossy import Change, make_room
 from trimtab.layers.adapters import DeltaOutput
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
-from trimtab.models import kv_cache as attention
-from trimtab.models import load as loading
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.kv_cache import current
+from trimtab.models.load import load
 from trimtab.models.prepare import Target
+from trimtab.models.sources import open_source
+from trimtab.models.transformers_bridge import compute_dtype, quant_layers
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.recipe import recipe
 
@@ -59,9 +60,9 @@ class Report:
 
 def layers_of(model: PreTrainedModel) -> list[Layer]:
     """The quantized layers of a model as they stand, on any device."""
-    head, kv = model.get_output_embeddings(), attention.current(model)
+    head, kv = model.get_output_embeddings(), current(model)
     found = []
-    for name, layer in hf.quant_layers(model).items():
+    for name, layer in quant_layers(model).items():
         kind = "linear" if layer is not head else "head"
         kind = "embedding" if isinstance(layer, QuantEmbedding) else kind
         adapter = None
@@ -96,7 +97,7 @@ def planned(
     return found
 
 
-def check(of: recipe.Recipe, targets: Sequence[Target]) -> None:
+def check_exports(of: recipe.Recipe, targets: Sequence[Target]) -> None:
     """Raise a `UserError` for the first layer that one of a recipe's formats cannot hold."""
     for name in of.export:
         format_ = get(name)
@@ -153,7 +154,7 @@ def write(
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
     """
     largest = parse_bytes(options.max_shard_size, "max_shard_size")
-    format_, dtype, layers = get(name), hf.compute_dtype(model), layers_of(model)
+    format_, dtype, layers = get(name), compute_dtype(model), layers_of(model)
     refused = refusals(format_, layers, dtype, options.engine)
     if refused and not options.allow_lossy:
         _refuse(name, refused, layers)
@@ -232,7 +233,7 @@ def _forms(format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> dict
 def _merge_error(model: PreTrainedModel) -> tuple[float, float, int]:
     """Squared error and squares of matrices that adapters are added to, and how many there are."""
     squared, squares, count = 0.0, 0.0, 0
-    for layer in hf.quant_layers(model).values():
+    for layer in quant_layers(model).values():
         adapter = getattr(layer, "adapter", None)
         if isinstance(adapter, DeltaOutput):
             folded = adapter.fold(layer.base)
@@ -247,7 +248,7 @@ def _moved(model: PreTrainedModel, changes: Sequence[Change], merged: tuple[floa
         return merged[0], merged[1]
     names = {change.layer.name for change in changes}
     squares = sum(change.squares for change in changes)
-    for name, layer in hf.quant_layers(model).items():
+    for name, layer in quant_layers(model).items():
         if name not in names and isinstance(layer, QuantLinear) and not layer.tied:
             squares += layer.base.dequantize(torch.float32).square().sum().item()
     return sum(change.squared_error for change in changes) + merged[0], squares
@@ -260,16 +261,17 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
         UserError: if the directory holds no such model, or as `write` does; before any tensor is read.
     """
     format_, folder = get(name), Path(directory)
-    source, laid_out = loading.skeleton(directory)
-    if source is not None:
+    opened = open_source(directory)
+    if not opened.prepared:
         raise UserError(
             f"{directory}: was not saved by trimtab; run a recipe with `method: rtn` on it, then export that"
         )
+    laid_out = opened.layout()
     layers = layers_of(laid_out)
-    found = refusals(format_, layers, hf.compute_dtype(laid_out), options.engine)
+    found = refusals(format_, layers, compute_dtype(laid_out), options.engine)
     if found and not options.allow_lossy:
         _refuse(name, found, layers)
-    model, tokenizer = loading.load(directory)
+    model, tokenizer = load(directory)
     saved = folder / "recipe.yaml"
     return write(
         model,
@@ -289,5 +291,5 @@ def held_out_blocks(folder: Path, tokenizer: Any) -> Tensor | None:
     block = recipe.read(saved).data if saved.is_file() else None
     if block is None or block.eval_path is None or tokenizer is None:
         return None
-    rows = data.load_rows(block.eval_path, split=block.eval_split)
-    return data.token_blocks(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=block.eval_tokens)
+    rows = load_rows(block.eval_path, split=block.eval_split)
+    return token_blocks(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=block.eval_tokens)

@@ -28,11 +28,10 @@ from trimtab.errors import UserError
 from trimtab.layers import linear
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import quantize
-from trimtab.memory import training as memory
 from trimtab.methods.base import Method
-from trimtab.models import simulate as simulation
-from trimtab.models import transformers_bridge as hf
-from trimtab.models.prepare import Target
+from trimtab.models.prepare import Target, prepare_meta
+from trimtab.models.simulate import rounding
+from trimtab.models.transformers_bridge import FORMAT_VERSION, cast_floats, marker_name, quant_layers
 from trimtab.quant import packing
 from trimtab.quant.activations import Activations, Inputs, empty
 from trimtab.quant.grid import AnyGrid
@@ -50,7 +49,7 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-_METADATA = {"format": "pt", "trimtab_format": str(hf.FORMAT_VERSION), "trimtab_layout": packing.LAYOUT}
+_METADATA = {"format": "pt", "trimtab_format": str(FORMAT_VERSION), "trimtab_layout": packing.LAYOUT}
 SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in one file, unless asked otherwise."""
 _OFFSET_DIGITS = 11
@@ -134,25 +133,25 @@ def stored(
     """What `run` will write for this configuration.
 
     Args:
-        model: laid out on the meta device (`loading.skeleton`); it is prepared in place.
+        model: laid out on the meta device (`ModelSource.layout`); it is prepared in place.
         method: what trains it.
         rules: see `rules.resolve`.
         dtype: compute dtype, of what stays in float.
         merge: whether output adapters are merged into dense weights.
         activations: how inputs are rounded, or None; static ranges are stored.
     """
-    hf.cast_floats(model, dtype)
-    memory.prepare_meta(model, method, None if rules is None else list(rules))
-    for rounded in simulation.rounding(model).values():
+    cast_floats(model, dtype)
+    prepare_meta(model, method, None if rules is None else list(rules))
+    for rounded in rounding(model).values():
         rounded.inputs = _inputs(activations)
-    for name, layer in hf.quant_layers(model).items():
+    for name, layer in quant_layers(model).items():
         if isinstance(layer, QuantLinear) and not layer.tied:
             with torch.device("meta"):
                 model.set_submodule(name, linear.empty(_folded(layer, merge), dtype))
-    ours = [n for n, layer in hf.quant_layers(model).items() if isinstance(layer, QuantEmbedding) or not layer.tied]
+    ours = [n for n, layer in quant_layers(model).items() if isinstance(layer, QuantEmbedding) or not layer.tied]
     left_out = getattr(model, "all_tied_weights_keys", {})
     entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in left_out]
-    marker = Entry(hf.marker_name(model), torch.uint8, (0,))
+    marker = Entry(marker_name(model), torch.uint8, (0,))
     parts = dict.fromkeys(("", *ours), 0)
     for entry in entries:
         owner = next((n for n in _owners(entry.name) if n in parts), "")

@@ -5,7 +5,7 @@ float32 (`benchmarks/products.py`), the worst where an operand is not laid out f
 such products are taken in float32, block by block. Operands are exact in float32 and sums were float32 before, so the
 result, rounded once, differs by the order of its sums only.
 
-`install` replaces torch's CPU kernels in the process; whatever loads or prepares a model calls it. On other processors, and
+`install` replaces torch's CPU kernels in the process; `tuning` decides whether, and calls it once. On other processors, and
 with TRIMTAB_KERNELS=torch, it does nothing.
 """
 
@@ -38,10 +38,14 @@ def workspace_bytes(dtype: torch.dtype) -> int:
     return 3 * 4 * _BLOCK**2 if dtype in _HALF and slow() else 0
 
 
-def install(*, force: bool = False) -> None:
-    """Take products of bfloat16 and float16 in float32 from now on, where that is faster (`slow`) or it is forced."""
+def install(*, force: bool = False) -> bool:
+    """Take products of bfloat16 and float16 in float32 from now on, where that is faster (`slow`) or it is forced.
+
+    Returns:
+        Whether torch's kernels were replaced by this call.
+    """
     if _installed or not (force or slow()):
-        return
+        return False
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*verriding a previously registered kernel")
@@ -49,6 +53,7 @@ def install(*, force: bool = False) -> None:
             original = torch.library.get_kernel(f"aten::{name}", "CPU")
             library.impl(name, instead(original), "CPU", with_keyset=True)
     _installed.append(library)
+    return True
 
 
 def uninstall() -> None:

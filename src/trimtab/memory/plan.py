@@ -8,12 +8,18 @@ float64 while H^-1 is factored, or some copies of its weight while columns are r
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trimtab.memory import training as memory
-from trimtab.models import calibrate as stats
-from trimtab.models.prepare import targets
+import torch
+
+from trimtab.memory.peak import Plan, Teaching, peak_of_training
+from trimtab.methods.rtn import Rtn
+from trimtab.models import calibrate
+from trimtab.models.prepare import prepare_meta, targets
+from trimtab.models.sources import open_source
+from trimtab.models.transformers_bridge import cast_floats
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule
-from trimtab.training import teacher
+from trimtab.training.divergence import LOGITS_CHUNK_TOKENS
+from trimtab.training.teacher import int8_rules, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,18 +28,18 @@ _SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "q_proj": "q_proj", "up_proj"
 """Layers that are given the same input."""
 
 
-def plan(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None = None) -> memory.Plan:
+def plan(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None = None) -> Plan:
     """Predict the peak of a recipe's training: its teacher, rounded activations and cache, and accumulation included.
 
     Args:
         recipe: whose method, data, training, distillation and simulations count.
-        model: laid out on the meta device (`loading.skeleton`); it is prepared in place.
+        model: laid out on the meta device (`ModelSource.layout`); it is prepared in place.
         rules: in place of the recipe's.
     """
     train, block_tokens = recipe.train, recipe.data.block_tokens if recipe.data else 1024
     rules = recipe.rules if rules is None else rules
     working = _rounding_by_gptq(recipe, model, rules) if recipe.start.name == "gptq" else 0
-    planned = memory.plan(
+    planned = peak_of_training(
         model,
         recipe.method,
         rules,
@@ -43,7 +49,7 @@ def plan(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None = No
         checkpointing=train.activation_checkpointing,
         micro_batches=max(train.batch_tokens // (train.micro_batch * block_tokens), 1),
         moment_bytes=train.moment_bytes,
-        teaching=teacher.needs(recipe),
+        teaching=teaching(recipe),
         activations=recipe.activations,
         kv=recipe.kv,
     )
@@ -55,7 +61,7 @@ def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule
     """Bytes that GPTQ works in, beside the model as far as it is stored: of the block and layer that take most."""
     shapes = {t.name: t.shape for t in targets(model, recipe.method, rules) if t.grid is not None}
     itemsize, most = recipe.dtype.itemsize, 0
-    for names in stats.by_block(model, list(shapes)).values():
+    for names in calibrate.by_block(model, list(shapes)).values():
         inputs = {
             name.rpartition(".")[0] + _SHARED.get(name.rpartition(".")[2], name): shapes[name][1] for name in names
         }
@@ -66,3 +72,26 @@ def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule
         )
         most = max(most, floats + sum(4 * k * k for k in inputs.values()) + layer)
     return most + 2 * recipe.start.tokens * model.config.get_text_config().hidden_size * itemsize
+
+
+def teaching(recipe: Recipe) -> Teaching:
+    """What the teacher adds to a run's memory plan; none without a `distill` block."""
+    if recipe.distill is None or not recipe.train.steps:
+        return Teaching()
+    assert recipe.data is not None, "the recipe was checked to have data"
+    kind, model = kind_of(recipe), open_source(recipe.model.path).layout()
+    dtype = torch.bfloat16 if kind == "bfloat16" else recipe.dtype
+    cast_floats(model, dtype)
+    text, tokens = model.config.get_text_config(), recipe.train.micro_batch * recipe.data.block_tokens
+    head = text.vocab_size * text.hidden_size * dtype.itemsize
+    if kind == "int8":
+        prepare_meta(model, Rtn(), int8_rules(model))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    chunk, states = min(tokens, LOGITS_CHUNK_TOKENS) * text.vocab_size * 4, tokens * text.hidden_size * dtype.itemsize
+    if kind != "cached":
+        # Of a chunk log p and p are there beside the student's logits and log q.
+        return Teaching(resident=size, at_loss=states + 2 * chunk + (head if kind == "int8" else 0))
+    kept = tokens * (6 * recipe.distill.top_k + 2)
+    # While the cache is made: logits, log p and one more; or one layer's widest activations.
+    layer = 4 * tokens * max(text.hidden_size, getattr(text, "intermediate_size", 0)) * dtype.itemsize
+    return Teaching(at_loss=kept + chunk, before=size + 2 * states + max(3 * chunk, layer))

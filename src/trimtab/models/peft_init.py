@@ -18,7 +18,7 @@ from torch import nn
 from trimtab.errors import UserError
 from trimtab.layers.adapters import DeltaOutput
 from trimtab.layers.linear import QuantLinear
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.transformers_bridge import quant_layers
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _PLAIN = {
@@ -37,7 +37,7 @@ def start_from(model: nn.Module, directory: str) -> None:
     """
     folder = Path(directory)
     config, tensors = _read(folder)
-    layers = hf.quant_layers(model)
+    layers = quant_layers(model)
     for name in dict.fromkeys(layer for layer, _ in tensors):
         if (name, "A") not in tensors or (name, "B") not in tensors:
             raise UserError(f"{folder}: {name}: has only one of lora_A and lora_B; save the adapter again")

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
-from trimtab.kernels import products
+from trimtab.kernels import tuning
 from trimtab.layers.adapters import DeltaOutput, FoldKind
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, start
-from trimtab.models import calibrate as stats
 from trimtab.models import gptq
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.calibrate import by_block, calibrate
 from trimtab.models.gptq import Gptq
+from trimtab.models.sources import require_finite
+from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
 from trimtab.quant.grid import AnyGrid, group_size, same_form
 from trimtab.recipe import rules
 from trimtab.recipe.rules import Kind, Placement, Rule
@@ -167,7 +168,7 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
 def fitted_starts(model: "PreTrainedModel") -> list[str]:
     """How the fitted starts of its adapters were found, one line for each way: how often, and what error they leave."""
     found: dict[str, list[float]] = {}
-    for layer in hf.quant_layers(model).values():
+    for layer in quant_layers(model).values():
         if isinstance(layer, QuantLinear) and layer.adapter is not None and layer.adapter.start is not None:
             how, left = layer.adapter.start
             found.setdefault(how, []).append(left)
@@ -178,9 +179,9 @@ def fitted_starts(model: "PreTrainedModel") -> list[str]:
 
 def finish(model: "PreTrainedModel") -> None:
     """After the last layer: freeze all but adapters, and tell transformers."""
-    hf.untie(model)
-    hf.freeze(model)
-    hf.attach(model)
+    untie(model)
+    freeze(model)
+    attach(model)
 
 
 def rounded(source: Source, target: Target, start: Gptq, hessian_KK: Tensor) -> Source:
@@ -214,7 +215,7 @@ def place_calibrated(
     """
     if method.rounds_itself:
         raise UserError(f"{method.name} finds its own codes, so gptq would be in vain; use `start: rtn`")
-    inside = stats.by_block(model, [t.name for t in todo])
+    inside = by_block(model, [t.name for t in todo])
     by_name = {t.name: t for t in todo}
     calibrated = {name for names in inside.values() for name in names}
     for target in todo:
@@ -229,7 +230,7 @@ def place_calibrated(
         for name in inside[block]:
             put(by_name[name], hessians.get(name))
 
-    stats.calibrate(model, start.tokens, watched, enter, leave)
+    calibrate(model, start.tokens, watched, enter, leave)
 
 
 def prepare(
@@ -250,14 +251,14 @@ def prepare(
     Returns:
         The model itself. To quantize while reading, so that the float model never exists, use `trimtab.load`.
     """
-    products.install()
+    tuning.for_models()
     todo = targets(model, method, rules.parse_rules(rules_))
 
     def put(target: Target, hessian_KK: Tensor | None = None) -> None:
         old: Any = model.get_submodule(target.name)
         source: Source = old.base if isinstance(old, QuantLinear | QuantEmbedding) else old.weight.detach()
         if target.kind != "tied":
-            finite(source, f"{target.name}.weight")
+            require_finite(source, f"{target.name}.weight")
         if start is not None and hessian_KK is not None:
             source = rounded(source, target, start, hessian_KK)
         place(model, target, source, method)
@@ -271,11 +272,13 @@ def prepare(
     return model
 
 
-def finite(source: Source, name: str) -> None:
-    """Raise a `UserError` naming the tensor if it holds NaN or infinity."""
-    # NaN spreads to the extremes, and they are one pass: a sixteenth of the time of `isfinite` (`benchmarks/choices.py`).
-    if isinstance(source, Tensor) and not all(x.isfinite() for x in torch.aminmax(source)):
-        raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")
+def prepare_meta(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> None:
+    """Prepare a model on the meta device, in place: what plans of memory and of files are computed from."""
+    for target in targets(model, method, rule_list):
+        old: Any = model.get_submodule(target.name)
+        place(model, target, old.base if hasattr(old, "base") else old.weight.detach(), method)
+    untie(model)
+    freeze(model)
 
 
 @dataclass(frozen=True)
@@ -302,7 +305,7 @@ def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
         UserError: where an adapter beside rounded inputs is to be merged.
     """
     report = []
-    for name, layer in hf.quant_layers(model).items():
+    for name, layer in quant_layers(model).items():
         if not isinstance(layer, QuantLinear) or layer.adapter is None:
             continue
         place_, output = layer.adapter.place, isinstance(layer.adapter, DeltaOutput)
@@ -320,5 +323,5 @@ def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
             changed = int((folded.weight.dequantize(torch.float32) != trained).sum())
         report.append(LayerFold(name, place_, "merged" if output else "folded", folded.kind, folded.error, changed))
         layer.base, layer.adapter = folded.weight, None
-    hf.attach(model)
+    attach(model)
     return report

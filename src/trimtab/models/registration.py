@@ -36,6 +36,19 @@ class _Hook(MetaPathFinder):
         return spec
 
 
+_READERS: dict[str, str] = {}
+
+
+def readers(named: dict[str, str]) -> None:
+    """Say who reads which kind of model: `module:class` by kind. Nothing is imported until a path asks for it."""
+    _READERS.update(named)
+
+
+def reader_of(kind: str) -> str:
+    """The `module:class` that reads this kind of model."""
+    return _READERS[kind]
+
+
 def install() -> None:
     """Arrange for `trimtab.models.transformers_bridge` to be imported as soon as transformers' quantizers are."""
     if _AWAITED in sys.modules:

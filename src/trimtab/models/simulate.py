@@ -17,8 +17,8 @@ from torch import Tensor
 
 from trimtab.errors import UserError
 from trimtab.layers.linear import QuantLinear
-from trimtab.models import kv_cache as attention
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.kv_cache import install
+from trimtab.models.transformers_bridge import attach, quant_layers
 from trimtab.quant.activations import Activations, Inputs, KvCache, empty, range_of
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ def simulate(
         assert activations is not None
         assert calibration is not None
         _calibrate(model, activations, calibration)
-    hf.attach(model)
+    attach(model)
 
 
 def lay_out(model: "PreTrainedModel", activations: Activations | None, kv: KvCache | None) -> None:
     """The same without numbers in static ranges: all that a memory plan needs."""
-    if not hf.quant_layers(model):
+    if not quant_layers(model):
         raise UserError("activations, kv: the model is not prepared; quantize it first")
     if kv is not None:
-        attention.install(model, kv)
+        install(model, kv)
     if activations is None:
         return
     layers = rounding(model)
@@ -77,7 +77,7 @@ def rounding(model: "PreTrainedModel") -> dict[str, QuantLinear]:
     head = model.get_output_embeddings()
     return {
         name: layer
-        for name, layer in hf.quant_layers(model).items()
+        for name, layer in quant_layers(model).items()
         if isinstance(layer, QuantLinear) and layer is not head and layer.base.grid is not None
     }
 

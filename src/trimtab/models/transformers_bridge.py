@@ -21,10 +21,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.errors import UserError
-from trimtab.kernels import products
+from trimtab.kernels import tuning
 from trimtab.layers import linear
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
-from trimtab.models import kv_cache as attention
+from trimtab.models.kv_cache import current, install
 from trimtab.quant import packing
 from trimtab.quant.activations import KvCache
 
@@ -77,7 +77,7 @@ class TrimtabConfig(QuantizationConfigMixin):
         for name, layer in quant_layers(model).items():
             layers[name] = specs.setdefault(json.dumps(layer.spec(), sort_keys=True), len(specs))
         dtype = str(compute_dtype).removeprefix("torch.")
-        found, kv = [json.loads(s) for s in specs], attention.current(model)
+        found, kv = [json.loads(s) for s in specs], current(model)
         version = 2 if kv is not None or any("inputs" in spec for spec in found) else 1
         return cls(version, compute_dtype=dtype, specs=found, layers=layers, kv=None if kv is None else asdict(kv))
 
@@ -110,7 +110,7 @@ class TrimtabQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
-        products.install()
+        tuning.for_models()
         config = self.quantization_config
         dtype = kwargs.get("dtype") or getattr(torch, config.compute_dtype)
         self._compute_dtype = dtype
@@ -122,7 +122,7 @@ class TrimtabQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
             tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
         if config.kv is not None:  # transformers keeps the name of an attention out of config.json
-            attention.install(model, KvCache(**config.kv))
+            install(model, KvCache(**config.kv))
         untie(model)
         marker = marker_name(model)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), marker}

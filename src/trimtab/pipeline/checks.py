@@ -1,38 +1,23 @@
 """What a run needs before any weight is read: rows, tokens, tokenizer, and every check that can be made by then."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trimtab.data import sequences as data
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.errors import UserError
-from trimtab.evaluation import harness
-from trimtab.formats import export as exporting
-from trimtab.models import load as loading
-from trimtab.models.gptq import Gptq
+from trimtab.evaluation.harness import check_tasks
+from trimtab.formats.export import check_exports
 from trimtab.models.prepare import targets
+from trimtab.models.sources import ModelSource, open_source
 from trimtab.recipe.recipe import Recipe
-from trimtab.training import teacher
-from trimtab.training import trainer as train
+from trimtab.training.build import RunContext, calibration
+from trimtab.training.teacher import check_teacher
+from trimtab.training.trainer import check_training, last_checkpoint
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the stages of a run read."""
-
-    source: loading.ModelSource | None
-    """None for a model that trimtab saved."""
-    tokenizer: Any
-    rows: Any
-    """Training rows, or None."""
-    blocks: Tensor | None
-    """Held-out tokens (W, L), or None."""
-    start: Gptq | None
-
-
-def gather(recipe: Recipe, overwrite: bool, resume: bool) -> Inputs:
+def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     """Read and check everything but weights.
 
     Raises:
@@ -43,12 +28,14 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> Inputs:
     check_output(recipe.out, overwrite, resume)
     check_apart(recipe)
     if resume:
-        train.last_checkpoint(recipe)
+        last_checkpoint(recipe)
     rows, held_out = _rows(recipe)
-    source = loading.open_source(recipe.model.path)
+    source = open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
-    _check(recipe, tokenizer, rows, source)
-    return Inputs(source, tokenizer, rows, _blocks(recipe, held_out, tokenizer), start_of(recipe, rows, tokenizer))
+    _check_stages(recipe, tokenizer, rows, source)
+    return RunContext(
+        source, tokenizer, rows, _blocks(recipe, held_out, tokenizer), calibration(recipe, rows, tokenizer)
+    )
 
 
 def check_output(out: Path, overwrite: bool, resume: bool) -> None:
@@ -74,13 +61,6 @@ def check_output(out: Path, overwrite: bool, resume: bool) -> None:
         raise UserError(f"output: {out} holds something that trimtab did not write; remove it yourself or set `output`")
 
 
-def _check_exports(recipe: Recipe, source: loading.ModelSource | None) -> None:
-    """Hold every layer's grid against every format of the recipe, on names and shapes."""
-    _, laid_out = loading.skeleton(recipe.model.path, source)
-    found = targets(laid_out, recipe.method, recipe.rules)
-    exporting.check(recipe, found)
-
-
 def check_apart(recipe: Recipe) -> None:
     """Refuse to write over, or to remove, what the run reads."""
     block, out = recipe.data, recipe.out.resolve()
@@ -92,13 +72,13 @@ def check_apart(recipe: Recipe) -> None:
             raise UserError(f"{key}: {path} is in the output directory {recipe.out}; set `output` to another one")
 
 
-def _check(recipe: Recipe, tokenizer: Any, rows: Any, source: loading.ModelSource | None) -> None:
+def _check_stages(recipe: Recipe, tokenizer: Any, rows: Any, source: ModelSource) -> None:
     """Raise a `UserError` for what training, its teacher and the tasks would only complain of later."""
-    train.check(recipe, tokenizer, rows)
-    _check_exports(recipe, source)
-    teacher.check(recipe, source)
+    check_training(recipe, tokenizer, rows)
+    check_exports(recipe, targets(source.layout(), recipe.method, recipe.rules))  # on names and shapes
+    check_teacher(recipe, source)
     if recipe.evaluate.tasks:
-        harness.check(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
+        check_tasks(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
 
 
 def _rows(recipe: Recipe) -> tuple[Any, Any]:
@@ -107,28 +87,14 @@ def _rows(recipe: Recipe) -> tuple[Any, Any]:
     if block is None:
         return None, None
     wanted = recipe.train.steps or (recipe.activations is not None and recipe.activations.mode == "static")
-    rows = data.load_rows(block.path, split=block.split, limit=block.limit) if wanted else None
-    held_out = None if block.eval_path is None else data.load_rows(block.eval_path, split=block.eval_split)
+    rows = load_rows(block.path, split=block.split, limit=block.limit) if wanted else None
+    held_out = None if block.eval_path is None else load_rows(block.eval_path, split=block.eval_split)
     return rows, held_out
 
 
-def start_of(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
-    """GPTQ with its calibration windows, from data of its own or from the training data."""
-    block = recipe.start
-    if block.name == "rtn":
-        return None
-    if block.path is not None:
-        rows = data.load_rows(block.path, split=block.split)
-    elif rows is None and recipe.data is not None:
-        rows = data.load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
-    length = min(recipe.data.block_tokens if recipe.data is not None else 1024, block.tokens)
-    windows = data.token_blocks(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
-    return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
-
-
-def _tokenizer(recipe: Recipe, source: loading.ModelSource | None) -> Any:
+def _tokenizer(recipe: Recipe, source: ModelSource) -> Any:
     path = recipe.model.path
-    tokenizer = loading.native_tokenizer(loading.resolve(path)) if source is None else source.tokenizer()
+    tokenizer = source.tokenizer()
     needs = recipe.data or recipe.evaluate.prompt or recipe.evaluate.tasks or recipe.start.name == "gptq"
     if tokenizer is None and needs:
         raise UserError(f"model.path: {path}: was saved without a tokenizer; add its tokenizer files to that directory")
@@ -140,4 +106,4 @@ def _blocks(recipe: Recipe, held_out: Any, tokenizer: Any) -> Tensor | None:
     if recipe.data is None or held_out is None:
         return None
     limit = recipe.data.eval_tokens
-    return data.token_blocks(held_out, tokenizer, block_tokens=recipe.data.block_tokens, limit_tokens=limit)
+    return token_blocks(held_out, tokenizer, block_tokens=recipe.data.block_tokens, limit_tokens=limit)

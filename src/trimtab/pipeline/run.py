@@ -15,22 +15,21 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trimtab import formats as export
-from trimtab.data import sequences as data
+from trimtab.data.sequences import describe
 from trimtab.evaluation import harness, parity
 from trimtab.evaluation.parity import Parity
 from trimtab.evaluation.perplexity import perplexity
-from trimtab.formats import export as exporting
-from trimtab.formats.native import write as native
-from trimtab.memory import training as memory
-from trimtab.models import load as loading
+from trimtab.formats import get
+from trimtab.formats.export import write
+from trimtab.formats.native.write import disk_bytes, save
+from trimtab.memory.process import peak_bytes, reset_peak
+from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
-from trimtab.pipeline import checks as inputs
-from trimtab.pipeline.checks import Inputs
+from trimtab.pipeline import checks
 from trimtab.recipe.recipe import Recipe
-from trimtab.training import build as startup
 from trimtab.training import teacher_cache
-from trimtab.training import trainer as train
+from trimtab.training.build import RunContext, build, simulate
+from trimtab.training.trainer import Step, fit, packed
 
 
 class Observer(Protocol):
@@ -39,7 +38,7 @@ class Observer(Protocol):
     def say(self, text: str) -> None:
         """A line about a stage."""
 
-    def step(self, step: train.Step) -> None:
+    def step(self, step: Step) -> None:
         """An optimizer step was taken."""
 
     def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
@@ -52,7 +51,7 @@ class Quiet:
     def say(self, text: str) -> None:
         """Nothing."""
 
-    def step(self, step: train.Step) -> None:
+    def step(self, step: Step) -> None:
         """Nothing."""
 
     def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
@@ -77,8 +76,8 @@ def run(
         UserError: for anything the user can mend; nothing is then left half-written.
     """
     watch = show or Quiet()
-    given = inputs.gather(recipe, overwrite, resume)
-    tokenizer, blocks = given.tokenizer, given.blocks
+    given = checks.gather(recipe, overwrite, resume)
+    tokenizer, blocks = given.tokenizer, given.held_out
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     _measure_float(recipe, given, metrics, watch)
     asking_bytes = _ask_teacher(recipe, given, watch)
@@ -92,7 +91,7 @@ def run(
     if overwrite and recipe.out.exists():
         shutil.rmtree(recipe.out)
     metrics |= _tune(recipe, model, given, resume, watch)
-    metrics["peak_memory_bytes"] = max(memory.peak_bytes(), asking_bytes)
+    metrics["peak_memory_bytes"] = max(peak_bytes(), asking_bytes)
     parities = _fold_and_save(recipe, model, tokenizer, blocks, metrics, watch)
     del model
     gc.collect()
@@ -102,55 +101,55 @@ def run(
     return metrics
 
 
-def _measure_float(recipe: Recipe, given: Inputs, metrics: dict[str, Any], watch: Observer) -> None:
+def _measure_float(recipe: Recipe, given: RunContext, metrics: dict[str, Any], watch: Observer) -> None:
     """Perplexity of the untuned float model where asked; it is gone before the next model comes."""
     if "float" not in recipe.evaluate.baselines:
         return
     watch.say("measuring the float model (untuned)")
-    model = loading.load_float(recipe.model.path, dtype=recipe.dtype, source=given.source)
-    assert given.blocks is not None, "the recipe was checked to have held-out data"
-    metrics["perplexity"]["float"] = perplexity(model, given.blocks)
+    model = load_float(recipe.model.path, dtype=recipe.dtype, source=given.source)
+    assert given.held_out is not None, "the recipe was checked to have held-out data"
+    metrics["perplexity"]["float"] = perplexity(model, given.held_out)
     del model
     gc.collect()
 
 
-def _ask_teacher(recipe: Recipe, given: Inputs, watch: Observer) -> int:
+def _ask_teacher(recipe: Recipe, given: RunContext, watch: Observer) -> int:
     """Fill the teacher's cache where the recipe has one; returns the peak memory that took."""
-    memory.reset_peak()
-    teacher_cache.ask(recipe, given.tokenizer, given.rows, train.packed, source=given.source, say=watch.say)
+    reset_peak()
+    teacher_cache.ask(recipe, given.tokenizer, given.rows, packed, source=given.source, say=watch.say)
     gc.collect()
-    return memory.peak_bytes()
+    return peak_bytes()
 
 
-def _load(recipe: Recipe, given: Inputs, metrics: dict[str, Any], watch: Observer) -> PreTrainedModel:
+def _load(recipe: Recipe, given: RunContext, metrics: dict[str, Any], watch: Observer) -> PreTrainedModel:
     """The model, quantized and with adapters."""
-    memory.reset_peak()
+    reset_peak()
     how = "" if given.start is None else f" by GPTQ on {given.start.tokens.numel():,} tokens"
     watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
-    model = startup.load(recipe, given)
-    metrics["load_peak_memory_bytes"] = memory.peak_bytes()
+    model = build(recipe, given)
+    metrics["load_peak_memory_bytes"] = peak_bytes()
     for line in fitted_starts(model):
         watch.say(line)
     return model
 
 
-def _simulate(recipe: Recipe, model: PreTrainedModel, given: Inputs, watch: Observer) -> None:
+def _simulate(recipe: Recipe, model: PreTrainedModel, given: RunContext, watch: Observer) -> None:
     """Round activations and KV cache where asked."""
     kind, kv = recipe.activations, recipe.kv
     asked = [] if kind is None else [f"{kind.bits}-bit {kind.mode} activations"]
     asked += [] if kv is None else [f"a {kv.bits}-bit KV cache (which saves no memory here)"]
     if asked:
         watch.say(f"simulating {' and '.join(asked)}")
-    startup.simulate(recipe, model, given)
+    simulate(recipe, model, given)
 
 
-def _tune(recipe: Recipe, model: PreTrainedModel, given: Inputs, resume: bool, watch: Observer) -> dict[str, Any]:
+def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: bool, watch: Observer) -> dict[str, Any]:
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not recipe.train.steps:
         recipe.out.mkdir(parents=True, exist_ok=True)
         return {"train_seconds": 0.0, "tokens": 0, "trainable": numbers, "losses": []}
-    watch.say(f"training {numbers:,} numbers for {recipe.train.steps} steps on {data.describe(given.rows)}")
-    done = train.fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=given.rows)
+    watch.say(f"training {numbers:,} numbers for {recipe.train.steps} steps on {describe(given.rows)}")
+    done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=given.rows)
     return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": numbers, "losses": done.losses}
 
 
@@ -167,7 +166,7 @@ def _fold_and_save(
     wanted = recipe.evaluate.parity and blocks is not None
     some = blocks[: max(1, recipe.evaluate.parity_tokens // block_tokens)] if wanted and blocks is not None else None
     trained = None if some is None else parity.logits_of(model, some)
-    formats = {name: export.get(name) for name in recipe.export if name != "native"}
+    formats = {name: get(name) for name in recipe.export if name != "native"}
     unfolded = [name for name, format_ in formats.items() if format_.adapters == "kept"]
     _export(recipe, model, tokenizer, unfolded, watch)
     watch.say("folding and saving")
@@ -175,8 +174,8 @@ def _fold_and_save(
     metrics["codes_changed_by_fold"] = sum(layer.changed for layer in folded if layer.kind == "bitwise")
     metrics["fold"] = _summary(folded)
     metrics["fold_error"] = max((layer.error for layer in folded if layer.action == "merged"), default=0.0)
-    native.save(model, recipe.out, tokenizer, recipe=recipe.to_yaml())
-    metrics["disk_bytes"] = native.disk_bytes(recipe.out)
+    save(model, recipe.out, tokenizer, recipe=recipe.to_yaml())
+    metrics["disk_bytes"] = disk_bytes(recipe.out)
     _export(recipe, model, tokenizer, [name for name in formats if name not in unfolded], watch)
     if some is None or trained is None:
         if recipe.evaluate.parity:
@@ -194,7 +193,7 @@ def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, names: Seque
     """Write these formats into folders of the output directory."""
     for name in names:
         watch.say(f"exporting to {name}")
-        exporting.write(model, tokenizer, name, recipe.out / name, source=recipe.out, recipe_text=recipe.to_yaml())
+        write(model, tokenizer, name, recipe.out / name, source=recipe.out, recipe_text=recipe.to_yaml())
 
 
 def _summary(folded: list[LayerFold]) -> str:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trimtab.errors import UserError
 from trimtab.formats.file_size import parse_bytes
-from trimtab.models import load as loading
-from trimtab.pipeline import checks as inputs
+from trimtab.models.sources import open_source
 from trimtab.pipeline import run as pipeline
+from trimtab.pipeline.checks import check_apart, check_output, gather
 from trimtab.pruning import Options, Pruned, checkpoint, prune_checkpoint
 from trimtab.quant.grid import CodebookGrid, Grid
 from trimtab.recipe.recipe import Recipe
@@ -57,9 +57,9 @@ def run(
     watch = show or Quiet()
     if recipe.prune is None and recipe.search is None:
         return pipeline.run(recipe, overwrite=overwrite, resume=resume, show=watch)
-    inputs.check_apart(recipe)  # before anything is removed
+    check_apart(recipe)  # before anything is removed
     final = recipe.out / "model"
-    inputs.check_output(final, overwrite, resume)
+    check_output(final, overwrite, resume)
     if overwrite:
         if recipe.prune is not None:
             _options(recipe)  # refused before anything is removed
@@ -70,7 +70,7 @@ def run(
         from trimtab.bit_search import results
 
         # Whatever the run would refuse in the end, it refuses before hours of searching.
-        inputs.gather(chosen.model_copy(update={"search": None, "output": str(final)}), overwrite, resume)
+        gather(chosen.model_copy(update={"search": None, "output": str(final)}), overwrite, resume)
         chosen = results.best(search(chosen, show=watch))
         watch.say("tuning the best point within the budget")
     chosen = chosen.model_copy(update={"name": recipe.name, "output": str(final)})
@@ -121,7 +121,7 @@ def _options(recipe: Recipe) -> Options:
     """How to prune: what is left is in whole groups of every grid that the recipe gives to what may be cut."""
     block = recipe.prune
     assert block is not None
-    names = [name for name, _ in loading.skeleton(recipe.model.path)[1].named_modules() if name.endswith(_CUT)]
+    names = [name for name, _ in open_source(recipe.model.path).layout().named_modules() if name.endswith(_CUT)]
     grids: list[Placement] = [recipe.method.grid]
     if recipe.rules is not None:
         grids = [next((r.grid for r in recipe.rules if fnmatchcase(name, r.match)), None) for name in names]

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab.data import rows as sources
-from trimtab.data import sequences as data
+from trimtab.data.rows import PYDOC_TOPICS
+from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.errors import UserError
 from trimtab.formats.directory import replacing, write_json
-from trimtab.models import load as loading
+from trimtab.models.load import load_float
+from trimtab.models.sources import open_source
 from trimtab.pruning.pruning import Options, Pruned, prune
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def prune_checkpoint(
     out: str | os.PathLike[str],
     options: Options,
     *,
-    text: str = sources.PYDOC_TOPICS,
+    text: str = PYDOC_TOPICS,
     split: str = "train",
     tokens: int = 8192,
     block_tokens: int = 256,
@@ -54,14 +55,14 @@ def prune_checkpoint(
     target, about = check_empty(out), asked(path, options, text, split, tokens, block_tokens, dtype)
     if dtype not in _DTYPES:
         raise UserError(f"prune: dtype {dtype!r} is none of {', '.join(_DTYPES)}")
-    source = loading.open_source(path)
-    if source is None:
+    source = open_source(path)
+    if source.prepared:
         raise UserError(f"{path}: already quantized; prune the float model first, then quantize what is left")
     tokenizer, blocks = source.tokenizer(), None
     if options.reads_text:
-        rows = data.load_rows(text, split=split)
-        blocks = data.token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
-    model = loading.load_float(path, dtype=_DTYPES[dtype], source=source)
+        rows = load_rows(text, split=split)
+        blocks = token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
+    model = load_float(path, dtype=_DTYPES[dtype], source=source)
     pruned = prune(model, options, blocks)
     save(model, target, tokenizer, about | asdict(pruned))
     return pruned

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.formats import file_size as storage
-from trimtab.memory import training as memory
+from trimtab.formats.file_size import float_bytes
+from trimtab.memory import process
 from trimtab.pruning import depth
 from trimtab.pruning.importance import Importance, loss_without, score
 from trimtab.pruning.structures import Layout, Widths, cut, decoder_layers, layout
@@ -113,7 +113,7 @@ def prune(
     Raises:
         UserError: for a model of another structure, or where not so much can be removed.
     """
-    memory.reset_peak()
+    process.reset_peak()
     started, about = time.perf_counter(), layout(model)
     for i in options.keep:
         if not -about.layers <= i < about.layers:
@@ -141,7 +141,7 @@ def prune(
         kept_groups=tuple(groups),
         dropped_layers=tuple(gone),
         seconds=time.perf_counter() - started,
-        peak_bytes=memory.peak_bytes(),
+        peak_bytes=process.peak_bytes(),
     )
 
 
@@ -151,7 +151,7 @@ def _to_remove(model: "PreTrainedModel", about: Layout, options: Options) -> int
         counted = about.parameters - (0 if options.count_embeddings else about.embedding_parameters)
         return -int(-options.ratio * counted // 1)
     assert options.target_bytes is not None
-    stored = storage.float_bytes(model)
+    stored = float_bytes(model)
     itemsize = min(p.element_size() for p in decoder_layers(model).parameters())
     return max(-((options.target_bytes - stored) // itemsize), 0)
 

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from trimtab.evaluation.parity import Parity
 from trimtab.formats.export import Report
-from trimtab.memory.training import Plan
+from trimtab.memory import process
+from trimtab.memory.peak import Plan
 from trimtab.pruning import Pruned
 from trimtab.training.trainer import Step
 
@@ -47,12 +48,10 @@ class Terminal:
     def step(self, step: Step) -> None:
         """Advance the training bar."""
         speed = step.tokens / max(step.seconds, 1e-9)
-        fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(step.peak_bytes)}
+        fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(process.peak_bytes())}
         if not self.console.is_terminal:
             if step.step == step.steps or step.step % max(step.steps // 10, 1) == 0:
-                line = (
-                    f"step {step.step}/{step.steps}  loss {step.loss:.3f}  {speed:.0f} tok/s  {size(step.peak_bytes)}"
-                )
+                line = f"step {step.step}/{step.steps}  loss {step.loss:.3f}  {speed:.0f} tok/s  {fields['memory']}"
                 self.console.print(f"  {line}")
             return
         if self._progress is None:

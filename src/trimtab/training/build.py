@@ -1,28 +1,61 @@
 """The model that a run trains, and every trial of a search: on its grids, with adapters, rounding what engines round."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data import sequences as data
-from trimtab.models import load as loading
-from trimtab.models import peft_init as peft_start
-from trimtab.models import simulate as simulation
-from trimtab.pipeline.checks import Inputs
+from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.models import simulate as simulating
+from trimtab.models.gptq import Gptq
+from trimtab.models.load import load
+from trimtab.models.peft_init import start_from
+from trimtab.models.sources import ModelSource
 from trimtab.recipe.recipe import Recipe
 
 
-def load(recipe: Recipe, given: Inputs) -> PreTrainedModel:
+@dataclass(frozen=True)
+class RunContext:
+    """What a run reads before any weight: opened once, and handed from stage to stage."""
+
+    source: ModelSource
+    tokenizer: Any
+    rows: Any
+    """Training rows, or None."""
+    held_out: Tensor | None
+    """Held-out tokens (W, L), or None."""
+    start: Gptq | None
+    """GPTQ with its calibration set; None rounds to nearest."""
+
+
+def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
+    """GPTQ with its calibration set, from data of its own or from the training data; None for rounding to nearest."""
+    block = recipe.start
+    if block.name == "rtn":
+        return None
+    if block.path is not None:
+        rows = load_rows(block.path, split=block.split)
+    elif rows is None and recipe.data is not None:
+        rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
+    length = min(recipe.data.block_tokens if recipe.data is not None else 1024, block.tokens)
+    windows = token_blocks(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
+    return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
+
+
+def build(recipe: Recipe, given: RunContext) -> PreTrainedModel:
     """Load the model quantized, from the recipe's start, with fresh adapters or those of `model.adapter`."""
     torch.manual_seed(recipe.train.seed)
-    model, _ = loading.load(
+    model, _ = load(
         recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=given.source, start=given.start
     )
     if recipe.model.adapter is not None:
-        peft_start.start_from(model, recipe.model.adapter)
+        start_from(model, recipe.model.adapter)
     return model
 
 
-def simulate(recipe: Recipe, model: PreTrainedModel, given: Inputs) -> None:
+def simulate(recipe: Recipe, model: PreTrainedModel, given: RunContext) -> None:
     """Round activations and KV cache where asked; what a base from an earlier run rounds, it goes on rounding."""
     kind, kv = recipe.activations, recipe.kv
     if kind is None and kv is None:
@@ -30,6 +63,6 @@ def simulate(recipe: Recipe, model: PreTrainedModel, given: Inputs) -> None:
     tokens = None
     if kind is not None and kind.mode == "static":
         assert recipe.data is not None, "the recipe was checked to have data"
-        size, limit = recipe.data.block_tokens, simulation.CALIBRATION_TOKENS
-        tokens = data.token_blocks(given.rows, given.tokenizer, block_tokens=size, limit_tokens=limit)
-    simulation.simulate(model, activations=kind, kv=kv, calibration=tokens)
+        size, limit = recipe.data.block_tokens, simulating.CALIBRATION_TOKENS
+        tokens = token_blocks(given.rows, given.tokenizer, block_tokens=size, limit_tokens=limit)
+    simulating.simulate(model, activations=kind, kv=kv, calibration=tokens)

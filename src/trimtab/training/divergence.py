@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from trimtab.layers.linear import QuantLinear
-from trimtab.memory.training import LOGITS_CHUNK_TOKENS
+
+LOGITS_CHUNK_TOKENS = 128
+"""Tokens whose logits exist at once in training."""
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.models import load as loading
+from trimtab.models.sources import ModelSource, resolve
 from trimtab.recipe.recipe import Recipe
-from trimtab.training import teacher
 from trimtab.training.divergence import TopTargets, chunks, top_of
 from trimtab.training.loss import IGNORED
-from trimtab.training.teacher import LiveTeacher
+from trimtab.training.teacher import LiveTeacher, load_teacher
 
 _FLUSH_SECONDS = 20.0
 """Time between records of how far an unfinished cache is."""
@@ -72,7 +71,7 @@ class Key:
         assert recipe.data is not None
         words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
         return cls(
-            model=_hash_of_files(loading.resolve(recipe.model.path)),
+            model=_hash_of_files(resolve(recipe.model.path)),
             rows=_hash(*(json.dumps(row, sort_keys=True).encode() for row in rows)),
             tokenizer=_hash(words.encode(), str(tokenizer.chat_template).encode()),
             block_tokens=recipe.data.block_tokens,
@@ -276,7 +275,7 @@ def ask(
     rows: Any,
     packed: Callable[[Any, Any, Recipe, Any], tuple[Sequences, Collate]],
     *,
-    source: loading.ModelSource | None = None,
+    source: ModelSource | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Where a recipe wants a cached teacher, see that it is there; to be called before the student is loaded.
@@ -302,7 +301,7 @@ def ask(
     if cache.differs:
         say(f"{folder}: was made with another {', '.join(cache.differs)}; made anew")
     say(f"asking the float model about the training sequences, into {folder}")
-    model = teacher.load(recipe, source)
+    model = load_teacher(recipe, source)
     sequences, collate = packed(model, tokenizer, recipe, rows)
     cache.fill(LiveTeacher(model), sequences, collate, at_once=recipe.train.micro_batch)
 
@@ -313,7 +312,7 @@ def attach(trainer: Any, recipe: Recipe, tokenizer: Any, rows: Any) -> None:
     if recipe.distill is None:
         return
     if folder is None:
-        model: Any = teacher.load(recipe)
+        model: Any = load_teacher(recipe)
         trainer.teacher = LiveTeacher(model.to(trainer.args.device))
         return
     trainer.teacher = Cache(folder, Key.of(recipe, tokenizer, rows)).teacher(trainer.train_dataset)

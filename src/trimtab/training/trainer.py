@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
-from trimtab.data import sequences as data
+from trimtab.data.sequences import conversational, load_rows, text_of
 from trimtab.errors import UserError, nearest
-from trimtab.kernels import workspace
-from trimtab.memory import training as memory
-from trimtab.models import transformers_bridge as hf
+from trimtab.kernels import tuning, workspace
+from trimtab.models.transformers_bridge import attach
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
@@ -62,7 +61,6 @@ class Step:
     """Tokens trained on since the start of this process."""
     seconds: float
     """Time since the first step of this process began."""
-    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -250,8 +248,7 @@ class _Meter(TrainerCallback):
         self.losses.append(loss)
         if self.on_step is not None:
             tokens, seconds = self.trainer[0]._total_train_tokens, perf_counter() - self.began
-            peak = memory.peak_bytes()
-            self.on_step(Step(state.global_step, state.max_steps, loss, tokens, seconds, peak))
+            self.on_step(Step(state.global_step, state.max_steps, loss, tokens, seconds))
 
 
 def _config(recipe: Recipe, checkpoints: Path, packing: str) -> SFTConfig:
@@ -313,20 +310,20 @@ def fit(
     """
     assert recipe.data is not None, "the recipe was checked to have data"
     if rows is None:
-        rows = data.load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
+        rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
     last = last_checkpoint(recipe) if resume else None
     if last is not None and _step_of(last) == recipe.train.steps:
         load_trainable(model, last)  # the trainer would take one step more
         return Trained(recipe.train.steps, 0, 0.0, [])
     slot: list[_Trainer] = []
     meter = _Meter(on_step, slot)
-    hf.attach(model)
+    attach(model)
     model.config.use_cache = False
     trainer = _trainer(model, tokenizer, recipe, rows, [meter])
     trainer.lr_scale, trainer.lr_scale_bits = recipe.lr_scale, recipe.train.lr_scale_bits
     slot.append(trainer)
     teacher_cache.attach(trainer, recipe, tokenizer, rows)
-    memory.return_freed()
+    tuning.for_training()
     began = perf_counter()
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = perf_counter() - began
@@ -358,7 +355,7 @@ def packed(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any) ->
     return trainer.train_dataset, trainer.data_collator
 
 
-def check(recipe: Recipe, tokenizer: Any, rows: Any) -> None:
+def check_training(recipe: Recipe, tokenizer: Any, rows: Any) -> None:
     """Raise a `UserError` for what the trainer would only complain of later: a missing logger, rows it cannot render."""
     loggers = ["none", "all", *get_available_reporting_integrations()]
     if recipe.train.report_to not in loggers:
@@ -375,8 +372,8 @@ def check(recipe: Recipe, tokenizer: Any, rows: Any) -> None:
             )
         if recipe.train.offload_activations:
             raise UserError("train.offload_activations: moves from a GPU's memory, and there is no GPU here")
-    if rows is not None and data.conversational(rows):
-        for _ in data.text_of(rows, tokenizer):
+    if rows is not None and conversational(rows):
+        for _ in text_of(rows, tokenizer):
             pass
 
 

@@ -47,7 +47,7 @@ from trimtab.formats.dense.write import add_dense
 from trimtab.formats.directory import Shards, float_tensors, write_surroundings
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.activations import Activations, Inputs
 from trimtab.quant.grid import Grid, Range
 
@@ -200,7 +200,7 @@ class CompressedTensors(Format):
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Packed codes where a form took the layer, float matrices elsewhere."""
-        ours = hf.quant_layers(writing.model)
+        ours = quant_layers(writing.model)
         shards = Shards(folder, writing.max_shard_bytes)
         for name, tensor in float_tensors(writing.model, ours, writing.dtype):
             shards.add(name, tensor)

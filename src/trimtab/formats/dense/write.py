@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
 from trimtab.formats.directory import Shards, float_tensors, write_surroundings
 from trimtab.layers.adapters import DeltaOutput
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.transformers_bridge import quant_layers
 
 _ENGINES = tuple(Engine(name=name, bits=(), zeros=()) for name in ("transformers", "vllm"))
 
@@ -55,7 +55,7 @@ class Dense(Format):
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Every matrix dequantized, in order of the model."""
-        ours = hf.quant_layers(writing.model)
+        ours = quant_layers(writing.model)
         shards = Shards(folder, writing.max_shard_bytes)
         for name, tensor in float_tensors(writing.model, ours, writing.dtype):
             shards.add(name, tensor)

@@ -9,7 +9,7 @@ from pathlib import Path
 from trimtab.errors import UserError
 from trimtab.formats.declaration import ALL_KINDS, DENSE, Engine, Form, Format, Writing
 from trimtab.formats.gguf.blocks import BLOCK, TYPES, block_type
-from trimtab.models import load as loading
+from trimtab.models.sources import resolve
 from trimtab.quant.grid import Grid, Zero
 from trimtab.recipe import recipe
 
@@ -80,7 +80,7 @@ def came_from(folder: Path) -> Path | None:
             return file
         local = Path(path).expanduser()
         if not local.exists():  # a package's name, or a hub id, which is never a GGUF file
-            found = loading.resolve(path) if "/" not in path else None
+            found = resolve(path) if "/" not in path else None
             return found if found is not None and found.suffix == ".gguf" else None
         folder = local
     return None

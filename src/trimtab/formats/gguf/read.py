@@ -28,7 +28,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from trimtab.errors import UserError
 from trimtab.layers.weights import AffineWeight
-from trimtab.models.prepare import finite
+from trimtab.models.sources import ModelSource, require_finite
 from trimtab.quant import packing
 from trimtab.quant.grid import Grid, Range
 
@@ -80,7 +80,7 @@ def _read_once(path: Path, reader: gguf.GGUFReader) -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = made, named  # type: ignore[misc]
 
 
-class GgufSource:
+class GgufSource(ModelSource):
     """Tensors, config and tokenizer of one GGUF file.
 
     Args:
@@ -154,9 +154,9 @@ class GgufSource:
             raise UserError(f"{self.path}: holds no tensor for {name}; the file is incomplete or of another model")
         if tensor.tensor_type in _GRIDS and len(tensor.shape) == 2:
             weight = from_blocks(tensor.data, tensor.tensor_type, int(tensor.shape[1]))
-            finite(weight.scale, name)
+            require_finite(weight.scale, name)
             if weight.offset is not None:
-                finite(weight.offset, name)
+                require_finite(weight.offset, name)
             order = self._row_order(tensor.name, weight.shape[0])
             return weight if order is None else _reordered(weight, order)
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)

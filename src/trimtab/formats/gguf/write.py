@@ -27,14 +27,13 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.formats.gguf import families as gguf_families
-from trimtab.formats.gguf import vocabulary as gguf_vocab
+from trimtab.formats.gguf import families
+from trimtab.formats.gguf import vocabulary as vocabularies
 from trimtab.formats.gguf.blocks import block_type, require_exact, to_blocks
 from trimtab.formats.gguf.read import GgufSource
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
-from trimtab.models import load as loading
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.transformers_bridge import compute_dtype, quant_layers
 from trimtab.quant.grid import Range
 
 _Kind: Any = gguf.GGMLQuantizationType
@@ -85,13 +84,13 @@ def save(
         UserError: naming the layer that no type holds exactly, or what llama.cpp would read otherwise.
     """
     config = model.config.get_text_config()
-    family = gguf_families.family(config)
+    family = families.family(config)
     parameters = list(_parameters(model, dense))
     entries = list(_entries(parameters, config, family))
-    fields = gguf_families.metadata(config, model.get_input_embeddings().num_embeddings)
+    fields = families.metadata(config, model.get_input_embeddings().num_embeddings)
     if source is None:
         writer = gguf.GGUFWriter(path, family.architecture)
-        vocabulary = gguf_vocab.vocabulary(tokenizer, fields[f"{family.architecture}.vocab_size"], config)
+        vocabulary = vocabularies.vocabulary(tokenizer, fields[f"{family.architecture}.vocab_size"], config)
         general = {"type": "model", "name": name, "file_type": _file_type(entries), "quantization_version": 2}
         fields = {f"general.{key}": value for key, value in general.items()} | fields | vocabulary.fields()
         for key, value in fields.items():
@@ -127,7 +126,7 @@ def _write(writer: gguf.GGUFWriter, entries: list[_Entry]) -> None:
 
 def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight | Tensor]]:
     """Every tensor that transformers' own model would have, by its name there; a tied head is not repeated."""
-    ours, seen, dtype = hf.quant_layers(model), set(), hf.compute_dtype(model)
+    ours, seen, dtype = quant_layers(model), set(), compute_dtype(model)
     for name, module in model.named_modules():
         layer = ours.get(name)
         if isinstance(layer, QuantLinear) and layer.adapter is not None:
@@ -144,18 +143,18 @@ def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weigh
 
 
 def _entries(
-    parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, family: gguf_families.Family
+    parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, family: families.Family
 ) -> Iterator[_Entry]:
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    factors = gguf_families.rope_factors(config)
+    factors = families.rope_factors(config)
     if factors is not None:
         yield _float_entry("rope_freqs.weight", factors)
     for hf_name, value in parameters:
         name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"{hf_name}: llama.cpp's {family.architecture} has no tensor for it")
-        order = gguf_families.row_order(config, hf_name, value.shape[0])
+        order = families.row_order(config, hf_name, value.shape[0])
         if isinstance(value, Tensor):
             shift = family.norm_shift if hf_name.endswith("norm.weight") else 0.0
             value = value if value.dim() > 1 else value.float() + shift
@@ -198,8 +197,8 @@ def _from_source(
     path: Path, parameters: Sequence[tuple[str, Weight | Tensor]], ours: list[_Entry]
 ) -> tuple[gguf.GGUFReader, list[_Entry], bool]:
     """The file's tensors in its order, untouched ones as they are; and whether any type is another than there."""
-    source, layout = loading.skeleton(str(path))
-    assert isinstance(source, GgufSource)
+    source = GgufSource(path)
+    layout = source.layout()
     source.bind(layout)
     tensors = {t.name: t for t in source.reader.tensors}
     by_name = {e.name: e for e in ours}

@@ -37,7 +37,7 @@ from trimtab.formats.declaration import ALL_KINDS, DENSE, Engine, Form, Format, 
 from trimtab.formats.dense.write import add_dense
 from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
 from trimtab.layers.weights import AffineWeight
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid, Range, Zero
 from trimtab.quant.words import words
 
@@ -133,7 +133,7 @@ class Mlx(Format):
     def write(self, folder: Path, writing: Writing) -> None:
         """Packed codes where a form took the layer, float matrices elsewhere."""
         keys = config_keys(writing.model.config)
-        ours = hf.quant_layers(writing.model)
+        ours = quant_layers(writing.model)
         shards = Shards(folder, writing.max_shard_bytes)
         for name, tensor in float_tensors(writing.model, ours, writing.dtype):
             shards.add(name, tensor)

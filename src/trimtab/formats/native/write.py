@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
 from trimtab.formats.directory import write_manifest
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.transformers_bridge import compute_dtype
 
 
 class Native(Format):
@@ -81,7 +81,7 @@ def save(
 
 
 def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, recipe: str | None, largest: int) -> None:
-    dtype = hf.compute_dtype(model)
+    dtype = compute_dtype(model)
     model.save_pretrained(folder, max_shard_size=largest)
     _set_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
     if tokenizer is not None:

@@ -27,7 +27,7 @@ from trimtab.formats.dense.write import add_matrix
 from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
 from trimtab.layers.adapters import DeltaOffset, DeltaOutput
 from trimtab.layers.linear import QuantLinear
-from trimtab.models import transformers_bridge as hf
+from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid
 
 _PREFIX = "base_model.model."
@@ -63,7 +63,7 @@ class PeftLora(Format):
 
     def write(self, folder: Path, writing: Writing) -> None:
         """The base, then the adapters."""
-        ours = hf.quant_layers(writing.model)
+        ours = quant_layers(writing.model)
         base = folder / "base"
         base.mkdir()
         shards = Shards(base, writing.max_shard_bytes)

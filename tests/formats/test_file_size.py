@@ -6,43 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
 )
 
+from skeletons import CONFIGS, skeleton
 from trimtab.errors import UserError
 from trimtab.formats import file_size as storage
 from trimtab.formats.file_size import layer_bytes, parse_bytes, stored
-from trimtab.formats.native import write as native
+from trimtab.formats.native.write import save
 from trimtab.methods import Lora, LrQat, Peqa, QaBlora, QaHira, Qat, QBara, Qlora, Rtn
-from trimtab.models import simulate as simulation
-from trimtab.models import transformers_bridge as hf
 from trimtab.models.prepare import fold, prepare, targets
+from trimtab.models.simulate import rounding, simulate
+from trimtab.models.transformers_bridge import cast_floats
 from trimtab.quant.activations import Activations
 from trimtab.recipe.rules import parse_rules
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 70,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-CONFIGS: list[PreTrainedConfig] = [
-    LlamaConfig(**SIZES, tie_word_embeddings=False),
-    LlamaConfig(**SIZES, tie_word_embeddings=True),
-    Qwen2Config(**SIZES, tie_word_embeddings=True),
-    Gemma3TextConfig(**SIZES, head_dim=16, layer_types=["sliding_attention", "full_attention"], bos_token_id=1),
-]
 AFFINE = st.fixed_dictionaries(
     {
         "bits": st.integers(1, 8),
@@ -85,11 +66,6 @@ def configurations(draw: st.DrawFn) -> tuple[Any, ...]:
     return draw(st.sampled_from(CONFIGS)), method, rules, dtype, merge, rounded
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(given=configurations())
 def test_predicted_bytes_are_those_on_disk(given: Any, tmp_path: Path) -> None:
@@ -97,10 +73,10 @@ def test_predicted_bytes_are_those_on_disk(given: Any, tmp_path: Path) -> None:
     found = stored(skeleton(config), method, parse_rules(rules), dtype=dtype, merge=merge, activations=rounded)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     prepare(model, method, rules)
-    if rounded is not None and simulation.rounding(model):
-        simulation.simulate(model, activations=rounded, calibration=torch.arange(32).view(2, 16))
+    if rounded is not None and rounding(model):
+        simulate(model, activations=rounded, calibration=torch.arange(32).view(2, 16))
     fold(model, merge=merge)
-    native.save(model, tmp_path / "out")
+    save(model, tmp_path / "out")
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) == found.file_bytes
     assert sum(p.nbytes for p in model.parameters()) == found.tensor_bytes
@@ -109,7 +85,7 @@ def test_predicted_bytes_are_those_on_disk(given: Any, tmp_path: Path) -> None:
     assert found.file_bytes <= found.bound <= found.file_bytes + (2 * 11 + 1) * tensors + 8
     # It adds up: each layer's part is known without the others.
     laid_out = skeleton(config)
-    hf.cast_floats(laid_out, dtype)
+    cast_floats(laid_out, dtype)
     for target in targets(laid_out, method, parse_rules(rules)):
         part = layer_bytes(target, method, dtype=dtype, merge=merge, activations=rounded)
         assert part == found.parts.get(target.name, 0)
@@ -141,7 +117,7 @@ def test_files_that_are_split_stay_within_the_bound(
     rules = [{"match": "*", "grid": {"bits": 3, "group": 32}}]
     found = stored(skeleton(CONFIGS[0]), Rtn(), parse_rules(rules), dtype=torch.bfloat16)
     model = prepare(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[0]), dtype=torch.bfloat16), Rtn(), rules)
-    native.save(model, tmp_path / "out", max_shard_size=largest)
+    save(model, tmp_path / "out", max_shard_size=largest)
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1
     assert found.file_bytes < sum(f.stat().st_size for f in files) <= found.bound

@@ -24,7 +24,7 @@ from trimtab.errors import UserError
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight
 from trimtab.methods import Lora, LrQat, Method, QaHira, Qat, QBara, Rtn
-from trimtab.models import load as loading
+from trimtab.models.load import load, load_float
 from trimtab.models.prepare import prepare
 from trimtab.models.transformers_bridge import quant_layers
 
@@ -93,7 +93,7 @@ EVERY = [*CONFIGS, "sharded"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EVERY)
 def test_the_float_model_is_that_of_transformers(name: str, dtype: torch.dtype, paths: dict[str, Path]) -> None:
-    ours, expected = loading.load_float(str(paths[name]), dtype=dtype), theirs(paths[name], dtype)
+    ours, expected = load_float(str(paths[name]), dtype=dtype), theirs(paths[name], dtype)
     assert torch.equal(logits(ours), logits(expected))
     state = ours.state_dict()
     assert state.keys() == expected.state_dict().keys()
@@ -106,9 +106,7 @@ def test_the_float_model_is_that_of_transformers(name: str, dtype: torch.dtype, 
 
 
 def test_a_sharded_model_is_the_same_model(paths: dict[str, Path]) -> None:
-    assert torch.equal(
-        logits(loading.load_float(str(paths["sharded"]))), logits(loading.load_float(str(paths["llama"])))
-    )
+    assert torch.equal(logits(load_float(str(paths["sharded"]))), logits(load_float(str(paths["llama"]))))
 
 
 # ---- the prepared model --------------------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ def test_loading_is_preparing_in_memory(name: str, dtype: torch.dtype, paths: di
     """Every tensor, whether code, scale or bias, is the same; A is random, so it gets the same seed."""
     method, rules, path = LOADS[name]
     torch.manual_seed(1)
-    ours, _ = loading.load(str(paths[path]), method, rules, dtype=dtype)
+    ours, _ = load(str(paths[path]), method, rules, dtype=dtype)
     torch.manual_seed(1)
     # Codes come from the numbers in the file; what stays float is cast afterwards.
     expected = prepare(theirs(paths[path], torch.bfloat16), method, rules)
@@ -156,7 +154,7 @@ def test_untouched_layers_are_those_of_transformers(name: str, paths: dict[str, 
     """Only one layer has a grid: with its weight put back, the logits are those of the float model, bit for bit."""
     only = "model.layers.1.mlp.up_proj"
     rules = [{"match": only, "grid": {"bits": 4, "group": 32}}, {"match": "*", "grid": None}]
-    model, _ = loading.load(str(paths[name]), Rtn(), rules, dtype=torch.float32)
+    model, _ = load(str(paths[name]), Rtn(), rules, dtype=torch.float32)
     expected = theirs(paths[name], torch.float32)
     assert list(quant_layers(model)) == [only]
     seen: list[tuple[Tensor, Tensor]] = []
@@ -175,7 +173,7 @@ def test_untouched_layers_are_those_of_transformers(name: str, paths: dict[str, 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma3"])
 def test_an_8_bit_embedding_serves_both_ends(name: str, dtype: torch.dtype, paths: dict[str, Path]) -> None:
     """Rows and tied head are those of the dequantized matrix; Gemma multiplies rows by sqrt(K) but not the head."""
-    model, _ = loading.load(str(paths[name]), Rtn(), [EMBEDDING], dtype=dtype)
+    model, _ = load(str(paths[name]), Rtn(), [EMBEDDING], dtype=dtype)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, QuantEmbedding)
     assert isinstance(head, QuantLinear)
@@ -193,24 +191,24 @@ def test_an_8_bit_embedding_serves_both_ends(name: str, dtype: torch.dtype, path
 
 
 def test_the_tokenizer_comes_along(paths: dict[str, Path]) -> None:
-    _, kept = loading.load(str(paths["llama"]), Rtn())
+    _, kept = load(str(paths["llama"]), Rtn())
     assert kept.eos_token_id == 256
     assert kept.get_vocab() == tiny.tokenizer().get_vocab()
 
 
 def test_a_loaded_model_is_saved_and_loaded_again(paths: dict[str, Path], tmp_path: Path) -> None:
-    model, kept = loading.load(str(paths["llama, tied"]), Rtn(), [EMBEDDING, FOUR])
+    model, kept = load(str(paths["llama, tied"]), Rtn(), [EMBEDDING, FOUR])
     tt.save(model, tmp_path / "saved", kept)
-    again, tokens = loading.load(str(tmp_path / "saved"))
+    again, tokens = load(str(tmp_path / "saved"))
     assert torch.equal(logits(again), logits(model))
     assert tokens.get_vocab() == kept.get_vocab()
     with pytest.raises(UserError, match="saved by trimtab"):
-        loading.load_float(str(tmp_path / "saved"))
+        load_float(str(tmp_path / "saved"))
 
 
 def test_a_layer_kept_in_float_is_a_dense_weight(paths: dict[str, Path]) -> None:
     rules = [{"match": "*.1.*_proj", "grid": "float"}, {"match": "*", "grid": None}]
-    model, _ = loading.load(str(paths["llama"]), Lora(rank=2), rules, dtype=torch.bfloat16)
+    model, _ = load(str(paths["llama"]), Lora(rank=2), rules, dtype=torch.bfloat16)
     assert [type(layer.base) for layer in quant_layers(model).values()] == [DenseWeight] * 7
     assert torch.equal(logits(model), logits(theirs(paths["llama"], torch.bfloat16)))
 
@@ -220,7 +218,7 @@ def test_a_layer_kept_in_float_is_a_dense_weight(paths: dict[str, Path]) -> None
 
 @pytest.mark.parametrize(("stored", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_a_dense_base_has_the_compute_dtype(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
-    model, _ = loading.load(str(write(tmp_path / "model", dtype=stored)), Lora(rank=2), dtype=dtype)
+    model, _ = load(str(write(tmp_path / "model", dtype=stored)), Lora(rank=2), dtype=dtype)
     assert {layer.base.weight.dtype for layer in quant_layers(model).values()} == {dtype}
 
 
@@ -229,7 +227,7 @@ def test_a_dense_base_has_the_compute_dtype(stored: torch.dtype, dtype: torch.dt
 def test_a_loaded_model_does_not_depend_on_its_file(method: Method, tmp_path: Path) -> None:
     """Else writing over the file would change the model in memory, and truncating it would end the process."""
     path = write(tmp_path / "model", dtype=torch.float32)
-    model, _ = loading.load(str(path), method, dtype=torch.float32)
+    model, _ = load(str(path), method, dtype=torch.float32)
     assert any(p.requires_grad for p in model.parameters())
     assert str(path) not in Path("/proc/self/maps").read_text()
 
@@ -237,15 +235,15 @@ def test_a_loaded_model_does_not_depend_on_its_file(method: Method, tmp_path: Pa
 def test_the_generation_config_is_kept(paths: dict[str, Path], tmp_path: Path) -> None:
     path = shutil.copytree(paths["llama"], tmp_path / "model")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "do_sample": True, "top_k": 3}))
-    for model in (loading.load(str(path), Rtn())[0], loading.load_float(str(path))):
+    for model in (load(str(path), Rtn())[0], load_float(str(path))):
         assert model.generation_config.eos_token_id == [7, 9]
         assert model.generation_config.top_k == 3
 
 
 def test_rules_on_a_saved_model_are_not_ignored(paths: dict[str, Path], tmp_path: Path) -> None:
-    model, kept = loading.load(str(paths["llama"]), Rtn(), [FOUR])
+    model, kept = load(str(paths["llama"]), Rtn(), [FOUR])
     tt.save(model, tmp_path / "saved", kept)
-    again, _ = loading.load(str(tmp_path / "saved"), rule_list=[{"match": "*", "grid": {"bits": 2, "group": 32}}])
+    again, _ = load(str(tmp_path / "saved"), rule_list=[{"match": "*", "grid": {"bits": 2, "group": 32}}])
     base = quant_layers(again)["model.layers.0.self_attn.q_proj"].base
     assert isinstance(base, AffineWeight)
     assert base.grid.bits == 2
@@ -271,7 +269,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor | None]) -> None:
 
 def both_refuse(path: Path | str, match: str, rules: list[dict[str, Any]] | None = None) -> None:
     """Loading refuses, with and without quantizing."""
-    for attempt in (lambda: loading.load(str(path), Rtn(), rules), lambda: loading.load_float(str(path))):
+    for attempt in (lambda: load(str(path), Rtn(), rules), lambda: load_float(str(path))):
         with pytest.raises(UserError, match=match):
             attempt()
 
@@ -337,7 +335,7 @@ def test_a_model_quantized_by_others_is_refused(broken: Path) -> None:
 
 def test_a_group_that_does_not_fit_is_named(paths: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj: group 48 does not divide the 64"):
-        loading.load(str(paths["llama"]), Rtn(), [{"match": "*", "grid": {"bits": 4, "group": 48}}])
+        load(str(paths["llama"]), Rtn(), [{"match": "*", "grid": {"bits": 4, "group": 48}}])
 
 
 def test_a_name_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bytes: measured while a run lasts, and predicted before anything is loaded.
+"""The peak of training, predicted from a model that is laid out on the meta device: bytes, by what they are for.
 
 The plan is computed, not estimated, as far as it can be: the model is laid out on the meta device and prepared there, so
 the bytes of codes, scales, adapters, gradients and optimizer state are those of the very tensors that will exist; one
@@ -12,22 +12,16 @@ Where an optimizer step is one micro-batch, its gradients come as its activation
 the peak is a maximum over the loss and the layers of backward, and `Plan.apart` is what it lies below the sum. With more
 micro-batches the gradients of the first are there when the second has all its activations, and the sum is the peak. Loading
 stays below either: beside what is loaded already it holds one float weight, as the shared buffers do in training (but for
-GPTQ, see `planning`).
+GPTQ, see `plan`).
 
 The shared buffers (`kernels.workspace`) are as large as the largest weight that passes through them: W wherever it is
 made from packed codes, and dL/dW wherever levels are trained. `benchmarks/memory.py` holds the sum to what is measured.
 A heap that keeps freed memory (glibc does, up to 32 MB a tensor) needs more than what lives; no plan counts that.
-
-"Resident" is anonymous resident memory: file-mapped pages, which the kernel can drop, are reported beside it.
 """
 
-import ctypes
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,78 +29,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from trimtab.kernels import products
+from trimtab.kernels import tuning
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight
 from trimtab.methods.base import Method
-from trimtab.models import simulate as simulation
-from trimtab.models import transformers_bridge as hf
-from trimtab.models.prepare import place, targets
+from trimtab.models.prepare import prepare_meta
+from trimtab.models.simulate import lay_out
+from trimtab.models.transformers_bridge import cast_floats, quant_layers
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.recipe.rules import Rule
+from trimtab.training.divergence import LOGITS_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
-LOGITS_CHUNK_TOKENS = 128
-"""Tokens whose logits exist at once in training (see `loss`)."""
-
-
-def reset_peak() -> None:
-    """Start a new peak where the system can (Linux); elsewhere the peak is that of the whole process."""
-    if _CLEAR.exists():
-        _CLEAR.write_text("5")
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process since `reset_peak`, in bytes."""
-    if _STATUS.exists():
-        return _status("VmHWM")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def resident_bytes() -> int:
-    """Anonymous resident memory of this process now, in bytes (all of it where the system does not tell)."""
-    return _status("RssAnon") if _STATUS.exists() else peak_bytes()
-
-
-def trim() -> None:
-    """Hand freed heap pages back to the system.
-
-    glibc keeps them between small tensors that live on: loading a 65 MB model in 4 bits left up to 250 MB resident.
-    """
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if give_back is not None:
-        give_back(0)
-
-
-def return_freed() -> None:
-    """Have blocks of 4 MiB and more go back to the system as soon as they are freed, from now on in this process.
-
-    glibc raises the size from which it maps blocks (up to 32 MiB) whenever one is freed, and keeps what is below.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is not None:
-        set_option(-3, 4 << 20)  # M_MMAP_THRESHOLD; set once, it no longer moves
-
-
-def available_bytes() -> int | None:
-    """Memory that this system could still give, in bytes; None where it does not tell (it does on Linux)."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
-
-
-def _status(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 @dataclass(frozen=True)
@@ -146,7 +81,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Teaching:
-    """Bytes that distillation adds to a plan (see `teacher.needs`)."""
+    """Bytes that distillation adds to a plan (see `plan.teaching`)."""
 
     resident: int = 0
     """The teacher itself."""
@@ -156,7 +91,7 @@ class Teaching:
     """See `Plan`."""
 
 
-def plan(
+def peak_of_training(
     model: "PreTrainedModel",
     method: Method,
     rules: list[Rule] | None,
@@ -174,7 +109,7 @@ def plan(
     """Predict the peak of training.
 
     Args:
-        model: laid out on the meta device (`loading.skeleton`); it is prepared in place.
+        model: laid out on the meta device (`ModelSource.layout`); it is prepared in place.
         method: what trains it.
         rules: see `rules.resolve`.
         micro_batch: sequences in one forward pass.
@@ -187,11 +122,11 @@ def plan(
         activations: how inputs are rounded, or None.
         kv: how keys and values are rounded, or None.
     """
-    hf.cast_floats(model, dtype)
+    cast_floats(model, dtype)
     prepare_meta(model, method, rules)
     if activations is not None or kv is not None:
-        simulation.lay_out(model, activations, kv)
-    stored = {id(p): p for layer in hf.quant_layers(model).values() for p in layer.parameters()}
+        lay_out(model, activations, kv)
+    stored = {id(p): p for layer in quant_layers(model).values() for p in layer.parameters()}
     adapters = [p for p in model.parameters() if p.requires_grad]
     trained = {id(p) for p in adapters}
     config, tokens = model.config.get_text_config(), micro_batch * block_tokens
@@ -238,7 +173,7 @@ def _apart(model: "PreTrainedModel", kept: int, block: int, at_loss: int, in_lay
 
 
 def _linears(model: "PreTrainedModel") -> list[QuantLinear]:
-    return [layer for layer in hf.quant_layers(model).values() if isinstance(layer, QuantLinear)]
+    return [layer for layer in quant_layers(model).values() if isinstance(layer, QuantLinear)]
 
 
 def _fresh(layer: QuantLinear) -> bool:
@@ -257,7 +192,7 @@ def _buffers(model: "PreTrainedModel", dtype: torch.dtype) -> int:
             weight = max(weight, size)
         if layer.weight_parameters() and not layer.uses_output(dtype):
             gradient = max(gradient, size)
-    return weight + gradient + products.workspace_bytes(dtype)
+    return weight + gradient + tuning.workspace_bytes(dtype)
 
 
 def _at_loss(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
@@ -290,15 +225,6 @@ def _in_layer(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
 
 def _bytes(parameters: Any) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def prepare_meta(model: "PreTrainedModel", method: Method, rules: list[Rule] | None) -> None:
-    """Prepare a meta-device model."""
-    for target in targets(model, method, rules):
-        old: Any = model.get_submodule(target.name)
-        place(model, target, old.base if hasattr(old, "base") else old.weight.detach(), method)
-    hf.untie(model)
-    hf.freeze(model)
 
 
 def kept_for_backward(model: "PreTrainedModel", micro_batch: int, block_tokens: int) -> int:
@@ -340,7 +266,7 @@ def _without_data(decoder: nn.Module) -> Iterator[dict[str, Tensor]]:
             for name, p in decoder.named_parameters()
         }
     with ExitStack() as hooks:
-        for layer in hf.quant_layers(decoder).values():
+        for layer in quant_layers(decoder).values():
             hooks.callback(layer.register_forward_pre_hook(enter).remove)
             hooks.callback(layer.register_forward_hook(leave, always_call=True).remove)
         yield parameters

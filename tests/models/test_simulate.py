@@ -18,11 +18,11 @@ import tiny
 import trimtab as tt
 from trimtab.errors import UserError
 from trimtab.layers.linear import QuantLinear
-from trimtab.memory import training as memory
+from trimtab.memory.peak import _in_layer, kept_for_backward, peak_of_training
 from trimtab.methods import Lora, LrQat, Method, QaHira, Qat, Rtn
-from trimtab.models import kv_cache as attention
+from trimtab.models.kv_cache import current, install
 from trimtab.models.transformers_bridge import TrimtabConfig, TrimtabQuantizer, quant_layers
-from trimtab.pipeline import run as pipeline
+from trimtab.pipeline.run import run
 from trimtab.recipe import recipe
 from trimtab.recipe.rules import parse_rules
 
@@ -61,7 +61,7 @@ def linears(model: PreTrainedModel) -> dict[str, QuantLinear]:
 def test_attention_on_rounded_keys_and_values_is_that_of_the_equations(bits: Any, symmetric: bool) -> None:
     """softmax(q k_hat^T / sqrt(d)) v_hat and its gradients, written out in float64; two queries share a head of keys."""
     model, kv = prepared("w4a8"), tt.KvCache(bits, symmetric)
-    attention.install(model, kv)
+    install(model, kv)
     module = model.model.layers[0].self_attn
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 6, 16, requires_grad=True) for heads in (2, 1, 1))
@@ -101,7 +101,7 @@ def test_packed_documents_do_not_attend_to_each_other(inner: str) -> None:
         together = model(packed, position_ids=positions, use_cache=False).logits[0]
         apart = [model(ids[None], use_cache=False).logits[0] for ids in (first, second)]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-4)
-    assert attention.current(model) == tt.KvCache(8)
+    assert current(model) == tt.KvCache(8)
 
 
 def test_both_kinds_of_attention_are_one_simulation() -> None:
@@ -200,7 +200,7 @@ def test_copies_keep_the_simulation() -> None:
     model = prepared("w4a4kv4")
     other = copy.deepcopy(model)
     assert torch.equal(logits(other), logits(model))
-    assert attention.current(other) == tt.KvCache(4)
+    assert current(other) == tt.KvCache(4)
 
 
 def test_what_is_trained_moves() -> None:
@@ -321,7 +321,7 @@ def test_yesterdays_simulation_is_todays(saved: dict[str, Any]) -> None:
     model, _ = tt.load(str(saved["root"] / "lr-qat-w4a8kv4-folded"), Lora(rank=2), dtype=torch.float32)
     assert torch.equal(logits(model), saved["lr-qat-w4a8kv4-folded"])
     tt.simulate(model, activations=tt.Activations(4))
-    assert attention.current(model) == tt.KvCache(4, True)
+    assert current(model) == tt.KvCache(4, True)
     assert not torch.equal(logits(model), saved["lr-qat-w4a8kv4-folded"])
 
 
@@ -343,17 +343,17 @@ def test_planned_bytes_are_those_of_the_model(method: Method, setting: str) -> N
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(llama(tied=False).config)
     options: dict[str, Any] = {"micro_batch": 2, "block_tokens": 128, "dtype": torch.bfloat16, "checkpointing": False}
-    plan = memory.plan(empty, method, parse_rules(REAL), **options, activations=activations, kv=kv)
-    assert plan.activations == memory.kept_for_backward(real, 2, 128)
+    plan = peak_of_training(empty, method, parse_rules(REAL), **options, activations=activations, kv=kv)
+    assert plan.activations == kept_for_backward(real, 2, 128)
     assert plan.codes + plan.float_parameters + plan.adapters == sum(p.nbytes for p in real.parameters())
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(llama(tied=False).config)
-    plain = memory.plan(empty, method, parse_rules(REAL), **options)
+    plain = peak_of_training(empty, method, parse_rules(REAL), **options)
     kept = 2 * (2 * 128) * (2 * 16)  # one bool for each number of keys and values, in two layers
-    with_rounding = memory._in_layer(real, 256, torch.bfloat16)
+    with_rounding = _in_layer(real, 256, torch.bfloat16)
     for layer in linears(real).values():
         layer.inputs = None
-    assert with_rounding == memory._in_layer(real, 256, torch.bfloat16) + 256 * 64 * (4 + 2)
+    assert with_rounding == _in_layer(real, 256, torch.bfloat16) + 256 * 64 * (4 + 2)
     assert plan.activations >= plain.activations + kept
     if method.name == "lr-qat":  # it keeps its inputs anyway
         assert plan.activations == plain.activations + kept
@@ -370,13 +370,13 @@ def test_a_run(tmp_path: Path) -> None:
         kv={"bits": 8},
         evaluate={"parity_tokens": 64, "baselines": ["rounded"]},
     )
-    metrics = pipeline.run(recipe.from_dict(values))
+    metrics = run(recipe.from_dict(values))
     assert metrics["max_logit_difference"] == 0
     assert metrics["perplexity"]["tuned"] < metrics["perplexity"]["rounded"]
     again = recipe.read(tmp_path / "out" / "recipe.yaml")
     assert (again.activations, again.kv) == (tt.Activations(8, mode="static"), tt.KvCache(8))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert attention.current(model) == tt.KvCache(8)
+    assert current(model) == tt.KvCache(8)
 
 
 @pytest.mark.parametrize(

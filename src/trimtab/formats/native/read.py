@@ -1,0 +1,55 @@
+"""A directory that trimtab saved, as a source like any other: its layers are laid out from their specs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.models.sources import ModelSource, SafetensorsSource, layout, read_config, read_tokenizer
+from trimtab.models.transformers_bridge import TrimtabConfig, TrimtabQuantizer
+
+
+class NativeSource(ModelSource):
+    """One of our own directories.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        UserError: if its safetensors are missing, truncated or incomplete.
+    """
+
+    prepared = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stored = SafetensorsSource(path)
+
+    def config(self) -> Any:
+        """The model's config, which says of every layer how it is stored."""
+        return read_config(self.path)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer saved with the model, or None."""
+        return read_tokenizer(self.path) if (self.path / "tokenizer_config.json").exists() else None
+
+    def layout(self, **options: Any) -> PreTrainedModel:
+        """The model with our layers, laid out on the meta device."""
+        config = self.config()
+        quantized = config.quantization_config
+        del config.quantization_config
+        model = layout(str(self.path), config, **options)
+        quantizer = TrimtabQuantizer(TrimtabConfig(**{k: v for k, v in quantized.items() if k != "quant_method"}))
+        quantizer._process_model_before_weight_loading(model, dtype=getattr(torch, quantized["compute_dtype"]))
+        return model
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Raise a `UserError` for the first tensor of this model that no file holds."""
+        for name in sorted(model.state_dict().keys() - getattr(model, "all_tied_weights_keys", {}).keys()):
+            self._stored.require(name)
+
+    def read(self, name: str) -> Tensor:
+        """The stored tensor of this name."""
+        return self._stored.read(name)

@@ -1,0 +1,48 @@
+"""Memory of this process, measured while a run lasts. Imports nothing of trimtab, and nothing that a system may lack.
+
+"Resident" is anonymous resident memory where the system tells it apart (Linux): file-mapped pages, which the kernel can
+drop, are not counted. A peak that can be started anew is Linux's; elsewhere the peak is that of the whole process.
+"""
+
+import sys
+from pathlib import Path
+
+import psutil
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def reset_peak() -> None:
+    """Start a new peak where the system can (Linux); elsewhere the peak is that of the whole process."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process since `reset_peak`, in bytes."""
+    if _STATUS.exists():
+        return _status("VmHWM")
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """Anonymous resident memory of this process now, in bytes (all of it where the system does not tell)."""
+    return _status("RssAnon") if _STATUS.exists() else int(psutil.Process().memory_info().rss)
+
+
+def available_bytes() -> int:
+    """Memory that this system could still give to a process, in bytes."""
+    return int(psutil.virtual_memory().available)
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,36 @@
+"""Which libraries stand behind which extra, and one line for whoever lacks one: said before any work is done.
+
+    pip install trimtab              quantize, load, save, fold, plan, verify
+    pip install 'trimtab[train]'     and train;  [all] for everything
+"""
+
+from importlib.util import find_spec
+
+from trimtab.errors import UserError
+
+LIBRARIES = {
+    "train": ("trl", "accelerate", "datasets"),
+    "gguf": ("gguf",),
+    "eval": ("lm_eval", "accelerate", "datasets"),
+    "serve": ("compressed_tensors", "peft"),
+    "search": ("optuna", "matplotlib"),
+}
+"""Modules by the extra of pyproject.toml that installs them."""
+
+
+def missing(extra: str) -> list[str]:
+    """The libraries of an extra that are not installed."""
+    return [name for name in LIBRARIES[extra] if find_spec(name) is None]
+
+
+def require(what: str, *extras: str) -> None:
+    """Raise a `UserError` naming the extras that are not installed.
+
+    Args:
+        what: what needs them, as its user knows it: "`trimtab run`", or "gguf files".
+        extras: keys of `LIBRARIES`.
+    """
+    lacking = {extra: found for extra in extras if (found := missing(extra))}
+    if lacking:
+        libraries = ", ".join(dict.fromkeys(name for found in lacking.values() for name in found))
+        raise UserError(f"{what} needs {libraries}, not installed here: pip install 'trimtab[{','.join(lacking)}]'")

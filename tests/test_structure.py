@@ -29,7 +29,7 @@ FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 # `trimtab` is the package's own __init__: only the command line may import it.
 ROOMS = (
     "errors", "extras", "quant", "kernels", "data", "layers", "methods", "recipe", "models", "evaluation", "formats",
-    "training", "memory", "pruning", "bit_search", "pipeline", "report", "trimtab", "cli", "__main__",
+    "training", "memory", "pruning", "bit_search", "pipeline", "api", "report", "trimtab", "cli", "__main__",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ROOMS)}
 
@@ -64,8 +64,9 @@ HEAVY_LIBRARIES = {*SINGLE_PURPOSE_LIBRARIES, "pandas", "pyarrow", "scipy", "skl
 MAX_IMPORT_SECONDS = 1.0
 
 PUBLIC_NAMES = [
-    "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "UserError",
-    "fold", "load", "methods", "prepare", "run", "save", "simulate",
+    "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
+    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "parity", "plan", "prepare", "prune", "run",
+    "save", "search", "simulate", "tune", "verify",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------

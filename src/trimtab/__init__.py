@@ -7,41 +7,55 @@
     tt.fold(model)
     tt.save(model, "out", tokenizer)
 
-Importing the package also teaches `AutoModelForCausalLM.from_pretrained` to read what `save` wrote.
+    tt.run("recipe.yaml")                                           # or all of it, as the command line does (`api`)
+
+Importing the package also teaches `AutoModelForCausalLM.from_pretrained` to read what `save` wrote. It imports nothing
+else: every name is fetched when it is first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trimtab import methods
-from trimtab.errors import UserError
 from trimtab.models import registration
-from trimtab.quant.activations import Activations, KvCache
-from trimtab.quant.grid import CodebookGrid, Grid
 
 if TYPE_CHECKING:
+    from trimtab import methods
+    from trimtab.api import chat, evaluate, export, harness, parity, plan, prune, run, search, verify
+    from trimtab.errors import UserError
     from trimtab.formats.native.write import save
+    from trimtab.kernels.tuning import tune
     from trimtab.models.gptq import Gptq
     from trimtab.models.load import load
     from trimtab.models.prepare import fold, prepare
     from trimtab.models.simulate import simulate
-    from trimtab.pipeline.stages import run
+    from trimtab.quant.activations import Activations, KvCache
+    from trimtab.quant.grid import CodebookGrid, Grid
+    from trimtab.recipe.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
-    "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "UserError",
-    "fold", "load", "methods", "prepare", "run", "save", "simulate",
+    "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
+    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "parity", "plan", "prepare", "prune", "run",
+    "save", "search", "simulate", "tune", "verify",
 ]  # fmt: skip
 
-_LAZY = {
-    "Gptq": "trimtab.models.gptq",
-    "fold": "trimtab.models.prepare",
-    "load": "trimtab.models.load",
-    "prepare": "trimtab.models.prepare",
-    "run": "trimtab.pipeline.stages",
-    "save": "trimtab.formats.native.write",
-    "simulate": "trimtab.models.simulate",
+_HOME = {
+    "Activations": "quant.activations",
+    "CodebookGrid": "quant.grid",
+    "Gptq": "models.gptq",
+    "Grid": "quant.grid",
+    "KvCache": "quant.activations",
+    "Recipe": "recipe.recipe",
+    "UserError": "errors",
+    "fold": "models.prepare",
+    "load": "models.load",
+    "prepare": "models.prepare",
+    "save": "formats.native.write",
+    "simulate": "models.simulate",
+    "tune": "kernels.tuning",
 }
+"""The file of every public name that is not in `api`. No room bears the name of a public function: importing it would put
+the room in the function's place."""
 
 registration.install()
 registration.readers(
@@ -50,7 +64,13 @@ registration.readers(
 
 
 def __getattr__(name: str) -> Any:
-    """What needs heavier libraries is imported when it is first used."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    """What needs torch and transformers is imported when it is first used."""
+    if name == "methods":
+        return importlib.import_module("trimtab.methods")
+    if name in __all__:
+        return getattr(importlib.import_module(f"trimtab.{_HOME.get(name, 'api')}"), name)
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

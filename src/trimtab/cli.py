@@ -1,18 +1,17 @@
-"""The command line: `trimtab run|plan|eval|harness|export|parity|verify|formats|prune|search|chat|methods|recipe`.
+"""The command line: a thin skin over `trimtab.api`, which does what a command says, and `report.terminal`, which shows it.
 
-Bad input ends in one line on stderr and exit status 2; anything else that goes wrong keeps its traceback. Heavy libraries
-are imported when a command needs them, so `trimtab --help` is quick. The only file that imports typer.
+Heavy libraries load when a command needs them, so `trimtab --help` is quick. Errors that a user can mend are printed in
+one line; everything else keeps its traceback. The only file that imports typer.
 """
 
 import logging
 import os
 import sys
-from dataclasses import fields
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+import trimtab
 from trimtab.errors import UserError
 
 app = typer.Typer(
@@ -23,11 +22,26 @@ app = typer.Typer(
 )
 _RecipeFile = Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE")]
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.steps=10 ...", metavar="[KEY=VALUE]...")]
-_Directory = Annotated[str, typer.Argument(help="Directory of a saved model.", metavar="DIR")]
+_Model = Annotated[str, typer.Argument(help="Directory of a saved model.", metavar="DIR")]
 
 
-def _quiet() -> None:
-    """Leave the terminal to our own progress and messages."""
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"trimtab {trimtab.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _terminal() -> Any:
+    """The terminal, left to our own progress and messages."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -35,6 +49,9 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    from trimtab.report.terminal import Terminal
+
+    return Terminal()
 
 
 @app.command()
@@ -47,14 +64,9 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Quantize, tune, fold, save, and compare."""
-    _quiet()
-    from trimtab.pipeline import stages as chain
-    from trimtab.recipe.recipe import read
-    from trimtab.report.terminal import Terminal
-
-    parsed, terminal = read(recipe, overrides or ()), Terminal()
+    terminal = _terminal()
     try:
-        chain.run(parsed, overwrite=overwrite, resume=resume, show=terminal)
+        trimtab.run(recipe, overrides or (), overwrite=overwrite, resume=resume, show=terminal)
     finally:
         terminal.close()
 
@@ -62,94 +74,51 @@ def run(
 @app.command()
 def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Predict the memory that a recipe's training needs; loads nothing."""
-    _quiet()
-    from trimtab.memory import plan as planning
-    from trimtab.memory import process
-    from trimtab.models.sources import open_source
-    from trimtab.pipeline import stages as chain
-    from trimtab.recipe.recipe import read
-    from trimtab.report.terminal import Terminal
-
-    parsed, terminal = read(recipe, overrides or ()), Terminal()
-    planned = chain.pruned_already(parsed)
-    if planned.prune is not None:
-        terminal.say("prune: not done yet, so this is the plan of the whole model; what is left will take less")
-    if planned.search is not None:
-        terminal.say("search: this is the plan of the recipe's own rules; search.budget_training bounds every trial's")
-    model = open_source(planned.model.path).layout()
-    terminal.plan(planning.plan(planned, model), process.available_bytes())
+    terminal = _terminal()
+    found = trimtab.plan(recipe, overrides or ())
+    for note in found.notes:
+        terminal.say(note)
+    terminal.plan(found)
 
 
 @app.command("eval")
 def evaluate(
-    directory: _Directory,
-    path: Annotated[str | None, typer.Option("--data", help="Held-out data; default: the recipe's.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = "train",
-    block_tokens: Annotated[int, typer.Option(help="Window length.")] = 1024,
+    path: _Model,
+    data: Annotated[str | None, typer.Option(help="Held-out data; default: the recipe's.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = None,
+    block_tokens: Annotated[int | None, typer.Option(help="Window length; default: the recipe's, or 1024.")] = None,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens.")] = None,
 ) -> None:
     """Perplexity of a saved model on held-out data."""
-    _quiet()
-    from trimtab.data import sequences as data
-    from trimtab.evaluation.perplexity import perplexity
-    from trimtab.models.load import load_as_it_is
-    from trimtab.recipe.recipe import read
-    from trimtab.report.terminal import Terminal
-
-    model, tokenizer = load_as_it_is(directory)
-    saved = Path(directory) / "recipe.yaml"
-    if path is None:
-        block = read(saved).data if saved.is_file() else None
-        if block is None or block.eval_path is None:
-            raise UserError(f"{directory}: its recipe names no held-out data; pass --data")
-        path, split = block.eval_path, block.eval_split
-        block_tokens, tokens = block.block_tokens, tokens or block.eval_tokens
-    rows = data.load_rows(path, split=split)
-    blocks = data.token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
-    value = perplexity(model, blocks)
-    Terminal().say(f"perplexity {value:.4f} on {blocks.numel()} tokens of {path} ({split}), windows of {block_tokens}")
+    terminal = _terminal()
+    found = trimtab.evaluate(path, data, split=split, block_tokens=block_tokens, tokens=tokens)
+    where = f"{found.tokens} tokens of {found.data} ({found.split}), windows of {found.block_tokens}"
+    terminal.say(f"perplexity {found.perplexity:.4f} on {where}")
 
 
 @app.command()
 def harness(
-    directory: _Directory,
+    path: _Model,
     other: Annotated[
         str | None, typer.Argument(help="A second model, paired with the first.", metavar="[DIR2]")
     ] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = "piqa,arc_easy",
-    path: Annotated[str | None, typer.Option("--data", help="Directory that holds <task>/<split>.jsonl.")] = None,
+    data: Annotated[str | None, typer.Option(help="Directory that holds <task>/<split>.jsonl.")] = None,
     limit: Annotated[int | None, typer.Option(help="Items of each task, spread evenly; default: all.")] = None,
     out: Annotated[str | None, typer.Option(help="JSON file; default: harness.json in DIR.")] = None,
 ) -> None:
     """Accuracies with standard errors on local files; with two models, their paired differences."""
-    _quiet()
-    from trimtab.evaluation import harness as asking
-    from trimtab.models.load import load_as_it_is
-    from trimtab.report.terminal import Terminal
-
+    terminal = _terminal()
     names = [name.strip() for name in tasks.split(",")]
-    asking.check_tasks(names, path)
-    if out is None and not Path(directory).is_dir():
-        raise UserError(f"{directory}: is no directory to write harness.json into; pass --out")
-    terminal, scores = Terminal(), {}
-    for model in (directory,) if other is None else (directory, other):
-        scores[model] = asking.run(*load_as_it_is(model), names, path or "", limit=limit)
-        terminal.rows(model, ("task", "metric", "accuracy", "items"), asking.rows(scores[model]))
-    found = [] if other is None else asking.differences(scores[directory], scores[other])
-    if other is not None:
-        header = ("task", "metric", "difference", "only first / only second right", "p")
-        terminal.rows(f"{other} minus {directory}, on the same items", header, asking.difference_rows(found))
-    file = out or str(Path(directory) / "harness.json")
-    asking.write(file, scores, found)
-    terminal.say(f"written to {file}")
+    terminal.accuracies(trimtab.harness(path, other, tasks=names, data=data, limit=limit, out=out))
 
 
 @app.command()
 def export(
-    directory: _Directory,
+    path: _Model,
     format_: Annotated[str, typer.Option("--format", help="Format to write; see `trimtab formats`.")],
-    out: Annotated[Path | None, typer.Option(help="Where to; default: DIR/<format>.")] = None,
-    engine: Annotated[str | None, typer.Option(help="The one engine that must run it; default: all.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where to; default: DIR/<format>.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The one engine that must run it; default: any.")] = None,
     allow_lossy: Annotated[
         bool, typer.Option("--allow-lossy", help="Round what the format does not hold to the nearest that it does.")
     ] = False,
@@ -157,19 +126,14 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Size of a safetensors file.")] = "5GB",
 ) -> None:
     """Write a saved model in another format, from its codes."""
-    _quiet()
-    from trimtab.formats import export as exporting
-    from trimtab.report.terminal import Terminal
-
-    options = exporting.Options(
-        engine=engine, allow_lossy=allow_lossy, overwrite=overwrite, max_shard_size=max_shard_size
-    )
-    Terminal().exported(exporting.export(directory, format_, out, options))
+    terminal = _terminal()
+    options: dict[str, Any] = {"engine": engine, "allow_lossy": allow_lossy, "overwrite": overwrite}
+    terminal.exported(trimtab.export(path, format_, out, **options, max_shard_size=max_shard_size))
 
 
 @app.command()
 def parity(
-    directory: Annotated[str, typer.Argument(help="Exported directory.", metavar="DIR")],
+    path: Annotated[str, typer.Argument(help="Exported directory.", metavar="DIR")],
     engine: Annotated[str, typer.Option(help="transformers, vllm, llama.cpp or mlx.")],
     python: Annotated[str | None, typer.Option(help="Python of the engine's environment.")] = None,
     trained: Annotated[str | None, typer.Option(help="Model saved by trimtab; default: the directory above.")] = None,
@@ -177,61 +141,45 @@ def parity(
     tokens: Annotated[int, typer.Option(help="Tokens to compare on.")] = 512,
 ) -> None:
     """Compare what an engine computes from an exported model with the trained one."""
-    _quiet()
-    from trimtab.evaluation import serving
-    from trimtab.report.terminal import Terminal
-
-    found = serving.parity(directory, engine, python=python, trained=trained, path=data, tokens=tokens)
-    rows = [(name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
-            for name, value in vars(found).items()]  # fmt: skip
-    Terminal().rows("served = trained", ("", ""), rows)
+    terminal = _terminal()
+    terminal.served(trimtab.parity(path, engine, python=python, trained=trained, data=data, tokens=tokens))
 
 
 @app.command()
 def formats() -> None:
     """List the formats, what they can hold, and what each engine runs of them."""
-    _quiet()
+    terminal = _terminal()
     from trimtab.formats import ALL
     from trimtab.formats.declaration import HEADER, table
-    from trimtab.report.terminal import Terminal
 
-    Terminal().rows("", HEADER, table(ALL))
+    terminal.rows("", HEADER, table(ALL))
 
 
 @app.command()
-def verify(directory: _Directory) -> None:
+def verify(path: _Model) -> None:
     """Compare every file of a saved or exported model with the hashes in its manifest."""
-    from trimtab.formats.directory import verify as verify_files
-    from trimtab.report.terminal import Terminal
-
-    Terminal().say(f"{verify_files(Path(directory))} files are what was written")
+    _terminal().say(f"{trimtab.verify(path)} files are what was written")
 
 
 @app.command()
 def chat(
-    directory: _Directory,
+    path: _Model,
     prompt: Annotated[str | None, typer.Option(help="Answer this one question and stop.")] = None,
     tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
 ) -> None:
     """Talk to a saved model."""
-    _quiet()
-    from trimtab.models.load import load_as_it_is
-    from trimtab.pipeline.run import answer
-    from trimtab.report.terminal import Terminal
-
-    terminal = Terminal()
-    model, tokenizer = load_as_it_is(directory)
+    terminal, loaded = _terminal(), trimtab.chat(path)
     if prompt is not None:
-        terminal.say(answer(model, tokenizer, prompt, tokens))
+        terminal.say(loaded.answer(prompt, tokens))
         return
     terminal.say("an empty line ends the conversation")
     while question := terminal.console.input("> ").strip():
-        terminal.say(answer(model, tokenizer, question, tokens))
+        terminal.say(loaded.answer(question, tokens))
 
 
 @app.command()
 def prune(
-    model: Annotated[str, typer.Argument(help="Directory, .gguf file, hub id, or smollm2-135m.")],
+    path: Annotated[str, typer.Argument(help="Directory, .gguf file, hub id, or smollm2-135m.", metavar="MODEL")],
     out: Annotated[str, typer.Option(help="New directory.")],
     ratio: Annotated[float | None, typer.Option(help="Share of the parameters to remove, at least: 0.3.")] = None,
     size: Annotated[str | None, typer.Option("--bytes", help="Or the largest size of what is left: 200MiB.")] = None,
@@ -241,7 +189,7 @@ def prune(
     keep: Annotated[str, typer.Option(help="Layers not to drop, which decide the widths: 0,1,-1.")] = "",
     count_embeddings: Annotated[bool, typer.Option(help="A ratio of all parameters, embeddings included.")] = False,
     multiple_of: Annotated[int, typer.Option(help="Of MLP widths: the largest group size to be used.")] = 64,
-    path: Annotated[str, typer.Option("--data", help="Calibration text.")] = "pydoc-topics",
+    data: Annotated[str, typer.Option(help="Calibration set.")] = "pydoc-topics",
     split: Annotated[str, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = "train",
     tokens: Annotated[int, typer.Option(help="Calibration tokens, at most.")] = 8192,
     block_tokens: Annotated[int, typer.Option(help="Length of a calibration window.")] = 256,
@@ -249,26 +197,12 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of random importance.")] = 0,
 ) -> None:
     """Take attention heads and MLP channels, or whole layers, out of a float model; writes an ordinary checkpoint."""
-    _quiet()
-    from trimtab.formats.file_size import parse_bytes
-    from trimtab.pruning import Options, prune_checkpoint
-    from trimtab.report.terminal import Terminal
-
-    options = Options(
-        ratio=ratio,
-        target_bytes=None if size is None else parse_bytes(size, "--bytes"),
-        layers=drop_layers,
-        what=what,  # type: ignore[arg-type]
-        importance=importance,  # type: ignore[arg-type]
-        count_embeddings=count_embeddings,
-        multiple_of=multiple_of,
-        keep=_whole_numbers(keep, "--keep"),
-        seed=seed,
-    )
-    done = prune_checkpoint(
-        model, out, options, text=path, split=split, tokens=tokens, block_tokens=block_tokens, dtype=dtype
-    )
-    Terminal().pruned(done, out)
+    terminal = _terminal()
+    much: dict[str, Any] = {"ratio": ratio, "bytes": size, "layers": drop_layers, "what": what}
+    how: dict[str, Any] = {"importance": importance, "keep": _whole_numbers(keep, "--keep"), "seed": seed}
+    text: dict[str, Any] = {"data": data, "split": split, "tokens": tokens, "block_tokens": block_tokens}
+    shape: dict[str, Any] = {"count_embeddings": count_embeddings, "multiple_of": multiple_of, "dtype": dtype}
+    terminal.pruned(trimtab.prune(path, out, **much, **how, **text, **shape), out)
 
 
 def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -281,17 +215,9 @@ def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
 @app.command()
 def search(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Search widths per layer within a budget; Ctrl-C stops, and the same command goes on."""
-    _quiet()
-    from trimtab.pipeline import stages as chain
-    from trimtab.recipe.recipe import read
-    from trimtab.report.terminal import Terminal
-
-    terminal = Terminal()
-    parsed = read(recipe, overrides or ())
-    if parsed.search is None:
-        raise UserError(f"{recipe}: search: missing; write for example search: {{budget: 90MiB}}")
+    terminal = _terminal()
     try:
-        terminal.searched(chain.search(parsed, show=terminal))
+        terminal.searched(trimtab.search(recipe, overrides or (), show=terminal))
     except KeyboardInterrupt:
         terminal.say(f"stopped; go on with `trimtab search {recipe}`")
         raise SystemExit(130) from None
@@ -302,16 +228,10 @@ def search(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
 @app.command()
 def methods() -> None:
     """List the methods and their options."""
-    from trimtab.methods import ALL
-    from trimtab.report.terminal import Terminal
+    terminal = _terminal()
+    from trimtab.methods import table
 
-    rows = []
-    for method in ALL:
-        names = ", ".join((method.name, *method.aliases))
-        grid = "float" if method.grid is None else method.grid.describe()
-        options = ", ".join(f"{f.name}={f.default}" for f in fields(method))
-        rows.append((names, grid, method.summary, options))
-    Terminal().rows("", ("method", "default grid", "", "options"), rows)
+    terminal.rows("", ("method", "default grid", "", "options"), table())
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Which libraries stand behind which extra, and one line for whoever lacks one: said before any work is done.
 
-    pip install trimtab              quantize, load, save, fold, plan, verify
-    pip install 'trimtab[train]'     and train;  [all] for everything
+pip install trimtab              quantize, load, save, fold, plan, verify
+pip install 'trimtab[train]'     and train;  [all] for everything
 """
 
 from importlib.util import find_spec

@@ -29,7 +29,8 @@ from trimtab.errors import UserError
 from trimtab.formats import directory
 from trimtab.methods import Qlora, Rtn
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.pipeline import stages as chain
+from trimtab.pipeline import stages
+from trimtab.pipeline.pruned import pruned, pruned_already
 from trimtab.pipeline.run import run
 from trimtab.quant.grid import Grid
 from trimtab.recipe import recipe
@@ -459,7 +460,7 @@ def test_windows_come_from_all_of_the_text(tmp_path: Path) -> None:
 
 def test_two_prunings_alike_are_two_models(tmp_path: Path) -> None:
     """Pruned on another processor from the same recipe, other channels may have been chosen."""
-    used = chain.pruned(made(tmp_path, changes={"prune": {"ratio": 0.2, "tokens": 64, "block_tokens": 32}}))
+    used = pruned(made(tmp_path, changes={"prune": {"ratio": 0.2, "tokens": 64, "block_tokens": 32}}))
     Search(used)
     Search(used)
     folder = Path(used.model.path)
@@ -476,15 +477,15 @@ def test_overwriting_leaves_no_old_study_to_go_on_with(tmp_path: Path) -> None:
     """One in the output directory is removed; of one that lies elsewhere the user is told."""
     changes = {"train": {"steps": 1}, "evaluate": {"parity": False}}
     url = f"sqlite:///{tmp_path}/study.db"
-    chain.run(made(tmp_path, changes=changes, trials=1, storage=url))
+    stages.run(made(tmp_path, changes=changes, trials=1, storage=url))
     again = made(tmp_path, changes=changes, trials=1, storage=url)
     with pytest.raises(UserError, match=r"sqlite:.*holds a study 'tiny', which --overwrite does not remove"):
-        chain.run(again, overwrite=True)
+        stages.run(again, overwrite=True)
     assert (tmp_path / "out" / "model").exists()
-    chain.run(again.model_copy(update={"name": "another"}), overwrite=True)
+    stages.run(again.model_copy(update={"name": "another"}), overwrite=True)
     inside = made(tmp_path, changes=changes, trials=1, storage=str(tmp_path / "out" / "search" / "journal.log"))
-    chain.run(inside, overwrite=True)
-    chain.run(inside, overwrite=True)
+    stages.run(inside, overwrite=True)
+    stages.run(inside, overwrite=True)
 
 
 def test_the_terminal_shows_the_front_and_what_is_left(tmp_path: Path) -> None:
@@ -521,37 +522,37 @@ def test_python_and_command_carry_out_the_same_stages(tmp_path: Path) -> None:
 def test_overwriting_removes_nothing_before_the_recipe_is_checked(tmp_path: Path) -> None:
     prune = {"ratio": 0.2, "multiple_of": 32, "tokens": 64, "block_tokens": 32}
     used = made(tmp_path, changes={"prune": prune, "train": {"steps": 1}, "evaluate": {"parity": False}}, trials=1)
-    chain.run(used)
+    stages.run(used)
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*") if f.is_file()}
     assert used.prune is not None
     wrong = used.model_copy(update={"prune": used.prune.model_copy(update={"ratio": 30.0})})
     with pytest.raises(UserError, match="between 0 and 1"):
-        chain.run(wrong, overwrite=True)
+        stages.run(wrong, overwrite=True)
     with pytest.raises(UserError, match="pass one of them"):
-        chain.run(used, overwrite=True, resume=True)
+        stages.run(used, overwrite=True, resume=True)
     missing = used.model_copy(update={"evaluate": used.evaluate.model_copy(update={"tasks": ("piqa",)})})
     with pytest.raises(UserError, match="tasks"):
-        chain.run(missing.model_copy(update={"output": str(tmp_path / "new")}))
+        stages.run(missing.model_copy(update={"output": str(tmp_path / "new")}))
     assert not (tmp_path / "new" / "search").exists()
     for key, value in (("dtype", "float32"), ("path", str(tmp_path / "m") + "/")):
         other = used.model_copy(update={"model": used.model.model_copy(update={key: value})})
         with pytest.raises(UserError, match="was pruned from another"):
-            chain.search(other)
+            stages.search(other)
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*") if f.is_file()} == kept
     (tmp_path / "out" / "search" / "journal.log").unlink()
     (tmp_path / "out" / "search" / "trials.csv").unlink()
     with pytest.raises(UserError, match="did not write"):
-        chain.run(used, overwrite=True)
+        stages.run(used, overwrite=True)
 
 
 def test_pruned_widths_are_whole_groups_of_the_rules(tmp_path: Path) -> None:
     """128 inputs of down in groups of 32, and heads of 16 that leave only whole groups to o."""
     changes = {"prune": {"ratio": 0.3, "multiple_of": 8, "tokens": 64, "block_tokens": 32}}
-    after = chain.pruned(made(tmp_path, changes=changes))
+    after = pruned(made(tmp_path, changes=changes))
     config = AutoConfig.from_pretrained(after.model.path)
     assert config.intermediate_size % 32 == 0
     assert config.num_attention_heads * config.head_dim % 32 == 0
-    assert chain.pruned_already(made(tmp_path, changes=changes)).model == after.model
+    assert pruned_already(made(tmp_path, changes=changes)).model == after.model
 
 
 def test_one_recipe_prunes_searches_and_tunes(tmp_path: Path) -> None:
@@ -565,20 +566,20 @@ def test_one_recipe_prunes_searches_and_tunes(tmp_path: Path) -> None:
         trials=1,
         uniform=False,
     )
-    metrics = chain.run(used)
+    metrics = stages.run(used)
     assert metrics["output"] == str(tmp_path / "out" / "model")
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert served.config.intermediate_size < 128
     with pytest.raises(UserError, match="not empty"):
-        chain.run(used)
+        stages.run(used)
     assert used.prune is not None
     otherwise = used.model_copy(update={"prune": used.prune.model_copy(update={"ratio": 0.1})})
     with pytest.raises(UserError, match="with other options or on other text; remove it"):
-        chain.pruned(otherwise)
+        pruned(otherwise)
     pruned = tmp_path / "out" / "pruned"
     again = used.model_copy(update={"model": used.model.model_copy(update={"path": str(pruned)})})
     with pytest.raises(UserError, match=r"model\.path: .* is in the output directory"):
-        chain.run(again, overwrite=True)
+        stages.run(again, overwrite=True)
     assert (pruned / "config.json").exists()
 
 

@@ -13,9 +13,10 @@ import yaml
 from rich.console import Console
 
 import tiny
-from trimtab import cli, methods
+from trimtab import api, cli, methods
 from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.errors import UserError
+from trimtab.evaluation import chat
 from trimtab.evaluation.parity import Parity
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats.native.write import save
@@ -23,7 +24,6 @@ from trimtab.memory import process
 from trimtab.methods import LrQat
 from trimtab.models.load import load, load_float
 from trimtab.models.prepare import fold
-from trimtab.pipeline import run as pipeline
 from trimtab.recipe import explain, recipe
 from trimtab.report.terminal import Terminal, size
 from trimtab.training.trainer import Step
@@ -83,10 +83,10 @@ def test_eval(given: Path, command: Command) -> None:
 
 def test_chat(given: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(str(given / "saved"))
-    expected = pipeline.answer(model, tokenizer, "Hello?", 12)
+    expected = chat.answer(model, tokenizer, "Hello?", 12)
     assert command("chat", given / "saved", "--prompt", "Hello?", "--tokens", 12) == expected + "\n"
     long = "a word " * 40 + "[bold]and[/bold] :smile: [/]"
-    monkeypatch.setattr(pipeline, "answer", lambda *_: long)
+    monkeypatch.setattr(chat, "answer", lambda *_: long)
     assert command("chat", given / "saved", "--prompt", "Hello?") == long + "\n"  # neither wrapped nor interpreted
     questions = iter(["one", "two", " "])
     monkeypatch.setattr(Console, "input", lambda *_: next(questions))
@@ -99,7 +99,7 @@ def test_answers_without_a_chat_template(given: Path) -> None:
     ids = plain("two plus", return_tensors="pt")["input_ids"]
     out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=tiny.EOS)
     expected = plain.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    assert pipeline.answer(model, plain, "two plus", 5) == expected
+    assert chat.answer(model, plain, "two plus", 5) == expected
 
 
 def test_plan(given: Path, command: Command) -> None:
@@ -142,7 +142,7 @@ def test_errors_take_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def read(*_: object) -> None:
         raise UserError("first\n  second\n\nthird")
 
-    monkeypatch.setattr(recipe, "read", read)
+    monkeypatch.setattr(api, "as_recipe", read)
     monkeypatch.setattr(sys, "argv", ["trimtab", "plan", "a.yaml"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -154,7 +154,7 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(recipe, "read", read)
+    monkeypatch.setattr(api, "as_recipe", read)
     monkeypatch.setattr(sys, "argv", ["trimtab", "plan", "a.yaml"])
     with pytest.raises(ValueError, match="a bug"):
         cli.main()
@@ -162,7 +162,8 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_is_quick_to_import() -> None:
     """`trimtab --help` waits for nothing that only a run needs."""
-    probe = "import sys, trimtab.cli; print(sorted({'trl', 'datasets', 'accelerate', 'pydantic'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "trl", "datasets", "accelerate", "pydantic"}
+    probe = f"import sys, trimtab.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -68,6 +68,8 @@ class Plan:
     """Peak of what comes before training, a cached teacher or GPTQ; it does not add up with the rest."""
     apart: int = 0
     """Of gradients, activations and temporary: what is never there at once with the others."""
+    notes: tuple[str, ...] = ()
+    """What this is not the plan of, where a recipe has stages before training."""
 
     @property
     def total(self) -> int:

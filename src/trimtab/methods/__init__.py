@@ -48,7 +48,17 @@ def make(name: str, **options: Any) -> Method:
     return method(**options)
 
 
+def table() -> list[tuple[str, str, str, str]]:
+    """For people: names, default grid, summary and options of every method."""
+    rows = []
+    for method in ALL:
+        options = ", ".join(f"{f.name}={f.default}" for f in fields(method))
+        grid = "float" if method.grid is None else method.grid.describe()
+        rows.append((", ".join((method.name, *method.aliases)), grid, method.summary, options))
+    return rows
+
+
 __all__ = [
     "ALL", "Loftq", "Lora", "LrQat", "Method", "Peqa", "QBara", "QaBlora", "QaHira", "QaLora", "Qat", "Qlora", "Rtn",
-    "get", "make",
+    "get", "make", "table",
 ]  # fmt: skip

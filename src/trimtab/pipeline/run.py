@@ -9,7 +9,7 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trimtab.data.sequences import describe
 from trimtab.evaluation import harness, parity
+from trimtab.evaluation.chat import answer
 from trimtab.evaluation.parity import Parity
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get
@@ -161,10 +162,8 @@ def _fold_and_save(
     metrics: dict[str, Any],
     watch: Observer,
 ) -> list[Parity]:
-    """Fold, save, and compare the three stages where asked."""
-    block_tokens = 0 if recipe.data is None else recipe.data.block_tokens
-    wanted = recipe.evaluate.parity and blocks is not None
-    some = blocks[: max(1, recipe.evaluate.parity_tokens // block_tokens)] if wanted and blocks is not None else None
+    """Fold, save, and compare the three stages unless told not to."""
+    some = _compared_on(recipe, model, blocks) if recipe.evaluate.parity else None
     trained = None if some is None else parity.logits_of(model, some)
     formats = {name: get(name) for name in recipe.export if name != "native"}
     unfolded = [name for name, format_ in formats.items() if format_.adapters == "kept"]
@@ -178,15 +177,28 @@ def _fold_and_save(
     metrics["disk_bytes"] = disk_bytes(recipe.out)
     _export(recipe, model, tokenizer, [name for name in formats if name not in unfolded], watch)
     if some is None or trained is None:
-        if recipe.evaluate.parity:
-            watch.say("no held-out data (data.eval_path), so trained, folded and saved are not compared")
         return []
-    watch.say("comparing trained, folded, and reloaded in a fresh process")
+    on = "" if blocks is not None else ", on random tokens for want of held-out data (data.eval_path)"
+    watch.say(f"comparing trained, folded, and reloaded in a fresh process{on}")
     parities = parity.report(trained, parity.logits_of(model, some), recipe.out, some, recipe.dtype)
     metrics["max_logit_difference"] = max(p.max_difference for p in parities)
-    content = {"tokens": some.numel(), "fold": metrics["fold"], "stages": parity.to_json(parities)}
+    content = {
+        "tokens": some.numel(),
+        "text": "random" if blocks is None else "held-out",
+        "fold": metrics["fold"],
+        "stages": parity.to_json(parities),
+    }
     (recipe.out / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return parities
+
+
+def _compared_on(recipe: Recipe, model: PreTrainedModel, blocks: Tensor | None) -> Tensor:
+    """Tokens (W, L) that the three stages are compared on: held-out ones, or random ones, since every run is compared."""
+    wanted, length = recipe.evaluate.parity_tokens, 256 if recipe.data is None else recipe.data.block_tokens
+    if blocks is not None:
+        return blocks[: max(1, wanted // length)]
+    draw, length = torch.Generator().manual_seed(0), min(length, wanted)
+    return torch.randint(model.config.get_text_config().vocab_size, (wanted // length, length), generator=draw)
 
 
 def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, names: Sequence[str], watch: Observer) -> None:
@@ -222,21 +234,3 @@ def _measure_saved(
         metrics["tasks"] = {f"{s.task} {s.metric}": [s.value, s.stderr, len(s.items)] for s in scores}
     if recipe.evaluate.prompt:
         metrics["answers"]["after"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
-
-
-def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """A greedy answer to one question, through the chat template where there is one."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {
-        k: v.to(next(model.parameters()).device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")
-    }
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
-        out = cast(Any, model).generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
-    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -134,7 +134,7 @@ class EvaluateBlock(Block):
     baselines: tuple[Literal["float", "rounded"], ...] = ()
     """Perplexity of the untuned float model and of the rounded one before tuning."""
     parity: bool = True
-    """Compare trained, folded and reloaded-in-a-fresh-process, logit by logit."""
+    """Compare trained, folded and reloaded-in-a-fresh-process, logit by logit; on random tokens without held-out data."""
     parity_tokens: int = Field(default=512, ge=8)
     """Tokens that parity is measured on."""
     tasks: tuple[str, ...] = ()

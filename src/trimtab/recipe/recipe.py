@@ -5,6 +5,8 @@ values in YAML). What only the model can tell (does a pattern match a layer, doe
 `preparing.targets`, on names and shapes, before a weight is read.
 """
 
+import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -221,7 +223,7 @@ def _check_search(recipe: Recipe, where: str) -> None:
         raise UserError(f"{where}: search: {recipe.method.name} quantizes nothing by itself; give a grid in the rules")
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file and `key=value` overrides.
 
     Raises:
@@ -236,10 +238,31 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys (model, method, data, ...)")
+    values.setdefault("name", file.stem)
+    return from_dict(_overridden(values, overrides), str(path))
+
+
+def as_recipe(recipe: "Recipe | Mapping[str, Any] | str | os.PathLike[str]", overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from whatever stands for one: its file, its values, or itself.
+
+    Args:
+        recipe: a YAML file, a mapping as YAML would give it, or a `Recipe`.
+        overrides: `key=value` with dotted keys, for example `train.steps=10`.
+
+    Raises:
+        UserError: naming the file, its line or the key.
+    """
+    if isinstance(recipe, Recipe):
+        return from_dict(_overridden(yaml.safe_load(recipe.to_yaml()), overrides)) if overrides else recipe
+    if isinstance(recipe, Mapping):
+        return from_dict(_overridden(copy.deepcopy(dict(recipe)), overrides))
+    return read(recipe, overrides)
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         _override(values, override)
-    values.setdefault("name", file.stem)
-    return from_dict(values, str(path))
+    return values
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -9,15 +9,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trimtab.evaluation.parity import Parity
-from trimtab.formats.export import Report
+from trimtab.evaluation import harness
 from trimtab.memory import process
-from trimtab.memory.peak import Plan
-from trimtab.pruning import Pruned
-from trimtab.training.trainer import Step
 
 if TYPE_CHECKING:
+    from trimtab.api import Accuracies
     from trimtab.bit_search.searching import Search
+    from trimtab.evaluation.parity import Parity
+    from trimtab.evaluation.serving import Served
+    from trimtab.formats.export import Report
+    from trimtab.memory.peak import Plan
+    from trimtab.pruning import Pruned
+    from trimtab.training.trainer import Step
 
 _TRAINING = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}")
 
@@ -45,7 +48,7 @@ class Terminal:
         self.close()
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def step(self, step: Step) -> None:
+    def step(self, step: "Step") -> None:
         """Advance the training bar."""
         speed = step.tokens / max(step.seconds, 1e-9)
         fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(process.peak_bytes())}
@@ -63,13 +66,13 @@ class Terminal:
         if step.step >= step.steps:
             self.close()
 
-    def pruned(self, done: Pruned, out: str) -> None:
+    def pruned(self, done: "Pruned", out: str) -> None:
         """What pruning removed."""
         for line in done.lines():
             self.say(line)
         self.say(f"{done.seconds:.1f} s, peak memory {size(done.peak_bytes)}; written to {out}")
 
-    def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
+    def finish(self, metrics: Mapping[str, Any], parities: "Sequence[Parity]") -> None:
         """The results of a run."""
         self.close()
         self._perplexities(metrics.get("perplexity", {}))
@@ -107,7 +110,7 @@ class Terminal:
         if table.row_count:
             self.console.print(table)
 
-    def _parities(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
+    def _parities(self, metrics: Mapping[str, Any], parities: "Sequence[Parity]") -> None:
         if not parities:
             return
         table = Table(title="trained = folded = saved", title_justify="left", box=None)
@@ -126,7 +129,7 @@ class Terminal:
         self.console.print(table)
         self.console.print(f"codes changed by folding: {metrics['codes_changed_by_fold']} ({metrics['fold']})")
 
-    def plan(self, plan: Plan, available: int | None) -> None:
+    def plan(self, plan: "Plan") -> None:
         """The memory plan, and whether it fits."""
         table = Table(title="predicted peak of training", title_justify="left", box=None, show_header=False)
         names = {
@@ -145,12 +148,29 @@ class Terminal:
             table.add_row(label, size(getattr(plan, key)))
         table.add_row("[bold]total[/bold]", f"[bold]{size(plan.total)}[/bold] above the interpreter and its libraries")
         table.add_row("trainable numbers", f"{plan.trainable:,}")
-        if available is not None:
-            verdict = "fits" if plan.total < available else "does not fit"
-            table.add_row("memory free here", f"{size(available)}: {verdict}")
+        available = process.available_bytes()
+        verdict = "fits" if plan.total < available else "does not fit"
+        table.add_row("memory free here", f"{size(available)}: {verdict}")
         self.console.print(table)
 
-    def exported(self, report: Report) -> None:
+    def accuracies(self, found: "Accuracies") -> None:
+        """Scores of one model or two, and their paired differences."""
+        for path, scores in found.scores.items():
+            self.rows(path, ("task", "metric", "accuracy", "items"), harness.rows(scores))
+        if len(found.scores) > 1:
+            first, second = found.scores
+            header = ("task", "metric", "difference", "only first / only second right", "p")
+            rows = harness.difference_rows(found.differences)
+            self.rows(f"{second} minus {first}, on the same items", header, rows)
+        self.say(f"written to {found.out}")
+
+    def served(self, found: "Served") -> None:
+        """An engine against the trained model."""
+        values = {name.replace("_", " "): value for name, value in vars(found).items()}
+        rows = [(name, f"{v:.6g}" if isinstance(v, float) else str(v)) for name, v in values.items()]
+        self.rows("served = trained", ("", ""), rows)
+
+    def exported(self, report: "Report") -> None:
         """What an export did."""
         self.say(f"{report.format}: {report.kind}, {size(report.disk_bytes)}, written to {report.out}")
         if report.dense:

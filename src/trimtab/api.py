@@ -1,0 +1,358 @@
+"""What every command of `trimtab` does, as one call: the command line is a thin skin over these functions.
+
+    import trimtab as tt
+
+    tt.plan("small.yaml")                         what training will need, before anything is loaded
+    metrics = tt.run("small.yaml", ["train.steps=500"])
+    tt.evaluate("runs/small", data="heldout.jsonl").perplexity
+    tt.export("runs/small", "gguf")
+    print(tt.chat("runs/small").answer("What is a trim tab?"))
+
+The same thing has the same name everywhere: `path` is a model (a directory, a .gguf file, a hub id), `recipe` a file, a
+mapping or a `Recipe`, `data` text in the forms of a recipe's `data.path`, `out` where something is written. What needs an
+extra that is not installed says so in one line before any work is done.
+
+`prepare`, `load`, `fold` and `save`, the parts of a run for people's own training loops, are in `models` and `formats`.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import UserError
+from trimtab.extras import require
+from trimtab.recipe.recipe import Recipe, as_recipe, read
+
+if TYPE_CHECKING:
+    from trimtab.bit_search.searching import Search
+    from trimtab.evaluation.chat import Chat
+    from trimtab.evaluation.harness import Difference, Score
+    from trimtab.evaluation.serving import Served
+    from trimtab.formats.export import Report
+    from trimtab.memory.peak import Plan
+    from trimtab.pipeline.stages import Observer
+    from trimtab.pruning import Pruned
+
+AnyPath = str | os.PathLike[str]
+AnyRecipe = Recipe | Mapping[str, Any] | AnyPath
+"""A recipe, its values, or its file."""
+
+
+def plan(recipe: AnyRecipe, overrides: Sequence[str] = ()) -> "Plan":
+    """Predict the memory that a recipe's training needs; nothing is loaded but names and shapes.
+
+    Args:
+        recipe: a file, a mapping or a `Recipe`.
+        overrides: `key=value` with dotted keys, for example `train.micro_batch=2`.
+
+    Returns:
+        Bytes by what they are for; `.total` is the predicted peak above the interpreter and its libraries. Of a recipe
+        with a `prune` block it is the plan of the pruned model where that is there, else of the whole one.
+    """
+    from trimtab.memory.plan import plan as planned
+    from trimtab.models.sources import open_source
+    from trimtab.pipeline.pruned import pruned_already
+
+    chosen, notes = pruned_already(as_recipe(recipe, overrides)), []
+    if chosen.prune is not None:
+        notes.append("prune: not done yet, so this is the plan of the whole model; what is left will take less")
+    if chosen.search is not None:
+        notes.append("search: this is the plan of the recipe's own rules; search.budget_training bounds every trial's")
+    return replace(planned(chosen, open_source(chosen.model.path).layout()), notes=tuple(notes))
+
+
+def run(
+    recipe: AnyRecipe,
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    show: "Observer | None" = None,
+) -> dict[str, Any]:
+    """Carry out a recipe: prune and search if it says so, then quantize, tune, fold, save, reload and compare.
+
+    Args:
+        recipe: a file, a mapping or a `Recipe`.
+        overrides: `key=value` with dotted keys.
+        overwrite: replace what an earlier run left in the output directory.
+        resume: go on from its last checkpoint.
+        show: told what happens (`trimtab.report.terminal.Terminal()` prints it); None for silence.
+
+    Returns:
+        The metrics, as written to `metrics.json` in the output directory.
+
+    Raises:
+        UserError: for anything the user can mend; nothing is then left half-written.
+    """
+    chosen = as_recipe(recipe, overrides)
+    require("`trimtab run`", *_extras_of(chosen))
+    from trimtab.pipeline import stages
+
+    return stages.run(chosen, overwrite=overwrite, resume=resume, show=show)
+
+
+def search(recipe: AnyRecipe, overrides: Sequence[str] = (), *, show: "Observer | None" = None) -> "Search":
+    """Search bits per layer within the recipe's budget; interrupted, the same call goes on where it stopped.
+
+    Args:
+        recipe: a file, a mapping or a `Recipe` with a `search` block.
+        overrides: `key=value` with dotted keys.
+        show: told when a trial begins or ends; None for silence.
+
+    Returns:
+        The search: `.front(search.ledger.trials())` is the Pareto front. Tables, pictures and a recipe for every point
+        are in `<output>/search`.
+    """
+    chosen = as_recipe(recipe, overrides)
+    if chosen.search is None:
+        raise UserError(f"{chosen.name}: search: missing; write for example search: {{budget: 90MiB}}")
+    require("`trimtab search`", *_extras_of(chosen))
+    from trimtab.pipeline import stages
+
+    return stages.search(chosen, show=show)
+
+
+def _extras_of(recipe: Recipe) -> list[str]:
+    """The extras that a recipe's stages need."""
+    found = ["train"] if recipe.data is not None else []
+    found += ["search"] if recipe.search is not None else []
+    found += ["eval"] if recipe.evaluate.tasks else []
+    for name in recipe.export:
+        found += EXTRA_OF_FORMAT.get(name, [])
+    return list(dict.fromkeys(found))
+
+
+EXTRA_OF_FORMAT = {"gguf": ["gguf"], "compressed-tensors": ["serve"]}
+"""Formats whose writer is another library's."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity on held-out data."""
+
+    perplexity: float
+    tokens: int
+    """Tokens in all windows."""
+    data: str
+    split: str
+    block_tokens: int
+    """Tokens in a window."""
+
+
+def evaluate(
+    path: str,
+    data: str | None = None,
+    *,
+    split: str | None = None,
+    block_tokens: int | None = None,
+    tokens: int | None = None,
+) -> Evaluation:
+    """Perplexity of a model, saved by trimtab or in float, on held-out data.
+
+    Args:
+        path: the model.
+        data: held-out data, in the forms of a recipe's `data.path`; None for what the model's own recipe names.
+        split: of a hub data set or of `pydoc-topics`; None for the recipe's, or `train` where `data` is given.
+        block_tokens: length of a window; None for the recipe's, or 1024.
+        tokens: at most this many; None for the recipe's, or all where `data` is given.
+    """
+    require("`trimtab eval`", "train")
+    from trimtab.data.sequences import load_rows, token_blocks
+    from trimtab.evaluation.perplexity import perplexity
+    from trimtab.models.load import load_as_it_is
+
+    if data is None:
+        saved = Path(path) / "recipe.yaml"
+        block = read(saved).data if saved.is_file() else None
+        if block is None or block.eval_path is None:
+            raise UserError(f"{path}: its recipe names no held-out data; pass --data")
+        data, split, tokens = block.eval_path, split or block.eval_split, tokens or block.eval_tokens
+        block_tokens = block_tokens or block.block_tokens
+    split, block_tokens = split or "train", block_tokens or 1024
+    model, tokenizer = load_as_it_is(path)
+    rows = load_rows(data, split=split)
+    blocks = token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
+    return Evaluation(perplexity(model, blocks), blocks.numel(), data, split, block_tokens)
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Scores of one model or two, and the second's differences from the first."""
+
+    scores: "dict[str, list[Score]]"
+    """By path."""
+    differences: "list[Difference]"
+    out: str
+    """The JSON file that holds them."""
+
+
+def harness(
+    path: str,
+    other: str | None = None,
+    *,
+    tasks: Sequence[str] = ("piqa", "arc_easy"),
+    data: str | None = None,
+    limit: int | None = None,
+    out: str | None = None,
+) -> Accuracies:
+    """Accuracies by lm-evaluation-harness on local files, with standard errors; of two models, paired differences.
+
+    Args:
+        path: the model.
+        other: a second one, asked the same items.
+        tasks: names in `trimtab.evaluation.harness.TASKS`.
+        data: the directory that holds <task>/<split>.jsonl in the data sets' original fields.
+        limit: items of each task, spread evenly; None for all.
+        out: JSON file; None for `harness.json` in `path`.
+    """
+    require("`trimtab harness`", "eval")
+    from trimtab.evaluation import harness as asking
+    from trimtab.models.load import load_as_it_is
+
+    asking.check_tasks(tasks, data)
+    if out is None and not Path(path).is_dir():
+        raise UserError(f"{path}: is no directory to write harness.json into; pass --out")
+    paths = (path,) if other is None else (path, other)
+    scores = {name: asking.run(*load_as_it_is(name), tasks, data or "", limit=limit) for name in paths}
+    found = [] if other is None else asking.differences(scores[path], scores[other])
+    file = out or str(Path(path) / "harness.json")
+    asking.write(file, scores, found)
+    return Accuracies(scores, found, file)
+
+
+def export(
+    path: str,
+    format: str,
+    out: AnyPath | None = None,
+    *,
+    engine: str | None = None,
+    allow_lossy: bool = False,
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+) -> "Report":
+    """Write a model that trimtab saved in another format, from its stored codes.
+
+    Args:
+        path: a directory that trimtab saved.
+        format: a name in `trimtab formats`, for example `compressed-tensors`.
+        out: where to; None for `<path>/<format>`.
+        engine: the one engine that must run the result; None for any that reads the format.
+        allow_lossy: round what the format does not hold to the nearest that it holds, instead of refusing.
+        overwrite: replace an earlier export.
+        max_shard_size: size of a safetensors file.
+
+    Raises:
+        UserError: naming the first layer that the format cannot hold, the cause and the remedy.
+    """
+    require(f"export to {format}", *EXTRA_OF_FORMAT.get(format, []))
+    from trimtab.formats import export as exporting
+
+    options = exporting.Options(
+        engine=engine, allow_lossy=allow_lossy, overwrite=overwrite, max_shard_size=max_shard_size
+    )
+    return exporting.export(path, format, None if out is None else Path(out), options)
+
+
+def parity(
+    path: str,
+    engine: str,
+    *,
+    python: str | None = None,
+    trained: str | None = None,
+    data: str | None = None,
+    tokens: int = 512,
+) -> "Served":
+    """Compare what an engine computes from an exported directory with the model that was trained.
+
+    Args:
+        path: the exported directory.
+        engine: transformers, vllm, llama.cpp or mlx.
+        python: Python of the engine's own environment; None for TRIMTAB_<ENGINE>_PYTHON, or ours.
+        trained: the directory that trimtab saved; None for the one that holds `path`.
+        data: held-out text; None for what the recipe names.
+        tokens: how many to compare on.
+    """
+    require("`trimtab parity`", "train")
+    from trimtab.evaluation import serving
+
+    return serving.parity(path, engine, python=python, trained=trained, path=data, tokens=tokens)
+
+
+def verify(path: AnyPath) -> int:
+    """Compare every file of a saved or exported model with the hashes in its manifest; the number of files.
+
+    Raises:
+        UserError: naming the first file that is missing, changed or foreign.
+    """
+    from trimtab.formats.directory import verify as verify_files
+
+    return verify_files(Path(path))
+
+
+def chat(path: str) -> "Chat":
+    """A model to ask: `chat("runs/small").answer("What is a trim tab?")`."""
+    from trimtab.evaluation.chat import Chat
+    from trimtab.models.load import load_as_it_is
+
+    return Chat(*load_as_it_is(path))
+
+
+def prune(
+    path: str,
+    out: AnyPath,
+    *,
+    ratio: float | None = None,
+    bytes: str | int | None = None,
+    layers: int | None = None,
+    what: str = "widths",
+    importance: str = "taylor",
+    keep: Iterable[int] = (),
+    count_embeddings: bool = False,
+    multiple_of: int = 64,
+    data: str = "pydoc-topics",
+    split: str = "train",
+    tokens: int = 8192,
+    block_tokens: int = 256,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+) -> "Pruned":
+    """Take attention heads and MLP channels, or whole layers, out of a float model; writes an ordinary checkpoint.
+
+    Args:
+        path: the float model.
+        out: a new directory.
+        ratio: share of the parameters to remove, at least; exactly one of `ratio`, `bytes` and `layers`.
+        bytes: or the largest size of what is left, for example `200MiB`.
+        layers: or a number of whole layers to drop.
+        what: what gives way to a ratio or size: widths or layers.
+        importance: taylor, magnitude or random.
+        keep: layers not to drop, which decide the widths; negative numbers count from the end.
+        count_embeddings: whether the ratio is one of all parameters.
+        multiple_of: MLP widths are a multiple of this: the largest group size to be used.
+        data: calibration set, in the forms of a recipe's `data.path`.
+        split: of it.
+        tokens: calibration tokens, at most.
+        block_tokens: length of a calibration window.
+        dtype: of the pruned model: bfloat16, float16 or float32.
+        seed: of random importance.
+    """
+    from trimtab.formats.file_size import parse_bytes
+    from trimtab.pruning import Options, prune_checkpoint
+
+    options = Options(
+        ratio=ratio,
+        target_bytes=None if bytes is None else parse_bytes(bytes, "--bytes"),
+        layers=layers,
+        what=what,  # type: ignore[arg-type]
+        importance=importance,  # type: ignore[arg-type]
+        count_embeddings=count_embeddings,
+        multiple_of=multiple_of,
+        keep=tuple(keep),
+        seed=seed,
+    )
+    if options.reads_text:
+        require("pruning on calibration text", "train")
+    text = {"text": data, "split": split, "tokens": tokens, "block_tokens": block_tokens}
+    return prune_checkpoint(path, out, options, **text, dtype=dtype)  # type: ignore[arg-type]

@@ -576,8 +576,8 @@ def test_one_recipe_prunes_searches_and_tunes(tmp_path: Path) -> None:
     otherwise = used.model_copy(update={"prune": used.prune.model_copy(update={"ratio": 0.1})})
     with pytest.raises(UserError, match="with other options or on other text; remove it"):
         pruned(otherwise)
-    pruned = tmp_path / "out" / "pruned"
-    again = used.model_copy(update={"model": used.model.model_copy(update={"path": str(pruned)})})
+    left = tmp_path / "out" / "pruned"
+    again = used.model_copy(update={"model": used.model.model_copy(update={"path": str(left)})})
     with pytest.raises(UserError, match=r"model\.path: .* is in the output directory"):
         stages.run(again, overwrite=True)
     assert (pruned / "config.json").exists()

@@ -580,7 +580,7 @@ def test_one_recipe_prunes_searches_and_tunes(tmp_path: Path) -> None:
     again = used.model_copy(update={"model": used.model.model_copy(update={"path": str(left)})})
     with pytest.raises(UserError, match=r"model\.path: .* is in the output directory"):
         stages.run(again, overwrite=True)
-    assert (pruned / "config.json").exists()
+    assert (left / "config.json").exists()
 
 
 @pytest.mark.parametrize(

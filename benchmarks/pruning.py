@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.models.load import load_float, open_source
 from trimtab.pruning import Options, prune

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 
 from trimtab.bit_search import sensitivity
 from trimtab.bit_search.space import By, Space, Unit, space
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.layers import weights
 from trimtab.methods import Rtn
 from trimtab.models import load as loading

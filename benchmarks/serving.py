@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from trimtab import methods
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.evaluation import serving
 from trimtab.formats import ALL, declaration
 from trimtab.formats.export import planned

@@ -292,6 +292,12 @@ def test_public_names() -> None:
     assert not [name for name in trimtab.__all__ if getattr(trimtab, name, None) is None]
 
 
+def test_the_picture_is_of_these_imports() -> None:
+    """docs/imports.svg; `python tools/import_graph.py` makes it anew."""
+    script = PACKAGE.parents[1] / "tools" / "import_graph.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0
+
+
 PROBE = """
 import contextlib, importlib, json, sys, time
 import torch, transformers, safetensors

@@ -159,7 +159,8 @@ def evaluate(
         tokens: at most this many; None for the recipe's, or all where `data` is given.
     """
     require("`trimtab eval`", "train")
-    from trimtab.data.sequences import load_rows, token_blocks
+    from trimtab.data.rows import load_rows
+    from trimtab.data.sequences import token_blocks
     from trimtab.evaluation.perplexity import perplexity
     from trimtab.models.load import load_as_it_is
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from trimtab.bit_search import held_out, workers
 from trimtab.bit_search.searching import Search
-from trimtab.data.sequences import conversational, load_rows, spread
+from trimtab.data.rows import conversational, load_rows
+from trimtab.data.sequences import spread
 from trimtab.errors import UserError
 from trimtab.recipe import recipe
 

@@ -14,7 +14,8 @@ from rich.console import Console
 
 import tiny
 from trimtab import api, cli, methods
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.errors import UserError
 from trimtab.evaluation import chat
 from trimtab.evaluation.parity import Parity

@@ -15,7 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.data import sequences as data
-from trimtab.data.sequences import conversational, describe, load_rows, text_of, token_blocks
+from trimtab.data.rows import conversational, load_rows
+from trimtab.data.sequences import describe, text_of, token_blocks
 from trimtab.errors import UserError
 
 TEMPLATE = (

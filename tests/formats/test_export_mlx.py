@@ -22,7 +22,6 @@ from trimtab.errors import UserError
 from trimtab.formats.mlx.write import width
 from trimtab.methods import LrQat, QaHira, Rtn
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.quant.words import words
 
 
 def read(folder: Path, name: str) -> np.ndarray:
@@ -61,7 +60,7 @@ def test_words_are_those_of_mlx(bits: int) -> None:
     stored = load_file(Path(__file__).parents[1] / "stored/mlx_words.safetensors")
     codes = stored[f"{bits}.codes"]
     assert len(codes.unique()) > 2
-    assert torch.equal(words(codes, bits).view(torch.uint32), stored[f"{bits}.words"])
+    assert torch.equal(pack_int32(codes, bits).view(torch.uint32), stored[f"{bits}.words"])
 
 
 @pytest.mark.parametrize("tied", [True, False])

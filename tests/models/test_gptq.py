@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 import reference
 import tiny
 import trimtab as tt
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.errors import UserError
 from trimtab.layers import weights
 from trimtab.layers.linear import QuantLinear

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import tiny
 import trimtab
 from trimtab import cli
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.evaluation import parity
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.layers.linear import QuantLinear

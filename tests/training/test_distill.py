@@ -13,7 +13,8 @@ from torch import Tensor
 
 import tiny
 from trimtab import cli
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.errors import UserError
 from trimtab.evaluation import parity
 from trimtab.memory.peak import Plan, Teaching, peak_of_training, saved_storages

@@ -26,7 +26,7 @@ from trimtab.bit_search.ledger import Ledger, Trial, Wish, shown
 from trimtab.bit_search.objective import Rounded, Tuned, for_every_width
 from trimtab.bit_search.proposal import Problem, Tried, propose
 from trimtab.bit_search.space import Space, space, units
-from trimtab.data.sequences import load_rows
+from trimtab.data.rows import load_rows
 from trimtab.errors import UserError
 from trimtab.formats.export import check_exports
 from trimtab.formats.file_size import float_bytes, parse_bytes

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.errors import UserError
 from trimtab.models.load import load
 from trimtab.models.sources import open_source

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.errors import UserError
 from trimtab.evaluation.harness import check_tasks
 from trimtab.formats.export import check_exports

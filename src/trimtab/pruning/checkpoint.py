@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab.data.rows import PYDOC_TOPICS
-from trimtab.data.sequences import load_rows, token_blocks
+from trimtab.data.rows import PYDOC_TOPICS, load_rows
+from trimtab.data.sequences import token_blocks
 from trimtab.errors import UserError
 from trimtab.formats.directory import replacing, write_json
 from trimtab.models.load import load_float

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
-from trimtab.data.sequences import conversational, load_rows, text_of
+from trimtab.data.rows import conversational, load_rows
+from trimtab.data.sequences import text_of
 from trimtab.errors import UserError, nearest
 from trimtab.kernels import tuning, workspace
 from trimtab.models.transformers_bridge import attach

@@ -28,7 +28,7 @@ from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid, Range
-from trimtab.quant.words import words
+from trimtab.quant.int32_packing import pack_int32
 
 
 def packed(codes_NK: Tensor, range_: Range, grid: Grid) -> dict[str, Tensor]:
@@ -44,8 +44,8 @@ def packed(codes_NK: Tensor, range_: Range, grid: Grid) -> dict[str, Tensor]:
     assert torch.equal(scale.float(), range_.scale_NG.float()), "the declaration let an inexact scale through"
     zero = torch.full_like(range_.scale_NG, grid.center) if range_.zero_NG is None else range_.zero_NG
     return {
-        "qweight": words(codes_NK, grid.bits).T.contiguous(),
-        "qzeros": words(zero.T.to(torch.uint8), grid.bits),
+        "qweight": pack_int32(codes_NK, grid.bits).T.contiguous(),
+        "qzeros": pack_int32(zero.T.to(torch.uint8), grid.bits),
         "scales": scale.T.contiguous(),
         "g_idx": torch.arange(k, dtype=torch.int32) // (k // groups),
     }

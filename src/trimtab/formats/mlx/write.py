@@ -39,7 +39,7 @@ from trimtab.formats.directory import Shards, float_tensors, write_json, write_s
 from trimtab.layers.weights import AffineWeight
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid, Range, Zero
-from trimtab.quant.words import words
+from trimtab.quant.int32_packing import pack_int32
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUPS = (128, 64, 32)
@@ -77,7 +77,7 @@ def packed(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype) -> t
         zero = grid.center if range_.zero_NG is None else range_.zero_NG.repeat_interleave(size, 1).to(torch.int16)
         codes_NK, bias = codes_NK.to(torch.int16) - zero + center, -center * scale
     made = {
-        "weight": words(codes_NK, wide).view(torch.uint32),
+        "weight": pack_int32(codes_NK, wide).view(torch.uint32),
         "scales": scale.repeat_interleave(size // group, 1),
         "biases": bias.repeat_interleave(size // group, 1),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 _WORD = 32
 
 
-def words(codes_RK: Tensor, bits: int) -> Tensor:
+def pack_int32(codes_RK: Tensor, bits: int) -> Tensor:
     """Pack rows of codes: integers (R, K), each below 2**bits, to int32 (R, ceil(K bits / 32))."""
     k = codes_RK.shape[1]
     blocks_RBC = torch.nn.functional.pad(codes_RK, (0, -k % _WORD)).unflatten(1, (-1, _WORD))

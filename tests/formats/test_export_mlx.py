@@ -22,6 +22,7 @@ from trimtab.errors import UserError
 from trimtab.formats.mlx.write import width
 from trimtab.methods import LrQat, QaHira, Rtn
 from trimtab.models.transformers_bridge import quant_layers
+from trimtab.quant.int32_packing import pack_int32
 
 
 def read(folder: Path, name: str) -> np.ndarray:

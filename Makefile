@@ -59,7 +59,7 @@ lint: $(SETUP_STAMP)
 	$(BIN)/mypy
 
 bench: $(SETUP_STAMP)
-	$(BIN)/python benchmarks/step.py $(ARGS)
+	$(BIN)/python benchmarks/speed/step.py $(ARGS)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

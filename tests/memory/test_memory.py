@@ -324,8 +324,8 @@ def test_the_measurements_kept_hold_every_method_on_two_models() -> None:
 @linux
 @pytest.mark.parametrize("more", [[], ["--single"]])
 def test_a_plan_is_what_training_takes(tmp_path: Path, more: list[str]) -> None:
-    """Three ways to train a weight, with and without recomputed blocks; every method is in `benchmarks/memory.py`."""
-    benchmark, out = Path(__file__).parents[2] / "benchmarks" / "memory.py", tmp_path / "memory.json"
+    """Three ways to train a weight, with and without recomputed blocks; the benchmark has every method."""
+    benchmark, out = Path(__file__).parents[2] / "benchmarks" / "memory" / "memory.py", tmp_path / "memory.json"
     command = [sys.executable, str(benchmark), "--once", "--models", "small", "--out", str(out)]
     done = subprocess.run(
         [*command, *more, "--rows", "qlora", "lr-qat", "qat"],

@@ -185,7 +185,7 @@ class Search:
         cost = np.array(noted) * np.array(gain)
         if self.block.objective == "tuned" and self.recipe.method.keeps is None:
             # Training codes and scales mends small roundings better than large ones: KL goes with the square of a step,
-            # what is left of it falls faster; the third power fits best, by little (benchmarks/search_repair.py).
+            # what is left of it falls faster; the third power fits best, by little (benchmarks/search/repair.py).
             cost = cost * 0.5 ** np.array(self.space.bits)
         return Problem(cost, self.space.bytes_UC, self.space.fixed_bytes, self.budget, bound)
 

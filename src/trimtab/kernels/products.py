@@ -1,8 +1,8 @@
 """Matrix products in half precision, for processors without instructions for it.
 
 On x86 without AVX-512 (most laptops) torch multiplies bfloat16 and float16 in loops of its own: 3 to 30 times slower than
-float32 (`benchmarks/products.py`), the worst where an operand is not laid out for them, as in every backward pass. Here
-such products are taken in float32, block by block. Operands are exact in float32 and sums were float32 before, so the
+float32 (`benchmarks/speed/products.py`), the worst where an operand is not laid out for them, as in every backward pass.
+Here such products are taken in float32, block by block. Operands are exact in float32 and sums were float32 before, so the
 result, rounded once, differs by the order of its sums only.
 
 `install` replaces torch's CPU kernels in the process; `tuning` decides whether, and calls it once. On other processors, and

@@ -15,8 +15,9 @@ stays below either: beside what is loaded already it holds one float weight, as 
 GPTQ, see `plan`).
 
 The shared buffers (`kernels.workspace`) are as large as the largest weight that passes through them: W wherever it is
-made from packed codes, and dL/dW wherever levels are trained. `benchmarks/memory.py` holds the sum to what is measured.
-A heap that keeps freed memory (glibc does, up to 32 MB a tensor) needs more than what lives; no plan counts that.
+made from packed codes, and dL/dW wherever levels are trained. `benchmarks/memory/memory.py` holds the sum to what
+is measured. A heap that keeps freed memory (glibc does, up to 32 MB a tensor) needs more than what lives; no plan
+counts that.
 """
 
 from collections.abc import Iterator

@@ -290,6 +290,6 @@ def require_shape(source: ModelSource, name: str, found: tuple[int, ...], wanted
 
 def require_finite(source: Tensor | Weight, name: str) -> None:
     """Raise a `UserError` naming the tensor if it holds NaN or infinity."""
-    # NaN spreads to the extremes, and they are one pass: a sixteenth of the time of `isfinite` (`benchmarks/choices.py`).
+    # NaN spreads to the extremes, and they are one pass: a sixteenth of `isfinite`'s time (`benchmarks/speed/choices.py`).
     if isinstance(source, Tensor) and not all(x.isfinite() for x in torch.aminmax(source)):
         raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")

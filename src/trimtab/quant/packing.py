@@ -8,7 +8,7 @@ bytes. For 4 bits and K = 8:
              low nibbles | high nibbles
 
 so unpacking is one shift and one mask over contiguous memory per segment, with no interleaving store.
-(`benchmarks/choices.py`: bit planes take 9 to 19 times as long in eager torch.)
+(`benchmarks/speed/choices.py`: bit planes take 9 to 19 times as long in eager torch.)
 The price: a row cannot be cut along K.
 Rows never share a byte, so it can be cut along N. K need not divide by the number of segments: the last one is padded.
 

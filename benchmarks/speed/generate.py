@@ -5,24 +5,28 @@ vocabulary 32,000, tied head) generates greedily from a short prompt. Every row 
 and the head is 8 bits wherever they are quantized. The rows take turns, and `ratio` is the median over rounds of tokens per
 second over those of the dense model in the same round.
 
-    python benchmarks/generate.py [--tokens 24] [--rounds 3]     writes benchmarks/results/generate.json
+    python benchmarks/speed/generate.py [--tokens 24] [--rounds 3]     writes benchmarks/results/generate.json
 """
 
 import argparse
 import copy
 import json
 import statistics
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import step
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import trimtab
 
-OUT = Path(__file__).parent / "results" / "generate.json"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.speed.step import environment
+
+OUT = Path(__file__).parents[1] / "results" / "generate.json"
 CONFIG = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -91,7 +95,7 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(found, dense, strict=True))
         rows.append({"name": name, "tokens_per_second": statistics.median(found), "ratio": ratio})
         print(f"{name:28}{rows[-1]['tokens_per_second']:8.2f} tokens/s   x {ratio:.2f}")
-    about = step.environment(args.rounds, 1, args.threads) | {"model": CONFIG, "batch": [1, 1]}
+    about = environment(args.rounds, 1, args.threads) | {"model": CONFIG, "batch": [1, 1]}
     OUT.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Every configuration of a small real model, measured: the truth that `benchmarks/search.py` compares searches with.
+"""Every configuration of a small real model, measured: the truth that `benchmarks/search/search.py` compares searches with.
 
 A model's decoder in 8 units, 3 widths each: 3^8 = 6561 configurations, each rounded to nearest with integer zeros, and held
 against the float model by KL on the same tokens. The table, the bytes and the sensitivities, each with what it cost, go to
@@ -7,7 +7,7 @@ benchmarks/results/search_truth*.npz. Two tables:
     stories260k    units are parts of its five layers, per channel
     smollm2-135m   units are runs of three or four of its thirty layers, groups of 64
 
-    python benchmarks/search_truth.py [--table smollm2-135m] [--data DIR]
+    python benchmarks/search/truth.py [--table smollm2-135m] [--data DIR]
 
 DIR holds stories260k/, tinystories/ and wikitext2/.
 """
@@ -30,11 +30,12 @@ from trimtab.data.rows import load_rows
 from trimtab.data.sequences import token_blocks
 from trimtab.layers import weights
 from trimtab.methods import Rtn
-from trimtab.models import load as loading
+from trimtab.models.load import load_float
+from trimtab.models.sources import open_source
 from trimtab.quant.grid import Grid
 
-RESULTS = Path(__file__).parent / "results"
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+RESULTS = Path(__file__).parents[1] / "results"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 BITS = (2, 3, 4)
 SEEDS = 10
 """Of the labels that Fisher's sensitivities are drawn with: a search's seed decides them, too."""
@@ -135,10 +136,11 @@ def main() -> None:
     torch.set_num_threads(1)
     table = TABLES[arguments.table]
     path = str(arguments.data / table.model) if table.model else arguments.table
-    source, skeleton = loading.skeleton(path)
+    source = open_source(path)
+    skeleton = source.layout()
     grid = Grid(4, table.group, "integer")
     laid_out = merged(space(skeleton, Rtn(), bits=BITS, grid=grid, by=table.by, dtype=torch.float32), table.sizes)
-    model = loading.load_float(path, dtype=torch.float32, source=source)
+    model = load_float(path, dtype=torch.float32, source=source)
     rows = load_rows(str(arguments.data / table.text), limit=200)
     tokens = table.windows * table.length
     blocks = token_blocks(rows, source.tokenizer(), block_tokens=table.length, limit_tokens=tokens)

@@ -1,4 +1,4 @@
-"""What a cell, a pruning and a search of `search_tuned.py` run in a process of their own; values come and go as JSON."""
+"""What a cell, a pruning and a search of `tuned.py` run in a process of their own; values come and go as JSON."""
 
 import json
 import sys
@@ -24,8 +24,8 @@ def prune(values: dict[str, Any]) -> None:
 
 def cell(values: dict[str, Any]) -> None:
     import trl.trainer.sft_trainer  # noqa: F401  (libraries are no part of a run's memory)
-    from trimtab.memory.training import resident_bytes
 
+    from trimtab.memory.process import resident_bytes
     from trimtab.pipeline.run import run
     from trimtab.recipe.recipe import from_dict
 
@@ -42,11 +42,11 @@ def search(values: dict[str, Any]) -> None:
     """
     from trimtab.bit_search import workers
     from trimtab.formats.file_size import stored
-    from trimtab.models import load as loading
+    from trimtab.models.sources import open_source
     from trimtab.recipe.recipe import from_dict
 
     plain = from_dict(values)
-    skeleton = loading.skeleton(plain.model.path)[1]
+    skeleton = open_source(plain.model.path).layout()
     budget = stored(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
     recipe = from_dict(values | {"search": values["search"] | {"budget": budget}})
     done = workers.run(recipe)

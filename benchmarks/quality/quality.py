@@ -8,11 +8,11 @@ tried there. Scales get the rate that was best where they are all that is traine
 Every finished cell is a line of benchmarks/results/quality.jsonl, every tried rate one of quality_rates.jsonl. What stands
 there is not run again, so that the command can be stopped and given again until the table is full.
 
-    python benchmarks/quality.py --data DIR                     all rows
-    python benchmarks/quality.py --data DIR --rows w3 --seeds 0 --minutes 60
-    python benchmarks/quality.py --list                         what is done and what is not
-    python benchmarks/quality.py --model FILE.gguf --data DIR   the headline rows of another model
-    python benchmarks/quality_report.py                         docs/quality.md
+    python benchmarks/quality/quality.py --data DIR                     all rows
+    python benchmarks/quality/quality.py --data DIR --rows w3 --seeds 0 --minutes 60
+    python benchmarks/quality/quality.py --list                         what is done and what is not
+    python benchmarks/quality/quality.py --model FILE.gguf --data DIR   the headline rows of another model
+    python benchmarks/report.py quality                         docs/quality.md
 
 DIR holds train.part.txt and test.raw.txt; beside it lies sentence_polarity, with {sentence, label} in train.jsonl and
 test.jsonl, for the rows of a supervised task: there the accuracy is measured, by lm-evaluation-harness.
@@ -29,9 +29,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quality_rows import HEADLINES, ROWS, Row
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.files import RESULTS, add, read, say
+from benchmarks.quality.rows import HEADLINES, ROWS, Row
+
 MODEL = "smollm2-135m"
 SEEDS = (0, 1, 2)
 STEPS, STEP_TOKENS, WINDOW, TASK_WINDOW = 32, 1024, 512, 128
@@ -155,15 +157,6 @@ def moved(values: dict[str, Any]) -> float:
         changed += int((layer.base.integer_codes() != start).sum())
         whole += start.numel()
     return changed / whole
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def add(file: Path, values: dict[str, Any]) -> None:
-    with file.open("a") as lines:
-        lines.write(json.dumps(values) + "\n")
 
 
 class Table:
@@ -315,10 +308,6 @@ def asked(review: dict[str, Any]) -> dict[str, str]:
 def seeds_of(row: Row, seeds: list[int]) -> list[int]:
     """Without training every seed gives the same: the first stands for all."""
     return seeds if row.trained else [seed for seed in seeds if seed == SEEDS[0]]
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def main() -> None:

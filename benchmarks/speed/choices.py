@@ -10,7 +10,7 @@
 
 Within a group the cases are run in turn, round after round, and medians are compared with the group's first case.
 
-    python benchmarks/choices.py [--groups unpack round]            replaces these groups in benchmarks/results/choices.json
+    python benchmarks/speed/choices.py [--groups unpack round]     replaces these groups in benchmarks/results/choices.json
 """
 
 import argparse
@@ -169,7 +169,7 @@ def main() -> None:
     """Run the groups and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "choices.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "choices.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     kept = json.loads(args.out.read_text())["groups"] if args.out.exists() else {}

@@ -7,28 +7,32 @@
 
 The cases run in turn, round after round; `ratio_to_copy` is the median over rounds of the quotient in the same round.
 
-    python benchmarks/dequantize.py [--rounds 15]         writes benchmarks/results/dequantize.json
+    python benchmarks/speed/dequantize.py [--rounds 15]         writes benchmarks/results/dequantize.json
 """
 
 import argparse
 import json
 import logging
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import step
 import torch
 
 from trimtab.kernels import dequantize
 from trimtab.layers.weights import AffineWeight, CodebookWeight
 from trimtab.quant.grid import CodebookGrid, Grid
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.speed.step import environment
+
 N = K = 4096
 RANK = 32
-OUT = Path(__file__).parent / "results" / "dequantize.json"
+OUT = Path(__file__).parents[1] / "results" / "dequantize.json"
 Case = Callable[[], Any]
 
 
@@ -90,7 +94,7 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(times, seconds["copy"], strict=True))
         rows.append({"name": name, "median_ms": statistics.median(times) * 1e3, "ratio_to_copy": ratio})
         print(f"{name:48}{rows[-1]['median_ms']:9.2f} ms   x {ratio:.2f}")
-    result = {"environment": step.environment(args.rounds, 2, args.threads), "shape": [N, K], "rows": rows}
+    result = {"environment": environment(args.rounds, 2, args.threads), "shape": [N, K], "rows": rows}
     OUT.write_text(json.dumps(result, indent=1) + "\n")
 
 

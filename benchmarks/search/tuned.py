@@ -16,12 +16,12 @@ trials and a few longer ones. What it took is written into every row that uses i
 Every finished cell is a line of benchmarks/results/search_tuned.jsonl, every search one of search_tuned_widths.jsonl, every
 tried rate one of search_tuned_rates.jsonl. What stands there is not run again: the command can be stopped and repeated.
 
-    python benchmarks/search_tuned.py --data DIR              DIR holds wikitext2/, sentence_polarity/, tinystories/ and
+    python benchmarks/search/tuned.py --data DIR              DIR holds wikitext2/, sentence_polarity/, tinystories/ and
                                                               stories260k/
-    python benchmarks/search_tuned.py --data DIR --rows wikitext-30 --seeds 0 --minutes 60
-    python benchmarks/search_tuned.py --list                  what is done and what is not
-    python benchmarks/search_tuned.py --memory                training memory at 7B shapes: search_tuned_memory.json
-    python benchmarks/search_report.py                        docs/search.md
+    python benchmarks/search/tuned.py --data DIR --rows wikitext-30 --seeds 0 --minutes 60
+    python benchmarks/search/tuned.py --list                  what is done and what is not
+    python benchmarks/search/tuned_memory.py                  training memory at 7B shapes: search_tuned_memory.json
+    python benchmarks/report.py search                        docs/search.md
 """
 
 import argparse
@@ -36,10 +36,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import search_tuned_process
 import torch
-from quality import HELD_OUT, RESULTS, Rate, add, asked, cut_text, further, read, say
-from search_tuned_process import PARTS
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.files import RESULTS, add, read, say
+from benchmarks.quality.quality import HELD_OUT, Rate, asked, cut_text, further
+from benchmarks.search import tuned_process
+from benchmarks.search.tuned_process import PARTS
 
 SEEDS = (0, 1, 2)
 RATIOS = (20, 30)
@@ -426,7 +430,7 @@ def split(source: Path, folder: Path) -> Path:
 
 def process(what: str, values: dict[str, Any]) -> None:
     """One part of the work, in a process of its own."""
-    command = [sys.executable, search_tuned_process.__file__, what, json.dumps(values)]
+    command = [sys.executable, tuned_process.__file__, what, json.dumps(values)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{what} {json.dumps(values)}\n{done.stdout}\n{done.stderr}")
@@ -443,14 +447,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/search_tuned"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--memory", action="store_true", help="plan training memory at 7B shapes instead")
     parser.add_argument("--rehearse", metavar="MODEL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory:
-        from search_tuned_memory import plan_all
-
-        plan_all(arguments.results)
-        return
     deadline = time.time() + 60 * arguments.minutes
     scales = dict.fromkeys(TASKS, Scale(model=arguments.rehearse, **REHEARSAL)) if arguments.rehearse else SCALES
     study = Study(scales, arguments.results, arguments.data, arguments.work, deadline)

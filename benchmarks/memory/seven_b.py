@@ -17,9 +17,9 @@ Pages of the checkpoint leave the page cache when the model is loaded, so that t
 How fast loading is, is measured on a slice of the model that fits into the page cache: the median of three loads, and of as
 many plain reads of its files into fresh memory (`read_seconds`), in turn, after one of each; `load_ratio` is the quotient.
 
-    python benchmarks/seven_b.py make /data/7b                    the checkpoint; --layers 4 makes a slice of it
-    python benchmarks/seven_b.py run /data/7b --slice /data/7b-4  every row, into benchmarks/results/7b.json
-    python benchmarks/seven_b.py paper                            13B and 70B as `memory.plan` sees them, into the same file
+    python benchmarks/memory/seven_b.py make /data/7b      the checkpoint; --layers 4 makes a slice of it
+    python benchmarks/memory/seven_b.py run /data/7b --slice /data/7b-4      every row, into benchmarks/results/7b.json
+    python benchmarks/memory/seven_b.py paper              13B and 70B as `memory.plan` sees them, into the same file
 
 A row is written as soon as it is measured, and replaces only the row of its name: what failed is repeated by --rows.
 """
@@ -31,6 +31,7 @@ import logging
 import multiprocessing
 import os
 import statistics
+import sys
 import threading
 import time
 import warnings
@@ -45,16 +46,22 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-import step
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trimtab import methods
-from trimtab.memory import training as memory
+from trimtab.kernels import heap
+from trimtab.memory import process
+from trimtab.memory.peak import peak_of_training
 from trimtab.models import load as loading
+from trimtab.models.sources import open_source
 from trimtab.recipe import rules
 from trimtab.training.loss import chunked_cross_entropy
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.speed.step import environment
 
 SHAPES = {  # hidden, MLP, layers, heads, KV heads
     "7b": (4096, 11008, 32, 32, 32),
@@ -65,7 +72,7 @@ FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 VOCABULARY, TOKENS = 32000, 512
 STEPS, SLICE_LOADS = 1, 3
 SHARD_BYTES, SAMPLE_SECONDS = 2_000_000_000, 0.01
-OUT = Path(__file__).parent / "results" / "7b.json"
+OUT = Path(__file__).parents[1] / "results" / "7b.json"
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------
@@ -242,7 +249,7 @@ def _shards(folder: str) -> list[Path]:
 def _load(row: Row, folder: str) -> Any:
     """The prepared model, loaded as `pipeline.run` does it."""
     torch.manual_seed(0)
-    source: Any = loading.open_source(folder)
+    source: Any = open_source(folder)
     source.tokenizer = lambda: None  # there is none, and random tokens need none
     return loading.load(folder, *row.prepared(), dtype=torch.bfloat16, source=source)[0]
 
@@ -270,16 +277,16 @@ def measure(name: str, folder: str, threads: int) -> dict[str, Any]:
     """Memory of loading and training, and the seconds of a step."""
     _quiet(threads)
     import_module("trimtab.pipeline.run")  # a run holds all of it
-    memory.return_freed()  # as `train.fit` does
+    heap.return_freed()  # as training does (`kernels.tuning`)
     gc.collect()
-    memory.trim()
-    libraries, start = memory.resident_bytes(), time.perf_counter()
+    heap.trim()
+    libraries, start = process.resident_bytes(), time.perf_counter()
     with Meter() as load:
         model = _load(ROWS[name], folder)
     load_seconds = time.perf_counter() - start
     _drop_pages(_shards(folder))
-    loaded, take, steps = memory.resident_bytes(), _stepper(model), []
-    memory.reset_peak()
+    loaded, take, steps = process.resident_bytes(), _stepper(model), []
+    process.reset_peak()
     with Meter() as training:
         for _ in range(1 + STEPS):
             start, cpu = time.perf_counter(), time.process_time()
@@ -295,7 +302,7 @@ def measure(name: str, folder: str, threads: int) -> dict[str, Any]:
         "loaded_bytes": loaded,
         "peak_bytes": training.peak_bytes,
         "file_bytes": training.file_bytes,
-        "resident_peak_bytes": memory.peak_bytes(),
+        "resident_peak_bytes": process.peak_bytes(),
         "full_load_seconds": load_seconds,
         "step_seconds": statistics.median(seconds[1:]),
         "step_cpu_seconds": statistics.median(cpu_seconds[1:]),
@@ -330,7 +337,7 @@ def time_load(name: str, folder: str, threads: int) -> dict[str, Any]:
 def planned(name: str, size: str, layers: int | None) -> dict[str, int]:
     """What `memory.plan` says of a row: every item and their total."""
     options = {"micro_batch": 1, "block_tokens": TOKENS, "dtype": torch.bfloat16, "checkpointing": True}
-    plan = memory.plan(_on_paper(_config(size, layers)), *ROWS[name].prepared(), **options)
+    plan = peak_of_training(_on_paper(_config(size, layers)), *ROWS[name].prepared(), **options)
     return {**asdict(plan), "total": plan.total}
 
 
@@ -349,7 +356,7 @@ def run(folder: str, names: list[str], slice_: str | None, threads: int, out: Pa
     rows = {row["name"]: row for row in json.loads(out.read_text()).get("rows", [])} if out.exists() else {}
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     about = {"model": "LLaMA-2-7B shapes, random weights", "batch": [1, TOKENS], "memory_bytes": memory_bytes}
-    _keep(out, environment=step.environment(STEPS, 1, threads) | about)
+    _keep(out, environment=environment(STEPS, 1, threads) | about)
     columns = ("planned_bytes", "libraries_bytes", "load_peak_bytes", "peak_bytes", "aim_bytes", "file_bytes")
     print(f"{'GB':50}", *(f"{c.removesuffix('_bytes'):>9}" for c in (*columns, "step s", "load/read")))
     for name in names:

@@ -3,7 +3,7 @@
 The model is SmolLM2-135M-Instruct (`float` is its dequantized 4-bit GGUF), rounded to 3 bits in groups of 64 with integer
 zeros, embedding at 8 bits, and tuned by LR-QAT; zero-shot, lm-evaluation-harness's prompts.
 
-    python benchmarks/harness.py --data DIR [--tuned DIR | --train FILE] [--limit 200]
+    python benchmarks/quality/harness.py --data DIR [--tuned DIR | --train FILE] [--limit 200]
 
 It writes benchmarks/results/harness.json. `--data` holds <task>/<split>.jsonl in the data sets' original fields. Without
 `--tuned`, a short recipe is run on `--train`, a text or JSON lines with one.
@@ -21,7 +21,7 @@ from trimtab.models.load import load, load_float, open_source
 from trimtab.pipeline.run import run
 from trimtab.recipe import recipe
 
-OUT = Path(__file__).parent / "results" / "harness.json"
+OUT = Path(__file__).parents[1] / "results" / "harness.json"
 MODEL = "smollm2-135m"
 TASKS = ("piqa", "arc_easy", "sentence_polarity")
 RULES = [

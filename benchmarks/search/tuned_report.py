@@ -1,4 +1,4 @@
-"""The section of docs/search.md on searched widths after fine-tuning; `search_report.py` writes it.
+"""The section of docs/search.md on searched widths after fine-tuning; a part of `report.page`.
 
 Intervals are Student's t over seeds, which pair: a seed draws the same order of the data for every row. Verdicts are
 computed from them, never typed.
@@ -10,10 +10,21 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from quality import read
-from quality_report import interval
-from search_tuned import CELLS, METRIC, RATIOS, ROWS, SCALE_BITS, SCALES, SEARCHED, SEARCHED_BITS, SEEDS, TASKS
-from search_tuned_memory import PLANNED
+from benchmarks.files import read
+from benchmarks.search.tuned import (
+    CELLS,
+    METRIC,
+    RATIOS,
+    ROWS,
+    SCALE_BITS,
+    SCALES,
+    SEARCHED,
+    SEARCHED_BITS,
+    SEEDS,
+    TASKS,
+)
+from benchmarks.search.tuned_memory import PLANNED
+from benchmarks.tables import interval
 
 AIM = 0.30
 """Less training memory than LoRA on the pruned float model."""
@@ -140,7 +151,7 @@ def section(results: Path) -> list[str]:
             "widths stretched over its layers, and in brackets against LoRA.",
             118,
         ),
-        "`python benchmarks/search_tuned.py --data DIR`, then `--memory`.",
+        "`python benchmarks/search/tuned.py --data DIR`, then `python benchmarks/search/tuned_memory.py`.",
     ]
     cells: dict[tuple[str, int], Cells] = {}
     for c in read(results / "search_tuned.jsonl"):

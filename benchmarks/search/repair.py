@@ -1,25 +1,28 @@
 """What tuning repairs of a rounding: loss after a short tuning, with one part of every layer at another width.
 
-SmolLM2-135M pruned by 30 %, as in `search_tuned.py`, LR-QAT at 4 bits but for q/k/v, o, gate/up or down of all layers,
+SmolLM2-135M pruned by 30 %, as in `tuned.py`, LR-QAT at 4 bits but for q/k/v, o, gate/up or down of all layers,
 which are at 3 or at 5. Beside the change of the loss on held-out text after the steps stands what sensitivities (Fisher)
 say of the divergence before tuning. If what is left of a divergence D(b) after tuning is proportional to D(b) * step(b)^p,
 the ratio of the two is the same for every row at the right p; the report says what one ratio misses.
 
 Every finished row is kept in benchmarks/results/search_repair.json: the command can be stopped and repeated.
 
-    python benchmarks/search_repair.py --data DIR             DIR as for search_tuned.py (about 15 minutes of one core)
-    python benchmarks/search_report.py                        docs/search.md
+    python benchmarks/search/repair.py --data DIR             DIR as for tuned.py (about 15 minutes of one core)
+    python benchmarks/report.py search                        docs/search.md
 """
 
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-import search_tuned
-from quality import RESULTS, say
-from search_tuned_process import PARTS
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.files import RESULTS, say
+from benchmarks.search import tuned
+from benchmarks.search.tuned_process import PARTS
 
 BITS, OTHERS, STEPS, TOKENS, SENSITIVITY_TOKENS = 4, (3, 5), 4, 8192, 16384
 POWERS = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -31,11 +34,11 @@ def prepared(data: Path, work: Path) -> Any:
     from trimtab.bit_search.searching import Search
     from trimtab.recipe.recipe import from_dict
 
-    study = search_tuned.Study(search_tuned.SCALES, RESULTS, data, work, math.inf)
-    cell = next(c for c in search_tuned.CELLS if c.name == f"wikitext-{max(search_tuned.RATIOS)}-uniform-{BITS}")
+    study = tuned.Study(tuned.SCALES, RESULTS, data, work, math.inf)
+    cell = next(c for c in tuned.CELLS if c.name == f"wikitext-{max(tuned.RATIOS)}-uniform-{BITS}")
     rate = 1e-2, 1e-3
     values = study.recipe(cell, rate, 0, choosing=True, steps=study.scales[cell.task].steps)
-    values |= {"rules": search_tuned.rules(cell.row, study.scales[cell.task].group), "output": str(work / "repair")}
+    values |= {"rules": tuned.rules(cell.row, study.scales[cell.task].group), "output": str(work / "repair")}
     values |= {"evaluate": {"parity": False}, "method": values["method"] | {"rank": 32, "alpha": 32.0}}
     values["search"] = {
         "units": "fusion", "bits": (OTHERS[0], BITS, OTHERS[1]), "objective": "tuned", "steps": STEPS, "tokens": TOKENS,
@@ -115,7 +118,7 @@ def report() -> list[str]:
         f"SmolLM2-135M pruned by 30 %, LR-QAT at {BITS} bits, one part of every layer at another width: how the held-out",
         f"loss ({TOKENS:,} tokens) changes after {STEPS} steps, what sensitivities say of the divergence before, and the",
         "ratio of the two, also if divergence is multiplied with the width's step first.",
-        "`python benchmarks/search_repair.py --data DIR`.",
+        "`python benchmarks/search/repair.py --data DIR`.",
         "",
         "| part | bits | loss | divergence | ratio | ratio with the step |",
         "|---|---|---|---|---|---|",

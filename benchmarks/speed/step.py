@@ -28,10 +28,10 @@ interpreter and libraries too; what those take is in `libraries_bytes`, and what
     products        no model: only the matrix products that any method needs (x W^T and dy W of every linear layer and the
                     head), one after another; `products-trained` adds dy^T x of the linear layers
 
-    python benchmarks/step.py                                 all rows, 9 rounds, writes benchmarks/results/step.json
-    python benchmarks/step.py --shape 1b                      four layers of 1B shapes, writes step_1b.json
-    python benchmarks/step.py --rows lora-peft lr-qat --rounds 5 --out /tmp/step.json
-    python benchmarks/step.py --profile qlora                 where a step's time goes, by torch's profiler; writes nothing
+    python benchmarks/speed/step.py                       all rows, 9 rounds, writes benchmarks/results/step.json
+    python benchmarks/speed/step.py --shape 1b            four layers of 1B shapes, writes step_1b.json
+    python benchmarks/speed/step.py --rows lora-peft lr-qat --rounds 5 --out /tmp/step.json
+    python benchmarks/speed/step.py --profile qlora       where a step's time goes, by torch's profiler; writes nothing
 """
 
 import argparse
@@ -84,7 +84,7 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 BATCH, TOKENS = 4, 256
 REFERENCE = "lora-peft"
 BNB = "qlora-peft"
-OUT = Path(__file__).parent / "results" / "step.json"
+OUT = Path(__file__).parents[1] / "results" / "step.json"
 PATIENCE_SECONDS = 600
 """How long a worker may take to start, or for one step."""
 

@@ -16,9 +16,9 @@ of them (`default_malloc_bytes`); with models of this size, whose tensors all li
 
 A row is written as soon as it is measured, and replaces the one of its name.
 
-    python benchmarks/memory.py                                all rows, writes benchmarks/results/memory.json
-    python benchmarks/memory.py --rows qlora qat --models llama --out /tmp/memory.json
-    python benchmarks/memory.py --single --out /tmp/single.json      every optimizer step of one micro-batch
+    python benchmarks/memory/memory.py                                all rows, writes benchmarks/results/memory.json
+    python benchmarks/memory/memory.py --rows qlora qat --models llama --out /tmp/memory.json
+    python benchmarks/memory/memory.py --single --out /tmp/single.json      every optimizer step of one micro-batch
 """
 
 import argparse
@@ -35,7 +35,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-OUT = Path(__file__).parent / "results" / "memory.json"
+OUT = Path(__file__).parents[1] / "results" / "memory.json"
 BATCH, TOKENS = 2, 256
 MICRO_BATCHES = (1, 2)
 """Of each optimizer step: in the last, gradients and the optimizer's state are there while a batch goes forward."""
@@ -122,14 +122,14 @@ def planned(name: str, shape: dict[str, Any], checkpointing: bool, micro_batches
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
-    from trimtab.memory.training import plan
 
+    from trimtab.memory.peak import peak_of_training
     from trimtab.recipe.rules import parse_rules
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(_config(shape))
     method, rules = _about(name, shape["tie_word_embeddings"])
-    return plan(
+    return peak_of_training(
         model.train(),
         method,
         parse_rules(rules),
@@ -151,9 +151,10 @@ def train(
     """Prepare a model and train it for two steps; returns the largest resident memory of the steps, if watched."""
     import torch
     from transformers import AutoModelForCausalLM
-    from trimtab.memory.training import resident_bytes, trim
 
     import trimtab
+    from trimtab.kernels.heap import trim
+    from trimtab.memory.process import resident_bytes
     from trimtab.training.loss import summed_loss
 
     torch.manual_seed(0)
@@ -194,9 +195,10 @@ def measure(
 ) -> tuple[Any, int, int]:
     """What is planned, measured and held by libraries; call it in a process of its own."""
     import torch
-    from trimtab.memory.training import resident_bytes, trim
 
     from trimtab.kernels import workspace
+    from trimtab.kernels.heap import trim
+    from trimtab.memory.process import resident_bytes
 
     torch.set_num_threads(1)
     if give_back:

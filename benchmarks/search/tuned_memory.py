@@ -1,12 +1,16 @@
-"""Training memory of the rows of `search_tuned.py` at the shapes of Llama-7B pruned alike: `memory.plan`, on paper.
+"""Training memory of the rows of `tuned.py` at the shapes of Llama-7B pruned alike: `memory.plan`, on paper.
 
 Widths of a search on a model of fewer layers are stretched over 32: layer i takes those of layer i * layers // 32. All rows
 have the same batch (one micro-batch a step, as the study's), checkpointing and (chunked) loss, in two settings: each block
-recomputed in backward, and nothing recomputed, with the batch of the AutoMixQ code. `benchmarks/memory.py` holds the plan
-to what is measured.
+recomputed in backward, and nothing recomputed, with the batch of the AutoMixQ code. `benchmarks/memory/memory.py` holds the
+plan to what is measured.
+
+    python benchmarks/search/tuned_memory.py                  what is not planned yet, into search_tuned_memory.json
 """
 
+import argparse
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,15 +18,18 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from quality import read, say
-from search_tuned import RATIOS, ROWS, SCALES, Row, Scale, rules
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trimtab import methods
-from trimtab.memory import training as memory
+from trimtab.memory.peak import peak_of_training
 from trimtab.pruning.structures import layout
 from trimtab.pruning.widths import choose, describe
 from trimtab.recipe.rules import parse_rules
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.files import RESULTS, read, say
+from benchmarks.search.tuned import RATIOS, ROWS, SCALES, Row, Scale, rules
 
 SEVEN_B: dict[str, Any] = {
     "hidden_size": 4096,
@@ -64,7 +71,7 @@ def plan(config: LlamaConfig, row: Row, group: int, widths: dict[str, str] | Non
     given = rules(row, group, found)
     options = {key: value for key, value in row.method.items() if key != "name"}
     options |= {"rank": Scale.rank, "alpha": float(Scale.rank)}
-    planned = memory.plan(
+    planned = peak_of_training(
         skeleton(config),
         methods.make(row.method["name"], **options),
         None if given is None else parse_rules([{"match": "lm_head", "grid": None}, *given]),
@@ -100,3 +107,13 @@ def plan_all(results: Path, shape: dict[str, Any] = SEVEN_B, group: int = Scale.
                     about = {"shape": shape, "settings": SETTINGS}
                     file.write_text(json.dumps({**about, "rows": done}, indent=1) + "\n")
                     say(f"{name}, {setting}: {found['total_bytes'] / 1e9:.2f} GB ({time.time() - started:.0f} s)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    plan_all(parser.parse_args().results)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@
 An error that follows the weight (size) does more harm than one of the same length that does not. The model is the demo's,
 whose weights lie on 4-bit levels with real zeros in blocks of 32. Writes benchmarks/results/ranges.json.
 
-    python benchmarks/ranges.py
+    python benchmarks/quality/ranges.py
 """
 
 import json
@@ -17,7 +17,7 @@ from trimtab.layers.weights import AffineWeight
 from trimtab.models.load import load_float
 from trimtab.quant.grid import Grid
 
-OUT = Path(__file__).parent / "results" / "ranges.json"
+OUT = Path(__file__).parents[1] / "results" / "ranges.json"
 MODEL = "smollm2-135m"
 GRIDS = [Grid(3, group, zero) for group in (32, 64) for zero in ("symmetric", "integer", "real")]  # type: ignore[arg-type]
 

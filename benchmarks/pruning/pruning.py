@@ -4,7 +4,7 @@ Taylor, magnitude and random choose heads and MLP channels (uniform widths); blo
 is SmolLM2-135M (its dequantized 4-bit file), calibrated on WikiText-2's training part and measured on its test part. A row
 is written to benchmarks/results/pruning.json as soon as it is measured; what stands there is not run again.
 
-    python benchmarks/pruning.py --data DIR && python benchmarks/search_report.py
+    python benchmarks/pruning/pruning.py --data DIR && python benchmarks/report.py search
 
 DIR holds train.part.txt and test.raw.txt.
 """
@@ -23,7 +23,7 @@ from trimtab.evaluation.perplexity import perplexity
 from trimtab.models.load import load_float, open_source
 from trimtab.pruning import Options, prune
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 MODEL = "smollm2-135m"
 RATIOS = (0.2, 0.3)
 WAYS: dict[str, dict[str, Any]] = {

@@ -1,28 +1,33 @@
 """Searches against the truth: hypervolume after 10, 20, 40, 80 trials, as a share of the best any set of that size reaches.
 
 Bytes against log KL, reference point: the largest bytes, the worst uniform width. Sensitivity passes are charged as trials
-(a pass over a quarter of the tokens as a quarter). Needs a table of `benchmarks/search_truth.py`. Rows {method, trials,
+(a pass over a quarter of the tokens as a quarter). Needs a table of `benchmarks/search/truth.py`. Rows {method, trials,
 seed, hypervolume_ratio} go to benchmarks/results/search.json, of the second table to search_smollm2.json.
 
-    python benchmarks/search.py [--table smollm2-135m] [--methods ours random ...] && python benchmarks/search_report.py
+    python benchmarks/search/search.py [--table smollm2-135m] [--methods ours random ...]
+    python benchmarks/report.py search                            docs/search.md
 """
 
 import argparse
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from search_truth import TABLES
 
 from trimtab.bit_search.additive import front
 from trimtab.bit_search.hypervolume import expected_gain, hypervolume, pareto
 from trimtab.bit_search.proposal import Problem, Tried, propose
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.files import RESULTS
+from benchmarks.search.truth import TABLES
+
 TRIALS = (10, 20, 40, 80)
 PRIOR = "fisher"
 """The sensitivities that ours, greedy and the integer program start from."""

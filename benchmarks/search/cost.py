@@ -3,7 +3,7 @@
 Made-up problems of the size of the truth table's (8 units, 3 widths) and of SmolLM2-135M's (120 fusion groups, 4 widths),
 after 10 and 40 trials. Goes to benchmarks/results/search_cost.json.
 
-    python benchmarks/search_cost.py
+    python benchmarks/search/cost.py
 """
 
 import json
@@ -17,7 +17,7 @@ import optuna
 
 from trimtab.bit_search.proposal import Problem, Tried, propose
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 SAMPLERS = ("NSGAIISampler", "TPESampler", "GPSampler")
 AFTER, REPEATS = (10, 40), 3
 

@@ -4,20 +4,26 @@ Budgets lie evenly between the smallest and the largest uniform width. A search 
 widths that fit; they and the sensitivity pass are charged as trials. Rows {method, trials, gap_percent, found} are over
 budgets and seeds: KL above the best in percent (median and mean), and the share of searches that found the best itself.
 
-    python benchmarks/search_budgets.py [--table smollm2-135m] && python benchmarks/search_report.py
+    python benchmarks/search/budgets.py [--table smollm2-135m] && python benchmarks/report.py search
 """
 
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-from search import PRIOR, RESULTS, Sequence, Truth
-from search_truth import TABLES
 
 from trimtab.bit_search.additive import front
 from trimtab.bit_search.proposal import Problem, Tried, propose
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.files import RESULTS
+from benchmarks.search.search import PRIOR, Sequence, Truth
+from benchmarks.search.truth import TABLES
 
 TRIALS = (10, 15, 20, 30)
 SHARES = tuple(np.arange(1, 10) / 10)

@@ -7,7 +7,7 @@
 
 Both run in turn, round after round, on one thread; the ratio is the median over rounds of the quotient in the same round.
 
-    python benchmarks/products.py [--rounds 9]         writes benchmarks/results/products.json
+    python benchmarks/speed/products.py [--rounds 9]         writes benchmarks/results/products.json
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from trimtab.kernels import products
 
-OUT = Path(__file__).parent / "results" / "products.json"
+OUT = Path(__file__).parents[1] / "results" / "products.json"
 TOKENS, IN, WIDE, HEADS, HEAD = 512, 576, 1536, 9, 64
 
 

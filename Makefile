@@ -2,7 +2,7 @@
 # Set-up runs again only when pyproject.toml or constraints.txt has changed: a stamp in .venv is named after both.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-serving lint bench clean
+.PHONY: help setup model demo test test-serving upgrade-check lint bench clean
 
 # Extra words for what is run: recipe overrides for demo, options for test (pytest) and bench.
 #   make demo ARGS="train.steps=4"     make test ARGS="-k grid -x"
@@ -22,15 +22,21 @@ LLAMA := .venv-llama
 LLAMA_STAMP := $(LLAMA)/.stamp-$(shell cksum < constraints-llama.txt | cut -d' ' -f1)
 MLX := .venv-mlx
 MLX_STAMP := $(MLX)/.stamp-$(shell cksum < constraints-mlx.txt | cut -d' ' -f1)
+UPGRADE := .venv-upgrade
+# The torch of upgrade-check: the newest one unless told otherwise, which may be a build for CUDA of many gigabytes.
+#   make upgrade-check UPGRADE_TORCH='torch==2.13.0'
+UPGRADE_TORCH ?= torch
 # Where the wheel of llama-cpp-python is kept, which takes minutes to build.
 WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trimtab/wheels
 MODEL_STAMP := .venv/.stamp-$(DEMO_MODEL)
 PIP_INSTALL := $(BIN)/python -m pip install --no-input --disable-pip-version-check --quiet
+UPGRADE_INSTALL := $(UPGRADE)/bin/python -m pip install --no-input --disable-pip-version-check --quiet
 
 help:
 	@echo "make demo   fine-tune, save and evaluate a small model (ARGS= adds recipe overrides)"
 	@echo "make test   ruff, mypy and the tests (ARGS= adds pytest options)"
 	@echo "make test-serving  exports in the engines that read them; makes their environments first (minutes)"
+	@echo "make upgrade-check  the newest versions of all libraries, and which of our reaches into them break (minutes)"
 	@echo "make lint   ruff and mypy only"
 	@echo "make bench  time one training step (ARGS= adds options)"
 	@echo "make setup  only make .venv and install into it; the others do this first"
@@ -52,6 +58,17 @@ test: lint
 test-serving: $(SETUP_STAMP) $(SERVING_STAMP) $(LLAMA_STAMP) $(MLX_STAMP)
 	TRIMTAB_VLLM_PYTHON=$(CURDIR)/$(SERVING)/bin/python TRIMTAB_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA)/bin/python \
 	    TRIMTAB_MLX_PYTHON=$(CURDIR)/$(MLX)/bin/python $(BIN)/python -m pytest tests/serving $(ARGS)
+
+# Resolved anew each time, and past our own bounds: that is what is asked.
+upgrade-check: $(SETUP_STAMP)
+	@echo "upgrade-check: installing the newest versions into $(UPGRADE) (minutes)"
+	@$(BIN)/python -m venv $(UPGRADE)
+	@$(UPGRADE)/bin/python tools/upgrades.py --newest-requirements > $(UPGRADE)/requirements.txt
+	@$(UPGRADE_INSTALL) --upgrade '$(UPGRADE_TORCH)'
+	@$(UPGRADE_INSTALL) --upgrade --upgrade-strategy eager '$(UPGRADE_TORCH)' -r $(UPGRADE)/requirements.txt
+	@$(UPGRADE_INSTALL) --no-deps -e .
+	TRIMTAB_CACHE=$(CURDIR)/$(UPGRADE)/kernels $(UPGRADE)/bin/python tools/upgrades.py --check \
+	    -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(SETUP_STAMP)
 	$(BIN)/ruff check

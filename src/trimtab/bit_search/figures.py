@@ -1,5 +1,6 @@
 """Pictures of a search: the front among all trials, and the bits of every unit. The only file that imports matplotlib."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,7 @@ def _xy(trials: Sequence[Trial]) -> tuple[list[float], list[float]]:
 def draw_bits(search: "Search", front: Sequence[Trial], file: Path) -> None:
     """Bits of every unit (columns) of every point of the front (rows, the smallest at the bottom)."""
     bits = np.array([[search.space.bits[c] for c in t.wish.configuration] for t in front])
-    units = [u.name.partition(".layers.")[2] for u in search.space.units]
+    units = [re.sub(r"^\D*", "", u.name) for u in search.space.units]  # from the number of the layer on
     figure, axes = _figure(max(5, 0.16 * len(units) + 2), max(2.5, 0.22 * len(front) + 1.6))
     widths = sorted(set(search.space.bits))
     shades = np.searchsorted(widths, bits)

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 
 from trimtab.bit_search.space import Unit
 from trimtab.layers import weights
+from trimtab.models.architecture import softcap
+from trimtab.models.decoder import blocks, final_norm
 from trimtab.recipe.rules import Placement
 from trimtab.training.divergence import Head, chunks
 from trimtab.training.loss import chunked_cross_entropy
@@ -87,7 +89,7 @@ def exact(
         blocks_WL: int64 calibration windows.
         micro_batch: windows in one pass.
     """
-    layers: Any = model.base_model.layers
+    layers = list(blocks(model))
     numbers = {name: i for i, layer in enumerate(layers) for name in _names_in(model, layer)}
     cost, passes = np.zeros((len(units), len(placements))), 2.0
     was_training = model.training
@@ -118,7 +120,7 @@ def _names_in(model: nn.Module, layer: nn.Module) -> list[str]:
 
 def start(model: "PreTrainedModel", ids_BL: Tensor) -> Stream:
     """One float pass that notes what every layer is called with."""
-    layers: Any = model.base_model.layers
+    layers = blocks(model)
     calls, first, last = [], list[Tensor](), list[Tensor]()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,14 +152,12 @@ def divergence(
         moved_BLD: of the other.
         heads: weights (vocabulary, D) of the two heads where they differ.
     """
-    norm: Any = model.base_model.norm
-    head: Any = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    norm, head, cap = final_norm(model), model.get_output_embeddings(), softcap(model.config)
     weights_ = heads or (head.weight, head.weight)
     total = 0.0
     for pair in zip(float_BLD, moved_BLD, strict=True):
-        logits = [F.linear(norm(h), w, head.bias).float() for h, w in zip(pair, weights_, strict=True)]
-        p, q = (F.log_softmax(x if cap is None else cap * torch.tanh(x / cap), -1) for x in logits)
+        logits = (Head(w, head.bias, cap).logits(norm(h)) for h, w in zip(pair, weights_, strict=True))
+        p, q = (F.log_softmax(x, -1) for x in logits)
         total += F.kl_div(q, p, reduction="sum", log_target=True).item()
     return total
 

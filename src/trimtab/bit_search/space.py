@@ -20,6 +20,8 @@ from trimtab.bit_search.additive import Configuration
 from trimtab.errors import UserError
 from trimtab.formats.file_size import Entry, layer_bytes, stored
 from trimtab.methods.base import Method
+from trimtab.models.architecture import architecture_of
+from trimtab.models.decoder import block_names
 from trimtab.models.prepare import Target, placed_targets
 from trimtab.models.transformers_bridge import cast_floats
 from trimtab.quant.activations import Activations
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 By = Literal["layer", "fusion"]
 FLOAT = 16
 """The choice that keeps a unit in 16 bits."""
-_FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,15 @@ class Space:
 
 def units(model: "PreTrainedModel", by: By, others: Sequence[Rule] = ()) -> tuple[Unit, ...]:
     """The units of a model's decoder layers, in its order, without layers that a rule keeps untouched (`grid: null`)."""
-    found: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        head, dot, rest = name.partition(".layers.")
-        if not dot or not isinstance(module, torch.nn.Linear):
-            continue
-        rule = next((r for r in others if fnmatchcase(name, r.match)), None)
-        if rule is not None and rule.grid is None:
-            continue
-        layer, last = f"{head}.layers.{rest.split('.')[0]}", name.rpartition(".")[2]
-        key = layer if by == "layer" else f"{layer}.{_FUSED.get(last, last.removesuffix('_proj'))}"
-        found.setdefault(key, []).append(name)
+    family, found = architecture_of(model), dict[str, list[str]]()
+    # Models that keep their blocks under another name have not been searched.
+    blocks = block_names(model) if (family.blocks or "").rpartition(".")[2] == "layers" else []
+    for block in blocks:
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            rule = next((r for r in others if fnmatchcase(name, r.match)), None)
+            if not isinstance(module, torch.nn.Linear) or (rule is not None and rule.grid is None):
+                continue
+            found.setdefault(block if by == "layer" else f"{block}.{family.fusion(name)[0]}", []).append(name)
     if not found:
         raise UserError("search: the model has no float decoder layers under `layers`; start from a float model")
     return tuple(Unit(name, tuple(layers)) for name, layers in found.items())

@@ -20,13 +20,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 
 from trimtab.errors import UserError
+from trimtab.models.architecture import FUSED
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.quant.grid import AnyGrid, Grid, ScaleDtype, Zero
 from trimtab.recipe.rules import Kind
 
 ALL_KINDS: tuple[Kind, ...] = ("linear", "head", "tied", "embedding")
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that engines join into one, which then has one form."""
 
 _EXACT: dict[ScaleDtype, tuple[torch.dtype, ...]] = {
     "portable": (torch.bfloat16, torch.float16, torch.float32),
@@ -101,7 +100,7 @@ class Engine:
     alone: tuple[Zero, ...] = ()
     """Zeros that it runs only where all quantized layers share one grid."""
     fuses: bool = False
-    """Whether it joins `FUSED` layers, which must then be of one form."""
+    """Whether it joins layers of one block (`architecture.FUSED`), which must then be of one form."""
     rounded: tuple[Rounded, ...] = ()
     kv: tuple[str, ...] = ("float",)
     """Dtypes of the KV cache."""

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.formats.declaration import FUSED, Engine, Form, Format, Layer, Refusal, not_run
+from trimtab.formats.declaration import Engine, Form, Format, Layer, Refusal, not_run
 from trimtab.layers.adapters import DeltaOutput
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
+from trimtab.models.architecture import FUSED
 from trimtab.quant.grid import Grid, Zero
 
 

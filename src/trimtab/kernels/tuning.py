@@ -4,8 +4,8 @@
                 them (`products`): 3 to 30 times faster, sums in another order
     heap        glibc gives large freed blocks back at once (`heap.return_freed`): training's peak is what lives
 
-Both act on the whole process, other libraries' tensors included. So each is announced once in the log (`trimtab`; the
-products, which change last bits, as a warning), and neither is done where TRIMTAB_TUNE=0 is set or `trimtab.tune(False)`
+Both act on the whole process, other libraries' tensors included. So each is announced once, by the logger `trimtab`
+and by a run's own messages (`announcements`), and neither is done where TRIMTAB_TUNE=0 is set or `trimtab.tune(False)`
 was called; that call also takes the replaced kernels out again.
 """
 
@@ -19,6 +19,7 @@ from trimtab.kernels import heap, products
 _log = logging.getLogger("trimtab")
 _allowed: bool | None = None
 _heap_done = False
+_untold: list[str] = []
 
 
 def allowed() -> bool:
@@ -43,6 +44,18 @@ def tune(enabled: bool = True) -> None:
         products.uninstall()
 
 
+def _announce(text: str) -> None:
+    _log.info(text)
+    _untold.append(text)
+
+
+def announcements() -> list[str]:
+    """What was changed in this process and not told by this function before."""
+    told = list(_untold)
+    _untold.clear()
+    return told
+
+
 def workspace_bytes(dtype: torch.dtype) -> int:
     """What a product of this dtype takes beside its operands and result, in bytes, for plans of memory."""
     return products.workspace_bytes(dtype) if allowed() else 0
@@ -51,7 +64,7 @@ def workspace_bytes(dtype: torch.dtype) -> int:
 def for_models() -> None:
     """Before a model is loaded or prepared: half-precision products, where this processor is slow at them."""
     if allowed() and products.install():
-        _log.warning(
+        _announce(
             "this processor has no AVX-512: products of bfloat16 and float16 are taken in float32 in this process; "
             "TRIMTAB_TUNE=0 or trimtab.tune(False) leaves torch's own kernels"
         )
@@ -62,7 +75,7 @@ def for_training() -> None:
     global _heap_done
     if allowed() and not _heap_done and heap.return_freed():
         _heap_done = True
-        _log.info(
+        _announce(
             "the heap of this process gives freed blocks of 4 MiB and more back at once; TRIMTAB_TUNE=0 or "
             "trimtab.tune(False) leaves it alone"
         )

@@ -34,6 +34,8 @@ from trimtab.kernels import tuning
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight
 from trimtab.methods.base import Method
+from trimtab.models import decoder
+from trimtab.models.architecture import softcap
 from trimtab.models.prepare import prepare_meta
 from trimtab.models.simulate import lay_out
 from trimtab.models.transformers_bridge import cast_floats, quant_layers
@@ -163,7 +165,7 @@ def _apart(model: "PreTrainedModel", kept: int, block: int, at_loss: int, in_lay
     own activations and those of the layers before it, its own gradients and those of the layers after it. `block` is
     the one block that is recomputed, if any.
     """
-    layers: Any = model.base_model.layers
+    layers = decoder.blocks(model)
     inside = [_bytes(p for p in layer.parameters() if p.requires_grad) for layer in layers]
     whole = _bytes(p for p in model.parameters() if p.requires_grad)
     gradients = whole - sum(inside)  # of a trained head: they are there in the loss
@@ -201,10 +203,9 @@ def _buffers(model: "PreTrainedModel", dtype: torch.dtype) -> int:
 def _at_loss(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
     """One chunk of logits and their exponentials; the counted hidden states and their gradient."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    softcap = getattr(config, "final_logit_softcapping", None) is not None
     whole = any(p.requires_grad for p in head.parameters())  # a trained head: all logits and their gradient
     count = 2 * tokens if whole else min(tokens, LOGITS_CHUNK_TOKENS)
-    logits = count * config.vocab_size * max(4 + dtype.itemsize, (4 if softcap else 2) * 4)
+    logits = count * config.vocab_size * max(4 + dtype.itemsize, (2 if softcap(config) is None else 4) * 4)
     return logits + 2 * tokens * config.hidden_size * dtype.itemsize
 
 
@@ -236,21 +237,21 @@ def kept_for_backward(model: "PreTrainedModel", micro_batch: int, block_tokens: 
     A model on the meta device is run on tensors without data that pass for ones on the CPU: on the meta device itself
     autocast, masks and the choice of an attention kernel fail, or go other ways than in training.
     """
-    decoder: Any = model.base_model
-    parameters: dict[str, Tensor] = dict(decoder.named_parameters())
+    base: Any = model.base_model
+    parameters: dict[str, Tensor] = dict(base.named_parameters())
     with ExitStack() as stack:
         if any(p.is_meta for p in parameters.values()):
-            parameters = stack.enter_context(_without_data(decoder))
+            parameters = stack.enter_context(_without_data(base))
         own = {p.untyped_storage()._cdata for p in parameters.values()}
         ids = torch.zeros(micro_batch, block_tokens, dtype=torch.int64, device=next(iter(parameters.values())).device)
         seen = stack.enter_context(saved_storages())
-        functional_call(decoder, parameters, kwargs={"input_ids": ids, "use_cache": False})
+        functional_call(base, parameters, kwargs={"input_ids": ids, "use_cache": False})
     return sum(size for key, (size, _) in seen.items() if key not in own)
 
 
 @contextmanager
-def _without_data(decoder: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Parameters that have a size and a device but no data, and a decoder that can run on them.
+def _without_data(base: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Parameters that have a size and a device but no data, and a base model that can run on them.
 
     Positions and masks stay real, since transformers looks at their values. Only our layers fill tensors that they make
     themselves, so the mode, under which new tensors have no data either, is on while they run.
@@ -266,10 +267,10 @@ def _without_data(decoder: nn.Module) -> Iterator[dict[str, Tensor]]:
     with mode:
         parameters = {
             name: torch.empty(p.shape, dtype=p.dtype, device="cpu", requires_grad=p.requires_grad)
-            for name, p in decoder.named_parameters()
+            for name, p in base.named_parameters()
         }
     with ExitStack() as hooks:
-        for layer in quant_layers(decoder).values():
+        for layer in quant_layers(base).values():
             hooks.callback(layer.register_forward_pre_hook(enter).remove)
             hooks.callback(layer.register_forward_hook(leave, always_call=True).remove)
         yield parameters

@@ -13,6 +13,7 @@ import torch
 from trimtab.memory.peak import Plan, Teaching, peak_of_training
 from trimtab.methods.rtn import Rtn
 from trimtab.models import calibrate
+from trimtab.models.architecture import architecture_of
 from trimtab.models.prepare import prepare_meta, targets
 from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import cast_floats
@@ -23,9 +24,6 @@ from trimtab.training.teacher import int8_rules, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "q_proj": "q_proj", "up_proj": "gate_proj", "gate_proj": "gate_proj"}
-"""Layers that are given the same input."""
 
 
 def plan(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None = None) -> Plan:
@@ -60,11 +58,10 @@ def plan(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None = No
 def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None) -> int:
     """Bytes that GPTQ works in, beside the model as far as it is stored: of the block and layer that take most."""
     shapes = {t.name: t.shape for t in targets(model, recipe.method, rules) if t.grid is not None}
-    itemsize, most = recipe.dtype.itemsize, 0
+    itemsize, most, family = recipe.dtype.itemsize, 0, architecture_of(model)
     for names in calibrate.by_block(model, list(shapes)).values():
-        inputs = {
-            name.rpartition(".")[0] + _SHARED.get(name.rpartition(".")[2], name): shapes[name][1] for name in names
-        }
+        # Layers that are fused are given the same input.
+        inputs = {(name.rpartition(".")[0], family.fusion(name)): shapes[name][1] for name in names}
         floats = sum(n * k * itemsize for n, k in (shapes[name] for name in names))
         layer = max(
             (max(24 * k * k + 4 * n * k, 4 * k * k + 20 * n * k) for n, k in (shapes[name] for name in names)),

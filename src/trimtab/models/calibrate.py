@@ -18,15 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import UserError
-
-
-def block_names(model: nn.Module) -> list[str]:
-    """The decoder blocks: the members of the model's first list of modules, in its order."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            return [f"{name}.{i}" for i in range(len(module))]
-    raise UserError(f"{type(model).__name__}: has no list of decoder blocks to calibrate one after another")
+from trimtab.models.decoder import block_names
 
 
 def by_block(model: nn.Module, layers: Sequence[str]) -> dict[str, list[str]]:

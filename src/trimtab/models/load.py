@@ -18,7 +18,7 @@ from trimtab.kernels import heap
 from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
-from trimtab.models import calibrate
+from trimtab.models.decoder import block_names
 from trimtab.models.gptq import Gptq
 from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare, rounded, targets
 from trimtab.models.sources import ModelSource, fill, fill_where, open_source, require_finite, require_shape
@@ -67,7 +67,7 @@ def load(
         how = None if hessian_KK is None else partial(rounded, target=target, start=start, hessian_KK=hessian_KK)
         _put(model, target, found, chosen, dtype, how)
 
-    blocks = tuple(f"{name}." for name in calibrate.block_names(model))
+    blocks = tuple(f"{name}." for name in block_names(model))
 
     def enter(block: str) -> None:
         fill_where(

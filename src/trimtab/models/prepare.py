@@ -20,6 +20,7 @@ from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, start
 from trimtab.models import gptq
 from trimtab.models.calibrate import by_block, calibrate
+from trimtab.models.decoder import embedding_scale
 from trimtab.models.gptq import Gptq
 from trimtab.models.sources import require_finite
 from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
@@ -150,7 +151,7 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
     old = model.get_submodule(target.name)
     if target.kind == "embedding":
         dtype = old.dtype if isinstance(old, QuantEmbedding) else old.weight.dtype
-        scale = old.scale if isinstance(old, QuantEmbedding) else getattr(old, "scalar_embed_scale", None)
+        scale = old.scale if isinstance(old, QuantEmbedding) else embedding_scale(model, old)
         base = start(source, target.grid)
         new: nn.Module = QuantEmbedding(base, dtype, old.padding_idx, scale)  # type: ignore[arg-type]
     elif target.kind == "tied":

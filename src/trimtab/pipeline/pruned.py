@@ -7,14 +7,12 @@ from typing import Protocol
 
 from trimtab.errors import UserError
 from trimtab.formats.file_size import parse_bytes
+from trimtab.models.architecture import architecture_of
 from trimtab.models.sources import open_source
 from trimtab.pruning import Options, Pruned, checkpoint, prune_checkpoint
 from trimtab.quant.grid import CodebookGrid, Grid
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Placement
-
-_CUT = ("o_proj", "down_proj")
-"""Layers whose inputs become fewer."""
 
 
 class Observer(Protocol):
@@ -72,7 +70,10 @@ def prune_options(recipe: Recipe) -> Options:
     """How to prune: what is left is in whole groups of every grid that the recipe gives to what may be cut."""
     block = recipe.prune
     assert block is not None
-    names = [name for name, _ in open_source(recipe.model.path).layout().named_modules() if name.endswith(_CUT)]
+    model = open_source(recipe.model.path).layout()
+    family = architecture_of(model)
+    cut = family.attention.output, family.mlp.down  # their inputs become fewer
+    names = [name for name, _ in model.named_modules() if name.endswith(cut)]
     grids: list[Placement] = [recipe.method.grid]
     if recipe.rules is not None:
         grids = [next((r.grid for r in recipe.rules if fnmatchcase(name, r.match)), None) for name in names]

@@ -23,6 +23,7 @@ from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get
 from trimtab.formats.export import write
 from trimtab.formats.native.write import disk_bytes, save
+from trimtab.kernels import tuning
 from trimtab.memory.process import peak_bytes, reset_peak
 from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
@@ -129,6 +130,8 @@ def _load(recipe: Recipe, given: RunContext, metrics: dict[str, Any], watch: Obs
     watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
     model = build(recipe, given)
     metrics["load_peak_memory_bytes"] = peak_bytes()
+    for line in tuning.announcements():
+        watch.say(line)
     for line in fitted_starts(model):
         watch.say(line)
     return model

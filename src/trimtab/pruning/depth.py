@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
+from trimtab.models.architecture import architecture_of
+from trimtab.models.decoder import set_blocks
 from trimtab.pruning.importance import check_finite
 from trimtab.pruning.structures import Layout, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
-"""Keys of a config that hold a value for each layer."""
 
 
 @torch.no_grad()
@@ -65,15 +64,15 @@ def least(about: Layout, influences: Sequence[float], *, count: int, keep: Seque
 
 def drop(model: "PreTrainedModel", gone: Sequence[int]) -> None:
     """Take these decoder layers out, in place, and renumber the others."""
-    decoder: Any = model.base_model
-    kept = [i for i in range(len(decoder.layers)) if i not in gone]
-    decoder.layers = nn.ModuleList(decoder.layers[i] for i in kept)
-    for number, layer in enumerate(decoder.layers):
-        for module in layer.modules():
+    layers: Any = decoder_layers(model)
+    kept = [i for i in range(len(layers)) if i not in gone]
+    set_blocks(model, [layers[i] for i in kept])
+    for number, i in enumerate(kept):
+        for module in layers[i].modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
     config = model.config
-    for key in _BY_LAYER:
+    for key in architecture_of(model).by_layer:
         values = getattr(config, key, None)
         if values is not None:
             setattr(config, key, [copy.copy(values[i]) for i in kept])

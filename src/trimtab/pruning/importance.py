@@ -98,7 +98,8 @@ def taylor(model: "PreTrainedModel", about: Layout, blocks_WL: Tensor, micro_bat
     with ExitStack() as stack:
         stack.enter_context(_input_gradients_only(model))
         for layer, scores in zip(decoder_layers(model), found, strict=True):
-            for linear, total in ((attention(layer).o_proj, scores.groups), (mlp(layer).down_proj, scores.channels)):
+            ends = attention(layer, about.family).output, mlp(layer, about.family).down
+            for linear, total in zip(ends, scores, strict=True):
                 stack.callback(linear.register_forward_pre_hook(partial(_tap, total)).remove)
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             stack.callback(layer.__dict__.pop, "forward")
@@ -138,7 +139,8 @@ def loss_without(
         model.eval()
         for layer, (groups, channels) in zip(decoder_layers(model), gone, strict=True):
             columns = rows_of(groups, about.heads_per_group * about.head_dim)
-            for linear, some in ((attention(layer).o_proj, columns), (mlp(layer).down_proj, channels)):
+            ends = attention(layer, about.family).output, mlp(layer, about.family).down
+            for linear, some in zip(ends, (columns, channels), strict=True):
                 stack.callback(linear.register_forward_pre_hook(partial(_silence, some.to(device))).remove)
         total = 0.0
         for some in blocks_WL.split(micro_batch):
@@ -183,11 +185,11 @@ def _input_gradients_only(model: "PreTrainedModel") -> Iterator[None]:
 
 @torch.no_grad()
 def _magnitude(layer: nn.Module, about: Layout) -> Scores:
-    block, feed = attention(layer), mlp(layer)
+    block, feed = attention(layer, about.family), mlp(layer, about.family)
     groups, channels = found = _zeros(about)
     for total, into, out in (
-        (groups, (block.q_proj, block.k_proj, block.v_proj), block.o_proj),
-        (channels, (feed.gate_proj, feed.up_proj), feed.down_proj),
+        (groups, block[:-1], block.output),
+        (channels, feed[:-1], feed.down),
     ):
         for linear in into:
             for p in (linear.weight, linear.bias):

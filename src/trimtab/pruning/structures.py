@@ -14,6 +14,7 @@ Road not taken: tracing the graph for dependencies (LLM-Pruner's way). It finds 
 dependency and a forward pass to do so; shapes and the config say it all.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
+from trimtab.models.architecture import IN_WORDS, Architecture, Attention, Mlp, architecture_of
+from trimtab.models.decoder import blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Widths:
 class Layout:
     """A model's decoder, as far as pruning needs to know it."""
 
+    family: Architecture
     layers: int
     widths: Widths
     heads_per_group: int
@@ -61,31 +62,32 @@ class Layout:
 
 def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
     """The decoder layers."""
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or model.config.get_text_config() is not model.config:
+    if architecture_of(model).blocks != "layers" or model.config.get_text_config() is not model.config:
         raise UserError(
             f"prune: {type(model).__name__} is no plain decoder with `model.layers`; give a Llama-like model"
         )
-    return layers
+    return blocks(model)
 
 
-def attention(layer: nn.Module) -> Any:
-    """The attention block of a decoder layer."""
-    return _block(layer, _ATTENTION)
+def attention(layer: nn.Module, family: Architecture) -> Attention[Any]:
+    """The linear layers of a decoder layer's attention."""
+    block = _block(layer, family.attention)
+    return Attention(*(getattr(block, part) for part in family.attention))
 
 
-def mlp(layer: nn.Module) -> Any:
-    """The MLP of a decoder layer."""
-    return _block(layer, _MLP)
+def mlp(layer: nn.Module, family: Architecture) -> Mlp[Any]:
+    """The linear layers of a decoder layer's MLP."""
+    block = _block(layer, family.mlp)
+    return Mlp(*(getattr(block, part) for part in family.mlp))
 
 
-def _block(layer: nn.Module, parts: tuple[str, ...]) -> Any:
+def _block(layer: nn.Module, parts: tuple[str, ...]) -> nn.Module:
     for _, module in layer.named_children():
         if all(isinstance(getattr(module, part, None), nn.Linear) for part in parts):
             return module
     raise UserError(
-        f"prune: {type(layer).__name__} has no block with float layers {', '.join(parts)}; known are Llama, Mistral, "
-        "Qwen2, Qwen3, SmolLM and Gemma in float (prune first, quantize after)"
+        f"prune: {type(layer).__name__} has no block with float layers {', '.join(parts)}; known are {IN_WORDS} in "
+        "float (prune first, quantize after)"
     )
 
 
@@ -95,45 +97,42 @@ def layout(model: "PreTrainedModel") -> Layout:
     Raises:
         UserError: for a model whose blocks hold something that pruning does not know.
     """
-    layers, config = decoder_layers(model), model.config
+    layers, config, family = decoder_layers(model), model.config, architecture_of(model)
     first = layers[0]
+    block, feed = attention(first, family), mlp(first, family)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    block, channels = attention(first), mlp(first).gate_proj.out_features
-    head_dim = block.k_proj.out_features // groups
+    channels, head_dim = feed.gate.out_features, block.keys.out_features // groups
     for number, layer in enumerate(layers):
-        _check(f"layer {number}", layer, (heads, groups, head_dim, channels, config.hidden_size))
+        _check(f"layer {number}", layer, family, (heads, groups, head_dim, channels, config.hidden_size))
     numbers = {p: p.numel() for p in model.parameters()}
     ends = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     return Layout(
+        family=family,
         layers=len(layers),
         widths=Widths(groups, channels),
         heads_per_group=heads // groups,
         head_dim=head_dim,
-        group_parameters=_coupled(block, _ATTENTION) // groups,
-        channel_parameters=_coupled(mlp(first), _MLP) // channels,
+        group_parameters=_coupled(block, block.output) // groups,
+        channel_parameters=_coupled(feed, feed.down) // channels,
         layer_parameters=sum(p.numel() for p in first.parameters()),
         parameters=sum(numbers.values()),
         embedding_parameters=sum(numbers[p] for p in ends),
     )
 
 
-def _coupled(block: nn.Module, parts: tuple[str, ...]) -> int:
-    """Numbers of a block that go with one or another of its structures."""
-    total = 0
-    for part in parts:
-        linear = block.get_submodule(part)
-        assert isinstance(linear, nn.Linear)
-        total += linear.weight.numel() + (linear.bias.numel() if part in _ROWS and linear.bias is not None else 0)
-    return total
+def _coupled(block: Iterable[nn.Linear], outgoing: nn.Linear) -> int:
+    """Numbers of a block that go with one or another of its structures: all but the bias of what leads out of them."""
+    numbers = sum(p.numel() for linear in block for p in linear.parameters())
+    return numbers - (0 if outgoing.bias is None else outgoing.bias.numel())
 
 
-def _check(where: str, layer: nn.Module, sizes: tuple[int, int, int, int, int]) -> None:
+def _check(where: str, layer: nn.Module, family: Architecture, sizes: tuple[int, int, int, int, int]) -> None:
     heads, groups, head_dim, channels, hidden = sizes
-    block, feed = attention(layer), mlp(layer)
-    wide, narrow = (heads * head_dim, hidden), (groups * head_dim, hidden)
-    wanted = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow, "o_proj": wide[::-1]}
-    wanted |= {"gate_proj": (channels, hidden), "up_proj": (channels, hidden), "down_proj": (hidden, channels)}
-    for owner, parts in ((block, _ATTENTION), (feed, _MLP)):
+    block, feed = _block(layer, family.attention), _block(layer, family.mlp)
+    wide, narrow, channel = (heads * head_dim, hidden), (groups * head_dim, hidden), (channels, hidden)
+    wanted = dict(zip(family.attention, (wide, narrow, narrow, wide[::-1]), strict=True))
+    wanted |= dict(zip(family.mlp, (channel, channel, channel[::-1]), strict=True))
+    for owner, parts in ((block, family.attention), (feed, family.mlp)):
         for name, parameter in owner.named_parameters():
             part = name.split(".")[0]
             if part in parts:
@@ -143,7 +142,7 @@ def _check(where: str, layer: nn.Module, sizes: tuple[int, int, int, int, int]) 
             elif tuple(parameter.shape) != (head_dim,) or owner is feed:
                 raise UserError(
                     f"prune: {where}: {name} {tuple(parameter.shape)} is unknown and may belong to heads or channels; "
-                    "known are Llama, Mistral, Qwen2, Qwen3, SmolLM and Gemma"
+                    f"known are {IN_WORDS}"
                 )
 
 
@@ -155,19 +154,21 @@ def rows_of(groups: Tensor, size: int) -> Tensor:
 @torch.no_grad()
 def cut(layer: nn.Module, about: Layout, groups: Tensor, channels: Tensor) -> None:
     """Leave one layer only these KV groups and MLP channels (ascending indices), in place."""
-    block, feed = attention(layer), mlp(layer)
+    block, feed = attention(layer, about.family), mlp(layer, about.family)
     queries, keys = rows_of(groups, about.heads_per_group * about.head_dim), rows_of(groups, about.head_dim)
     if len(groups) < about.widths.groups:
-        for linear, rows in ((block.q_proj, queries), (block.k_proj, keys), (block.v_proj, keys)):
+        for linear, rows in ((block.queries, queries), (block.keys, keys), (block.values, keys)):
             _keep_rows(linear, rows)
-        _keep_columns(block.o_proj, queries)
+        _keep_columns(block.output, queries)
     if len(channels) < about.widths.channels:
-        for linear in (feed.gate_proj, feed.up_proj):
+        for linear in (feed.gate, feed.up):
             _keep_rows(linear, channels)
-        _keep_columns(feed.down_proj, channels)
+        _keep_columns(feed.down, channels)
     # Some blocks remember their widths; what they compute follows the weights.
     counts = {"num_heads": len(groups) * about.heads_per_group, "num_key_value_heads": len(groups)}
-    for owner, values in ((block, counts), (feed, {"intermediate_size": len(channels)})):
+    widths = {"intermediate_size": len(channels)}
+    for parts, values in ((about.family.attention, counts), (about.family.mlp, widths)):
+        owner = _block(layer, parts)
         for name, value in values.items():
             if hasattr(owner, name):
                 setattr(owner, name, value)

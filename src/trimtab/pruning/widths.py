@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.errors import UserError
+from trimtab.models.architecture import architecture_of
 from trimtab.pruning.importance import Importance, Scores
 from trimtab.pruning.structures import Layout, Widths
 
@@ -43,7 +44,7 @@ def describe(config: Any, about: Layout, widths: Widths) -> Any:
 def _loads(config: Any, about: Layout, widths: Widths) -> bool:
     """Whether engines take such a config: transformers wants heads of Llama and Gemma to divide the hidden size."""
     made = describe(config, about, widths)
-    if made.model_type == "qwen2" and made.num_attention_heads * made.head_dim != made.hidden_size:
+    if architecture_of(made).implied_head_dim and made.num_attention_heads * made.head_dim != made.hidden_size:
         return False
     check = getattr(made, "validate_architecture", None)
     try:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from trimtab.layers.linear import QuantLinear
+from trimtab.models.architecture import softcap
 
 LOGITS_CHUNK_TOKENS = 128
 """Tokens whose logits exist at once in training."""
@@ -49,7 +50,7 @@ class Head:
         quantized = isinstance(head, QuantLinear)
         weight = head.dequantize(dtype, reuse=reuse) if quantized else head.weight.detach().to(dtype)
         bias = None if head.bias is None else head.bias.detach().to(dtype)
-        return cls(weight, bias, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+        return cls(weight, bias, softcap(model.config))
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """Float32 logits (C, V)."""

@@ -135,10 +135,3 @@ def summed_loss(
         softcap=head.softcap,
         distillation=distillation,
     )
-
-
-def scales_logits(config: Any) -> bool:
-    """Whether a model multiplies its logits, so that its head is not all that follows its hidden states."""
-    text = config.get_text_config()
-    factors = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-    return any(getattr(text, name, None) not in (None, 1, 1.0) for name in factors)

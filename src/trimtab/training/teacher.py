@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from trimtab.errors import UserError
 from trimtab.methods.rtn import Rtn
+from trimtab.models.architecture import scales_logits
 from trimtab.models.load import load, load_float
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.quant.grid import Grid
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule
 from trimtab.training.divergence import FullTargets, Head
-from trimtab.training.loss import IGNORED, scales_logits
+from trimtab.training.loss import IGNORED
 
 _INT8 = Grid(bits=8, group=None)
 

@@ -27,12 +27,13 @@ from trimtab.data.rows import conversational, load_rows
 from trimtab.data.sequences import text_of
 from trimtab.errors import UserError, nearest
 from trimtab.kernels import tuning, workspace
+from trimtab.models.architecture import scales_logits
 from trimtab.models.transformers_bridge import attach
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
 from trimtab.training.divergence import Distillation
-from trimtab.training.loss import IGNORED, loss_of_logits, scales_logits, summed_loss
+from trimtab.training.loss import IGNORED, loss_of_logits, summed_loss
 from trimtab.training.teacher import LiveTeacher
 from trimtab.training.teacher_cache import NUMBER, CachedTeacher
 

@@ -16,65 +16,33 @@ Legend: d head dimension.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
+from trimtab.models.architecture import FAMILIES, Gguf, architecture_of, rope
 
 
-@dataclass(frozen=True)
-class Family:
-    """How models of one `model_type` are written."""
-
-    architecture: str
-    """llama.cpp's name for it."""
-    permuted: bool = False
-    """Whether rows of q and k are in the order of llama.cpp's rotary embedding."""
-    norm_shift: float = 0.0
-    """Added to every norm."""
-    window_every: int | None = None
-    """All layers but every n-th see a sliding window; None if none do."""
-    no_rope_every: int | None = None
-    """Every n-th layer has no rotary embedding; None if all have one."""
-    large_layers: int | None = None
-    """Layers of the one size whose attention is scaled by hidden / heads instead of the head dimension."""
-    tied: bool = False
-    """Whether llama.cpp always reads the head from the embedding."""
-
-
-FAMILIES = {
-    "llama": Family("llama", permuted=True),
-    "mistral": Family("llama", permuted=True),
-    "smollm3": Family("smollm3", permuted=True, no_rope_every=4),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "gemma2": Family("gemma2", norm_shift=1.0, window_every=2, large_layers=46, tied=True),
-    "gemma3_text": Family("gemma3", norm_shift=1.0, window_every=6, large_layers=62),
-}
-"""By transformers' `model_type`."""
-
-
-def family(config: Any) -> Family:
-    """The family of a config.
+def family(config: Any) -> Gguf:
+    """How the family of a config is written.
 
     Raises:
         UserError: if it is not one of those written, or departs from what llama.cpp computes for it.
     """
-    found = FAMILIES.get(config.model_type)
+    found = architecture_of(config).gguf
     if found is None:
-        raise UserError(f"GGUF: {config.model_type} models are not written; those of {', '.join(FAMILIES)} are")
+        written = ", ".join(name for name, family in FAMILIES.items() if family.gguf is not None)
+        raise UserError(f"GGUF: {config.model_type} models are not written; those of {written} are")
     for wrong in _departures(config, found):
         raise UserError(f"GGUF: {wrong}, which llama.cpp does not compute for {found.architecture}")
     return found
 
 
-def _departures(config: Any, found: Family) -> Iterator[str]:
-    expected = "gelu_pytorch_tanh" if found.norm_shift else "silu"
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", expected)
-    if activation != expected:
+def _departures(config: Any, found: Gguf) -> Iterator[str]:
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", found.activation)
+    if activation != found.activation:
         yield f"activation {activation}"
     kinds = getattr(config, "layer_types", None) or []
     every = found.window_every
@@ -92,8 +60,9 @@ def _departures(config: Any, found: Family) -> Iterator[str]:
         yield "a head apart from the embedding"
     if getattr(config, "use_bidirectional_attention", False):
         yield "bidirectional attention"
-    if found.architecture == "gemma3" and config.attn_logit_softcapping is not None:
-        yield "attn_logit_softcapping"
+    cap = architecture_of(config).attention_softcap
+    if cap is not None and not found.caps_attention and getattr(config, cap) is not None:
+        yield cap
     if found.large_layers is not None:
         large = config.num_hidden_layers == found.large_layers
         scale = config.hidden_size // config.num_attention_heads if large else head_dim(config)
@@ -130,16 +99,15 @@ def metadata(config: Any, vocabulary_rows: int) -> dict[str, Any]:
         values["rope.dimension_count"] = d
     if found.window_every is not None:
         values["attention.sliding_window"] = config.sliding_window
-    for key, name in (("attn", "attn_logit_softcapping"), ("final", "final_logit_softcapping")):
-        if found.norm_shift and getattr(config, name, None) is not None:
+    caps = architecture_of(config)
+    for key, name in (("attn", caps.attention_softcap), ("final", caps.softcap)):
+        if name is not None and getattr(config, name, None) is not None:
             values[f"{key}_logit_softcapping"] = float(getattr(config, name))
     return {f"{found.architecture}.{key}": value for key, value in (values | _rope(config)).items()}
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    parameters = config.rope_parameters
-    local = parameters.get("sliding_attention")
-    full = parameters.get("full_attention", parameters)
+    full, local = rope(config)
     values: dict[str, Any] = {"rope.freq_base": float(full["rope_theta"])}
     if local is not None:
         values["rope.freq_base_swa"] = float(local["rope_theta"])
@@ -163,21 +131,22 @@ def rope_factors(config: Any) -> Tensor | None:
 
     Low frequencies are divided by `factor`, high ones by 1, those between by a blend; the equation is Llama 3's.
     """
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    if rope.get("rope_type") != "llama3":
+    full = rope(config).full
+    if full.get("rope_type") != "llama3":
         return None
     d = head_dim(config)
-    wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
-    old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelength = 2 * math.pi * full["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
+    old, low, high = full["original_max_position_embeddings"], full["low_freq_factor"], full["high_freq_factor"]
     smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()
+    return (1 / ((1 - smooth) / full["factor"] + smooth)).float()
 
 
 def row_order(config: Any, name: str, rows: int) -> Tensor | None:
     """Which row of transformers' parameter each row of the file is: int64 (rows,), or None if they are the same."""
     if not family(config).permuted:
         return None
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names = architecture_of(config).attention
+    heads = {names.queries: config.num_attention_heads, names.keys: config.num_key_value_heads}
     count = heads.get(name.split(".")[-2])
     if count is None:
         return None

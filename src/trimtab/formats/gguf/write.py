@@ -33,6 +33,7 @@ from trimtab.formats.gguf.blocks import block_type, require_exact, to_blocks
 from trimtab.formats.gguf.read import GgufSource
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
+from trimtab.models.architecture import Gguf
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
 from trimtab.quant.grid import Range
 
@@ -142,9 +143,7 @@ def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weigh
                 yield f"{name}.{key}", p.data
 
 
-def _entries(
-    parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, family: families.Family
-) -> Iterator[_Entry]:
+def _entries(parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, family: Gguf) -> Iterator[_Entry]:
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     factors = families.rope_factors(config)

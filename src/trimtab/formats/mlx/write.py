@@ -19,8 +19,8 @@ we do: the numbers of the file are the trained ones, and what MLX makes of them 
 
 Every layer's width and group stand in `quantization` of config.json, embeddings and heads among them. mlx-lm takes rotary
 frequencies from the keys that configs had before transformers 5 and falls back to its own where there are none, so they are
-written, too. Nothing of MLX is imported. Which models it computes as transformers does is a table of what was tested
-(`tests/serving/test_mlx.py`); its Gemma 2 and Mistral have no sliding window.
+written, too. Nothing of MLX is imported. Which models it computes as transformers does is in their descriptions
+(`models.architecture`), by what was tested (`tests/serving/test_mlx.py`); its Gemma 2 and Mistral have no sliding window.
 
 Legend: N out features, K in features, G groups in a row.
 """
@@ -37,14 +37,13 @@ from trimtab.formats.declaration import ALL_KINDS, DENSE, Engine, Form, Format, 
 from trimtab.formats.dense.write import add_dense
 from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
 from trimtab.layers.weights import AffineWeight
+from trimtab.models.architecture import FAMILIES, architecture_of, rope, windowed
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid, Range, Zero
 from trimtab.quant.int32_packing import pack_int32
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUPS = (128, 64, 32)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3")
-"""Model types that were compared with transformers."""
 _ZEROS: tuple[Zero, ...] = ("symmetric", "integer", "real")
 
 
@@ -90,26 +89,31 @@ def config_keys(config: Any) -> dict[str, Any]:
     Raises:
         UserError: for a model that mlx-lm would compute otherwise, or that was not compared with it.
     """
-    family, kinds = config.model_type, list(getattr(config, "layer_types", None) or [])
-    if family not in FAMILIES:
+    family = architecture_of(config).mlx
+    if family is None:
+        tested = ", ".join(name for name, family in FAMILIES.items() if family.mlx is not None)
         raise UserError(
-            f"export: mlx: model type {family!r} was not compared with mlx-lm; tested are {', '.join(FAMILIES)}"
+            f"export: mlx: model type {config.model_type!r} was not compared with mlx-lm; tested are {tested}"
         )
-    rope = config.rope_parameters
-    if family == "gemma3_text":
+    parameters = rope(config)
+    if family.periodic:
+        assert parameters.windowed is not None, "layers with a window have rotary embeddings of their own"
+        kinds = list(config.layer_types)
         every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
         full = {i for i, kind in enumerate(kinds, start=1) if kind == "full_attention"}
         if not every or full != set(range(every, len(kinds) + 1, every)):
             raise UserError(f"export: mlx: layer_types {kinds} have no period with one full layer, as mlx-lm wants")
-        local = {"sliding_window_pattern": every, "rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
-        return local | _rope(rope["full_attention"])
-    if "sliding_attention" in kinds or (family == "mistral" and config.sliding_window is not None):
-        raise UserError(f"export: mlx: {family} with a sliding window, which mlx-lm leaves out; export to gguf")
-    return _rope(rope)
+        local = {"sliding_window_pattern": every, "rope_local_base_freq": parameters.windowed["rope_theta"]}
+        return local | _rope(parameters.full)
+    if any(windowed(config)):
+        raise UserError(
+            f"export: mlx: {config.model_type} with a sliding window, which mlx-lm leaves out; export to gguf"
+        )
+    return _rope(parameters.full)
 
 
-def _rope(rope: dict[str, Any]) -> dict[str, Any]:
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else dict(rope)}
+def _rope(full: dict[str, Any]) -> dict[str, Any]:
+    return {"rope_theta": full["rope_theta"], "rope_scaling": None if full["rope_type"] == "default" else dict(full)}
 
 
 def _forms() -> tuple[Form, ...]:

@@ -1,0 +1,263 @@
+"""All that is known of families of models, one frozen description each: adding a family is one entry of `FAMILIES`.
+
+A family is what transformers calls a `model_type`. Its description names modules and keys of the config, never numbers:
+those are in the config of each model. What follows from a description and a live model is in `decoder`.
+
+    decoder blocks, final norm     where they stand in the base model
+    attention, MLP                 names of their linear layers; from them, what engines join and what pruning cuts
+    logits                         head(norm(h)), then capped or multiplied, by which keys of the config
+    embedding, windows, rope       what a reader of the weights alone would miss
+    GGUF, MLX                      what llama.cpp and mlx-lm compute otherwise than transformers writes it
+
+Any other model made of `nn.Linear` has a description, too, derived from its structure. It is right about what can be seen:
+the blocks are the first list of modules of the decoder, and layers are told by their names. It says None where it does not
+know, and then whoever needs the fact refuses the model by its type. Keys of a config that one family or another has are
+looked for in it, since a factor that is not noticed would make a wrong loss and no error.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+class Attention(NamedTuple, Generic[T]):
+    """The linear layers of a block's attention: their names, or the layers themselves."""
+
+    queries: T
+    keys: T
+    values: T
+    output: T
+
+
+class Mlp(NamedTuple, Generic[T]):
+    """The linear layers of a block's MLP, down(act(gate(x)) up(x)): their names, or the layers themselves."""
+
+    gate: T
+    up: T
+    down: T
+
+
+_ATTENTION = Attention("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = Mlp("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gguf:
+    """How a family's models are written for llama.cpp, and what is compiled into it."""
+
+    architecture: str
+    """llama.cpp's name for the family."""
+    permuted: bool = False
+    """Whether rows of q and k are in the order of llama.cpp's rotary embedding."""
+    activation: str = "silu"
+    norm_shift: float = 0.0
+    """Added to every norm: transformers multiplies by 1 + w in some families, llama.cpp always by the norm."""
+    window_every: int | None = None
+    """All layers but every n-th see a sliding window; None if none do."""
+    no_rope_every: int | None = None
+    """Every n-th layer has no rotary embedding; None if all have one."""
+    large_layers: int | None = None
+    """Layers of the one size whose attention is scaled by hidden / heads instead of the head dimension; None if
+    `query_pre_attn_scalar` is no key of the family."""
+    caps_attention: bool = False
+    """Whether it caps scores of attention."""
+    tied: bool = False
+    """Whether it always reads the head from the embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlx:
+    """How mlx-lm computes a family that was compared with it (`tests/serving/test_mlx.py`)."""
+
+    periodic: bool = False
+    """Whether it knows sliding windows, as a period of layers with one full layer at its end; else it leaves them out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A family. Paths are relative to the base model; None where a path is not known, or a family has no such thing."""
+
+    model_type: str
+    known: bool = True
+    """False for a description that was derived."""
+    blocks: str | None = "layers"
+    """The list of decoder blocks."""
+    norm: str | None = "norm"
+    """The norm after the last block, whose output enters the head."""
+    attention: Attention[str] = _ATTENTION
+    mlp: Mlp[str] = _MLP
+    embedding_scale: str | None = None
+    """Attribute of the embedding with the number that its rows are multiplied by."""
+    softcap: str | None = None
+    """Key of c in c tanh(logits / c)."""
+    attention_softcap: str | None = None
+    """The same for scores of attention."""
+    logit_factors: tuple[str, ...] = ()
+    """Keys of numbers that multiply or divide the logits."""
+    window_everywhere: bool = False
+    """Whether all layers see a window where the config has one; else those that `layer_types` names do."""
+    by_layer: tuple[str, ...] = ("layer_types", "no_rope_layers", "mlp_layer_types")
+    """Keys of values for each layer, where the config has them."""
+    implied_head_dim: bool = False
+    """Whether engines (vLLM, mlx-lm) take hidden size / heads for the head dimension, whatever `head_dim` says."""
+    gguf: Gguf | None = None
+    """None if it is not written."""
+    mlx: Mlx | None = None
+    """None if it was not compared."""
+
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """Layers of one block that are given the same input, so that engines join them into one, by a name for all."""
+        return {"qkv": self.attention[:3], "gate_up": self.mlp[:2]}
+
+    def fusion(self, layer: str) -> tuple[str, tuple[str, ...]]:
+        """A name for what engines join with a layer, and the last parts of these layers' names, its own among them."""
+        last = layer.rpartition(".")[2]
+        found = (item for item in self.fused.items() if last in item[1])
+        return next(found, (last.removesuffix("_proj"), (last,)))
+
+
+_GEMMA: dict[str, Any] = {"embedding_scale": "scalar_embed_scale"}
+_CAPS: dict[str, Any] = {"softcap": "final_logit_softcapping", "attention_softcap": "attn_logit_softcapping"}
+_GEMMA_GGUF: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "norm_shift": 1.0}
+
+FAMILIES: Mapping[str, Architecture] = {
+    family.model_type: family
+    for family in (
+        Architecture(
+            model_type="llama",
+            gguf=Gguf(architecture="llama", permuted=True),
+            mlx=Mlx(),
+        ),
+        Architecture(
+            model_type="mistral",
+            window_everywhere=True,
+            gguf=Gguf(architecture="llama", permuted=True),
+            mlx=Mlx(),
+        ),
+        Architecture(
+            model_type="smollm3",
+            gguf=Gguf(architecture="smollm3", permuted=True, no_rope_every=4),
+            mlx=Mlx(),
+        ),
+        Architecture(
+            model_type="qwen2",
+            implied_head_dim=True,
+            gguf=Gguf(architecture="qwen2"),
+            mlx=Mlx(),
+        ),
+        Architecture(
+            model_type="qwen3",
+            gguf=Gguf(architecture="qwen3"),
+            mlx=Mlx(),
+        ),
+        Architecture(
+            model_type="gemma",
+            **_GEMMA,
+        ),
+        Architecture(
+            model_type="gemma2",
+            **_GEMMA,
+            **_CAPS,
+            gguf=Gguf(
+                architecture="gemma2",
+                **_GEMMA_GGUF,
+                window_every=2,
+                large_layers=46,
+                caps_attention=True,
+                tied=True,
+            ),
+        ),
+        Architecture(
+            model_type="gemma3_text",
+            **_GEMMA,
+            **_CAPS,
+            gguf=Gguf(architecture="gemma3", **_GEMMA_GGUF, window_every=6, large_layers=62),
+            mlx=Mlx(periodic=True),
+        ),
+    )
+}
+"""By transformers' `model_type`."""
+
+IN_WORDS = "Llama, Mistral, Qwen2, Qwen3, SmolLM and Gemma"
+"""The families as people call them."""
+
+FUSED = tuple(dict.fromkeys(parts for family in FAMILIES.values() for parts in family.fused.values()))
+"""Last parts of the names of layers that are joined, in any family: for whoever has names and no model."""
+
+
+def architecture_of(model_or_config: Any) -> Architecture:
+    """The description of a model or a config: its family's, or what can be derived from it."""
+    live = isinstance(model_or_config, nn.Module)
+    config = getattr(model_or_config, "config", None) if live else model_or_config
+    model_type = getattr(config, "model_type", type(model_or_config).__name__)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    blocks = _first_list(model_or_config) if live else None
+    return Architecture(
+        model_type=model_type,
+        known=False,
+        blocks=blocks,
+        norm=None if blocks is None else _norm_beside(model_or_config, blocks),
+        embedding_scale="scalar_embed_scale",
+        softcap="final_logit_softcapping",
+        attention_softcap="attn_logit_softcapping",
+        logit_factors=("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"),
+    )
+
+
+def base_of(model: Any) -> nn.Module:
+    """The model without its head, which transformers finds; a module of another make is its own base."""
+    return getattr(model, "base_model", model)
+
+
+def _first_list(model: Any) -> str | None:
+    """Of a model that reads more than text, the first of its text decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = {id(module) for module in decoder.modules() if isinstance(module, nn.ModuleList)}
+    return next((name for name, module in base_of(model).named_modules() if id(module) in lists), None)
+
+
+def _norm_beside(model: Any, blocks: str) -> str | None:
+    """What Llama's children call `norm`; under another name it may be anything."""
+    path = f"{blocks.rpartition('.')[0]}.norm".lstrip(".")
+    return path if any(name == path for name, _ in base_of(model).named_modules()) else None
+
+
+def softcap(config: Any) -> float | None:
+    """c of a model that makes its logits c tanh(logits / c); None for one that does not."""
+    text = config.get_text_config()
+    key = architecture_of(text).softcap
+    return None if key is None else getattr(text, key, None)
+
+
+def scales_logits(config: Any) -> bool:
+    """Whether a model multiplies its logits, so that its head is not all that follows its hidden states."""
+    text = config.get_text_config()
+    return any(getattr(text, key, None) not in (None, 1, 1.0) for key in architecture_of(text).logit_factors)
+
+
+def windowed(config: Any) -> list[bool]:
+    """Which layers see a sliding window instead of everything before a token."""
+    if architecture_of(config).window_everywhere:
+        return [config.sliding_window is not None] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+class Rope(NamedTuple):
+    """Parameters of rotary embeddings, by transformers' keys."""
+
+    full: dict[str, Any]
+    windowed: dict[str, Any] | None
+    """Of layers with a sliding window, where these have their own."""
+
+
+def rope(config: Any) -> Rope:
+    """The rotary embeddings of a config, which has one set of parameters or one for each kind of layer."""
+    parameters = config.rope_parameters
+    return Rope(parameters.get("full_attention", parameters), parameters.get("sliding_attention"))

@@ -79,8 +79,8 @@ def _missed(found: dict[str, Any], misses: list[dict[str, Any]]) -> str:
     each = ", ".join(f"{missed[model]} of {count} in `{model}`" for model, count in of.items())
     worst = max(r["measured_bytes"] / _floor(found, r) for r in misses)
     lines = [
-        f"{len(misses)} of {len(rows)} rows miss it ({each}), the worst with {worst:.2f} times: these steps hold more "
-        "for a moment than the aim allows. The floor leaves out the weight (and gradient) that is being rebuilt.",
+        f"{len(misses)} of {len(rows)} rows miss it ({each}), the worst with {worst:.2f} times: these steps hold more for",
+        "a moment than the aim allows. The floor leaves out the weight (and gradient) that is being rebuilt.",
     ]
     for model, shape in found["models"].items():
         above = [(r["measured_bytes"] - _floor(found, r)) / 1e6 for r in misses if r["model"] == model]

@@ -76,7 +76,7 @@ def divergence(search: Any) -> dict[str, dict[int, float]]:
     from trimtab.models.load import load_float
 
     model = load_float(search.recipe.model.path, dtype=search.recipe.dtype)
-    blocks = search._blocks(search._rows, SENSITIVITY_TOKENS)
+    blocks = search._windows(search._rows, SENSITIVITY_TOKENS)
     cost_UC = sensitivity.fisher(model, search.space.units, search.space.placements, blocks).cost_UC
     of = parts(search)
     return {

@@ -178,11 +178,11 @@ def test_paired_differences() -> None:
 
 def test_what_is_refused(given: Path) -> None:
     with pytest.raises(UserError, match=r"piqqa: unknown task \(did you mean 'piqa'\?\)"):
-        harness.check(["piqqa"], given / "data")
+        harness.check_tasks(["piqqa"], given / "data")
     with pytest.raises(UserError, match=r"hellaswag: no .*validation.jsonl"):
-        harness.check(["hellaswag"], given / "data")
+        harness.check_tasks(["hellaswag"], given / "data")
     with pytest.raises(UserError, match="name the directory"):
-        harness.check(["piqa"], None)
+        harness.check_tasks(["piqa"], None)
     with pytest.raises(UserError, match="a standard error needs two"):
         harness._picked(given / "data" / "piqa" / "validation.jsonl", 1)
 

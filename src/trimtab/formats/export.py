@@ -26,7 +26,6 @@ from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Wri
 from trimtab.formats.directory import replacing, write_json
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.formats.lossy import Change, make_room
-from trimtab.layers.adapters import DeltaOutput
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
@@ -235,7 +234,7 @@ def _merge_error(model: PreTrainedModel) -> tuple[float, float, int]:
     squared, squares, count = 0.0, 0.0, 0
     for layer in quant_layers(model).values():
         adapter = getattr(layer, "adapter", None)
-        if isinstance(adapter, DeltaOutput):
+        if adapter is not None and not adapter.moves_weight:
             folded = adapter.fold(layer.base)
             norm = folded.weight.dequantize(torch.float32).square().sum().item()
             squared, squares, count = squared + folded.error**2 * norm, squares + norm, count + 1

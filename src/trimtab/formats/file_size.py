@@ -225,19 +225,9 @@ def _layer(
 def _folded(layer: QuantLinear, merge: bool) -> dict[str, Any]:
     """The spec of a layer after folding (see `preparing.fold`)."""
     spec = layer.spec()
-    if layer.adapter is None:
+    if layer.adapter is None or layer.adapter.stays(merge):
         return spec
-    weight, place = dict(spec["weight"]), layer.adapter.place
-    if place == "output":
-        if not merge:
-            return spec
-        kept = weight["dtype"] if weight["kind"] == "dense" else "bfloat16"
-        weight = {"kind": "dense", "shape": weight["shape"], "dtype": kept}
-    elif place == "offset":
-        weight |= {"offset": True} if weight["kind"] == "codebook" else {}
-    else:
-        weight["storage"] = "int"
-    return {**spec, "weight": weight, "adapter": None}
+    return {**spec, "weight": layer.adapter.folded(spec["weight"]), "adapter": None}
 
 
 def _metadata() -> str:

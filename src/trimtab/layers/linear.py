@@ -120,7 +120,7 @@ class QuantLinear(_Stored):
         return tuple(p for p in found if p.requires_grad)
 
     def _moves_weight(self) -> bool:
-        return self.adapter is not None and self.adapter.place != "output"
+        return self.adapter is not None and self.adapter.moves_weight
 
     def weight_gradients(self, grad_NK: Tensor) -> tuple[Tensor | None, ...]:
         """Their gradients from dL/dW (N, K), which may be overwritten."""
@@ -152,7 +152,7 @@ class QuantLinear(_Stored):
             y = recompute.linear(x_BK, self, bias, self.inputs)
         if self.adapter is None:
             return y
-        extra = self.adapter.output(self.base, self._seen(x_BK) if self.adapter.place == "offset" else x_BK)
+        extra = self.adapter.output(self.base, self._seen(x_BK) if self.adapter.reads_rounded_inputs else x_BK)
         return y if extra is None else y + extra
 
     def _seen(self, x_BK: Tensor) -> Tensor:

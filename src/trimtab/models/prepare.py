@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import UserError
 from trimtab.kernels import tuning
-from trimtab.layers.adapters import DeltaOutput, FoldKind
+from trimtab.layers.adapters import FoldKind
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, start
@@ -308,20 +308,21 @@ def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
     for name, layer in quant_layers(model).items():
         if not isinstance(layer, QuantLinear) or layer.adapter is None:
             continue
-        place_, output = layer.adapter.place, isinstance(layer.adapter, DeltaOutput)
-        if output and merge and layer.inputs is not None:
+        adapter = layer.adapter
+        if merge and not adapter.moves_weight and layer.inputs is not None:
             raise UserError(
                 f"{name}: its adapter reads inputs that its weight sees rounded, so no weight equals the two together; "
                 "keep it (`merge: false`)"
             )
-        folded = layer.adapter.fold(layer.base)
-        if output and not merge:
-            report.append(LayerFold(name, place_, "kept", folded.kind, folded.error, 0))
+        folded = adapter.fold(layer.base)
+        if adapter.stays(merge):
+            report.append(LayerFold(name, adapter.place, "kept", folded.kind, folded.error, 0))
             continue
         with torch.no_grad():
             trained = layer.dequantize(torch.float32)
             changed = int((folded.weight.dequantize(torch.float32) != trained).sum())
-        report.append(LayerFold(name, place_, "merged" if output else "folded", folded.kind, folded.error, changed))
+        action: Literal["folded", "merged"] = "folded" if adapter.moves_weight else "merged"
+        report.append(LayerFold(name, adapter.place, action, folded.kind, folded.error, changed))
         layer.base, layer.adapter = folded.weight, None
     attach(model)
     return report

@@ -25,7 +25,6 @@ import torch
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Layer, Refusal, Writing
 from trimtab.formats.dense.write import add_matrix
 from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
-from trimtab.layers.adapters import DeltaOffset, DeltaOutput
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid
@@ -77,10 +76,11 @@ class PeftLora(Format):
         tensors = Shards(folder, writing.max_shard_bytes, stem="adapter_model")
         ranks, alphas = {}, {}
         for name, adapter in found.items():
-            assert isinstance(adapter, DeltaOutput | DeltaOffset)
-            a, b = adapter.delta.as_plain()
-            ranks[name], alphas[name] = a.shape[0], a.shape[0] * adapter.delta.shape.gain
-            dtype = getattr(torch, adapter.delta.shape.dtype)
+            delta = adapter.delta
+            assert delta is not None, "what is a LoRA has an update"
+            a, b = delta.as_plain()
+            ranks[name], alphas[name] = a.shape[0], a.shape[0] * delta.shape.gain
+            dtype = getattr(torch, delta.shape.dtype)
             tensors.add(f"{_PREFIX}{name}.lora_A.weight", a.to(dtype))
             tensors.add(f"{_PREFIX}{name}.lora_B.weight", b.to(dtype))
         tensors.close()

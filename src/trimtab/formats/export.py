@@ -67,7 +67,7 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
         adapter = None
         if isinstance(layer, QuantLinear):
             kind = "tied" if layer.tied else kind
-            adapter = None if layer.adapter is None else layer.adapter.place
+            adapter = None if layer.adapter is None else type(layer.adapter)
         inputs = layer.inputs.kind if isinstance(layer, QuantLinear) and layer.inputs is not None else None
         shown = {"shape": layer.base.shape, "grid": layer.base.grid, "inputs": inputs, "kv": kv}
         found.append(Layer(name=name, kind=kind, adapter=adapter, **shown))  # type: ignore[arg-type]
@@ -85,11 +85,10 @@ def planned(
     """The layers that a recipe will hand to a format, from names and shapes."""
     found = []
     for target in targets:
-        trained = target.kind in ("linear", "head")
-        adapter = method.keeps if trained and (method.keeps == "output" or format_.adapters == "kept") else None
-        grid = target.grid
-        if merge and adapter == "output" and format_.adapters != "kept":
-            grid, adapter = None, None
+        grid, adapter = target.grid, method.adapter if target.kind in ("linear", "head") else None
+        if adapter is not None and (adapter.acts_in_codes or format_.adapters != "kept"):  # it is folded before
+            grid = None if merge and not adapter.moves_weight else grid
+            adapter = adapter if adapter.stays(merge) else None
         inputs = activations if target.kind == "linear" and target.grid is not None else None
         about: dict[str, Any] = {"grid": grid, "adapter": adapter, "inputs": inputs, "kv": kv}
         found.append(Layer(name=target.name, kind=target.kind, shape=target.shape, **about))

@@ -6,7 +6,7 @@ it, and gives back the stored weight and the adapter that trains it. Everything 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +38,10 @@ class Method(ABC):
     """Learning rate of scales and offsets where a recipe names none."""
     rounds_itself: ClassVar[bool] = False
     """Whether the method finds its own codes, so that it cannot start from another's."""
-    keeps: ClassVar[Literal["output", "offset"] | None] = None
-    """Place of its adapter where that is an ordinary LoRA beside a weight; None where it lives in the codes."""
+    trains: ClassVar[bool] = True
+    """Whether it trains anything."""
+    adapter: ClassVar[type[Adapter] | None]
+    """The kind of adapter that `build` attaches; None where it attaches none."""
 
     adapter_dtype: AdapterDtype = "bfloat16"
     """Dtype that trained factors pass through wherever they act."""

@@ -30,7 +30,7 @@ class Loftq(Method):
     """QLoRA with codes and factors that start together near the float weight."""
 
     name = "loftq"
-    keeps = "output"
+    adapter = DeltaOutput
     summary = "QLoRA that starts near the float weight: codes and factors fitted by turns"
     grid = CodebookGrid("nf4", 64, double_quant=True)
     rounds_itself = True

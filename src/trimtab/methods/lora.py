@@ -16,7 +16,7 @@ class Lora(Method):
     name = "lora"
     summary = "low-rank update beside a frozen float weight"
     grid = None
-    keeps = "output"
+    adapter = DeltaOutput
 
     rank: int = 16
     """r."""

@@ -34,6 +34,7 @@ class LrQat(Method):
     name = "lr-qat"
     summary = "low-rank shift inside the rounding, folds into plain integers"
     grid = Grid(4, 64)
+    adapter = DeltaLevels
     lr = 1e-3
 
     rank: int = 32

@@ -18,6 +18,7 @@ class Peqa(Method):
     name = "peqa"
     summary = "scales (and real offsets) only"
     grid = Grid(4, 64)
+    adapter = DeltaLevels
     lr_scale = 5e-5
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:

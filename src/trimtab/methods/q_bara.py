@@ -23,7 +23,7 @@ class QBara(Method):
     aliases = ("q-blora",)
     summary = "pooled input, repeated output, k times LoRA's rank for the same parameters"
     grid = CodebookGrid("nf4", 64, double_quant=True)
-    keeps = "output"
+    adapter = DeltaOutput
 
     rank: int = 16
     """Nominal r; the inner rank is k r."""

@@ -19,7 +19,7 @@ class QaBlora(Method):
     name = "qa-blora"
     summary = "low-rank update of pooled inputs and repeated outputs, folds into the zeros"
     grid = Grid(4, 32, "real")
-    keeps = "offset"
+    adapter = DeltaOffset
 
     rank: int = 16
     """r."""

@@ -22,7 +22,7 @@ class QaHira(Method):
     name = "qa-hira"
     summary = "one matrix, constant on quantization blocks, folds into the zeros"
     grid = Grid(4, 32, "real")
-    keeps = "offset"
+    adapter = DeltaOffset
     lr = 1e-4
 
     alpha: float = 1.0

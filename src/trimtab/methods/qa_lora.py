@@ -21,7 +21,7 @@ class QaLora(Method):
     name = "qa-lora"
     summary = "low-rank update of pooled inputs, folds into the zeros"
     grid = Grid(4, 32, "real")
-    keeps = "offset"
+    adapter = DeltaOffset
 
     rank: int = 16
     """r."""

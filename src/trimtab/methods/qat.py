@@ -22,6 +22,7 @@ class Qat(Method):
     name = "qat"
     summary = "every weight trained through the rounding (LSQ)"
     grid = Grid(4, 64)
+    adapter = MasterLevels
     lr = 5e-5
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:

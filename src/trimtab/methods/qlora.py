@@ -16,7 +16,7 @@ class Qlora(Method):
     name = "qlora"
     summary = "low-rank update beside an NF4 weight"
     grid = CodebookGrid("nf4", 64, double_quant=True)
-    keeps = "output"
+    adapter = DeltaOutput
 
     rank: int = 16
     """r."""

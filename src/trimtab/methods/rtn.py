@@ -15,6 +15,8 @@ class Rtn(Method):
     name = "rtn"
     summary = "round to nearest, nothing trained"
     grid = Grid(4, 64)
+    trains = False
+    adapter = None
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:
         """Nothing; checks the group."""

@@ -27,7 +27,6 @@ from trimtab.formats.dense.write import add_matrix
 from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.quant.grid import Grid
 
 _PREFIX = "base_model.model."
 
@@ -44,14 +43,14 @@ class PeftLora(Format):
 
     def adapter_refusal(self, layer: Layer) -> Refusal | None:
         """Only what is an ordinary LoRA."""
-        if layer.adapter in ("levels", "master"):
+        if layer.adapter is None or layer.adapter.is_lora(layer.grid):
+            return None
+        if layer.adapter.acts_in_codes:
             return Refusal(
                 layer.name, "is trained in its codes, and no LoRA equals that", "fold it, export to another format"
             )
-        if layer.adapter == "offset" and isinstance(layer.grid, Grid) and layer.grid.zero == "integer":
-            cause = "rounds its update to integer zeros, and no LoRA equals that"
-            return Refusal(layer.name, cause, "fold it and export to compressed-tensors, or train with `zero: real`")
-        return None
+        cause = "rounds its update to integer zeros, and no LoRA equals that"
+        return Refusal(layer.name, cause, "fold it and export to compressed-tensors, or train with `zero: real`")
 
     def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
         """At least one adapter."""

@@ -31,7 +31,7 @@ from trimtab import methods
 from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.evaluation import serving
 from trimtab.formats import ALL, declaration
-from trimtab.formats.export import planned
+from trimtab.formats.written import planned
 from trimtab.formats.lossy import nearest_grid
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import Method

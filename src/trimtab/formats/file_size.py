@@ -18,24 +18,22 @@ larger than one may be, so n files hold more than (n - 1) / 2 times SHARD_BYTES:
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from trimtab.errors import UserError
-from trimtab.layers import linear
+from trimtab.formats.written import folded, of_target, plug
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
-from trimtab.layers.weights import quantize
 from trimtab.methods.base import Method
 from trimtab.models.prepare import Target, prepare_meta
 from trimtab.models.simulate import rounding
 from trimtab.models.transformers_bridge import FORMAT_VERSION, cast_floats, marker_name, quant_layers
 from trimtab.quant import packing
-from trimtab.quant.activations import Activations, Inputs, empty
-from trimtab.quant.grid import AnyGrid
-from trimtab.recipe.rules import Kind, Rule
+from trimtab.quant.activations import Activations
+from trimtab.recipe.rules import Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,13 +139,12 @@ def stored(
         activations: how inputs are rounded, or None; static ranges are stored.
     """
     cast_floats(model, dtype)
-    prepare_meta(model, method, None if rules is None else list(rules))
+    prepare_meta(model, method, rules)
     for rounded in rounding(model).values():
-        rounded.inputs = _inputs(activations)
+        rounded.inputs = plug(activations)
     for name, layer in quant_layers(model).items():
-        if isinstance(layer, QuantLinear) and not layer.tied:
-            with torch.device("meta"):
-                model.set_submodule(name, linear.empty(_folded(layer, merge), dtype))
+        if isinstance(layer, QuantLinear):
+            model.set_submodule(name, folded(layer, merge))
     ours = [n for n, layer in quant_layers(model).items() if isinstance(layer, QuantEmbedding) or not layer.tied]
     left_out = getattr(model, "all_tied_weights_keys", {})
     entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in left_out]
@@ -183,51 +180,16 @@ def layer_bytes(
 ) -> int:
     """The part of one layer on the grid that its target names: what `Stored.parts` holds for it."""
     spare = len(json.dumps(target.name)) - len('""')
-    about = target.kind, target.shape, target.grid, target.bias, target.method(method)
-    count, size = _layer(*about, dtype, merge, activations)
+    layer = of_target(target, method, dtype=dtype, merge=merge, activations=activations)
+    count, size = _tensors_and_bytes(layer)
     return size + count * spare
 
 
-def _inputs(activations: Activations | None) -> Inputs | None:
-    if activations is None:
-        return None
-    with torch.device("meta"):
-        return empty(asdict(activations))
-
-
 @cache
-def _layer(
-    kind: Kind,
-    shape: tuple[int, int],
-    grid: AnyGrid | None,
-    bias: bool,
-    method: Method,
-    dtype: torch.dtype,
-    merge: bool,
-    activations: Activations | None,
-) -> tuple[int, int]:
-    """Tensors, and bytes under a name of no letters."""
-    if kind == "tied":
-        return 0, 0
-    with torch.device("meta"):
-        source = torch.empty(shape, dtype=dtype)
-        if kind == "embedding":
-            assert grid is not None
-            layer: QuantLinear | QuantEmbedding = QuantEmbedding(quantize(source, grid), dtype)
-        else:
-            built = QuantLinear(*method.build(source, grid), torch.empty(shape[0], dtype=dtype) if bias else None)
-            built.inputs = _inputs(activations) if kind == "linear" and built.base.grid is not None else None
-            layer = linear.empty(_folded(built, merge), dtype)
+def _tensors_and_bytes(layer: torch.nn.Module) -> tuple[int, int]:
+    """How many tensors a layer of `written.of_target` has, and their bytes under a name of no letters."""
     entries = [Entry(f".{n}", t.dtype, tuple(t.shape)) for n, t in layer.state_dict().items()]
     return len(entries), sum(e.bound for e in entries)
-
-
-def _folded(layer: QuantLinear, merge: bool) -> dict[str, Any]:
-    """The spec of a layer after folding (see `preparing.fold`)."""
-    spec = layer.spec()
-    if layer.adapter is None or layer.adapter.stays(merge):
-        return spec
-    return {**spec, "weight": layer.adapter.folded(spec["weight"]), "adapter": None}
 
 
 def _metadata() -> str:

@@ -19,7 +19,7 @@ made from packed codes, and dL/dW wherever levels are trained. `benchmarks/memor
 A heap that keeps freed memory (glibc does, up to 32 MB a tensor) needs more than what lives; no plan counts that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ class Teaching:
 def peak_of_training(
     model: "PreTrainedModel",
     method: Method,
-    rules: list[Rule] | None,
+    rules: Sequence[Rule] | None,
     *,
     micro_batch: int,
     block_tokens: int,

@@ -24,8 +24,7 @@ from trimtab.models.gptq import Gptq
 from trimtab.models.sources import require_finite
 from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
 from trimtab.quant.grid import AnyGrid, group_size, same_form
-from trimtab.recipe import rules
-from trimtab.recipe.rules import Kind, Placement, Rule
+from trimtab.recipe.rules import Kind, Placement, Rule, parse_rules, ranks, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,40 +72,40 @@ def _layers(model: "PreTrainedModel") -> dict[str, tuple[Kind, nn.Module]]:
     return found
 
 
-def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> list[Target]:
+def targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> list[Target]:
     """The layers that become ours and their grids, embeddings first.
 
     Args:
         model: on any device, the meta device included; its layers are float, or ours from an earlier run.
         method: checked against every layer that it will train.
-        rule_list: None for the method's default (for a model that is already quantized: the grids it has).
+        rules: None for the method's default (for a model that is already quantized: the grids it has).
 
     Raises:
         UserError: naming the layer, for a grid or method that does not fit it, and if no layer is left.
     """
-    found = placed_targets(model, method, rule_list)
+    found = placed_targets(model, method, rules)
     if not found:
         raise UserError("rules: no layer of the model is left to quantize or train; give a layer a grid")
     return found
 
 
-def placed_targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> list[Target]:
+def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> list[Target]:
     """`targets`, but for rules that may leave none."""
     layers = _layers(model)
     kinds = {n: kind for n, (kind, _) in layers.items()}
-    placed, ranks = rules.resolve(kinds, rule_list, _default(method)), rules.ranks(kinds, rule_list)
+    placed, own_ranks = resolve(kinds, rules, _default(method)), ranks(kinds, rules)
     any_stored = any(isinstance(module, QuantLinear | QuantEmbedding) for _, module in layers.values())
     found = []
     for name, (kind, module) in layers.items():
         placement, stored = placed[name], isinstance(module, QuantLinear | QuantEmbedding)
-        if rule_list is None and any_stored:  # without rules, a quantized model keeps the grids it has
+        if rules is None and any_stored:  # without rules, a quantized model keeps the grids it has
             placement = _as_stored(module) if stored else None
         if kind == "tied":
             placement = placed[next(n for n, (k, _) in layers.items() if k == "embedding")]
         if placement is None:
             continue
         grid = None if placement == "float" else placement
-        rank = ranks.get(name) if kind in ("linear", "head") else None
+        rank = own_ranks.get(name) if kind in ("linear", "head") else None
         target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
         _check(target, module, method)
         found.append(target)
@@ -236,7 +235,7 @@ def place_calibrated(
 def prepare(
     model: "PreTrainedModel",
     method: Method,
-    rules_: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
+    rules: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
     *,
     start: Gptq | None = None,
 ) -> "PreTrainedModel":
@@ -245,14 +244,20 @@ def prepare(
     Args:
         model: a causal language model with float layers, or one of ours with folded layers.
         method: for example `trimtab.methods.LrQat(rank=32)`.
-        rules_: `Rule`s or a recipe's mappings; None for the method's own grid on every linear layer but the head.
+        rules: `Rule`s or a recipe's mappings; None for the method's own grid on every linear layer but the head.
         start: how the layers in the decoder blocks find their codes: `trimtab.Gptq(tokens=...)`; None rounds to nearest.
 
     Returns:
         The model itself. To quantize while reading, so that the float model never exists, use `trimtab.load`.
     """
+    prepare_by(model, method, parse_rules(rules), start)
+    return model
+
+
+def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None, start: Gptq | None) -> None:
+    """`prepare` with rules that are parsed already."""
     tuning.for_models()
-    todo = targets(model, method, rules.parse_rules(rules_))
+    todo = targets(model, method, rules)
 
     def put(target: Target, hessian_KK: Tensor | None = None) -> None:
         old: Any = model.get_submodule(target.name)
@@ -269,12 +274,11 @@ def prepare(
     else:
         place_calibrated(model, todo, method, start, put, lambda _: None)
     finish(model)
-    return model
 
 
-def prepare_meta(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> None:
+def prepare_meta(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> None:
     """Prepare a model on the meta device, in place: what plans of memory and of files are computed from."""
-    for target in targets(model, method, rule_list):
+    for target in targets(model, method, rules):
         old: Any = model.get_submodule(target.name)
         place(model, target, old.base if hasattr(old, "base") else old.weight.detach(), method)
     untie(model)

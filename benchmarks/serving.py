@@ -31,8 +31,8 @@ from trimtab import methods
 from trimtab.data.sequences import load_rows, token_blocks
 from trimtab.evaluation import serving
 from trimtab.formats import ALL, declaration
-from trimtab.formats.written import planned
 from trimtab.formats.lossy import nearest_grid
+from trimtab.formats.written import planned
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import Method
 from trimtab.models.load import load, skeleton

@@ -5,8 +5,8 @@ A native file is a header and tensors, and both follow from names, shapes, rules
     8 bytes | {"__metadata__": {..}, "name": {"dtype": "U8", "shape": [..], "data_offsets": [a, b]}, ..} | tensors
 
 Everything is additive over layers but two things: how many digits an offset has, which depends on what lies before it, and
-the padding of the header to 8 bytes. So there are two numbers. `Stored.file_bytes` is exact, to the byte, for one
-configuration. `Stored.parts` charges every offset the digits of the largest and the padding in full: its sum is an upper
+the padding of the header to 8 bytes. So there are two numbers. `FileSize.file_bytes` is exact, to the byte, for one
+configuration. `FileSize.parts` charges every offset the digits of the largest and the padding in full: its sum is an upper
 bound, by a few bytes a tensor, in which a layer's share (`layer_bytes`) does not depend on any other layer. A search that
 keeps that sum within a budget never writes a file that exceeds it.
 
@@ -103,7 +103,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
+class FileSize:
     """Bytes of a model's safetensors."""
 
     file_bytes: int
@@ -119,7 +119,7 @@ class Stored:
         return sum(self.parts.values())
 
 
-def stored(
+def file_size(
     model: "PreTrainedModel",
     method: Method,
     rules: Sequence[Rule] | None,
@@ -127,7 +127,7 @@ def stored(
     dtype: torch.dtype,
     merge: bool = False,
     activations: Activations | None = None,
-) -> Stored:
+) -> FileSize:
     """What `run` will write for this configuration.
 
     Args:
@@ -154,7 +154,7 @@ def stored(
         owner = next((n for n in _owners(entry.name) if n in parts), "")
         parts[owner] += entry.bound
     parts[""] += _frame_bytes() + marker.bound
-    return Stored(_file_bytes([*entries, marker]), sum(e.nbytes for e in entries), parts)
+    return FileSize(_file_bytes([*entries, marker]), sum(e.nbytes for e in entries), parts)
 
 
 def float_bytes(model: "PreTrainedModel") -> int:
@@ -178,7 +178,7 @@ def layer_bytes(
     merge: bool = False,
     activations: Activations | None = None,
 ) -> int:
-    """The part of one layer on the grid that its target names: what `Stored.parts` holds for it."""
+    """The part of one layer on the grid that its target names: what `FileSize.parts` holds for it."""
     spare = len(json.dumps(target.name)) - len('""')
     layer = of_target(target, method, dtype=dtype, merge=merge, activations=activations)
     count, size = _tensors_and_bytes(layer)

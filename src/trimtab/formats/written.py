@@ -21,7 +21,7 @@ from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
 from trimtab.models.prepare import Target
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.quant.activations import Activations, Inputs, KvCache, empty
+from trimtab.quant.activations import ActivationQuantizer, Activations, KvCache, from_spec
 from trimtab.recipe.rules import Kind
 
 if TYPE_CHECKING:
@@ -68,12 +68,12 @@ def _of_target(
     return folded(layer, merge) if fold else layer
 
 
-def plug(activations: Activations | None) -> Inputs | None:
+def plug(activations: Activations | None) -> ActivationQuantizer | None:
     """What rounds a layer's inputs, without data."""
     if activations is None:
         return None
     with torch.device("meta"):
-        return empty(asdict(activations))
+        return from_spec(asdict(activations))
 
 
 def folded(layer: QuantLinear, merge: bool) -> QuantLinear:
@@ -81,7 +81,7 @@ def folded(layer: QuantLinear, merge: bool) -> QuantLinear:
     if layer.adapter is None or layer.adapter.stays(merge):
         return layer
     with torch.device("meta"):
-        base = weights.empty(layer.adapter.folded(layer.base.spec()))
+        base = weights.from_spec(layer.adapter.folded(layer.base.spec()))
     return QuantLinear(base, None, layer.bias, inputs=layer.inputs)
 
 

@@ -47,7 +47,7 @@ class Adapter(nn.Module, ABC):
     """Whether `output` is given the inputs as W sees them, rounded."""
     delta: PooledDelta | None
     """Its update, if it has one."""
-    start: tuple[str, float] | None = None
+    fitted: tuple[str, float] | None = None
     """How a fitted start was found, and its share of the base's error; for reports, not saved."""
 
     def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
@@ -94,7 +94,7 @@ class Adapter(nn.Module, ABC):
         return not (cls.moves_weight or merge)
 
     def graph_bytes(self, base: Weight, dtype: torch.dtype) -> int:
-        """Bytes, for each number of W, that autograd has at once in backward of the graph that makes W; 0 without one."""
+        """Bytes, for each entry of W, that autograd has at once in backward of the graph that makes W; 0 without one."""
         return 0
 
     def merged(self, base: Weight, dtype: torch.dtype) -> Tensor:
@@ -111,5 +111,5 @@ class Adapter(nn.Module, ABC):
         """The spec of the weight that `fold` gives, from that of the base."""
 
     def spec(self) -> dict[str, Any]:
-        """What `empty` needs to lay this adapter out without data."""
+        """What `from_spec` needs to lay this adapter out without data."""
         return {"place": self.place, "delta": None if self.delta is None else asdict(self.delta.shape)}

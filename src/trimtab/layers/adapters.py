@@ -319,7 +319,7 @@ def _trained_range(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter
     return Range(stored(scale, grid.scale_dtype), zero, None if offset is None else stored(offset, grid.scale_dtype))
 
 
-def empty(spec: dict[str, Any], base: Weight) -> Adapter:
+def from_spec(spec: dict[str, Any], base: Weight) -> Adapter:
     """An adapter laid out by its spec for `base`, with no data yet."""
     shape = spec.get("delta")
     delta = None if shape is None else PooledDelta(DeltaShape(**shape))
@@ -333,4 +333,4 @@ def empty(spec: dict[str, Any], base: Weight) -> Adapter:
     return DeltaOutput(delta) if spec["place"] == "output" else DeltaOffset(delta)
 
 
-__all__ = ["Adapter", "DeltaLevels", "DeltaOffset", "DeltaOutput", "Fold", "FoldKind", "MasterLevels", "empty"]
+__all__ = ["Adapter", "DeltaLevels", "DeltaOffset", "DeltaOutput", "Fold", "FoldKind", "MasterLevels", "from_spec"]

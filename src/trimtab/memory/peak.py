@@ -55,13 +55,13 @@ class Plan:
     adapters: int
     gradients: int
     optimizer: int
-    """Adam: two numbers for each trainable one."""
+    """Adam: two moments for each trainable parameter."""
     activations: int
     """What autograd keeps between forward and backward."""
     temporary: int
     """The shared buffers, and the largest that lives beside them for a moment: see above."""
     trainable: int
-    """Trainable numbers, not bytes."""
+    """Trainable parameters, not bytes."""
     teacher: int = 0
     """A float or 8-bit model to learn from, in memory as long as training lasts."""
     before: int = 0
@@ -117,7 +117,7 @@ def peak_of_training(
         dtype: compute dtype.
         checkpointing: whether each block is recomputed in backward.
         micro_batches: forward passes of an optimizer step, one or more.
-        moment_bytes: of each of Adam's two numbers for a trainable one.
+        moment_bytes: of each of Adam's two moments of a trainable parameter.
         teaching: what a teacher adds.
         activations: how inputs are rounded, or None.
         kv: how keys and values are rounded, or None.
@@ -177,7 +177,7 @@ def _linears(model: "PreTrainedModel") -> list[QuantLinear]:
 
 
 def _graph_bytes(layer: QuantLinear, dtype: torch.dtype) -> int:
-    """Bytes for each number of a weight that autograd makes, in memory of its own; 0 where it does not."""
+    """Bytes for each entry of a weight that autograd makes, in memory of its own; 0 where it does not."""
     return 0 if layer.adapter is None else layer.adapter.graph_bytes(layer.base, dtype)
 
 

@@ -20,7 +20,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
 from trimtab.models import calibrate
 from trimtab.models.gptq import Gptq
-from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, rounded, targets
+from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
 from trimtab.models.sources import ModelSource, fill, fill_where, open_source, require_finite, require_shape
 from trimtab.models.transformers_bridge import untie
 from trimtab.recipe.rules import Rule, parse_rules
@@ -64,7 +64,7 @@ def load(
         return _complete(model, found, dtype), found.tokenizer()
 
     def put(target: Target, hessian_KK: Tensor | None) -> None:
-        how = None if hessian_KK is None else partial(rounded, target=target, start=start, hessian_KK=hessian_KK)
+        how = None if hessian_KK is None else partial(round_by_gptq, target=target, start=start, hessian_KK=hessian_KK)
         _put(model, target, found, chosen, dtype, how)
 
     blocks = tuple(f"{name}." for name in calibrate.block_names(model))

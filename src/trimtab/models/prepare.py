@@ -17,7 +17,7 @@ from trimtab.kernels import tuning
 from trimtab.layers.adapters import FoldKind
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import Weight
-from trimtab.methods.base import Method, Source, start
+from trimtab.methods.base import Method, Source, base_weight
 from trimtab.models import gptq
 from trimtab.models.calibrate import by_block, calibrate
 from trimtab.models.gptq import Gptq
@@ -53,7 +53,7 @@ class Target:
         return replace(method, rank=self.rank)  # type: ignore[call-arg]
 
     def trainable(self, method: Method) -> int:
-        """Trainable numbers that the method puts on this layer."""
+        """Trainable parameters that the method puts on this layer."""
         return self.method(method).trainable(self.grid, self.shape) if self.kind in ("linear", "head") else 0
 
 
@@ -150,7 +150,7 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
     if target.kind == "embedding":
         dtype = old.dtype if isinstance(old, QuantEmbedding) else old.weight.dtype
         scale = old.scale if isinstance(old, QuantEmbedding) else getattr(old, "scalar_embed_scale", None)
-        base = start(source, target.grid)
+        base = base_weight(source, target.grid)
         new: nn.Module = QuantEmbedding(base, dtype, old.padding_idx, scale)  # type: ignore[arg-type]
     elif target.kind == "tied":
         embedding = model.get_input_embeddings()
@@ -168,8 +168,8 @@ def fitted_starts(model: "PreTrainedModel") -> list[str]:
     """How the fitted starts of its adapters were found, one line for each way: how often, and what error they leave."""
     found: dict[str, list[float]] = {}
     for layer in quant_layers(model).values():
-        if isinstance(layer, QuantLinear) and layer.adapter is not None and layer.adapter.start is not None:
-            how, left = layer.adapter.start
+        if isinstance(layer, QuantLinear) and layer.adapter is not None and layer.adapter.fitted is not None:
+            how, left = layer.adapter.fitted
             found.setdefault(how, []).append(left)
     return [
         f"{how}: {len(e)} layers, {sum(e) / len(e):.2f} of the rounding error left" for how, e in sorted(found.items())
@@ -183,7 +183,7 @@ def finish(model: "PreTrainedModel") -> None:
     attach(model)
 
 
-def rounded(source: Source, target: Target, start: Gptq, hessian_KK: Tensor) -> Source:
+def round_by_gptq(source: Source, target: Target, start: Gptq, hessian_KK: Tensor) -> Source:
     """A layer's weight on its grid by GPTQ; what is stored on that grid already has nothing left to round."""
     if target.grid is None or (isinstance(source, Weight) and same_form(source.grid, target.grid)):
         return source
@@ -265,7 +265,7 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
         if target.kind != "tied":
             require_finite(source, f"{target.name}.weight")
         if start is not None and hessian_KK is not None:
-            source = rounded(source, target, start, hessian_KK)
+            source = round_by_gptq(source, target, start, hessian_KK)
         place(model, target, source, method)
 
     if start is None:

@@ -92,7 +92,7 @@ class Rounded:
             for unit in linears
         ]
         with torch.no_grad():
-            self.stream = sensitivity.start(model, blocks)
+            self.stream = sensitivity.float_pass(model, blocks)
             self.float_log_p = self._log_p(self.stream.last)
 
     def _log_p(self, hidden: torch.Tensor) -> torch.Tensor:

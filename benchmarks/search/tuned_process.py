@@ -41,13 +41,13 @@ def search(values: dict[str, Any]) -> None:
     Widths, bytes and cost, with the time that sensitivities took, go to `found.json`.
     """
     from trimtab.bit_search import workers
-    from trimtab.formats.file_size import stored
+    from trimtab.formats.file_size import file_size
     from trimtab.models.sources import open_source
     from trimtab.recipe.recipe import from_dict
 
     plain = from_dict(values)
     skeleton = open_source(plain.model.path).layout()
-    budget = stored(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
+    budget = file_size(skeleton, plain.method, plain.rules, dtype=plain.dtype).bound
     recipe = from_dict(values | {"search": values["search"] | {"budget": budget}})
     done = workers.run(recipe)
     trials = [t for t in done.ledger.trials() if t.state == "complete"]

@@ -33,8 +33,8 @@ from trimtab.data.rows import load_rows
 from trimtab.data.sequences import token_blocks
 from trimtab.evaluation import serving
 from trimtab.formats import ALL, declaration
-from trimtab.formats.export import planned
 from trimtab.formats.lossy import nearest_grid
+from trimtab.formats.written import planned
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import Method
 from trimtab.models.load import load

@@ -109,7 +109,7 @@ def test_plan(given: Path, command: Command) -> None:
     for more, trainable in (([], "10,496"), (onto, "8,192")):
         printed = command("plan", given / "recipe.yaml", *more)
         assert "predicted peak of training" in printed
-        assert re.search(rf"trainable numbers\s+{trainable}", printed)
+        assert re.search(rf"trainable parameters\s+{trainable}", printed)
         assert re.search(r"total\s+[\d.]+ [kM]B above", printed)
         assert re.search(r"memory free here\s+[\d.]+ [MG]B: fits", printed)
     assert not (given / "run").exists()

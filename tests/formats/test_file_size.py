@@ -15,7 +15,7 @@ from transformers import (
 from skeletons import CONFIGS, skeleton
 from trimtab.errors import UserError
 from trimtab.formats import file_size as storage
-from trimtab.formats.file_size import layer_bytes, parse_bytes, stored
+from trimtab.formats.file_size import file_size, layer_bytes, parse_bytes
 from trimtab.formats.native.write import save
 from trimtab.methods import Lora, LrQat, Peqa, QaBlora, QaHira, Qat, QBara, Qlora, Rtn
 from trimtab.models.prepare import fold, prepare, targets
@@ -70,7 +70,7 @@ def configurations(draw: st.DrawFn) -> tuple[Any, ...]:
 @given(given=configurations())
 def test_predicted_bytes_are_those_on_disk(given: Any, tmp_path: Path) -> None:
     config, method, rules, dtype, merge, rounded = given
-    found = stored(skeleton(config), method, parse_rules(rules), dtype=dtype, merge=merge, activations=rounded)
+    found = file_size(skeleton(config), method, parse_rules(rules), dtype=dtype, merge=merge, activations=rounded)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     prepare(model, method, rules)
     if rounded is not None and rounding(model):
@@ -97,7 +97,7 @@ def test_a_part_depends_on_no_other_layer() -> None:
     eight = {"match": "*", "grid": {"bits": 8, "group": 32}}
     three = {"match": "model.layers.1.mlp.down_proj", "grid": {"bits": 3, "group": 32, "zero": "integer"}}
     a, b = (
-        stored(skeleton(CONFIGS[0]), Rtn(), parse_rules(r), dtype=torch.bfloat16) for r in ([eight], [three, eight])
+        file_size(skeleton(CONFIGS[0]), Rtn(), parse_rules(r), dtype=torch.bfloat16) for r in ([eight], [three, eight])
     )
     moved = {name for name in a.parts if a.parts[name] != b.parts[name]}
     assert moved == {"model.layers.1.mlp.down_proj"}
@@ -115,7 +115,7 @@ def test_files_that_are_split_stay_within_the_bound(
 ) -> None:
     monkeypatch.setattr(storage, "SHARD_BYTES", largest)
     rules = [{"match": "*", "grid": {"bits": 3, "group": 32}}]
-    found = stored(skeleton(CONFIGS[0]), Rtn(), parse_rules(rules), dtype=torch.bfloat16)
+    found = file_size(skeleton(CONFIGS[0]), Rtn(), parse_rules(rules), dtype=torch.bfloat16)
     model = prepare(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[0]), dtype=torch.bfloat16), Rtn(), rules)
     save(model, tmp_path / "out", max_shard_size=largest)
     files = list((tmp_path / "out").glob("*.safetensors"))

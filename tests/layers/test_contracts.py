@@ -246,7 +246,7 @@ def test_copies_and_casts_change_nothing(name: str, tmp_path: Path) -> None:
     save_file(state, tmp_path / "layer.safetensors")
 
     with torch.device("meta"):
-        laid_out = linear.empty(layer.spec(), torch.float32)
+        laid_out = linear.from_spec(layer.spec(), torch.float32)
     assert isinstance(laid_out, QuantLinear)
     assert all(p.is_meta for p in laid_out.parameters())
     assert laid_out.spec() == layer.spec()
@@ -347,7 +347,7 @@ def test_equal_ranks_cost_equal_numbers() -> None:
         case = CASES[f"{name}-int4-g32-real"]
         delta = case.method.delta(case.grid, (N, K))
         assert delta is not None
-        assert delta.numbers == cases.RANK * (N + K)
+        assert delta.parameters == cases.RANK * (N + K)
     assert CASES["qa-hira-int4-g32-real"].method.trainable(Grid(4, 32, "real"), (N, K)) == N * K // (32 * 2)
 
 

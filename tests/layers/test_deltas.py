@@ -24,7 +24,7 @@ SHAPES = {
     "qa-hira-e1": DeltaShape(out_features=N, in_features=K, rank=None, scaling=1.0, pool=GROUP, mean=True),
     "qa-blora": DeltaShape(out_features=N, in_features=K, rank=3, scaling=2.0, pool=GROUP, repeat=2),
 }
-# Trainable numbers by the table of docs/design.md, section 2, with r = 3 and k = 2 or 4.
+# Trainable parameters by the table of docs/design.md, section 2, with r = 3 and k = 2 or 4.
 NUMBERS = {
     "lora": 3 * (N + K),
     "q-bara": 3 * (N + K),
@@ -129,7 +129,7 @@ def test_added_to_is_a_sum(name: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_numbers_and_start(name: str) -> None:
     delta = PooledDelta(SHAPES[name])
-    assert sum(p.numel() for p in delta.parameters()) == SHAPES[name].numbers == NUMBERS[name]
+    assert sum(p.numel() for p in delta.parameters()) == SHAPES[name].parameters == NUMBERS[name]
     assert all(p.dtype == torch.float32 and p.requires_grad for p in delta.parameters())
     # The factor on the output side is zero, so that a method starts as its base; A is not, and neither is then dB.
     assert (delta.dense() == 0).all()

@@ -61,13 +61,13 @@ def test_turns_are_those_of_a_float64_loop(grid: AnyGrid, alpha: float) -> None:
     assert left == pytest.approx(errors[best], rel=2e-3)
     assert (base.integer_codes() != tried[best][1].integer_codes()).float().mean() < 0.002
     torch.testing.assert_close(adapter.delta.dense().double(), tried[best][2], rtol=0.05, atol=2e-4)
-    assert adapter.start is not None
+    assert adapter.fitted is not None
     assert (
-        adapter.start[0]
+        adapter.fitted[0]
         == f"loftq {best + 1} turns, {'at the limit' if best == 4 else 'its error had stopped falling'}"
     )
     first = (w.double() - tried[0][1].dequantize(torch.float64)).norm().item()
-    assert adapter.start[1] == pytest.approx(errors[best] / first, rel=2e-3)
+    assert adapter.fitted[1] == pytest.approx(errors[best] / first, rel=2e-3)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.describe())
@@ -84,7 +84,7 @@ def test_it_starts_nearer_than_its_base_and_never_gets_worse_with_turns(grid: An
     assert errors == sorted(errors, reverse=True)
     plain = (weights.quantize(w, grid).dequantize(torch.float32) - w).norm().item()
     assert errors[0] < 0.95 * plain
-    assert "stopped falling" in adapter.start[0]  # type: ignore[index]
+    assert "stopped falling" in adapter.fitted[0]  # type: ignore[index]
 
 
 def test_peft_fits_the_same_update_in_its_first_turn() -> None:

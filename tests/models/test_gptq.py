@@ -25,7 +25,7 @@ from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight
 from trimtab.memory.plan import plan
 from trimtab.methods import Lora, LrQat, Method, Peqa, QaHira, Qat, QBara, Qlora, Rtn
-from trimtab.methods.base import start
+from trimtab.methods.base import base_weight
 from trimtab.models import gptq
 from trimtab.models.gptq import Gptq
 from trimtab.models.load import load
@@ -212,7 +212,7 @@ def test_every_storage_and_the_master_start_at_its_codes(bits: int, zero: str) -
             if weight is halves:
                 assert torch.equal(codes, weights.quantize(weight, grid).integer_codes())
             for storage in ("int", "fixed8", "fp32"):
-                kept = start(source, grid, storage)  # type: ignore[arg-type]
+                kept = base_weight(source, grid, storage)  # type: ignore[arg-type]
                 assert isinstance(kept, AffineWeight)
                 assert torch.equal(kept.integer_codes(), codes)
                 assert kept.storage == ("int" if (storage, bits) == ("fixed8", 8) else storage)
@@ -220,7 +220,7 @@ def test_every_storage_and_the_master_start_at_its_codes(bits: int, zero: str) -
             assert adapter is not None
             assert torch.equal(adapter.fold(base).weight.integer_codes(), codes)  # type: ignore[operator]
             if bits < 8 and weight is w:
-                fine = start(source, grid, "fixed8")
+                fine = base_weight(source, grid, "fixed8")
                 assert isinstance(fine, AffineWeight)
                 assert (fine.levels() - source.levels()).abs().max() <= 2.0 ** -(9 - bits) + 3e-4
                 assert ((source.levels() - codes).abs() > 0.1).any()  # the fraction is there

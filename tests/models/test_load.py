@@ -243,7 +243,7 @@ def test_the_generation_config_is_kept(paths: dict[str, Path], tmp_path: Path) -
 def test_rules_on_a_saved_model_are_not_ignored(paths: dict[str, Path], tmp_path: Path) -> None:
     model, kept = load(str(paths["llama"]), Rtn(), [FOUR])
     tt.save(model, tmp_path / "saved", kept)
-    again, _ = load(str(tmp_path / "saved"), rule_list=[{"match": "*", "grid": {"bits": 2, "group": 32}}])
+    again, _ = load(str(tmp_path / "saved"), rules=[{"match": "*", "grid": {"bits": 2, "group": 32}}])
     base = quant_layers(again)["model.layers.0.self_attn.q_proj"].base
     assert isinstance(base, AffineWeight)
     assert base.grid.bits == 2

@@ -50,7 +50,7 @@ def everywhere(**grid: Any) -> list[dict[str, Any]]:
     return [EMBEDDING, {"match": "*", "grid": grid}]
 
 
-# name -> changes, what folding says, trainable numbers
+# name -> changes, what folding says, trainable parameters
 SIDES = sum(n + k for n, k in ((64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128))) * 2
 RUNS: dict[str, tuple[dict[str, Any], str, int]] = {
     "lr-qat": (

@@ -23,7 +23,7 @@ from trimtab.errors import UserError
 from trimtab.layers import linear
 from trimtab.layers.linear import QuantLinear
 from trimtab.methods import Rtn
-from trimtab.quant.activations import Activations, Inputs, Range, range_of, rounded, token_range
+from trimtab.quant.activations import ActivationQuantizer, Activations, Range, range_of, round_to_grid, token_range
 
 bits_and_zeros = pytest.mark.parametrize(("bits", "symmetric"), [(8, False), (8, True), (4, False), (4, True)])
 KINDS = {
@@ -73,8 +73,8 @@ def test_dynamic_is_compressed_tensors_to_the_bit(bits: int, symmetric: bool, dt
     live = x.float().abs().amax(-1, keepdim=True) > 0  # a range of nothing has no zero there: 0 / 0
     if range_.zero is not None:
         assert torch.equal(range_.zero[live], zero.float()[live])
-    assert torch.equal(rounded(x, range_, bits), fake_quantize(x.float(), scale, zero, args).to(dtype))
-    assert (rounded(x, range_, bits)[0, 0] == 0).all()
+    assert torch.equal(round_to_grid(x, range_, bits), fake_quantize(x.float(), scale, zero, args).to(dtype))
+    assert (round_to_grid(x, range_, bits)[0, 0] == 0).all()
 
 
 @bits_and_zeros
@@ -83,7 +83,7 @@ def test_static_is_compressed_tensors_to_the_bit(bits: int, symmetric: bool) -> 
     range_ = range_of(torch.tensor(-0.3), torch.tensor(0.9), bits, symmetric)
     args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="tensor")
     theirs = fake_quantize(x, range_.scale, torch.zeros(()) if range_.zero is None else range_.zero, args)
-    assert torch.equal(rounded(x, range_, bits), theirs)
+    assert torch.equal(round_to_grid(x, range_, bits), theirs)
 
 
 @bits_and_zeros
@@ -94,7 +94,7 @@ def test_forward_and_gradient_are_those_of_torch(bits: int, symmetric: bool) -> 
     range_ = range_of(low, high, bits, symmetric)
     zero = torch.zeros(16, dtype=torch.int32) if range_.zero is None else range_.zero.flatten().int()
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y = rounded(ours, range_, bits)
+    y = round_to_grid(ours, range_, bits)
     first, last = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     expected = torch.fake_quantize_per_channel_affine(theirs, range_.scale.flatten(), zero, 0, first, last)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
@@ -127,7 +127,7 @@ def test_dynamic_forward_and_gradient_are_those_of_the_equations(bits: int, symm
     exact, inside, gap = equations(x, x.amin(1, keepdim=True), x.amax(1, keepdim=True), bits, symmetric)
     assert gap > 1e-6
     leaf = x.clone().requires_grad_()
-    y = rounded(leaf, token_range(leaf, bits, symmetric), bits)
+    y = round_to_grid(leaf, token_range(leaf, bits, symmetric), bits)
     y.backward(g)
     torch.testing.assert_close(y.detach().double(), exact, rtol=1e-5, atol=1e-6)
     assert leaf.grad is not None
@@ -138,17 +138,17 @@ def test_dynamic_forward_and_gradient_are_those_of_the_equations(bits: int, symm
 @bits_and_zeros
 def test_a_token_depends_on_no_other(bits: int, symmetric: bool) -> None:
     x = tokens()
-    whole = rounded(x, token_range(x, bits, symmetric), bits)
-    assert torch.equal(rounded(x[2:3], token_range(x[2:3], bits, symmetric), bits), whole[2:3])
-    assert torch.equal(rounded(x[2, 4], token_range(x[2, 4], bits, symmetric), bits), whole[2, 4])
+    whole = round_to_grid(x, token_range(x, bits, symmetric), bits)
+    assert torch.equal(round_to_grid(x[2:3], token_range(x[2:3], bits, symmetric), bits), whole[2:3])
+    assert torch.equal(round_to_grid(x[2, 4], token_range(x[2, 4], bits, symmetric), bits), whole[2, 4])
     padded = F.pad(x[2:3], (0, 0, 5, 5), value=9.0)
-    assert torch.equal(rounded(padded, token_range(padded, bits, symmetric), bits)[:, 5:-5], whole[2:3])
+    assert torch.equal(round_to_grid(padded, token_range(padded, bits, symmetric), bits)[:, 5:-5], whole[2:3])
 
 
 def test_a_number_that_is_none_stays_loud() -> None:
     x = tokens()
     x[1, 1, 1] = torch.nan
-    y = rounded(x, token_range(x, 8, False), 8)
+    y = round_to_grid(x, token_range(x, 8, False), 8)
     assert y[1, 1].isnan().any()
     assert not y[1, 2].isnan().any()
 
@@ -166,7 +166,7 @@ def test_bad_kinds_say_so() -> None:
 def plugged(layer: QuantLinear, kind: Activations) -> QuantLinear:
     """With rounded inputs; static ranges that clip a few of a hundred normal numbers."""
     range_ = range_of(torch.tensor(-1.8), torch.tensor(1.9), kind.bits, kind.symmetric)
-    layer.inputs = Inputs(kind, range_ if kind.mode == "static" else None)
+    layer.inputs = ActivationQuantizer(kind, range_ if kind.mode == "static" else None)
     return layer
 
 
@@ -280,7 +280,7 @@ def test_copies_change_nothing(name: str, kind: Activations, tmp_path: Path) -> 
     y = layer(x)
     save_file({k: v.clone() for k, v in layer.state_dict().items()}, tmp_path / "layer.safetensors")
     with torch.device("meta"):
-        laid_out = linear.empty(layer.spec(), torch.float32)
+        laid_out = linear.from_spec(layer.spec(), torch.float32)
     laid_out.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
     for other in (laid_out, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.bfloat16()):
         assert torch.equal(other(x), y)
@@ -333,7 +333,7 @@ def test_compiles_as_one_graph(name: str, kind: str) -> None:
 
 
 def test_a_range_of_one_number_is_saved() -> None:
-    inputs = Inputs(KINDS["a4-static"], Range(torch.tensor(0.5), torch.tensor(-3.0)))
+    inputs = ActivationQuantizer(KINDS["a4-static"], Range(torch.tensor(0.5), torch.tensor(-3.0)))
     state = inputs.state_dict()
     assert {n: (t.dtype, tuple(t.shape)) for n, t in state.items()} == {
         "scale": (torch.float32, (1,)),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.bit_search.held_out import Loss
-from trimtab.bit_search.sensitivity import divergence, rounded, start
+from trimtab.bit_search.sensitivity import divergence, float_pass, on_grids
 from trimtab.models.prepare import targets
 from trimtab.quant.grid import AnyGrid, Grid
 from trimtab.recipe.recipe import Recipe
@@ -45,15 +45,15 @@ class Rounded:
         head: Any = model.get_output_embeddings()
         self._head = head.weight.data
         with torch.no_grad():
-            self._float = [start(model, some).last for some in self._blocks]
+            self._float = [float_pass(model, some).last for some in self._blocks]
 
     @torch.no_grad()
     def __call__(self, rules: Sequence[Rule], steps: int) -> float:
         """Nats a token; `steps` is of no account."""
         total, head = 0.0, self._model.get_output_embeddings()
         found = targets(self._model, self._method, rules)
-        with rounded(self._model, {t.name: t.grid for t in found if t.grid is not None and t.kind != "tied"}):
-            moved = [start(self._model, some).last for some in self._blocks]
+        with on_grids(self._model, {t.name: t.grid for t in found if t.grid is not None and t.kind != "tied"}):
+            moved = [float_pass(self._model, some).last for some in self._blocks]
             rounded_head: Any = head.weight.data
             for ours, theirs in zip(self._float, moved, strict=True):
                 total += divergence(self._model, ours, theirs, heads=(self._head, rounded_head))

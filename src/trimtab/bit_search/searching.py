@@ -183,7 +183,8 @@ class Search:
         within = [] if self.budget is None else self._uniform_within()
         bound = max(within, key=self.space.bytes, default=None)
         cost = np.array(noted) * np.array(gain)
-        if self.block.objective == "tuned" and self.recipe.method.keeps is None:
+        adapter = self.recipe.method.adapter
+        if self.block.objective == "tuned" and adapter is not None and adapter.acts_in_codes:
             # Training codes and scales mends small roundings better than large ones: KL goes with the square of a step,
             # what is left of it falls faster; the third power fits best, by little (benchmarks/search/repair.py).
             cost = cost * 0.5 ** np.array(self.space.bits)

@@ -94,7 +94,7 @@ def exact(
     cost, passes = np.zeros((len(units), len(placements))), 2.0
     was_training = model.training
     model.eval()
-    streams = [start(model, some) for some in blocks_WL.split(micro_batch)]
+    streams = [float_pass(model, some) for some in blocks_WL.split(micro_batch)]
     for number, layer in enumerate(layers):
         for u, unit in enumerate(units):
             if numbers[unit.layers[0]] != number:
@@ -102,7 +102,7 @@ def exact(
             for c, grid in enumerate(placements):
                 if grid is None or grid == "float":
                     continue
-                with rounded(model, dict.fromkeys(unit.layers, grid)):
+                with on_grids(model, dict.fromkeys(unit.layers, grid)):
                     moved = (s.through(layers[number:], number, s.hidden) for s in streams)
                     total = sum(divergence(model, s.last, m) for s, m in zip(streams, moved, strict=True))
                 cost[u, c] = total / blocks_WL.numel()
@@ -118,7 +118,7 @@ def _names_in(model: nn.Module, layer: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if id(m) in inside]
 
 
-def start(model: "PreTrainedModel", ids_BL: Tensor) -> Stream:
+def float_pass(model: "PreTrainedModel", ids_BL: Tensor) -> Stream:
     """One float pass that notes what every layer is called with."""
     layers = blocks(model)
     calls, first, last = [], list[Tensor](), list[Tensor]()
@@ -163,7 +163,7 @@ def divergence(
 
 
 @contextmanager
-def rounded(model: nn.Module, grids: Mapping[str, Any]) -> Iterator[None]:
+def on_grids(model: nn.Module, grids: Mapping[str, Any]) -> Iterator[None]:
     """These layers on their grids, for a while."""
     with ExitStack() as stack:
         for name, grid in grids.items():

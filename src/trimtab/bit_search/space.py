@@ -4,7 +4,7 @@ A unit is a set of layers that share a grid: a whole decoder layer, or a *fusion
 up; down), since serving engines run the layers of a group as one matrix and need one scheme for it. A configuration is a
 choice for every unit, and stands for ordinary `rules`: nothing downstream knows of a search.
 
-Bytes are those of `storage`: additive, never measured, never less than the file's.
+Bytes are those of `file_size`: additive, never measured, never less than the file's.
 """
 
 import copy
@@ -18,7 +18,7 @@ import torch
 
 from trimtab.bit_search.additive import Configuration
 from trimtab.errors import UserError
-from trimtab.formats.file_size import Entry, layer_bytes, stored
+from trimtab.formats.file_size import Entry, file_size, layer_bytes
 from trimtab.methods.base import Method
 from trimtab.models.architecture import architecture_of
 from trimtab.models.decoder import block_names
@@ -123,8 +123,8 @@ def space(
         by: what a unit is.
         others: rules for what is not searched over.
         dtype: compute dtype.
-        merge: see `storage.stored`.
-        activations: see `storage.stored`.
+        merge: see `file_size`.
+        activations: see `file_size`.
     """
     if len(set(bits)) != len(bits) or not bits:
         raise UserError(f"search: bits {list(bits)} are not different widths; write for example [2, 3, 4, 8]")
@@ -199,5 +199,5 @@ def _parts(model: "PreTrainedModel", rules: Sequence[Rule], names: Sequence[str]
 
 def _fixed(model: "PreTrainedModel", rules: Sequence[Rule], names: Sequence[str], how: _How) -> int:
     """Bytes of all but these layers."""
-    whole = stored(copy.deepcopy(model), rules=rules, **how._asdict()).bound
+    whole = file_size(copy.deepcopy(model), rules=rules, **how._asdict()).bound
     return whole - sum(_parts(model, rules, names, how).values())

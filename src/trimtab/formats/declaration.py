@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 
 from trimtab.errors import UserError
+from trimtab.layers.adapters import Adapter
 from trimtab.models.architecture import FUSED
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.quant.grid import AnyGrid, Grid, ScaleDtype, Zero
@@ -46,8 +47,8 @@ class Layer:
     """(N, K); (vocabulary, K) for an embedding."""
     grid: AnyGrid | None
     """None for a float matrix."""
-    adapter: str | None = None
-    """Place of an adapter that is still beside the weight when it is written."""
+    adapter: type[Adapter] | None = None
+    """Kind of an adapter that is still beside the weight when it is written."""
     inputs: Activations | None = None
     """How what it reads is rounded."""
     kv: KvCache | None = None
@@ -180,10 +181,10 @@ class Format(ABC):
 
     def adapter_refusal(self, layer: Layer) -> Refusal | None:
         """Why the layer's adapter cannot go into this format."""
-        if layer.adapter is None or (layer.adapter == "output" and self.adapters != "no"):
+        if layer.adapter is None or (not layer.adapter.moves_weight and self.adapters != "no"):
             return None
-        if layer.adapter != "output":
-            cause = f"is not folded yet ({layer.adapter} place)"
+        if layer.adapter.moves_weight:
+            cause = f"is not folded yet ({layer.adapter.place} place)"
             return Refusal(layer.name, cause, "fold it with `trimtab.fold(model)` and save it again")
         cause = f"keeps an adapter beside its weight, which {self.name} does not hold"
         return Refusal(

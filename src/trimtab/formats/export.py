@@ -27,15 +27,12 @@ from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Wri
 from trimtab.formats.directory import replacing, write_json
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.formats.lossy import Change, make_room
-from trimtab.layers.adapters import DeltaOutput
-from trimtab.layers.linear import QuantEmbedding, QuantLinear
-from trimtab.methods.base import Method
-from trimtab.models.kv_cache import current
+from trimtab.formats.written import layers_of, planned
+from trimtab.layers.linear import QuantLinear
 from trimtab.models.load import load
 from trimtab.models.prepare import Target
 from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
-from trimtab.quant.activations import Activations, KvCache
 from trimtab.recipe import recipe
 
 Kind = Literal["exact", "algebraic", "lossy"]
@@ -57,45 +54,6 @@ class Report:
     perplexity: dict[str, float]
     """Of the model and of what was exported in its place, where the export is lossy and held-out data is known."""
     disk_bytes: int
-
-
-def layers_of(model: PreTrainedModel) -> list[Layer]:
-    """The quantized layers of a model as they stand, on any device."""
-    head, kv = model.get_output_embeddings(), current(model)
-    found = []
-    for name, layer in quant_layers(model).items():
-        kind = "linear" if layer is not head else "head"
-        kind = "embedding" if isinstance(layer, QuantEmbedding) else kind
-        adapter = None
-        if isinstance(layer, QuantLinear):
-            kind = "tied" if layer.tied else kind
-            adapter = None if layer.adapter is None else layer.adapter.place
-        inputs = layer.inputs.kind if isinstance(layer, QuantLinear) and layer.inputs is not None else None
-        shown = {"shape": layer.base.shape, "grid": layer.base.grid, "inputs": inputs, "kv": kv}
-        found.append(Layer(name=name, kind=kind, adapter=adapter, **shown))  # type: ignore[arg-type]
-    return found
-
-
-def planned(
-    targets: Sequence[Target],
-    method: Method,
-    merge: bool,
-    format_: Format,
-    activations: Activations | None = None,
-    kv: KvCache | None = None,
-) -> list[Layer]:
-    """The layers that a recipe will hand to a format, from names and shapes."""
-    found = []
-    for target in targets:
-        trained = target.kind in ("linear", "head")
-        adapter = method.keeps if trained and (method.keeps == "output" or format_.adapters == "kept") else None
-        grid = target.grid
-        if merge and adapter == "output" and format_.adapters != "kept":
-            grid, adapter = None, None
-        inputs = activations if target.kind == "linear" and target.grid is not None else None
-        about: dict[str, Any] = {"grid": grid, "adapter": adapter, "inputs": inputs, "kv": kv}
-        found.append(Layer(name=target.name, kind=target.kind, shape=target.shape, **about))
-    return found
 
 
 def check_exports(of: recipe.Recipe, targets: Sequence[Target]) -> None:
@@ -236,7 +194,7 @@ def _merge_error(model: PreTrainedModel) -> tuple[float, float, int]:
     squared, squares, count = 0.0, 0.0, 0
     for layer in quant_layers(model).values():
         adapter = getattr(layer, "adapter", None)
-        if isinstance(adapter, DeltaOutput):
+        if adapter is not None and not adapter.moves_weight:
             folded = adapter.fold(layer.base)
             norm = folded.weight.dequantize(torch.float32).square().sum().item()
             squared, squares, count = squared + folded.error**2 * norm, squares + norm, count + 1

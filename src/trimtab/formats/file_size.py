@@ -5,8 +5,8 @@ A native file is a header and tensors, and both follow from names, shapes, rules
     8 bytes | {"__metadata__": {..}, "name": {"dtype": "U8", "shape": [..], "data_offsets": [a, b]}, ..} | tensors
 
 Everything is additive over layers but two things: how many digits an offset has, which depends on what lies before it, and
-the padding of the header to 8 bytes. So there are two numbers. `Stored.file_bytes` is exact, to the byte, for one
-configuration. `Stored.parts` charges every offset the digits of the largest and the padding in full: its sum is an upper
+the padding of the header to 8 bytes. So there are two numbers. `FileSize.file_bytes` is exact, to the byte, for one
+configuration. `FileSize.parts` charges every offset the digits of the largest and the padding in full: its sum is an upper
 bound, by a few bytes a tensor, in which a layer's share (`layer_bytes`) does not depend on any other layer. A search that
 keeps that sum within a budget never writes a file that exceeds it.
 
@@ -18,24 +18,22 @@ larger than one may be, so n files hold more than (n - 1) / 2 times SHARD_BYTES:
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from trimtab.errors import UserError
-from trimtab.layers import linear
+from trimtab.formats.written import folded, of_target, plug
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
-from trimtab.layers.weights import quantize
 from trimtab.methods.base import Method
 from trimtab.models.prepare import Target, prepare_meta
 from trimtab.models.simulate import rounding
 from trimtab.models.transformers_bridge import FORMAT_VERSION, cast_floats, marker_name, quant_layers
 from trimtab.quant import packing
-from trimtab.quant.activations import Activations, Inputs, empty
-from trimtab.quant.grid import AnyGrid
-from trimtab.recipe.rules import Kind, Rule
+from trimtab.quant.activations import Activations
+from trimtab.recipe.rules import Rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +103,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
+class FileSize:
     """Bytes of a model's safetensors."""
 
     file_bytes: int
@@ -121,7 +119,7 @@ class Stored:
         return sum(self.parts.values())
 
 
-def stored(
+def file_size(
     model: "PreTrainedModel",
     method: Method,
     rules: Sequence[Rule] | None,
@@ -129,7 +127,7 @@ def stored(
     dtype: torch.dtype,
     merge: bool = False,
     activations: Activations | None = None,
-) -> Stored:
+) -> FileSize:
     """What `run` will write for this configuration.
 
     Args:
@@ -141,13 +139,12 @@ def stored(
         activations: how inputs are rounded, or None; static ranges are stored.
     """
     cast_floats(model, dtype)
-    prepare_meta(model, method, None if rules is None else list(rules))
+    prepare_meta(model, method, rules)
     for rounded in rounding(model).values():
-        rounded.inputs = _inputs(activations)
+        rounded.inputs = plug(activations)
     for name, layer in quant_layers(model).items():
-        if isinstance(layer, QuantLinear) and not layer.tied:
-            with torch.device("meta"):
-                model.set_submodule(name, linear.empty(_folded(layer, merge), dtype))
+        if isinstance(layer, QuantLinear):
+            model.set_submodule(name, folded(layer, merge))
     ours = [n for n, layer in quant_layers(model).items() if isinstance(layer, QuantEmbedding) or not layer.tied]
     left_out = getattr(model, "all_tied_weights_keys", {})
     entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in left_out]
@@ -157,7 +154,7 @@ def stored(
         owner = next((n for n in _owners(entry.name) if n in parts), "")
         parts[owner] += entry.bound
     parts[""] += _frame_bytes() + marker.bound
-    return Stored(_file_bytes([*entries, marker]), sum(e.nbytes for e in entries), parts)
+    return FileSize(_file_bytes([*entries, marker]), sum(e.nbytes for e in entries), parts)
 
 
 def float_bytes(model: "PreTrainedModel") -> int:
@@ -181,63 +178,18 @@ def layer_bytes(
     merge: bool = False,
     activations: Activations | None = None,
 ) -> int:
-    """The part of one layer on the grid that its target names: what `Stored.parts` holds for it."""
+    """The part of one layer on the grid that its target names: what `FileSize.parts` holds for it."""
     spare = len(json.dumps(target.name)) - len('""')
-    about = target.kind, target.shape, target.grid, target.bias, target.method(method)
-    count, size = _layer(*about, dtype, merge, activations)
+    layer = of_target(target, method, dtype=dtype, merge=merge, activations=activations)
+    count, size = _tensors_and_bytes(layer)
     return size + count * spare
 
 
-def _inputs(activations: Activations | None) -> Inputs | None:
-    if activations is None:
-        return None
-    with torch.device("meta"):
-        return empty(asdict(activations))
-
-
 @cache
-def _layer(
-    kind: Kind,
-    shape: tuple[int, int],
-    grid: AnyGrid | None,
-    bias: bool,
-    method: Method,
-    dtype: torch.dtype,
-    merge: bool,
-    activations: Activations | None,
-) -> tuple[int, int]:
-    """Tensors, and bytes under a name of no letters."""
-    if kind == "tied":
-        return 0, 0
-    with torch.device("meta"):
-        source = torch.empty(shape, dtype=dtype)
-        if kind == "embedding":
-            assert grid is not None
-            layer: QuantLinear | QuantEmbedding = QuantEmbedding(quantize(source, grid), dtype)
-        else:
-            built = QuantLinear(*method.build(source, grid), torch.empty(shape[0], dtype=dtype) if bias else None)
-            built.inputs = _inputs(activations) if kind == "linear" and built.base.grid is not None else None
-            layer = linear.empty(_folded(built, merge), dtype)
+def _tensors_and_bytes(layer: torch.nn.Module) -> tuple[int, int]:
+    """How many tensors a layer of `written.of_target` has, and their bytes under a name of no letters."""
     entries = [Entry(f".{n}", t.dtype, tuple(t.shape)) for n, t in layer.state_dict().items()]
     return len(entries), sum(e.bound for e in entries)
-
-
-def _folded(layer: QuantLinear, merge: bool) -> dict[str, Any]:
-    """The spec of a layer after folding (see `preparing.fold`)."""
-    spec = layer.spec()
-    if layer.adapter is None:
-        return spec
-    weight, place = dict(spec["weight"]), layer.adapter.place
-    if place == "output":
-        if not merge:
-            return spec
-        kept = weight["dtype"] if weight["kind"] == "dense" else "bfloat16"
-        weight = {"kind": "dense", "shape": weight["shape"], "dtype": kept}
-    elif place == "offset":
-        weight |= {"offset": True} if weight["kind"] == "codebook" else {}
-    else:
-        weight["storage"] = "int"
-    return {**spec, "weight": weight, "adapter": None}
 
 
 def _metadata() -> str:

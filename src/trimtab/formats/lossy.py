@@ -12,10 +12,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from trimtab.formats.declaration import Engine, Form, Format, Layer, Refusal, not_run
-from trimtab.layers.adapters import DeltaOutput
+from trimtab.formats.dense.write import matrix
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
 from trimtab.models.architecture import FUSED
@@ -98,17 +97,12 @@ def _joined(layer: Layer, by_name: dict[str, Layer]) -> list[Layer]:
 def _change(model: Any, layer: Layer, grid: Grid | None, dtype: torch.dtype) -> Change:
     old = model.get_submodule(layer.name)
     with torch.no_grad():
-        matrix: Tensor = old.base.dequantize(torch.float32)
-        adapter = getattr(old, "adapter", None)
-        if isinstance(adapter, DeltaOutput):
-            matrix = matrix + adapter.delta.dense()
-        elif adapter is not None:
-            matrix = old.dequantize(torch.float32)
-        base: Weight = DenseWeight(matrix.to(dtype)) if grid is None else AffineWeight.quantize(matrix, grid)
-        error = (base.dequantize(torch.float32) - matrix).square().sum().item()
+        whole = matrix(old, torch.float32)
+        base: Weight = DenseWeight(whole.to(dtype)) if grid is None else AffineWeight.quantize(whole, grid)
+        error = (base.dequantize(torch.float32) - whole).square().sum().item()
     if isinstance(old, QuantEmbedding):
         new: Any = QuantEmbedding(base, old.dtype, old.padding_idx, old.scale)
     else:
         new = QuantLinear(base, None, old.bias)
     model.set_submodule(layer.name, new)
-    return Change(replace(layer, grid=grid, adapter=None), error, matrix.square().sum().item())
+    return Change(replace(layer, grid=grid, adapter=None), error, whole.square().sum().item())

@@ -5,18 +5,15 @@
     levels   u' = u + delta, then round, clamp, scale                          LR-QAT; PEQA (no delta: scales only)
     master   u = W / s + z from a trained float W                              full QAT
 
-An adapter answers three questions about the stored weight it is attached to: which matrix multiplies x (`weight`, built
-anew whenever it is needed), what is added to the product (`output`), and which stored weight equals the two together
-(`fold`). Folding calls the same functions as forward, so levels and offsets fold to the bit.
+`adapter` says what each of them must answer. Folding calls the same functions as forward, so levels and offsets fold to
+the bit.
 
 Trained scales and offsets are float32 masters that pass through the grid's storage dtype wherever they act.
 
 Legend: B batch rows, N out features, K in features, g group size, G = K / g groups in a row.
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import asdict
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,76 +22,18 @@ from torch import Tensor, nn
 from trimtab.kernels import channel, dequantize, shifted
 from trimtab.kernels.dequantize import Levels
 from trimtab.kernels.levels import from_levels
+from trimtab.layers.adapter import Adapter, Fold, FoldKind
 from trimtab.layers.deltas import DeltaShape, PooledDelta
-from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
-from trimtab.quant.grid import Range, round_clamp, ste_round, stored, to_levels
-
-FoldKind = Literal["bitwise", "algebraic", "lossy"]
-
-
-class Fold(NamedTuple):
-    """A stored weight that stands for weight and adapter together."""
-
-    weight: Weight
-    kind: FoldKind
-    """bitwise: the same bits in every dtype; algebraic: equal but for rounding; lossy: information is gone."""
-    error: float
-    """Relative Frobenius error of the folded weight; 0 for bitwise."""
-
-
-class Adapter(nn.Module, ABC):
-    """What is trained on one layer."""
-
-    place: str
-    start: tuple[str, float] | None = None
-    """How a fitted start was found, and its share of the base's error; for reports, not saved."""
-
-    def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
-        """The (N, K) matrix that multiplies x, differentiable in `weight_parameters`.
-
-        With `reuse` it may lie in memory that the next such call overwrites.
-        """
-        return base.dequantize(dtype, reuse=reuse)
-
-    def weight_parameters(self) -> tuple[nn.Parameter, ...]:
-        """The parameters that `weight` depends on."""
-        return ()
-
-    def weight_gradients(
-        self, base: Weight, grad_NK: Tensor, wanted: tuple[nn.Parameter, ...]
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of the `wanted` among `weight_parameters` from dL/dW, which may be overwritten."""
-        with torch.enable_grad():
-            weight = self.weight(base, grad_NK.dtype)
-        return torch.autograd.grad(weight, wanted, grad_NK)
-
-    def uses_output(self, base: Weight, dtype: torch.dtype) -> bool:
-        """Whether `gradients_from_output` may serve."""
-        return False
-
-    def gradients_from_output(
-        self, base: Weight, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor, wanted: tuple[nn.Parameter, ...]
-    ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-        """`weight` with `reuse`, and the gradients of the `wanted` from dL/dy, x and y; None if dL/dW is cheaper."""
-        return self.weight(base, grad_BN.dtype, reuse=True), None
-
-    def output(self, base: Weight, x_BK: Tensor) -> Tensor | None:
-        """What is added to the product (..., N), or None."""
-        return None
-
-    @abstractmethod
-    def fold(self, base: Weight) -> Fold:
-        """The stored weight that equals base and adapter."""
-
-    @abstractmethod
-    def spec(self) -> dict[str, Any]:
-        """What `empty` needs to lay this adapter out without data."""
+from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Spec, Weight
+from trimtab.quant.grid import AnyGrid, Grid, Range, round_clamp, ste_round, stored, to_levels
 
 
 class DeltaOutput(Adapter):
     """delta_W x beside the product: LoRA and its kin. Stays an adapter, or merges into a dense copy of the weight."""
 
     place = "output"
+    moves_weight = False
+    delta: PooledDelta
 
     def __init__(self, delta: PooledDelta) -> None:
         super().__init__()
@@ -105,17 +44,23 @@ class DeltaOutput(Adapter):
         y: Tensor = self.delta(x_BK)
         return y
 
+    def merged(self, base: Weight, dtype: torch.dtype) -> Tensor:
+        """W_hat + delta_W, added in float32."""
+        return (base.dequantize(torch.float32) + self.delta.dense()).to(dtype)
+
     def fold(self, base: Weight) -> Fold:
         """A dense bfloat16 copy: no grid holds W_hat + delta_W. The error is that copy's own rounding."""
         with torch.no_grad():
-            exact = base.dequantize(torch.float32) + self.delta.dense()
+            exact = self.merged(base, torch.float32)
             dense = DenseWeight(exact.to(base.weight.dtype if isinstance(base, DenseWeight) else torch.bfloat16))
             error = (dense.weight.float() - exact).norm() / exact.norm().clamp_min(1e-30)
         return Fold(dense, "algebraic", error.item())
 
-    def spec(self) -> dict[str, Any]:
-        """Place and shape of the delta."""
-        return {"place": self.place, "delta": asdict(self.delta.shape)}
+    @classmethod
+    def folded(cls, weight: Spec) -> Spec:
+        """Dense, in bfloat16 unless the base is dense in another dtype."""
+        dtype = weight["dtype"] if weight["kind"] == "dense" else "bfloat16"
+        return {"kind": "dense", "shape": weight["shape"], "dtype": dtype}
 
 
 class DeltaOffset(Adapter):
@@ -129,6 +74,8 @@ class DeltaOffset(Adapter):
     """
 
     place = "offset"
+    reads_rounded_inputs = True
+    delta: PooledDelta
 
     def __init__(self, delta: PooledDelta) -> None:
         super().__init__()
@@ -175,9 +122,15 @@ class DeltaOffset(Adapter):
             moved = AffineWeight(base.codes, _moved(base, o_eff, zero), base.grid, base.shape[1], base.storage)
             return Fold(moved, "bitwise", 0.0)
 
-    def spec(self) -> dict[str, Any]:
-        """Place and shape of the delta."""
-        return {"place": self.place, "delta": asdict(self.delta.shape)}
+    @classmethod
+    def is_lora(cls, grid: AnyGrid | None) -> bool:
+        """Unless it is rounded to integer zeros."""
+        return not (isinstance(grid, Grid) and grid.zero == "integer")
+
+    @classmethod
+    def folded(cls, weight: Spec) -> Spec:
+        """The same, and a codebook weight has offsets then."""
+        return {**weight, "offset": True} if weight["kind"] == "codebook" else weight
 
 
 class DeltaLevels(Adapter):
@@ -188,6 +141,7 @@ class DeltaLevels(Adapter):
     """
 
     place = "levels"
+    acts_in_codes = True
 
     def __init__(self, delta: PooledDelta | None, base: AffineWeight) -> None:
         super().__init__()
@@ -266,18 +220,25 @@ class DeltaLevels(Adapter):
                 codes = round_clamp(self._levels(base), base.grid.top).to(torch.uint8)
             return Fold(base.with_codes(codes, range_), "bitwise", 0.0)
 
-    def spec(self) -> dict[str, Any]:
-        """Place and shape of the delta."""
-        return {"place": self.place, "delta": None if self.delta is None else asdict(self.delta.shape)}
+    @classmethod
+    def folded(cls, weight: Spec) -> Spec:
+        """Whole codes."""
+        return {**weight, "storage": "int"}
+
+    def graph_bytes(self, base: Weight, dtype: torch.dtype) -> int:
+        """Of float levels; packed ones go through the fused kernels."""
+        return 0 if isinstance(base, AffineWeight) and base.packed else _graph_bytes(dtype)
 
 
 class MasterLevels(Adapter):
     """Full QAT (LSQ): u = W / s + z with a trained float W, so that ds = sum G * (q - z - inside * W / s)."""
 
     place = "master"
+    acts_in_codes = True
 
     def __init__(self, weight_NK: Tensor, base: AffineWeight) -> None:
         super().__init__()
+        self.delta = None
         self.master = nn.Parameter(weight_NK.detach().float())
         self.scale, self.offset = _masters(base)
 
@@ -304,9 +265,23 @@ class MasterLevels(Adapter):
             codes = round_clamp(levels, base.grid.top).to(torch.uint8)
             return Fold(base.with_codes(codes, range_), "bitwise", 0.0)
 
+    @classmethod
+    def folded(cls, weight: Spec) -> Spec:
+        """Whole codes."""
+        return {**weight, "storage": "int"}
+
+    def graph_bytes(self, base: Weight, dtype: torch.dtype) -> int:
+        """Of levels, and the gradients of W / s."""
+        return _graph_bytes(dtype) + 4
+
     def spec(self) -> dict[str, Any]:
         """Only the place: the master has the base's shape."""
         return {"place": self.place}
+
+
+def _graph_bytes(dtype: torch.dtype) -> int:
+    """Levels, rounded levels, codes, whether they were clipped; then the three steps from codes to W, and W's gradient."""
+    return 3 * 4 + 1 + 4 * dtype.itemsize
 
 
 def _carried_on(
@@ -344,7 +319,7 @@ def _trained_range(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter
     return Range(stored(scale, grid.scale_dtype), zero, None if offset is None else stored(offset, grid.scale_dtype))
 
 
-def empty(spec: dict[str, Any], base: Weight) -> Adapter:
+def from_spec(spec: dict[str, Any], base: Weight) -> Adapter:
     """An adapter laid out by its spec for `base`, with no data yet."""
     shape = spec.get("delta")
     delta = None if shape is None else PooledDelta(DeltaShape(**shape))
@@ -356,3 +331,6 @@ def empty(spec: dict[str, Any], base: Weight) -> Adapter:
         return MasterLevels(torch.empty(base.shape), base)
     assert delta is not None
     return DeltaOutput(delta) if spec["place"] == "output" else DeltaOffset(delta)
+
+
+__all__ = ["Adapter", "DeltaLevels", "DeltaOffset", "DeltaOutput", "Fold", "FoldKind", "MasterLevels", "from_spec"]

@@ -11,7 +11,7 @@ m x p. For m = p = 2 and R = 1:
                                  | c c d d |
 
 p = m = 1 is LoRA; p = m = k with R = k r is Q-BaRA (arXiv 2407.17029), k times LoRA's rank for the same r (N + K)
-numbers; p = g gives the updates that are constant on a quantization block (QA-LoRA, QA-BLoRA, and with a single
+parameters; p = g gives the updates that are constant on a quantization block (QA-LoRA, QA-BLoRA, and with a single
 matrix QA-HiRA). Scaling and an average's 1/p belong to the delta itself, so nothing downstream knows of them.
 
 The factor on the output side (B, or M) starts at zero and A Kaiming-uniform(sqrt 5), so every method starts as its base.
@@ -71,8 +71,8 @@ class DeltaShape:
         return self.scaling / self.pool if self.mean else self.scaling
 
     @property
-    def numbers(self) -> int:
-        """Trainable numbers: those of A and B, or of M."""
+    def parameters(self) -> int:
+        """Trainable parameters: those of A and B, or of M."""
         rows, columns = self.out_features // self.repeat, self.in_features // self.pool
         return rows * columns if self.rank is None else self.rank * (rows + columns)
 

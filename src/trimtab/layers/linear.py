@@ -28,7 +28,7 @@ from trimtab.layers import adapters, weights
 from trimtab.layers.adapters import Adapter
 from trimtab.layers.weights import Weight
 from trimtab.quant import activations
-from trimtab.quant.activations import Inputs
+from trimtab.quant.activations import ActivationQuantizer
 
 _NO_WEIGHT = (
     "{name} has no `.weight`: its matrix is stored as {kind} and exists only while it is used. "
@@ -79,7 +79,7 @@ class QuantLinear(_Stored):
         bias: Tensor | None = None,
         *,
         tied: bool = False,
-        inputs: Inputs | None = None,
+        inputs: ActivationQuantizer | None = None,
     ) -> None:
         super().__init__()
         # A tuple hides the module from registration; deepcopy still follows it to the copied embedding's weight.
@@ -120,7 +120,7 @@ class QuantLinear(_Stored):
         return tuple(p for p in found if p.requires_grad)
 
     def _moves_weight(self) -> bool:
-        return self.adapter is not None and self.adapter.place != "output"
+        return self.adapter is not None and self.adapter.moves_weight
 
     def weight_gradients(self, grad_NK: Tensor) -> tuple[Tensor | None, ...]:
         """Their gradients from dL/dW (N, K), which may be overwritten."""
@@ -152,7 +152,7 @@ class QuantLinear(_Stored):
             y = recompute.linear(x_BK, self, bias, self.inputs)
         if self.adapter is None:
             return y
-        extra = self.adapter.output(self.base, self._seen(x_BK) if self.adapter.place == "offset" else x_BK)
+        extra = self.adapter.output(self.base, self._seen(x_BK) if self.adapter.reads_rounded_inputs else x_BK)
         return y if extra is None else y + extra
 
     def _seen(self, x_BK: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class QuantLinear(_Stored):
         return None if y is None else (y if bias is None else y + bias).unflatten(0, x_BK.shape[:2])
 
     def spec(self) -> dict[str, Any]:
-        """What `empty` needs to lay this layer out without data."""
+        """What `from_spec` needs to lay this layer out without data."""
         spec = {
             "weight": None if self.tied else self.base.spec(),
             "adapter": None if self.adapter is None else self.adapter.spec(),
@@ -223,7 +223,7 @@ class QuantEmbedding(_Stored):
         return super()._apply(fn, recurse)
 
     def spec(self) -> dict[str, Any]:
-        """What `empty` needs to lay this embedding out without data."""
+        """What `from_spec` needs to lay this embedding out without data."""
         return {"weight": self.base.spec(), "embedding": {"padding_idx": self.padding_idx, "scale": self.scale}}
 
     def extra_repr(self) -> str:
@@ -232,7 +232,7 @@ class QuantEmbedding(_Stored):
         return f"{self.num_embeddings}, {self.embedding_dim}, {grid}"
 
 
-def empty(
+def from_spec(
     spec: dict[str, Any], dtype: torch.dtype, tied_to: QuantEmbedding | None = None
 ) -> "QuantLinear | QuantEmbedding":
     """A layer laid out by its spec, with no data yet (make it under `torch.device("meta")`).
@@ -243,12 +243,12 @@ def empty(
         tied_to: the embedding whose weight a tied head borrows.
     """
     if "embedding" in spec:
-        return QuantEmbedding(weights.empty(spec["weight"]), dtype, **spec["embedding"])
+        return QuantEmbedding(weights.from_spec(spec["weight"]), dtype, **spec["embedding"])
     if spec["weight"] is None:
         assert tied_to is not None, "a tied head needs its embedding"
         return QuantLinear(tied_to.base, tied=True)
-    base = weights.empty(spec["weight"])
-    adapter = None if spec["adapter"] is None else adapters.empty(spec["adapter"], base)
+    base = weights.from_spec(spec["weight"])
+    adapter = None if spec["adapter"] is None else adapters.from_spec(spec["adapter"], base)
     bias = None if spec["bias"] is None else torch.empty(base.shape[0], dtype=getattr(torch, spec["bias"]))
-    inputs = None if spec.get("inputs") is None else activations.empty(spec["inputs"])
+    inputs = None if spec.get("inputs") is None else activations.from_spec(spec["inputs"])
     return QuantLinear(base, adapter, bias, inputs=inputs)

@@ -2,7 +2,7 @@
 
 Each kind is a module whose tensors are all `Parameter(requires_grad=False)`, never buffers (FSDP2 shards parameters
 only), and gives back its (N, K) matrix by `dequantize`. A kind is described by a small JSON `spec`, from which
-`empty` builds the same module without data, so that a saved model can be laid out before its tensors are read.
+`from_spec` builds the same module without data, so that a saved model can be laid out before its tensors are read.
 
 An affine weight can also hold more than its codes. `fixed8` keeps each level in 8 bits, b of them the integer part:
 
@@ -65,7 +65,7 @@ class Weight(nn.Module, ABC):
 
     @abstractmethod
     def spec(self) -> Spec:
-        """What `empty` needs to lay this weight out without data."""
+        """What `from_spec` needs to lay this weight out without data."""
 
     def product_of_few(self, x_TK: Tensor) -> Tensor | None:
         """x W^T (T, N) of a few rows without ever writing W, summed in float32; None where there is no such way."""
@@ -364,7 +364,7 @@ def quantize(weight_NK: Tensor, grid: AnyGrid, storage: Storage = "int") -> Affi
     return AffineWeight.quantize(weight_NK, grid, storage)
 
 
-def empty(spec: Spec) -> Weight:
+def from_spec(spec: Spec) -> Weight:
     """A weight laid out by its spec, with no data yet (make it under `torch.device("meta")`)."""
     n, k = spec["shape"]
     if spec["kind"] == "dense":
@@ -396,4 +396,4 @@ def _empty_codebook(spec: Spec, n: int, k: int) -> CodebookWeight:
     return CodebookWeight(codes, absmax, grid, k, torch.empty(shape) if spec["offset"] else None)
 
 
-__all__ = ["AffineWeight", "CodebookWeight", "DenseWeight", "Spec", "Storage", "Weight", "empty", "quantize"]
+__all__ = ["AffineWeight", "CodebookWeight", "DenseWeight", "Spec", "Storage", "Weight", "from_spec", "quantize"]

@@ -20,7 +20,7 @@ is measured. A heap that keeps freed memory (glibc does, up to 32 MB a tensor) n
 counts that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from torch.func import functional_call
 
 from trimtab.kernels import tuning
 from trimtab.layers.linear import QuantLinear
-from trimtab.layers.weights import AffineWeight, DenseWeight
+from trimtab.layers.weights import DenseWeight
 from trimtab.methods.base import Method
 from trimtab.models import decoder
 from trimtab.models.architecture import softcap
@@ -58,13 +58,13 @@ class Plan:
     adapters: int
     gradients: int
     optimizer: int
-    """Adam: two numbers for each trainable one."""
+    """Adam: two moments for each trainable parameter."""
     activations: int
     """What autograd keeps between forward and backward."""
     temporary: int
     """The shared buffers, and the largest that lives beside them for a moment: see above."""
     trainable: int
-    """Trainable numbers, not bytes."""
+    """Trainable parameters, not bytes."""
     teacher: int = 0
     """A float or 8-bit model to learn from, in memory as long as training lasts."""
     before: int = 0
@@ -99,7 +99,7 @@ class Teaching:
 def peak_of_training(
     model: "PreTrainedModel",
     method: Method,
-    rules: list[Rule] | None,
+    rules: Sequence[Rule] | None,
     *,
     micro_batch: int,
     block_tokens: int,
@@ -122,7 +122,7 @@ def peak_of_training(
         dtype: compute dtype.
         checkpointing: whether each block is recomputed in backward.
         micro_batches: forward passes of an optimizer step, one or more.
-        moment_bytes: of each of Adam's two numbers for a trainable one.
+        moment_bytes: of each of Adam's two moments of a trainable parameter.
         teaching: what a teacher adds.
         activations: how inputs are rounded, or None.
         kv: how keys and values are rounded, or None.
@@ -181,11 +181,9 @@ def _linears(model: "PreTrainedModel") -> list[QuantLinear]:
     return [layer for layer in quant_layers(model).values() if isinstance(layer, QuantLinear)]
 
 
-def _fresh(layer: QuantLinear) -> bool:
-    """Whether autograd makes the weight, in memory of its own, from float levels or a master weight."""
-    if layer.adapter is None or layer.adapter.place not in ("levels", "master"):
-        return False
-    return layer.adapter.place == "master" or not (isinstance(layer.base, AffineWeight) and layer.base.packed)
+def _graph_bytes(layer: QuantLinear, dtype: torch.dtype) -> int:
+    """Bytes for each entry of a weight that autograd makes, in memory of its own; 0 where it does not."""
+    return 0 if layer.adapter is None else layer.adapter.graph_bytes(layer.base, dtype)
 
 
 def _buffers(model: "PreTrainedModel", dtype: torch.dtype) -> int:
@@ -193,7 +191,7 @@ def _buffers(model: "PreTrainedModel", dtype: torch.dtype) -> int:
     weight = gradient = 0
     for layer in _linears(model):
         size = layer.base.shape[0] * layer.base.shape[1] * dtype.itemsize
-        if not isinstance(layer.base, DenseWeight) and not _fresh(layer):
+        if not isinstance(layer.base, DenseWeight) and not _graph_bytes(layer, dtype):
             weight = max(weight, size)
         if layer.weight_parameters() and not layer.uses_output(dtype):
             gradient = max(gradient, size)
@@ -210,20 +208,14 @@ def _at_loss(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
 
 
 def _in_layer(model: "PreTrainedModel", tokens: int, dtype: torch.dtype) -> int:
-    """Gradients of the widest activations, rounded inputs, and floats of (N, K) that autograd makes of a layer's levels.
-
-    Those of a layer are at once W and its copy under autograd, levels, rounded levels, codes and whether they were clipped,
-    and in the compute dtype the three steps from codes to W; for a master weight, then, the gradients of W / s.
-    """
+    """Gradients of the widest activations, rounded inputs, and what autograd makes of a layer's levels."""
     largest, head = 0, model.get_output_embeddings()
     for layer in _linears(model):
         n, k = layer.base.shape
         activations = 0 if layer is head else 2 * tokens * max(n, k) * dtype.itemsize  # its logits are in the loss
-        master = layer.adapter is not None and layer.adapter.place == "master"
         if layer.inputs is not None:  # x on its way to codes, in float32, and the rounded x
             activations += tokens * k * (4 + dtype.itemsize)
-        floats = n * k * (3 * 4 + 1 + (4 if master else 0) + 4 * dtype.itemsize) if _fresh(layer) else 0
-        largest = max(largest, activations + floats)
+        largest = max(largest, activations + n * k * _graph_bytes(layer, dtype))
     return largest
 
 

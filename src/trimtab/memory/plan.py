@@ -5,6 +5,7 @@ layers' inputs, the hidden states of all windows before and after the block, and
 float64 while H^-1 is factored, or some copies of its weight while columns are rounded.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def plan(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None = None) -> Plan:
+def plan(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[Rule] | None = None) -> Plan:
     """Predict the peak of a recipe's training: its teacher, rounded activations and cache, and accumulation included.
 
     Args:
@@ -55,7 +56,7 @@ def plan(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None = No
     return replace(planned, before=max(planned.before, before))
 
 
-def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: list[Rule] | None) -> int:
+def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[Rule] | None) -> int:
     """Bytes that GPTQ works in, beside the model as far as it is stored: of the block and layer that take most."""
     shapes = {t.name: t.shape for t in targets(model, recipe.method, rules) if t.grid is not None}
     itemsize, most, family = recipe.dtype.itemsize, 0, architecture_of(model)

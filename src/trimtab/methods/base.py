@@ -6,7 +6,7 @@ it, and gives back the stored weight and the adapter that trains it. Everything 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +38,10 @@ class Method(ABC):
     """Learning rate of scales and offsets where a recipe names none."""
     rounds_itself: ClassVar[bool] = False
     """Whether the method finds its own codes, so that it cannot start from another's."""
-    keeps: ClassVar[Literal["output", "offset"] | None] = None
-    """Place of its adapter where that is an ordinary LoRA beside a weight; None where it lives in the codes."""
+    trains: ClassVar[bool] = True
+    """Whether it trains anything."""
+    adapter: ClassVar[type[Adapter] | None]
+    """The kind of adapter that `build` attaches; None where it attaches none."""
 
     adapter_dtype: AdapterDtype = "bfloat16"
     """Dtype that trained factors pass through wherever they act."""
@@ -65,9 +67,9 @@ class Method(ABC):
         """
 
     def trainable(self, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
-        """Trainable numbers of a layer (N, K)."""
+        """Trainable parameters of a layer (N, K)."""
         delta = self.delta(grid, shape)
-        return 0 if delta is None else delta.numbers
+        return 0 if delta is None else delta.parameters
 
 
 def low_rank(
@@ -111,13 +113,13 @@ class LowRank(Protocol):
 
 
 def scales(method: str, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
-    """Numbers of scales, and of offsets where they are real: what the levels and master places train."""
+    """Parameters: scales, and offsets where they are real: what the levels and master places train."""
     affine = require_affine(method, grid)
     groups = shape[0] * (shape[1] // group_size(affine, shape[1]))
     return groups * (2 if affine.zero == "real" else 1)
 
 
-def start(source: Source, grid: AnyGrid | None, storage: Storage = "int") -> Weight:
+def base_weight(source: Source, grid: AnyGrid | None, storage: Storage = "int") -> Weight:
     """The stored weight that a layer starts from.
 
     A stored source whose grid has the asked form is taken code for code (levels in float, as `gptq` gives them, are kept

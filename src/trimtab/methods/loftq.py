@@ -30,7 +30,7 @@ class Loftq(Method):
     """QLoRA with codes and factors that start together near the float weight."""
 
     name = "loftq"
-    keeps = "output"
+    adapter = DeltaOutput
     summary = "QLoRA that starts near the float weight: codes and factors fitted by turns"
     grid = CodebookGrid("nf4", 64, double_quant=True)
     rounds_itself = True
@@ -43,7 +43,7 @@ class Loftq(Method):
     """Quantize and fit at most this often; fewer where the error stops falling."""
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
-        """r (N + K) numbers."""
+        """r (N + K) parameters."""
         if grid is None:
             raise UserError(
                 f"{self.name} makes up for a grid; this layer is in float: set a grid in `rules`, or use lora"
@@ -83,5 +83,5 @@ class Loftq(Method):
             best, least, taken = base, error, taken + 1
             base = weights.quantize(weight_NK - delta.dense(), grid)
             residual = weight_NK - base.dequantize(torch.float32)
-        adapter.start = f"loftq {taken} turns, {ended}", least / max(first, 1e-30)
+        adapter.fitted = f"loftq {taken} turns, {ended}", least / max(first, 1e-30)
         return best

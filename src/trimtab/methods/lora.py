@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from trimtab.layers.adapters import Adapter, DeltaOutput
 from trimtab.layers.deltas import DeltaShape
 from trimtab.layers.weights import Weight
-from trimtab.methods.base import Method, Source, low_rank, new_delta, start
+from trimtab.methods.base import Method, Source, base_weight, low_rank, new_delta
 from trimtab.quant.grid import AnyGrid, group_size
 
 
@@ -16,7 +16,7 @@ class Lora(Method):
     name = "lora"
     summary = "low-rank update beside a frozen float weight"
     grid = None
-    keeps = "output"
+    adapter = DeltaOutput
 
     rank: int = 16
     """r."""
@@ -24,12 +24,12 @@ class Lora(Method):
     """Numerator of the scaling alpha / r."""
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
-        """r (N + K) numbers."""
+        """r (N + K) parameters."""
         if grid is not None:
             group_size(grid, shape[1])
         return low_rank(self, shape)
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The stored weight with a delta in the output place."""
-        base = start(source, grid)
+        base = base_weight(source, grid)
         return base, DeltaOutput(new_delta(self.delta(grid, base.shape), base))

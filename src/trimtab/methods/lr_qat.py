@@ -20,7 +20,17 @@ from trimtab.errors import UserError
 from trimtab.layers.adapters import Adapter, DeltaLevels
 from trimtab.layers.deltas import DeltaShape, PooledDelta
 from trimtab.layers.weights import AffineWeight, Storage, Weight
-from trimtab.methods.base import Method, Source, as_affine, balance, low_rank, new_delta, require_affine, scales, start
+from trimtab.methods.base import (
+    Method,
+    Source,
+    as_affine,
+    balance,
+    base_weight,
+    low_rank,
+    new_delta,
+    require_affine,
+    scales,
+)
 from trimtab.quant.grid import AnyGrid, Grid, group_size
 
 _HALF = 0.49
@@ -34,6 +44,7 @@ class LrQat(Method):
     name = "lr-qat"
     summary = "low-rank shift inside the rounding, folds into plain integers"
     grid = Grid(4, 64)
+    adapter = DeltaLevels
     lr = 1e-3
 
     rank: int = 32
@@ -50,7 +61,7 @@ class LrQat(Method):
     """Start A and B at the fractions that `storage: int` drops, instead of at zero."""
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
-        """r (N + K) numbers for every k."""
+        """r (N + K) parameters for every k."""
         group_size(require_affine(self.name, grid), shape[1])
         k = balance(self.name, self.k, shape)
         if self.svd and (self.storage != "int" or self.alpha == 0):
@@ -62,15 +73,15 @@ class LrQat(Method):
 
     def trainable(self, grid: AnyGrid | None, shape: tuple[int, int]) -> int:
         """r (N + K), and the scales."""
-        return self.delta(grid, shape).numbers + scales(self.name, grid, shape)
+        return self.delta(grid, shape).parameters + scales(self.name, grid, shape)
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """Phi with a delta in the levels place. A source that is already codes on this grid has no fraction left."""
         affine = require_affine(self.name, grid)
-        base = as_affine(start(source, affine, self.storage))
+        base = as_affine(base_weight(source, affine, self.storage))
         delta = new_delta(self.delta(grid, base.shape), base)
         if self.svd and not base.codes.is_meta:
-            self._start_at(as_affine(start(source, affine, "fp32")), base, delta)
+            self._start_at(as_affine(base_weight(source, affine, "fp32")), base, delta)
         return base, DeltaLevels(delta, base)
 
     @torch.no_grad()

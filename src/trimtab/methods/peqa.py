@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trimtab.layers.adapters import Adapter, DeltaLevels
 from trimtab.layers.weights import Weight
-from trimtab.methods.base import Method, Source, as_affine, require_affine, scales, start
+from trimtab.methods.base import Method, Source, as_affine, base_weight, require_affine, scales
 from trimtab.quant.grid import AnyGrid, Grid, group_size
 
 
@@ -18,6 +18,7 @@ class Peqa(Method):
     name = "peqa"
     summary = "scales (and real offsets) only"
     grid = Grid(4, 64)
+    adapter = DeltaLevels
     lr_scale = 5e-5
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:
@@ -30,5 +31,5 @@ class Peqa(Method):
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The rounded weight with trained scales."""
-        base = as_affine(start(source, require_affine(self.name, grid)))
+        base = as_affine(base_weight(source, require_affine(self.name, grid)))
         return base, DeltaLevels(None, base)

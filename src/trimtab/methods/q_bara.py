@@ -2,7 +2,7 @@
 
     y = x Q(W)^T + (alpha / r) Repeat_k( B A Pool_k(x) )      A: (k r, K / k)   B: (N / k, k r)
 
-Pooling the input and repeating the output by k saves what rank k r costs: r (N + K) numbers and LoRA's FLOPs for every
+Pooling the input and repeating the output by k saves what rank k r costs: r (N + K) parameters and LoRA's FLOPs for every
 k, and delta_W[i, j] = (alpha / r) / k * (B A)[i // k, j // k], of rank up to k r.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from trimtab.layers.adapters import Adapter, DeltaOutput
 from trimtab.layers.deltas import DeltaShape
 from trimtab.layers.weights import Weight
-from trimtab.methods.base import Method, Source, balance, low_rank, new_delta, start
+from trimtab.methods.base import Method, Source, balance, base_weight, low_rank, new_delta
 from trimtab.quant.grid import AnyGrid, CodebookGrid, group_size
 
 
@@ -23,7 +23,7 @@ class QBara(Method):
     aliases = ("q-blora",)
     summary = "pooled input, repeated output, k times LoRA's rank for the same parameters"
     grid = CodebookGrid("nf4", 64, double_quant=True)
-    keeps = "output"
+    adapter = DeltaOutput
 
     rank: int = 16
     """Nominal r; the inner rank is k r."""
@@ -35,7 +35,7 @@ class QBara(Method):
     """Whether pooling averages, as in the published code, or sums."""
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
-        """r (N + K) numbers for every k."""
+        """r (N + K) parameters for every k."""
         if grid is not None:
             group_size(grid, shape[1])
         k = balance(self.name, self.k, shape)
@@ -43,5 +43,5 @@ class QBara(Method):
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The stored weight with a balanced delta in the output place."""
-        base = start(source, grid)
+        base = base_weight(source, grid)
         return base, DeltaOutput(new_delta(self.delta(grid, base.shape), base))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trimtab.layers.adapters import Adapter, DeltaOffset
 from trimtab.layers.deltas import DeltaShape
 from trimtab.layers.weights import Weight
-from trimtab.methods.base import Method, Source, low_rank, new_delta, pool_size, require_offset, start
+from trimtab.methods.base import Method, Source, base_weight, low_rank, new_delta, pool_size, require_offset
 from trimtab.quant.grid import AnyGrid, Grid
 
 
@@ -19,7 +19,7 @@ class QaBlora(Method):
     name = "qa-blora"
     summary = "low-rank update of pooled inputs and repeated outputs, folds into the zeros"
     grid = Grid(4, 32, "real")
-    keeps = "offset"
+    adapter = DeltaOffset
 
     rank: int = 16
     """r."""
@@ -33,11 +33,11 @@ class QaBlora(Method):
     """Whether pooling averages instead of summing."""
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
-        """r (N / e + K / p) numbers."""
+        """r (N / e + K / p) parameters."""
         pool = pool_size(self.name, self.pool, require_offset(self.name, grid), shape)
         return low_rank(self, shape, pool=pool, repeat=self.repeat, mean=self.mean)
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The stored weight with a delta in the offset place."""
-        base = start(source, grid)
+        base = base_weight(source, grid)
         return base, DeltaOffset(new_delta(self.delta(grid, base.shape), base))

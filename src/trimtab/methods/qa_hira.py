@@ -2,7 +2,7 @@
 
     y = x W_hat^T + alpha Repeat_e( M Pool_g(x) )      M: (N / e, K / g)      folds into the zeros: o' = o + D
 
-N K / (g e) numbers of rank up to min(N / e, K / g). M starts at zero, which is no saddle: its gradient is not zero.
+N K / (g e) parameters of rank up to min(N / e, K / g). M starts at zero, which is no saddle: its gradient is not zero.
 (The public code starts M at random, so that its first step is not its base; and its pool of 4 does not fold.)
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from trimtab.layers.adapters import Adapter, DeltaOffset
 from trimtab.layers.deltas import DeltaShape
 from trimtab.layers.weights import Weight
-from trimtab.methods.base import Method, Source, new_delta, pool_size, require_offset, start
+from trimtab.methods.base import Method, Source, base_weight, new_delta, pool_size, require_offset
 from trimtab.quant.grid import AnyGrid, Grid
 
 
@@ -22,7 +22,7 @@ class QaHira(Method):
     name = "qa-hira"
     summary = "one matrix, constant on quantization blocks, folds into the zeros"
     grid = Grid(4, 32, "real")
-    keeps = "offset"
+    adapter = DeltaOffset
     lr = 1e-4
 
     alpha: float = 1.0
@@ -35,7 +35,7 @@ class QaHira(Method):
     """Whether pooling averages instead of summing (under Adam, only a factor p in the learning rate)."""
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
-        """N K / (p e) numbers."""
+        """N K / (p e) parameters."""
         return DeltaShape(
             out_features=shape[0],
             in_features=shape[1],
@@ -49,5 +49,5 @@ class QaHira(Method):
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The stored weight with a single matrix in the offset place."""
-        base = start(source, grid)
+        base = base_weight(source, grid)
         return base, DeltaOffset(new_delta(self.delta(grid, base.shape), base))

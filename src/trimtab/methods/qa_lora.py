@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from trimtab.layers.adapters import Adapter, DeltaOffset
 from trimtab.layers.deltas import DeltaShape
 from trimtab.layers.weights import Weight
-from trimtab.methods.base import Method, Source, low_rank, new_delta, pool_size, require_offset, start
+from trimtab.methods.base import Method, Source, base_weight, low_rank, new_delta, pool_size, require_offset
 from trimtab.quant.grid import AnyGrid, Grid
 
 
@@ -21,7 +21,7 @@ class QaLora(Method):
     name = "qa-lora"
     summary = "low-rank update of pooled inputs, folds into the zeros"
     grid = Grid(4, 32, "real")
-    keeps = "offset"
+    adapter = DeltaOffset
 
     rank: int = 16
     """r."""
@@ -33,11 +33,11 @@ class QaLora(Method):
     """Whether pooling averages instead of summing."""
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> DeltaShape:
-        """r (N + K / p) numbers."""
+        """r (N + K / p) parameters."""
         pool = pool_size(self.name, self.pool, require_offset(self.name, grid), shape)
         return low_rank(self, shape, pool=pool, mean=self.mean)
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The stored weight with a delta in the offset place."""
-        base = start(source, grid)
+        base = base_weight(source, grid)
         return base, DeltaOffset(new_delta(self.delta(grid, base.shape), base))

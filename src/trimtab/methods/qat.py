@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.layers.adapters import Adapter, MasterLevels
 from trimtab.layers.weights import AffineWeight, Weight
-from trimtab.methods.base import Method, Source, as_affine, require_affine, scales, start
+from trimtab.methods.base import Method, Source, as_affine, base_weight, require_affine, scales
 from trimtab.quant.grid import AnyGrid, Grid, from_codes, group_size
 
 
@@ -22,6 +22,7 @@ class Qat(Method):
     name = "qat"
     summary = "every weight trained through the rounding (LSQ)"
     grid = Grid(4, 64)
+    adapter = MasterLevels
     lr = 5e-5
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:
@@ -35,7 +36,7 @@ class Qat(Method):
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The rounded weight with a trained float master."""
         affine = require_affine(self.name, grid)
-        base = as_affine(start(source, affine))
+        base = as_affine(base_weight(source, affine))
         return base, MasterLevels(_master(source), base)
 
 

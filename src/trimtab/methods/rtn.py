@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from trimtab.layers.adapters import Adapter
 from trimtab.layers.weights import Weight
-from trimtab.methods.base import Method, Source, start
+from trimtab.methods.base import Method, Source, base_weight
 from trimtab.quant.grid import AnyGrid, Grid, group_size
 
 
@@ -15,6 +15,8 @@ class Rtn(Method):
     name = "rtn"
     summary = "round to nearest, nothing trained"
     grid = Grid(4, 64)
+    trains = False
+    adapter = None
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:
         """Nothing; checks the group."""
@@ -23,4 +25,4 @@ class Rtn(Method):
 
     def build(self, source: Source, grid: AnyGrid | None) -> tuple[Weight, Adapter | None]:
         """The rounded weight, without an adapter."""
-        return start(source, grid), None
+        return base_weight(source, grid), None

@@ -8,9 +8,9 @@ the upper triangular U of H^-1 = U^T U is one row of numbers for all rows of W:
     e_j = (w_j - w_hat_j) / U[j, j]          w_k -= e_j U[j, k]  for k > j
 
 GPTQ stands before a method and knows nothing of it: it gives a stored weight on the method's own grid, which
-`methods.base.start` then takes code for code. An affine weight comes as levels in float: those at the moment each column
-was rounded, so that a method which keeps fractions (LR-QAT's Phi, full QAT's master) starts from the error-compensated
-weight, and every method from the same codes.
+`methods.base.base_weight` then takes code for code. An affine weight comes as levels in float: those at the moment each
+column was rounded, so that a method which keeps fractions (LR-QAT's Phi, full QAT's master) starts from the
+error-compensated weight, and every method from the same codes.
 
 Scales: with columns in their own order each group's range is set from the compensated weight when its first column is
 reached, as in the paper's code. With `act_order` groups are not met one after another, so all ranges are set beforehand,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
-from trimtab.quant.activations import KvCache, rounded, token_range
+from trimtab.quant.activations import KvCache, round_to_grid, token_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def _attend(
     kv: KvCache, inner: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention of that name on rounded keys and values (batch, heads, tokens, head size)."""
-    key, value = (rounded(t, token_range(t, kv.bits, kv.symmetric), kv.bits) for t in (key, value))
+    key, value = (round_to_grid(t, token_range(t, kv.bits, kv.symmetric), kv.bits) for t in (key, value))
     out: tuple[Tensor, Tensor | None] = _function(inner, module)(module, query, key, value, *args, **kwargs)
     return out
 

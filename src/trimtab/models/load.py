@@ -20,7 +20,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
 from trimtab.models.decoder import block_names
 from trimtab.models.gptq import Gptq
-from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare, rounded, targets
+from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
 from trimtab.models.sources import ModelSource, fill, fill_where, open_source, require_finite, require_shape
 from trimtab.models.transformers_bridge import untie
 from trimtab.recipe.rules import Rule, parse_rules
@@ -29,7 +29,7 @@ from trimtab.recipe.rules import Rule, parse_rules
 def load(
     path: str,
     method: Method | None = None,
-    rule_list: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
+    rules: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
     source: ModelSource | None = None,
@@ -40,7 +40,7 @@ def load(
     Args:
         path: see `trimtab.models.sources`.
         method: what will train it; None for round-to-nearest (a saved model is then loaded as it is).
-        rule_list: `Rule`s or a recipe's mappings; None for the method's default.
+        rules: `Rule`s or a recipe's mappings; None for the method's default.
         dtype: dtype to compute in, and of everything that stays float.
         source: an already opened source of this path, to save parsing it again.
         start: how layers find their codes, see `prepare`; GPTQ has one decoder block in float at a time.
@@ -48,12 +48,12 @@ def load(
     Raises:
         UserError: naming the file, tensor or layer that is wrong.
     """
-    chosen, parsed = method or Rtn(), parse_rules(rule_list)
+    chosen, parsed = method or Rtn(), parse_rules(rules)
     found = source or open_source(path)
     if found.prepared:
         model = _as_saved(found, dtype)
         if method is not None or parsed is not None:
-            prepare(model, chosen, parsed, start=start)
+            prepare_by(model, chosen, parsed, start)
         return model, found.tokenizer()
     model = found.layout(dtype=dtype)
     found.bind(model)
@@ -64,7 +64,7 @@ def load(
         return _complete(model, found, dtype), found.tokenizer()
 
     def put(target: Target, hessian_KK: Tensor | None) -> None:
-        how = None if hessian_KK is None else partial(rounded, target=target, start=start, hessian_KK=hessian_KK)
+        how = None if hessian_KK is None else partial(round_by_gptq, target=target, start=start, hessian_KK=hessian_KK)
         _put(model, target, found, chosen, dtype, how)
 
     blocks = tuple(f"{name}." for name in block_names(model))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from trimtab.errors import UserError
 from trimtab.kernels import tuning
-from trimtab.layers.adapters import DeltaOutput, FoldKind
+from trimtab.layers.adapters import FoldKind
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import Weight
-from trimtab.methods.base import Method, Source, start
+from trimtab.methods.base import Method, Source, base_weight
 from trimtab.models import gptq
 from trimtab.models.calibrate import by_block, calibrate
 from trimtab.models.decoder import embedding_scale
@@ -25,8 +25,7 @@ from trimtab.models.gptq import Gptq
 from trimtab.models.sources import require_finite
 from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
 from trimtab.quant.grid import AnyGrid, group_size, same_form
-from trimtab.recipe import rules
-from trimtab.recipe.rules import Kind, Placement, Rule
+from trimtab.recipe.rules import Kind, Placement, Rule, parse_rules, ranks, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +54,7 @@ class Target:
         return replace(method, rank=self.rank)  # type: ignore[call-arg]
 
     def trainable(self, method: Method) -> int:
-        """Trainable numbers that the method puts on this layer."""
+        """Trainable parameters that the method puts on this layer."""
         return self.method(method).trainable(self.grid, self.shape) if self.kind in ("linear", "head") else 0
 
 
@@ -74,40 +73,40 @@ def _layers(model: "PreTrainedModel") -> dict[str, tuple[Kind, nn.Module]]:
     return found
 
 
-def targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> list[Target]:
+def targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> list[Target]:
     """The layers that become ours and their grids, embeddings first.
 
     Args:
         model: on any device, the meta device included; its layers are float, or ours from an earlier run.
         method: checked against every layer that it will train.
-        rule_list: None for the method's default (for a model that is already quantized: the grids it has).
+        rules: None for the method's default (for a model that is already quantized: the grids it has).
 
     Raises:
         UserError: naming the layer, for a grid or method that does not fit it, and if no layer is left.
     """
-    found = placed_targets(model, method, rule_list)
+    found = placed_targets(model, method, rules)
     if not found:
         raise UserError("rules: no layer of the model is left to quantize or train; give a layer a grid")
     return found
 
 
-def placed_targets(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> list[Target]:
+def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> list[Target]:
     """`targets`, but for rules that may leave none."""
     layers = _layers(model)
     kinds = {n: kind for n, (kind, _) in layers.items()}
-    placed, ranks = rules.resolve(kinds, rule_list, _default(method)), rules.ranks(kinds, rule_list)
+    placed, own_ranks = resolve(kinds, rules, _default(method)), ranks(kinds, rules)
     any_stored = any(isinstance(module, QuantLinear | QuantEmbedding) for _, module in layers.values())
     found = []
     for name, (kind, module) in layers.items():
         placement, stored = placed[name], isinstance(module, QuantLinear | QuantEmbedding)
-        if rule_list is None and any_stored:  # without rules, a quantized model keeps the grids it has
+        if rules is None and any_stored:  # without rules, a quantized model keeps the grids it has
             placement = _as_stored(module) if stored else None
         if kind == "tied":
             placement = placed[next(n for n, (k, _) in layers.items() if k == "embedding")]
         if placement is None:
             continue
         grid = None if placement == "float" else placement
-        rank = ranks.get(name) if kind in ("linear", "head") else None
+        rank = own_ranks.get(name) if kind in ("linear", "head") else None
         target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
         _check(target, module, method)
         found.append(target)
@@ -152,7 +151,7 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
     if target.kind == "embedding":
         dtype = old.dtype if isinstance(old, QuantEmbedding) else old.weight.dtype
         scale = old.scale if isinstance(old, QuantEmbedding) else embedding_scale(model, old)
-        base = start(source, target.grid)
+        base = base_weight(source, target.grid)
         new: nn.Module = QuantEmbedding(base, dtype, old.padding_idx, scale)  # type: ignore[arg-type]
     elif target.kind == "tied":
         embedding = model.get_input_embeddings()
@@ -170,8 +169,8 @@ def fitted_starts(model: "PreTrainedModel") -> list[str]:
     """How the fitted starts of its adapters were found, one line for each way: how often, and what error they leave."""
     found: dict[str, list[float]] = {}
     for layer in quant_layers(model).values():
-        if isinstance(layer, QuantLinear) and layer.adapter is not None and layer.adapter.start is not None:
-            how, left = layer.adapter.start
+        if isinstance(layer, QuantLinear) and layer.adapter is not None and layer.adapter.fitted is not None:
+            how, left = layer.adapter.fitted
             found.setdefault(how, []).append(left)
     return [
         f"{how}: {len(e)} layers, {sum(e) / len(e):.2f} of the rounding error left" for how, e in sorted(found.items())
@@ -185,7 +184,7 @@ def finish(model: "PreTrainedModel") -> None:
     attach(model)
 
 
-def rounded(source: Source, target: Target, start: Gptq, hessian_KK: Tensor) -> Source:
+def round_by_gptq(source: Source, target: Target, start: Gptq, hessian_KK: Tensor) -> Source:
     """A layer's weight on its grid by GPTQ; what is stored on that grid already has nothing left to round."""
     if target.grid is None or (isinstance(source, Weight) and same_form(source.grid, target.grid)):
         return source
@@ -237,7 +236,7 @@ def place_calibrated(
 def prepare(
     model: "PreTrainedModel",
     method: Method,
-    rules_: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
+    rules: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
     *,
     start: Gptq | None = None,
 ) -> "PreTrainedModel":
@@ -246,14 +245,20 @@ def prepare(
     Args:
         model: a causal language model with float layers, or one of ours with folded layers.
         method: for example `trimtab.methods.LrQat(rank=32)`.
-        rules_: `Rule`s or a recipe's mappings; None for the method's own grid on every linear layer but the head.
+        rules: `Rule`s or a recipe's mappings; None for the method's own grid on every linear layer but the head.
         start: how the layers in the decoder blocks find their codes: `trimtab.Gptq(tokens=...)`; None rounds to nearest.
 
     Returns:
         The model itself. To quantize while reading, so that the float model never exists, use `trimtab.load`.
     """
+    prepare_by(model, method, parse_rules(rules), start)
+    return model
+
+
+def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None, start: Gptq | None) -> None:
+    """`prepare` with rules that are parsed already."""
     tuning.for_models()
-    todo = targets(model, method, rules.parse_rules(rules_))
+    todo = targets(model, method, rules)
 
     def put(target: Target, hessian_KK: Tensor | None = None) -> None:
         old: Any = model.get_submodule(target.name)
@@ -261,7 +266,7 @@ def prepare(
         if target.kind != "tied":
             require_finite(source, f"{target.name}.weight")
         if start is not None and hessian_KK is not None:
-            source = rounded(source, target, start, hessian_KK)
+            source = round_by_gptq(source, target, start, hessian_KK)
         place(model, target, source, method)
 
     if start is None:
@@ -270,12 +275,11 @@ def prepare(
     else:
         place_calibrated(model, todo, method, start, put, lambda _: None)
     finish(model)
-    return model
 
 
-def prepare_meta(model: "PreTrainedModel", method: Method, rule_list: Sequence[Rule] | None) -> None:
+def prepare_meta(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> None:
     """Prepare a model on the meta device, in place: what plans of memory and of files are computed from."""
-    for target in targets(model, method, rule_list):
+    for target in targets(model, method, rules):
         old: Any = model.get_submodule(target.name)
         place(model, target, old.base if hasattr(old, "base") else old.weight.detach(), method)
     untie(model)
@@ -309,20 +313,21 @@ def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
     for name, layer in quant_layers(model).items():
         if not isinstance(layer, QuantLinear) or layer.adapter is None:
             continue
-        place_, output = layer.adapter.place, isinstance(layer.adapter, DeltaOutput)
-        if output and merge and layer.inputs is not None:
+        adapter = layer.adapter
+        if merge and not adapter.moves_weight and layer.inputs is not None:
             raise UserError(
                 f"{name}: its adapter reads inputs that its weight sees rounded, so no weight equals the two together; "
                 "keep it (`merge: false`)"
             )
-        folded = layer.adapter.fold(layer.base)
-        if output and not merge:
-            report.append(LayerFold(name, place_, "kept", folded.kind, folded.error, 0))
+        folded = adapter.fold(layer.base)
+        if adapter.stays(merge):
+            report.append(LayerFold(name, adapter.place, "kept", folded.kind, folded.error, 0))
             continue
         with torch.no_grad():
             trained = layer.dequantize(torch.float32)
             changed = int((folded.weight.dequantize(torch.float32) != trained).sum())
-        report.append(LayerFold(name, place_, "merged" if output else "folded", folded.kind, folded.error, changed))
+        action: Literal["folded", "merged"] = "folded" if adapter.moves_weight else "merged"
+        report.append(LayerFold(name, adapter.place, action, folded.kind, folded.error, changed))
         layer.base, layer.adapter = folded.weight, None
     attach(model)
     return report

@@ -19,7 +19,7 @@ from trimtab.errors import UserError
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.kv_cache import install
 from trimtab.models.transformers_bridge import attach, quant_layers
-from trimtab.quant.activations import Activations, Inputs, KvCache, empty, range_of
+from trimtab.quant.activations import ActivationQuantizer, Activations, KvCache, from_spec, range_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +69,7 @@ def lay_out(model: "PreTrainedModel", activations: Activations | None, kv: KvCac
     if not layers:
         raise UserError("activations: no linear layer has a low-bit weight; give some a grid in `rules`")
     for layer in layers.values():
-        layer.inputs = empty(asdict(activations)).to(next(layer.base.parameters()).device)
+        layer.inputs = from_spec(asdict(activations)).to(next(layer.base.parameters()).device)
 
 
 def rounding(model: "PreTrainedModel") -> dict[str, QuantLinear]:
@@ -111,4 +111,4 @@ def _calibrate(model: "PreTrainedModel", kind: Activations, ids_WL: Tensor) -> N
             raise UserError(f"{name}: no input was seen in calibration, or one that is not a number; use mode: dynamic")
         device = next(layer.base.parameters()).device
         range_ = range_of(low[name].float().to(device), high[name].float().to(device), kind.bits, kind.symmetric)
-        layer.inputs = Inputs(kind, range_)
+        layer.inputs = ActivationQuantizer(kind, range_)

@@ -118,7 +118,7 @@ class TrimtabQuantizer(HfQuantizer):
         # Embeddings come before their tied heads in every model we know, but nothing promises it.
         for name in sorted(config.layers, key=lambda n: "embedding" not in config.specs[config.layers[n]]):
             with torch.device("meta"):
-                layer = linear.empty(config.specs[config.layers[name]], dtype, tied_to)
+                layer = linear.from_spec(config.specs[config.layers[name]], dtype, tied_to)
             model.set_submodule(name, layer)
             tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
         if config.kv is not None:  # transformers keeps the name of an attention out of config.json

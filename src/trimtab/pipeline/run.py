@@ -148,13 +148,13 @@ def _simulate(recipe: Recipe, model: PreTrainedModel, given: RunContext, watch: 
 
 
 def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: bool, watch: Observer) -> dict[str, Any]:
-    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not recipe.train.steps:
         recipe.out.mkdir(parents=True, exist_ok=True)
-        return {"train_seconds": 0.0, "tokens": 0, "trainable": numbers, "losses": []}
-    watch.say(f"training {numbers:,} numbers for {recipe.train.steps} steps on {describe(given.rows)}")
+        return {"train_seconds": 0.0, "tokens": 0, "trainable": count, "losses": []}
+    watch.say(f"training {count:,} parameters for {recipe.train.steps} steps on {describe(given.rows)}")
     done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=given.rows)
-    return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": numbers, "losses": done.losses}
+    return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": count, "losses": done.losses}
 
 
 def _fold_and_save(

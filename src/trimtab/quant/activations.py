@@ -140,7 +140,7 @@ class _Rounded(torch.autograd.Function):
         return grad.masked_fill(ctx.saved_tensors[0], 0), None, None, None
 
 
-def rounded(x: Tensor, range_: Range, bits: int) -> Tensor:
+def round_to_grid(x: Tensor, range_: Range, bits: int) -> Tensor:
     """x_hat, in x's shape and dtype; its gradient passes where x was not clipped."""
     if torch.is_grad_enabled() and x.requires_grad:
         made: Tensor = _Rounded.apply(x, *range_, bits)  # type: ignore[no-untyped-call]
@@ -148,7 +148,7 @@ def rounded(x: Tensor, range_: Range, bits: int) -> Tensor:
     return _values(_unclamped(x, range_), range_, bits, x.dtype)
 
 
-class Inputs(nn.Module):
+class ActivationQuantizer(nn.Module):
     """The plug of a layer that rounds what it reads.
 
     Args:
@@ -172,14 +172,14 @@ class Inputs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x_hat (..., K) in x's dtype, differentiable."""
-        return rounded(x, self._range(x), self.kind.bits)
+        return round_to_grid(x, self._range(x), self.kind.bits)
 
     def passed(self, x: Tensor, grad: Tensor) -> Tensor:
         """dL/dx from dL/dx_hat, which is overwritten: 0 where x was clipped."""
         return grad.masked_fill_(_outside(_unclamped(x, self._range(x)), self.kind.bits), 0)
 
     def spec(self) -> dict[str, Any]:
-        """What `empty` needs to lay this plug out without data."""
+        """What `from_spec` needs to lay this plug out without data."""
         return asdict(self.kind)
 
     def extra_repr(self) -> str:
@@ -191,9 +191,9 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def empty(spec: dict[str, Any]) -> Inputs:
+def from_spec(spec: dict[str, Any]) -> ActivationQuantizer:
     """A plug laid out by its spec, with no data yet."""
     kind = Activations(**spec)
     if kind.mode == "dynamic":
-        return Inputs(kind)
-    return Inputs(kind, Range(torch.empty(1), None if kind.symmetric else torch.empty(1)))
+        return ActivationQuantizer(kind)
+    return ActivationQuantizer(kind, Range(torch.empty(1), None if kind.symmetric else torch.empty(1)))

@@ -109,7 +109,7 @@ class TrainBlock(Block):
 
     @property
     def moment_bytes(self) -> int:
-        """Bytes of each of Adam's two numbers for a trainable one."""
+        """Bytes of each of Adam's two moments of a trainable parameter."""
         return 1 if "8bit" in self.optimizer else 4
 
 

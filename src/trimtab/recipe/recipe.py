@@ -178,8 +178,7 @@ def _check(recipe: Recipe, where: str) -> None:
         raise UserError(f"{where}: data: missing; training needs it (or set train.steps to 0)")
     if recipe.start.name == "gptq" and recipe.start.path is None and recipe.data is None:
         raise UserError(f"{where}: start.path: gptq is calibrated on text; name some, or set data.path")
-    trains = recipe.method.name != "rtn"
-    if not trains and recipe.train.steps:
+    if not recipe.method.trains and recipe.train.steps:
         raise UserError(f"{where}: train.steps: {recipe.method.name} trains nothing; set it to 0")
     if recipe.activations is not None and recipe.activations.mode == "static" and recipe.data is None:
         raise UserError(f"{where}: data: missing; static activations are measured on it (or set mode: dynamic)")
@@ -213,8 +212,10 @@ def _check_search(recipe: Recipe, where: str) -> None:
         raise UserError(f"{where}: data: missing; a search measures on text")
     if block.objective == "tuned" and recipe.data.eval_path is None:
         raise UserError(f"{where}: search.objective: tuned trials are measured on held-out data; set data.eval_path")
-    if block.objective == "tuned" and recipe.method.name == "rtn":
-        raise UserError(f"{where}: search.objective: rtn trains nothing; use rounded, or another method")
+    if block.objective == "tuned" and not recipe.method.trains:
+        raise UserError(
+            f"{where}: search.objective: {recipe.method.name} trains nothing; use rounded, or another method"
+        )
     if block.promote is not None and (block.objective != "tuned" or block.promote <= block.steps):
         raise UserError(f"{where}: search.promote: is a number of steps above search.steps, for tuned trials")
     if not all(1 <= b <= 8 or b == 16 for b in block.bits):

@@ -147,7 +147,7 @@ class Terminal:
         for key, label in names.items():
             table.add_row(label, size(getattr(plan, key)))
         table.add_row("[bold]total[/bold]", f"[bold]{size(plan.total)}[/bold] above the interpreter and its libraries")
-        table.add_row("trainable numbers", f"{plan.trainable:,}")
+        table.add_row("trainable parameters", f"{plan.trainable:,}")
         available = process.available_bytes()
         verdict = "fits" if plan.total < available else "does not fit"
         table.add_row("memory free here", f"{size(available)}: {verdict}")

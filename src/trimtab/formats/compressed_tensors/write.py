@@ -48,7 +48,7 @@ from trimtab.formats.directory import Shards, float_tensors, write_surroundings
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.quant.activations import Activations, Inputs
+from trimtab.quant.activations import ActivationQuantizer, Activations
 from trimtab.quant.grid import Grid, Range
 
 
@@ -83,7 +83,7 @@ def _signed(codes: Tensor, grid: Grid) -> Tensor:
     return (codes.to(torch.int16) - grid.center).to(torch.int8)
 
 
-def measured(inputs: Inputs) -> dict[str, Tensor]:
+def measured(inputs: ActivationQuantizer) -> dict[str, Tensor]:
     """The tensors of a layer's rounded inputs: none for dynamic ranges."""
     found = {"input_scale": inputs.scale, "input_zero_point": inputs.zero}
     return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
 from trimtab.formats.directory import Shards, float_tensors, write_surroundings
-from trimtab.layers.adapters import DeltaOutput
 from trimtab.models.transformers_bridge import quant_layers
 
 _ENGINES = tuple(Engine(name=name, bits=(), zeros=()) for name in ("transformers", "vllm"))
@@ -24,9 +23,8 @@ def matrix(layer: Any, dtype: torch.dtype) -> Tensor:
     """The (N, K) matrix of one of our layers in `dtype`, a kept output adapter added before rounding."""
     with torch.no_grad():
         adapter = getattr(layer, "adapter", None)
-        if isinstance(adapter, DeltaOutput):
-            return (layer.base.dequantize(torch.float32) + adapter.delta.dense()).to(dtype)
-        return layer.base.dequantize(dtype) if adapter is None else layer.dequantize(dtype)
+        made: Tensor = layer.base.dequantize(dtype) if adapter is None else adapter.merged(layer.base, dtype)
+        return made
 
 
 def add_dense(shards: Shards, name: str, layer: Any, dtype: torch.dtype) -> None:

@@ -25,10 +25,8 @@ import torch
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Layer, Refusal, Writing
 from trimtab.formats.dense.write import add_matrix
 from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
-from trimtab.layers.adapters import DeltaOffset, DeltaOutput
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.transformers_bridge import quant_layers
-from trimtab.quant.grid import Grid
 
 _PREFIX = "base_model.model."
 
@@ -45,14 +43,14 @@ class PeftLora(Format):
 
     def adapter_refusal(self, layer: Layer) -> Refusal | None:
         """Only what is an ordinary LoRA."""
-        if layer.adapter in ("levels", "master"):
+        if layer.adapter is None or layer.adapter.is_lora(layer.grid):
+            return None
+        if layer.adapter.acts_in_codes:
             return Refusal(
                 layer.name, "is trained in its codes, and no LoRA equals that", "fold it, export to another format"
             )
-        if layer.adapter == "offset" and isinstance(layer.grid, Grid) and layer.grid.zero == "integer":
-            cause = "rounds its update to integer zeros, and no LoRA equals that"
-            return Refusal(layer.name, cause, "fold it and export to compressed-tensors, or train with `zero: real`")
-        return None
+        cause = "rounds its update to integer zeros, and no LoRA equals that"
+        return Refusal(layer.name, cause, "fold it and export to compressed-tensors, or train with `zero: real`")
 
     def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
         """At least one adapter."""
@@ -77,10 +75,11 @@ class PeftLora(Format):
         tensors = Shards(folder, writing.max_shard_bytes, stem="adapter_model")
         ranks, alphas = {}, {}
         for name, adapter in found.items():
-            assert isinstance(adapter, DeltaOutput | DeltaOffset)
-            a, b = adapter.delta.as_plain()
-            ranks[name], alphas[name] = a.shape[0], a.shape[0] * adapter.delta.shape.gain
-            dtype = getattr(torch, adapter.delta.shape.dtype)
+            delta = adapter.delta
+            assert delta is not None, "what is a LoRA has an update"
+            a, b = delta.as_plain()
+            ranks[name], alphas[name] = a.shape[0], a.shape[0] * delta.shape.gain
+            dtype = getattr(torch, delta.shape.dtype)
             tensors.add(f"{_PREFIX}{name}.lora_A.weight", a.to(dtype))
             tensors.add(f"{_PREFIX}{name}.lora_B.weight", b.to(dtype))
         tensors.close()

@@ -36,6 +36,7 @@ import torch
 
 from trimtab.data.rows import Located, kind, located_rows
 from trimtab.errors import UserError
+from trimtab.extras import require_library
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,6 +158,7 @@ def load_rows(path: str, *, split: str = "train", limit: int | None = None) -> D
     a directory of such files of one kind (all of them, sorted by name), `pydoc-topics`, or the id of a hub dataset.
     `split` is for the last two; `pydoc-topics` has `train` and `heldout`. At most `limit` rows are read and checked.
     """
+    require_library(f"reading {path}", "datasets")
     from datasets import Dataset, Features, Value
 
     if limit is not None and limit < 1:

@@ -17,7 +17,7 @@ from trimtab.errors import UserError
 from trimtab.formats.file_size import parse_bytes
 from trimtab.models.sources import open_source
 from trimtab.pipeline import run as pipeline
-from trimtab.pipeline.checks import check_apart, check_output, gather
+from trimtab.pipeline.checks import check_apart, check_extras, check_output, gather
 from trimtab.pruning import Options, Pruned, checkpoint, prune_checkpoint
 from trimtab.quant.grid import CodebookGrid, Grid
 from trimtab.recipe.recipe import Recipe
@@ -54,6 +54,7 @@ def run(
     recipe: Recipe, *, overwrite: bool = False, resume: bool = False, show: Observer | None = None
 ) -> dict[str, Any]:
     """Carry out a recipe with all its stages; arguments and result as of `pipeline.run`."""
+    check_extras(recipe)
     watch = show or Quiet()
     if recipe.prune is None and recipe.search is None:
         return pipeline.run(recipe, overwrite=overwrite, resume=resume, show=watch)
@@ -166,6 +167,7 @@ def _remove_stages(out: Path) -> None:
 
 def search(recipe: Recipe, *, show: Observer | None = None) -> "Search":
     """Prune if asked, then search; results are in `<output>/search`."""
+    check_extras(recipe)
     from trimtab.bit_search import workers
 
     watch = show or Quiet()

@@ -9,15 +9,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trimtab.evaluation.parity import Parity
-from trimtab.formats.export import Report
 from trimtab.memory import process
-from trimtab.memory.peak import Plan
-from trimtab.pruning import Pruned
-from trimtab.training.trainer import Step
 
 if TYPE_CHECKING:
     from trimtab.bit_search.searching import Search
+    from trimtab.evaluation.parity import Parity
+    from trimtab.formats.export import Report
+    from trimtab.memory.peak import Plan
+    from trimtab.pruning import Pruned
+    from trimtab.training.trainer import Step
 
 _TRAINING = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}")
 
@@ -45,7 +45,7 @@ class Terminal:
         self.close()
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def step(self, step: Step) -> None:
+    def step(self, step: "Step") -> None:
         """Advance the training bar."""
         speed = step.tokens / max(step.seconds, 1e-9)
         fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(process.peak_bytes())}
@@ -63,13 +63,13 @@ class Terminal:
         if step.step >= step.steps:
             self.close()
 
-    def pruned(self, done: Pruned, out: str) -> None:
+    def pruned(self, done: "Pruned", out: str) -> None:
         """What pruning removed."""
         for line in done.lines():
             self.say(line)
         self.say(f"{done.seconds:.1f} s, peak memory {size(done.peak_bytes)}; written to {out}")
 
-    def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
+    def finish(self, metrics: Mapping[str, Any], parities: "Sequence[Parity]") -> None:
         """The results of a run."""
         self.close()
         self._perplexities(metrics.get("perplexity", {}))
@@ -107,7 +107,7 @@ class Terminal:
         if table.row_count:
             self.console.print(table)
 
-    def _parities(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
+    def _parities(self, metrics: Mapping[str, Any], parities: "Sequence[Parity]") -> None:
         if not parities:
             return
         table = Table(title="trained = folded = saved", title_justify="left", box=None)
@@ -126,7 +126,7 @@ class Terminal:
         self.console.print(table)
         self.console.print(f"codes changed by folding: {metrics['codes_changed_by_fold']} ({metrics['fold']})")
 
-    def plan(self, plan: Plan, available: int | None) -> None:
+    def plan(self, plan: "Plan", available: int | None) -> None:
         """The memory plan, and whether it fits."""
         table = Table(title="predicted peak of training", title_justify="left", box=None, show_header=False)
         names = {
@@ -150,7 +150,7 @@ class Terminal:
             table.add_row("memory free here", f"{size(available)}: {verdict}")
         self.console.print(table)
 
-    def exported(self, report: Report) -> None:
+    def exported(self, report: "Report") -> None:
         """What an export did."""
         self.say(f"{report.format}: {report.kind}, {size(report.disk_bytes)}, written to {report.out}")
         if report.dense:

@@ -86,11 +86,9 @@ def run(
     Raises:
         UserError: for anything the user can mend; nothing is then left half-written.
     """
-    chosen = as_recipe(recipe, overrides)
-    require("`trimtab run`", *_extras_of(chosen))
     from trimtab.pipeline import stages
 
-    return stages.run(chosen, overwrite=overwrite, resume=resume, show=show)
+    return stages.run(as_recipe(recipe, overrides), overwrite=overwrite, resume=resume, show=show)
 
 
 def search(recipe: AnyRecipe, overrides: Sequence[str] = (), *, show: "Observer | None" = None) -> "Search":
@@ -108,24 +106,9 @@ def search(recipe: AnyRecipe, overrides: Sequence[str] = (), *, show: "Observer 
     chosen = as_recipe(recipe, overrides)
     if chosen.search is None:
         raise UserError(f"{chosen.name}: search: missing; write for example search: {{budget: 90MiB}}")
-    require("`trimtab search`", *_extras_of(chosen))
     from trimtab.pipeline import stages
 
     return stages.search(chosen, show=show)
-
-
-def _extras_of(recipe: Recipe) -> list[str]:
-    """The extras that a recipe's stages need."""
-    found = ["train"] if recipe.data is not None else []
-    found += ["search"] if recipe.search is not None else []
-    found += ["eval"] if recipe.evaluate.tasks else []
-    for name in recipe.export:
-        found += EXTRA_OF_FORMAT.get(name, [])
-    return list(dict.fromkeys(found))
-
-
-EXTRA_OF_FORMAT = {"gguf": ["gguf"], "compressed-tensors": ["serve"]}
-"""Formats whose writer is another library's."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +230,6 @@ def export(
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
     """
-    require(f"export to {format}", *EXTRA_OF_FORMAT.get(format, []))
     from trimtab.formats import export as exporting
 
     options = exporting.Options(

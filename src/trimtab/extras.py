@@ -34,3 +34,16 @@ def require(what: str, *extras: str) -> None:
     if lacking:
         libraries = ", ".join(dict.fromkeys(name for found in lacking.values() for name in found))
         raise UserError(f"{what} needs {libraries}, not installed here: pip install 'trimtab[{','.join(lacking)}]'")
+
+
+def require_library(what: str, library: str) -> None:
+    """Raise a `UserError` naming every extra that brings one library, if it is not installed: for what needs no other.
+
+    Args:
+        what: as of `require`.
+        library: one of the modules of `LIBRARIES`.
+    """
+    if find_spec(library) is None:
+        extras = [f"'trimtab[{extra}]'" for extra, libraries in LIBRARIES.items() if library in libraries]
+        assert extras, library
+        raise UserError(f"{what} needs {library}, not installed here: pip install {' or '.join(extras)}")

@@ -14,6 +14,7 @@ import pytest
 from trimtab.bit_search import ledger as ledger_module
 from trimtab.bit_search.ledger import Ledger, Trial, Wish
 from trimtab.errors import UserError
+from trimtab.memory.process import born
 
 UNITS, CHOICES = ("a", "b", "c"), 3
 EVERY = list(itertools.product(range(CHOICES), repeat=len(UNITS)))
@@ -203,3 +204,48 @@ def test_a_killed_search_loses_only_what_was_in_flight(tmp_path: Path) -> None:
     trials = Ledger(journal, "s", UNITS, CHOICES).trials()
     assert all(trials[number] == trial for number, trial in finished.items())
     assert sum(t.state == "complete" for t in trials) == 20
+
+
+def test_a_lock_goes_with_its_holder(tmp_path: Path) -> None:
+    """Killed while it holds the lock: nobody waits for it, and a living holder is waited for."""
+    journal, context = tmp_path / "j.log", multiprocessing.get_context("fork")
+    taken = context.Event()
+
+    def hold(seconds: float) -> None:
+        lock = ledger_module._Lock(journal)
+        lock.acquire()
+        taken.set()
+        time.sleep(seconds)
+
+    for seconds, kill in ((600.0, True), (0.5, False)):
+        taken.clear()
+        holder = context.Process(target=hold, args=(seconds,))
+        holder.start()
+        assert taken.wait(60)
+        began = time.monotonic()
+        if kill:
+            os.kill(holder.pid or 0, signal.SIGKILL)
+        lock = ledger_module._Lock(journal)
+        lock.acquire()
+        lock.release()
+        assert kill or time.monotonic() - began > 0.3
+        holder.join(60)
+
+
+def test_a_process_is_known_by_when_it_began() -> None:
+    """Another process of the same number is another; a zombie is dead; the dead were never born."""
+    context = multiprocessing.get_context("fork")
+    mine = ledger_module._me()
+    assert ledger_module._alive(mine)
+    assert not ledger_module._alive([mine[0], mine[1], "0.00"])
+    child = context.Process(target=time.sleep, args=(600,))
+    child.start()
+    assert child.pid is not None
+    worker = [mine[0], child.pid, born(child.pid)]
+    assert ledger_module._alive(worker)
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and still a zombie
+    assert not ledger_module._alive(worker)
+    child.join()
+    assert not ledger_module._alive(worker)
+    assert born(child.pid) == ""

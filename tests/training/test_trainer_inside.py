@@ -9,10 +9,10 @@ import torch
 from transformers.trainer_callback import TrainerState
 
 import tiny
+from trimtab.models.architecture import scales_logits
 from trimtab.models.load import load
 from trimtab.recipe.recipe import Recipe, from_dict
 from trimtab.training import trainer
-from trimtab.training.loss import scales_logits
 from trimtab.training.trainer import CHECKPOINT, Trained, fit, packed
 
 

@@ -15,7 +15,6 @@ their states. Three things are ours, since nothing in it prevents that two worke
 A trial that ran and could not be finished (it diverged, it did not fit) is failed, too, but infeasible: it stays tried.
 """
 
-import fcntl
 import math
 import os
 import re
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from filelock import FileLock
 from optuna.distributions import IntDistribution
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
@@ -37,6 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from trimtab.bit_search.additive import Configuration
 from trimtab.errors import UserError
+from trimtab.memory import process
 
 LEASE_SECONDS = 120.0
 """Without a heartbeat for so long, a worker on another machine counts as dead."""
@@ -78,20 +79,20 @@ class _Lock:
     """A lock that goes with its holder; taking it mends a journal whose last line was cut off."""
 
     def __init__(self, journal: Path) -> None:
-        self._journal, self._held = journal, -1
+        self._journal = journal
+        # Without `flock` a lock file would have to do, which outlives its holder: then it raises instead.
+        self._lock = FileLock(f"{journal}.lock", poll_interval=0.01, fallback_to_soft=False)
 
     def acquire(self) -> bool:
         """Wait for the lock."""
-        handle = os.open(f"{self._journal}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        self._held = handle
+        self._lock.acquire()
         if self._journal.exists():
             _mend(self._journal)
         return True
 
     def release(self) -> None:
         """Let go."""
-        os.close(self._held)
+        self._lock.release()
 
 
 def _mend(journal: Path) -> None:
@@ -267,28 +268,17 @@ class Ledger:
 
 
 def _me() -> list[Any]:
-    return [_here(), os.getpid(), _born(os.getpid())]
+    return [_here(), os.getpid(), process.born(os.getpid())]
 
 
 @cache
 def _here() -> str:
-    """Where process numbers mean the same: this host since it was started, and this container on it."""
-    try:
-        start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{socket.gethostname()} {start} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux: only beats tell
-        return f"{socket.gethostname()} {uuid.uuid4()}"
+    """Where process numbers mean the same: this host since it was started, and this container on it.
 
-
-def _born(pid: int) -> str:
-    """When a process began, in the system's ticks: a later process of the same number is another. "" if there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    fields = text.rpartition(")")[2].split()
-    return "" if fields[0] == "Z" else fields[19]  # a zombie is dead
+    A container has a first process of its own, which began later than its host's.
+    """
+    return f"{socket.gethostname()} {process.boot_seconds()} {process.born(1) or uuid.uuid4()}"
 
 
 def _alive(worker: Any) -> bool:
-    return _born(int(worker[1])) == worker[2]
+    return process.born(int(worker[1])) == worker[2]

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trimtab.errors import UserError, nearest
+from trimtab.extras import require_library
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -297,6 +298,7 @@ def load_rows(path: str, *, split: str = "train", limit: int | None = None) -> D
     a directory of such files of one kind (all of them, sorted by name), `pydoc-topics`, or the id of a hub dataset.
     `split` is for the last two; `pydoc-topics` has `train` and `heldout`. At most `limit` rows are read and checked.
     """
+    require_library(f"reading {path}", "datasets")
     from datasets import Dataset, Features, Value
 
     if limit is not None and limit < 1:

@@ -27,11 +27,11 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import UserError, nearest
+from trimtab.extras import require
 
 BATCH = 8
 """Answers in one forward pass, sorted by length."""
@@ -115,8 +115,7 @@ class Difference:
 
 def check_tasks(tasks: Sequence[str], data: str | Path | None) -> None:
     """Raise a `UserError` for an unknown task, missing rows, or a missing library; quick."""
-    if find_spec("lm_eval") is None:
-        raise UserError("the tasks are lm-evaluation-harness's, which is not installed: pip install 'trimtab[eval]'")
+    require("lm-evaluation-harness", "eval")
     if data is None:
         raise UserError("the tasks read local files: name the directory that holds <task>/<split>.jsonl")
     for task in tasks:

@@ -4,6 +4,7 @@ native  compressed-tensors  gptq  gguf  mlx  dense  peft
 """
 
 from trimtab.errors import UserError, nearest
+from trimtab.extras import require_library
 from trimtab.formats.compressed_tensors.write import CompressedTensors
 from trimtab.formats.declaration import Format
 from trimtab.formats.dense.write import Dense
@@ -25,4 +26,12 @@ def get(name: str) -> Format:
     return known[name]
 
 
-__all__ = ["ALL", "Format", "get"]
+def writer(name: str) -> Format:
+    """The format of this name, as something to write with: a `UserError` if the library of its writer is not installed."""
+    format_ = get(name)
+    if format_.library is not None:
+        require_library(f"export: {name}", format_.library)
+    return format_
+
+
+__all__ = ["ALL", "Format", "get", "writer"]

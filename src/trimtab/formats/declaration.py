@@ -150,6 +150,8 @@ class Format(ABC):
     adapters: ClassVar[Literal["no", "merged", "kept"]] = "no"
     """What becomes of an output adapter: refused, added to a dense matrix, or written as an adapter."""
     engines: ClassVar[tuple[Engine, ...]]
+    library: ClassVar[str | None] = None
+    """What an extra brings for its writer, if it needs that."""
 
     @abstractmethod
     def write(self, folder: Path, writing: Writing) -> None:

@@ -22,7 +22,7 @@ from trimtab.data.rows import load_rows
 from trimtab.data.sequences import token_blocks
 from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
-from trimtab.formats import get
+from trimtab.formats import get, writer
 from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals
 from trimtab.formats.directory import replacing, write_json
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
@@ -113,7 +113,7 @@ def write(
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
     """
     largest = parse_bytes(options.max_shard_size, "max_shard_size")
-    format_, dtype, layers = get(name), compute_dtype(model), layers_of(model)
+    format_, dtype, layers = writer(name), compute_dtype(model), layers_of(model)
     refused = refusals(format_, layers, dtype, options.engine)
     if refused and not options.allow_lossy:
         _refuse(name, refused, layers)
@@ -219,7 +219,7 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
     Raises:
         UserError: if the directory holds no such model, or as `write` does; before any tensor is read.
     """
-    format_, folder = get(name), Path(directory)
+    format_, folder = writer(name), Path(directory)
     opened = open_source(directory)
     if not opened.prepared:
         raise UserError(

@@ -2,10 +2,11 @@
 
 A build is keyed by source, flags, compiler and processor, so a cache shared by machines is safe. It needs only a C
 compiler that knows OpenMP (`cc`, `gcc` or `clang`, or what CC names); without one, a single warning says so and the plain
-torch references run. The library asks for the `libgomp` that torch has already loaded, so both share one thread pool.
+torch references run. They run on Windows, too, whose compilers take other flags. The library asks for the `libgomp` that
+torch has already loaded, so both share one thread pool.
 
     TRIMTAB_KERNELS=torch      never compile, always the references
-    TRIMTAB_CACHE=DIR          where builds are kept (default ~/.cache/trimtab)
+    TRIMTAB_CACHE=DIR          where builds are kept (default: the user's cache folder, ~/.cache/trimtab on Linux)
 
 Every function here takes CPU tensors that its caller (`dequantize`) has checked, and fills `out`.
 
@@ -18,12 +19,14 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
 from torch import Tensor
 
@@ -62,8 +65,8 @@ class _Levels(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None (after one warning) where they cannot be had."""
-    if os.environ.get("TRIMTAB_KERNELS") == "torch":
+    """The compiled kernels, or None (after one warning, but for Windows) where they cannot be had."""
+    if sys.platform == "win32" or os.environ.get("TRIMTAB_KERNELS") == "torch":
         return None
     compiler = _compiler()
     if compiler is None:
@@ -94,7 +97,7 @@ def _build(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = "\n".join([*(f.read_text() for f in _SOURCES), *_FLAGS, version, _processor()])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab")
+    folder = Path(os.environ.get("TRIMTAB_CACHE") or platformdirs.user_cache_path("trimtab", appauthor=False))
     if (folder / name).exists():
         return folder / name
     folder.mkdir(parents=True, exist_ok=True)

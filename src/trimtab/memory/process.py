@@ -1,4 +1,6 @@
-"""Memory of this process, measured while a run lasts. Imports nothing of trimtab, and nothing that a system may lack.
+"""What the system says of processes: memory of this one, and whether another is still the one it was.
+
+Imports nothing of trimtab, and nothing that a system may lack; the only file that imports psutil.
 
 "Resident" is anonymous resident memory where the system tells it apart (Linux): file-mapped pages, which the kernel can
 drop, are not counted. A peak that can be started anew is Linux's; elsewhere the peak is that of the whole process.
@@ -39,6 +41,24 @@ def resident_bytes() -> int:
 def available_bytes() -> int:
     """Memory that this system could still give to a process, in bytes."""
     return int(psutil.virtual_memory().available)
+
+
+def boot_seconds() -> int:
+    """When this system was started, in seconds since 1970."""
+    return int(psutil.boot_time())
+
+
+def born(pid: int) -> str:
+    """When a process began: a later process of the same number is another. "" if there is none, or only its zombie."""
+    try:
+        found = psutil.Process(pid)
+        if found.status() == psutil.STATUS_ZOMBIE:
+            return ""
+        began: float = found.create_time()
+    except psutil.Error:
+        return ""
+    # Linux counts from its start; psutil adds the time of that, which moves whenever somebody sets the clock.
+    return f"{began - psutil.boot_time() if psutil.LINUX else began:.2f}"
 
 
 def _status(field: str) -> int:

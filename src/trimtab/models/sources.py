@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trimtab.errors import UserError
+from trimtab.extras import require
 from trimtab.kernels import tuning
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import Weight
@@ -225,6 +226,7 @@ def open_source(path: str) -> ModelSource:
     if found.is_file():
         if found.suffix != ".gguf":
             raise UserError(f"model.path: {path}: a model is a directory or a .gguf file")
+        require(f"model.path: {path}", "gguf")
         return _open_with("gguf", found)
     if not (found / "config.json").exists():
         raise UserError(f"model.path: {path}: no config.json in it; a model directory has one")

@@ -9,13 +9,14 @@ from trimtab.data.rows import load_rows
 from trimtab.data.sequences import token_blocks
 from trimtab.errors import UserError
 from trimtab.evaluation.harness import check_tasks
+from trimtab.extras import require
+from trimtab.formats import writer
 from trimtab.formats.export import check_exports
 from trimtab.models.prepare import targets
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.build import RunContext, calibration
 from trimtab.training.teacher import check_teacher
-from trimtab.training.trainer import check_training, last_checkpoint
 
 
 def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
@@ -26,6 +27,8 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     """
     if recipe.prune is not None or recipe.search is not None:
         raise UserError("prune, search: these are stages before a run; `trimtab.run` and `trimtab run` carry out all")
+    from trimtab.training.trainer import last_checkpoint
+
     check_output(recipe.out, overwrite, resume)
     check_apart(recipe)
     if resume:
@@ -37,6 +40,17 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     return RunContext(
         source, tokenizer, rows, _blocks(recipe, held_out, tokenizer), calibration(recipe, rows, tokenizer)
     )
+
+
+def check_extras(recipe: Recipe) -> None:
+    """Raise a `UserError` for the libraries that a recipe's stages need and that are not installed; the first check."""
+    wanted = ["train"] if recipe.data is not None or recipe.start.path is not None else []
+    wanted += ["gguf"] if recipe.model.path.endswith(".gguf") else []
+    wanted += ["search"] if recipe.search is not None else []
+    wanted += ["eval"] if recipe.evaluate.tasks else []
+    require("this recipe", *wanted)
+    for name in recipe.export:
+        writer(name)
 
 
 def check_output(out: Path, overwrite: bool, resume: bool) -> None:
@@ -75,6 +89,8 @@ def check_apart(recipe: Recipe) -> None:
 
 def _check_stages(recipe: Recipe, tokenizer: Any, rows: Any, source: ModelSource) -> None:
     """Raise a `UserError` for what training, its teacher and the tasks would only complain of later."""
+    from trimtab.training.trainer import check_training
+
     check_training(recipe, tokenizer, rows)
     check_exports(recipe, targets(source.layout(), recipe.method, recipe.rules))  # on names and shapes
     check_teacher(recipe, source)

@@ -9,7 +9,7 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ from trimtab.pipeline import checks
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
 from trimtab.training.build import RunContext, build, simulate
-from trimtab.training.trainer import Step, fit, packed
+
+if TYPE_CHECKING:
+    from trimtab.training.trainer import Step
 
 
 class Observer(Protocol):
@@ -40,7 +42,7 @@ class Observer(Protocol):
     def say(self, text: str) -> None:
         """A line about a stage."""
 
-    def step(self, step: Step) -> None:
+    def step(self, step: "Step") -> None:
         """An optimizer step was taken."""
 
     def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
@@ -53,7 +55,7 @@ class Quiet:
     def say(self, text: str) -> None:
         """Nothing."""
 
-    def step(self, step: Step) -> None:
+    def step(self, step: "Step") -> None:
         """Nothing."""
 
     def finish(self, metrics: Mapping[str, Any], parities: Sequence[Parity]) -> None:
@@ -117,6 +119,8 @@ def _measure_float(recipe: Recipe, given: RunContext, metrics: dict[str, Any], w
 
 def _ask_teacher(recipe: Recipe, given: RunContext, watch: Observer) -> int:
     """Fill the teacher's cache where the recipe has one; returns the peak memory that took."""
+    from trimtab.training.trainer import packed
+
     reset_peak()
     teacher_cache.ask(recipe, given.tokenizer, given.rows, packed, source=given.source, say=watch.say)
     gc.collect()
@@ -148,6 +152,8 @@ def _simulate(recipe: Recipe, model: PreTrainedModel, given: RunContext, watch: 
 
 
 def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: bool, watch: Observer) -> dict[str, Any]:
+    from trimtab.training.trainer import fit
+
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not recipe.train.steps:
         recipe.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trimtab.errors import UserError
 from trimtab.pipeline import run as one
-from trimtab.pipeline.checks import check_apart, check_output, gather
+from trimtab.pipeline.checks import check_apart, check_extras, check_output, gather
 from trimtab.pipeline.pruned import prune_options, pruned
 from trimtab.pruning import Pruned
 from trimtab.recipe.recipe import Recipe
@@ -46,6 +46,7 @@ def run(
     recipe: Recipe, *, overwrite: bool = False, resume: bool = False, show: Observer | None = None
 ) -> dict[str, Any]:
     """Carry out a recipe with all its stages; arguments and result as of `run.run`."""
+    check_extras(recipe)
     watch = show or Quiet()
     if recipe.prune is None and recipe.search is None:
         return one.run(recipe, overwrite=overwrite, resume=resume, show=watch)
@@ -96,6 +97,7 @@ def _remove_stages(out: Path) -> None:
 
 def search(recipe: Recipe, *, show: Observer | None = None) -> "Search":
     """Prune if asked, then search; results are in `<output>/search`."""
+    check_extras(recipe)
     from trimtab.bit_search import workers
 
     watch = show or Quiet()

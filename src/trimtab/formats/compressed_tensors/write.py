@@ -41,7 +41,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import UserError
 from trimtab.formats.declaration import DENSE, Engine, Form, Format, Rounded, Writing
 from trimtab.formats.dense.write import add_dense
 from trimtab.formats.directory import Shards, float_tensors, write_surroundings
@@ -152,12 +151,10 @@ _W8A8 = Rounded(inputs=(*_DYNAMIC, *_STATIC), bits=(8,), zeros=("symmetric",), g
 
 
 def _package() -> Any:
-    try:
-        import compressed_tensors
-        import compressed_tensors.compressors.pack_quantized.helpers
-        import compressed_tensors.quantization
-    except ImportError as error:
-        raise UserError(f"export: compressed-tensors: not installed ({error}); pip install 'trimtab[serve]'") from None
+    import compressed_tensors
+    import compressed_tensors.compressors.pack_quantized.helpers
+    import compressed_tensors.quantization
+
     return compressed_tensors
 
 
@@ -165,6 +162,7 @@ class CompressedTensors(Format):
     """Codes for vLLM and transformers."""
 
     name = "compressed-tensors"
+    library = "compressed_tensors"
     summary = "packed codes with group or channel scales, for vLLM and transformers"
     forms = (
         Form(name=PACKED, bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),

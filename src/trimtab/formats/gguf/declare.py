@@ -43,16 +43,15 @@ class Gguf(Format):
     """One file for llama.cpp."""
 
     name = "gguf"
+    library = "gguf"
     summary = "one file of blocks of 32, for llama.cpp; a tuned GGUF file keeps all that was not tuned"
     forms = _forms()
     engines = (Engine(name="llama.cpp", bits=tuple(range(1, 9)), zeros=_ZEROS),)
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Write `model.gguf`, from the GGUF file that the model came from if there is one."""
-        try:
-            from trimtab.formats.gguf.write import save
-        except ImportError as error:
-            raise UserError(f"export: gguf: not installed ({error}); pip install 'trimtab[gguf]'") from None
+        from trimtab.formats.gguf.write import save
+
         saved = writing.source / "recipe.yaml"
         name = recipe.read(saved).name if saved.is_file() else writing.source.name
         dense = {layer for layer, form in writing.forms.items() if form is DENSE}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.models.load import load_float, open_source
 from trimtab.pruning import Options, prune
@@ -49,7 +49,7 @@ def main() -> None:
 
     def blocks(file: str, tokens: int, window: int) -> torch.Tensor:
         rows = load_rows(str(arguments.data / file))
-        return token_blocks(rows, tokenizer, block_tokens=window, limit_tokens=tokens)
+        return token_windows(rows, tokenizer, block_tokens=window, limit_tokens=tokens)
 
     test = blocks("test.raw.txt", TEST_TOKENS, WINDOW)
     calibration = blocks("train.part.txt", CALIBRATION_TOKENS, CALIBRATION_WINDOW)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from trimtab.bit_search import sensitivity
 from trimtab.bit_search.space import By, Space, Unit, space
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.layers import weights
 from trimtab.methods import Rtn
 from trimtab.models.load import load_float
@@ -143,7 +143,7 @@ def main() -> None:
     model = load_float(path, dtype=torch.float32, source=source)
     rows = load_rows(str(arguments.data / table.text), limit=200)
     tokens = table.windows * table.length
-    blocks = token_blocks(rows, source.tokenizer(), block_tokens=table.length, limit_tokens=tokens)
+    blocks = token_windows(rows, source.tokenizer(), block_tokens=table.length, limit_tokens=tokens)
     found = measured(model, laid_out, blocks)
     started, kl = time.perf_counter(), list[float]()
     for value in Rounded(model, laid_out, blocks).all():

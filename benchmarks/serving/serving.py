@@ -30,7 +30,7 @@ import torch
 
 from trimtab import methods
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.evaluation import serving
 from trimtab.formats import ALL, declaration
 from trimtab.formats.lossy import nearest_grid
@@ -190,7 +190,7 @@ def served(model: Model, exits: list[tuple[str, str]], steps: int, tokens: int, 
         run(recipe.from_dict(values))
         trained, tokenizer = load(str(out))
         rows = load_rows("pydoc-topics", split="test")
-        blocks = token_blocks(rows, tokenizer, block_tokens=128, limit_tokens=tokens)
+        blocks = token_windows(rows, tokenizer, block_tokens=128, limit_tokens=tokens)
         expected = serving.model_logprobs(trained, blocks)
         base = trained.get_submodule("model.layers.0.mlp.up_proj").base
         codes = base.integer_codes() if isinstance(base, AffineWeight) else None

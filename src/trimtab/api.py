@@ -143,7 +143,7 @@ def evaluate(
     """
     require("`trimtab eval`", "train")
     from trimtab.data.rows import load_rows
-    from trimtab.data.sequences import token_blocks
+    from trimtab.data.sequences import token_windows
     from trimtab.evaluation.perplexity import perplexity
     from trimtab.models.load import load_as_it_is
 
@@ -157,8 +157,8 @@ def evaluate(
     split, block_tokens = split or "train", block_tokens or 1024
     model, tokenizer = load_as_it_is(path)
     rows = load_rows(data, split=split)
-    blocks = token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
-    return Evaluation(perplexity(model, blocks), blocks.numel(), data, split, block_tokens)
+    windows = token_windows(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
+    return Evaluation(perplexity(model, windows), windows.numel(), data, split, block_tokens)
 
 
 @dataclass(frozen=True)

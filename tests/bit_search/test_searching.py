@@ -452,7 +452,7 @@ def test_windows_come_from_all_of_the_text(tmp_path: Path) -> None:
     """Of sensitivities and of trials: the first windows are of one article."""
     found = Search(made(tmp_path))
     for windows in (found._windows(found._held_out, 64), found._windows(found._rows, 64)):
-        whole = trimtab.data.sequences.token_blocks(found._rows, found._tokenizer, block_tokens=windows.shape[1])
+        whole = trimtab.data.sequences.token_windows(found._rows, found._tokenizer, block_tokens=windows.shape[1])
         at = [int((whole == window).all(1).nonzero()[0]) for window in windows]
         assert at == [i * len(whole) // len(windows) for i in range(len(windows))]
         assert at[-1] >= len(whole) // 2

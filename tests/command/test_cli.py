@@ -15,7 +15,7 @@ from rich.console import Console
 import tiny
 from trimtab import api, cli, methods
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation import chat
 from trimtab.evaluation.parity import Parity
@@ -62,7 +62,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def blocks(folder: Path, block_tokens: int, limit: int | None = None) -> tuple[object, ...]:
     rows = load_rows(str(folder / "data.jsonl"))
-    tokens = token_blocks(rows, tiny.tokenizer(), block_tokens=block_tokens, limit_tokens=limit)
+    tokens = token_windows(rows, tiny.tokenizer(), block_tokens=block_tokens, limit_tokens=limit)
     return tokens, tokens.numel()
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trimtab.data import sequences as data
 from trimtab.data.rows import conversational, load_rows
-from trimtab.data.sequences import describe, text_of, token_blocks
+from trimtab.data.sequences import describe, text_of, token_windows
 from trimtab.errors import UserError
 
 TEMPLATE = (
@@ -323,19 +323,21 @@ def test_template_refusal_names_the_row(tmp_path: Path) -> None:
         list(text_of(rows, tiny_tokenizer()))
 
 
-def test_token_blocks_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_token_windows_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Stream: a b c E | d E | a E (written out by the row) | (no tokens) | b b c E."""
     texts = ["a b c", "d", "a <eos>", "", "b b c"]
     rows = load_rows(jsonl(tmp_path, *({"text": text} for text in texts)))
     tokenizer = tiny_tokenizer()
-    blocks = token_blocks(rows, tokenizer, block_tokens=5)
+    blocks = token_windows(rows, tokenizer, block_tokens=5)
     assert blocks.dtype == torch.int64
     assert blocks.tolist() == [[2, 3, 4, 1, 5], [1, 2, 1, 3, 3]]  # the tail, c E, is dropped
-    assert token_blocks(rows, tokenizer, block_tokens=4).tolist() == [[2, 3, 4, 1], [5, 1, 2, 1], [3, 3, 4, 1]]
-    assert token_blocks(rows, tokenizer, block_tokens=4, limit_tokens=11).shape == (2, 4)
-    assert token_blocks(rows, tokenizer, block_tokens=4, limit_tokens=4).tolist() == [[2, 3, 4, 1]]
-    spread = [token_blocks(rows, tokenizer, block_tokens=2, limit_tokens=n, spread=True).tolist() for n in (None, 8, 4)]
-    every = token_blocks(rows, tokenizer, block_tokens=2).tolist()
+    assert token_windows(rows, tokenizer, block_tokens=4).tolist() == [[2, 3, 4, 1], [5, 1, 2, 1], [3, 3, 4, 1]]
+    assert token_windows(rows, tokenizer, block_tokens=4, limit_tokens=11).shape == (2, 4)
+    assert token_windows(rows, tokenizer, block_tokens=4, limit_tokens=4).tolist() == [[2, 3, 4, 1]]
+    spread = [
+        token_windows(rows, tokenizer, block_tokens=2, limit_tokens=n, spread=True).tolist() for n in (None, 8, 4)
+    ]
+    every = token_windows(rows, tokenizer, block_tokens=2).tolist()
     assert len(every) == 6
     assert spread == [every, [every[i] for i in (0, 1, 3, 4)], [every[0], every[3]]]
     assert "longer than" not in caplog.text  # the tokenizer's model_max_length is 2
@@ -345,17 +347,17 @@ def test_windows_from_all_of_very_many_rows_read_some(tmp_path: Path, monkeypatc
     rows = load_rows(jsonl(tmp_path, *({"text": "a" if i < 50 else "b"} for i in range(100))))
     read: list[str] = []
     monkeypatch.setattr(data, "text_of", lambda *given: (read.append(text) or text for text in text_of(*given)))
-    blocks = token_blocks(rows, tiny_tokenizer(), block_tokens=2, limit_tokens=4, spread=True)
+    blocks = token_windows(rows, tiny_tokenizer(), block_tokens=2, limit_tokens=4, spread=True)
     assert read == ["a"] * 8 + ["b"] * 8
     assert blocks.tolist() == [[2, 1], [3, 1]]
 
 
-def test_token_blocks_of_conversations(tmp_path: Path) -> None:
+def test_token_windows_of_conversations(tmp_path: Path) -> None:
     rows = load_rows(jsonl(tmp_path, {"messages": [USER, ANSWER]}))
     # The template ends in the end-of-sequence token itself: it is not doubled.
-    assert token_blocks(rows, tiny_tokenizer(), block_tokens=7).tolist() == [[0, 2, 3, 1, 0, 4, 1]]
+    assert token_windows(rows, tiny_tokenizer(), block_tokens=7).tolist() == [[0, 2, 3, 1, 0, 4, 1]]
     with pytest.raises(UserError, match="7 tokens, not one block"):
-        token_blocks(rows, tiny_tokenizer(), block_tokens=8)
+        token_windows(rows, tiny_tokenizer(), block_tokens=8)
 
 
 def test_each_block_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
@@ -363,26 +365,26 @@ def test_each_block_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> Non
     tokenizer = tiny_tokenizer(template="d a <eos> b")
     tokenizer.bos_token = "d"
     rows = load_rows(jsonl(tmp_path, {"text": "a b c"}, {"text": "d a"}))
-    assert token_blocks(rows, tokenizer, block_tokens=3).tolist() == [[2, 3, 4], [1, 5, 2]]  # it adds none: nor do we
+    assert token_windows(rows, tokenizer, block_tokens=3).tolist() == [[2, 3, 4], [1, 5, 2]]  # it adds none: nor do we
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="d $A", special_tokens=[("d", 5)])
-    assert token_blocks(rows, tokenizer, block_tokens=3).tolist() == [[5, 2, 3], [5, 4, 1], [5, 2, 1]]
-    assert token_blocks(rows, tokenizer, block_tokens=3, limit_tokens=8).shape == (2, 3)
+    assert token_windows(rows, tokenizer, block_tokens=3).tolist() == [[5, 2, 3], [5, 4, 1], [5, 2, 1]]
+    assert token_windows(rows, tokenizer, block_tokens=3, limit_tokens=8).shape == (2, 3)
     with pytest.raises(UserError, match="block_tokens: 1 leaves no token of text"):
-        token_blocks(rows, tokenizer, block_tokens=1)
+        token_windows(rows, tokenizer, block_tokens=1)
     chats = load_rows(jsonl(tmp_path, {"messages": [USER, ANSWER]}))
-    assert token_blocks(chats, tokenizer, block_tokens=5).tolist() == [[5, 2, 1, 3, 1]]
+    assert token_windows(chats, tokenizer, block_tokens=5).tolist() == [[5, 2, 1, 3, 1]]
 
 
-def test_token_blocks_errors(tmp_path: Path) -> None:
+def test_token_windows_errors(tmp_path: Path) -> None:
     rows = load_rows(jsonl(tmp_path, {"text": "a b"}))
     with pytest.raises(UserError, match="3 tokens, not one block of block_tokens = 4; give more text"):
-        token_blocks(rows, tiny_tokenizer(), block_tokens=4)
+        token_windows(rows, tiny_tokenizer(), block_tokens=4)
     with pytest.raises(UserError, match="limit_tokens is 1, not one block"):
-        token_blocks(rows, tiny_tokenizer(), block_tokens=2, limit_tokens=1)
+        token_windows(rows, tiny_tokenizer(), block_tokens=2, limit_tokens=1)
     with pytest.raises(UserError, match="block_tokens: 0"):
-        token_blocks(rows, tiny_tokenizer(), block_tokens=0)
+        token_windows(rows, tiny_tokenizer(), block_tokens=0)
     with pytest.raises(UserError, match="no end-of-sequence token"):
-        token_blocks(rows, tiny_tokenizer(eos=None), block_tokens=2)
+        token_windows(rows, tiny_tokenizer(eos=None), block_tokens=2)
 
 
 def test_describe(tmp_path: Path) -> None:

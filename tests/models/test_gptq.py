@@ -18,7 +18,7 @@ import reference
 import tiny
 import trimtab as tt
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.layers import weights
 from trimtab.layers.linear import QuantLinear
@@ -399,7 +399,7 @@ def test_a_recipe_starts_from_gptq_on_its_training_data(tmp_path: Path) -> None:
     assert recipe.from_dict(yaml.safe_load(parsed.to_yaml())).start == parsed.start
     assert run(parsed)["max_logit_difference"] == 0
     saved, tokenizer = load(str(tmp_path / "out"))
-    tokens = token_blocks(load_rows(str(text)), tokenizer, block_tokens=32, limit_tokens=250)
+    tokens = token_windows(load_rows(str(text)), tokenizer, block_tokens=32, limit_tokens=250)
     assert tokens.shape == (7, 32)
     ours, rtn = (
         quant_layers(load(str(tmp_path / "model"), Rtn(), tiny.RULES, start=how)[0])

@@ -14,7 +14,7 @@ import tiny
 import trimtab
 from trimtab import cli
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.evaluation import parity
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.layers.linear import QuantLinear
@@ -180,7 +180,7 @@ def test_what_was_saved_is_what_was_measured(runs: dict[str, dict[str, Any]], gi
     rows = load_rows(str(given / "data.jsonl"))
     for name, metrics in runs.items():
         model, tokenizer = trimtab.load(metrics["output"])
-        blocks = token_blocks(rows, tokenizer, block_tokens=32, limit_tokens=256)
+        blocks = token_windows(rows, tokenizer, block_tokens=32, limit_tokens=256)
         assert perplexity(model, blocks) == metrics["perplexity"]["tuned"]
         adapters = [m.adapter for m in quant_layers(model).values() if isinstance(m, QuantLinear) and m.adapter]
         assert len(adapters) == (14 if name == "qlora" else 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 import tiny
 from trimtab import cli
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation import parity
 from trimtab.memory.peak import Plan, Teaching, peak_of_training, saved_storages
@@ -382,7 +382,7 @@ def test_a_run_comes_nearer_to_the_float_model(given: Path, sharp: Path, tmp_pat
     changes["evaluate"] = {"parity": kind == "cached"}
     of = recipe.from_dict(tiny.recipe(sharp, given / "data.jsonl", tmp_path / "run", **changes))
     metrics = run(of)
-    blocks = token_blocks(rows_of(of), tiny.tokenizer(), block_tokens=32, limit_tokens=256)
+    blocks = token_windows(rows_of(of), tiny.tokenizer(), block_tokens=32, limit_tokens=256)
     exact = parity.logits_of(load_float(str(sharp)), blocks)
     rounded, _ = load(str(sharp), of.method, of.rules)
     tuned, _ = load(str(of.out))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trimtab.data.sequences import spread, token_blocks
+from trimtab.data.sequences import spread, token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.recipe.recipe import Recipe
@@ -32,7 +32,7 @@ def windows(recipe: Recipe, tokenizer: Any, rows: Any, tokens: int) -> Tensor:
     """At most so many tokens, from all of the rows' text, in windows (W, L) of `data.block_tokens`."""
     assert recipe.data is not None
     length = min(recipe.data.block_tokens, tokens)
-    return token_blocks(rows, tokenizer, block_tokens=length, limit_tokens=tokens, spread=True)
+    return token_windows(rows, tokenizer, block_tokens=length, limit_tokens=tokens, spread=True)
 
 
 def loss(recipe: Recipe, tokenizer: Any, rows: Any, tokens: int) -> Loss:
@@ -49,12 +49,12 @@ def loss(recipe: Recipe, tokenizer: Any, rows: Any, tokens: int) -> Loss:
     """
     if "prompt" in rows.column_names:
         return partial(_of_answers, recipe=recipe, tokenizer=tokenizer, rows=spread(rows, tokenizer, tokens))
-    return partial(_of_text, blocks_WL=windows(recipe, tokenizer, rows, tokens))
+    return partial(_of_text, windows_WL=windows(recipe, tokenizer, rows, tokens))
 
 
-def _of_text(model: "PreTrainedModel", blocks_WL: Tensor) -> float:
+def _of_text(model: "PreTrainedModel", windows_WL: Tensor) -> float:
     try:
-        return math.log(perplexity(model, blocks_WL))
+        return math.log(perplexity(model, windows_WL))
     except OverflowError:
         return math.inf
 

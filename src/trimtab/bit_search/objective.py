@@ -36,12 +36,12 @@ class Rounded:
     Args:
         model: in float; its weights are swapped for the time of a trial.
         recipe: `method` decides which layers a rule may name.
-        blocks_WL: int64 tokens.
+        windows_WL: int64 tokens.
     """
 
-    def __init__(self, model: "PreTrainedModel", recipe: Recipe, blocks_WL: Tensor) -> None:
+    def __init__(self, model: "PreTrainedModel", recipe: Recipe, windows_WL: Tensor) -> None:
         self._model, self._method = model.eval(), recipe.method
-        self._blocks = blocks_WL.split(1)
+        self._blocks = windows_WL.split(1)
         head: Any = model.get_output_embeddings()
         self._head = head.weight.data
         with torch.no_grad():

@@ -191,15 +191,15 @@ class Search:
         return Problem(cost, self.space.bytes_UC, self.space.fixed_bytes, self.budget, bound)
 
     def _sensitivities(self) -> list[list[float]]:
-        blocks = self._windows(self._rows, self.block.sensitivity_tokens)
+        windows = self._windows(self._rows, self.block.sensitivity_tokens)
         # A width costs the same at every rank.
         distinct = list(dict.fromkeys(self.space.placements))
-        about = self._float_model, self.space.units, distinct, blocks
+        about = self._float_model, self.space.units, distinct, windows
         exact, began = self.block.sensitivity == "exact", time.perf_counter()
         found = sensitivity.exact(*about) if exact else sensitivity.fisher(*about, seed=self.block.seed)
         if self.block.objective == "tuned":
             self.ledger.note("float_quality", self._loss(self._float_model))
-        took = {"passes": found.passes, "tokens": blocks.numel(), "seconds": time.perf_counter() - began}
+        took = {"passes": found.passes, "tokens": windows.numel(), "seconds": time.perf_counter() - began}
         self.ledger.note("sensitivities", took)
         cost = np.maximum(found.cost_UC[:, [distinct.index(p) for p in self.space.placements]], 0.0)
         return [[float(c) for c in row] for row in cost]

@@ -77,7 +77,7 @@ def exact(
     model: "PreTrainedModel",
     units: Sequence[Unit],
     placements: Sequence[Placement],
-    blocks_WL: Tensor,
+    windows_WL: Tensor,
     micro_batch: int = 1,
 ) -> Sensitivity:
     """KL to the float model with one unit quantized.
@@ -86,7 +86,7 @@ def exact(
         model: in float; left as it is.
         units: whose layers lie in one decoder layer each.
         placements: choices; what is no grid costs nothing.
-        blocks_WL: int64 calibration windows.
+        windows_WL: int64 calibration windows.
         micro_batch: windows in one pass.
     """
     layers = list(blocks(model))
@@ -94,7 +94,7 @@ def exact(
     cost, passes = np.zeros((len(units), len(placements))), 2.0
     was_training = model.training
     model.eval()
-    streams = [float_pass(model, some) for some in blocks_WL.split(micro_batch)]
+    streams = [float_pass(model, some) for some in windows_WL.split(micro_batch)]
     for number, layer in enumerate(layers):
         for u, unit in enumerate(units):
             if numbers[unit.layers[0]] != number:
@@ -105,7 +105,7 @@ def exact(
                 with on_grids(model, dict.fromkeys(unit.layers, grid)):
                     moved = (s.through(layers[number:], number, s.hidden) for s in streams)
                     total = sum(divergence(model, s.last, m) for s, m in zip(streams, moved, strict=True))
-                cost[u, c] = total / blocks_WL.numel()
+                cost[u, c] = total / windows_WL.numel()
                 passes += 1 - number / len(layers)
         for stream in streams:
             stream.hidden = stream.through([layer], number, stream.hidden)
@@ -182,7 +182,7 @@ def fisher(
     model: "PreTrainedModel",
     units: Sequence[Unit],
     placements: Sequence[Placement],
-    blocks_WL: Tensor,
+    windows_WL: Tensor,
     *,
     seed: int = 0,
 ) -> Sensitivity:
@@ -203,12 +203,12 @@ def fisher(
             linear.weight.requires_grad_(True)
             stack.callback(linear.weight.register_post_accumulate_grad_hook(_squarer(squares[name])).remove)
         draw = torch.Generator().manual_seed(seed)
-        for ids_L in blocks_WL.to(next(model.parameters()).device):
+        for ids_L in windows_WL.to(next(model.parameters()).device):
             hidden = model.base_model(input_ids=ids_L[None], use_cache=False).last_hidden_state[0, :-1]
             head = Head.of(model, hidden.dtype)
             labels = drawn(head, hidden.detach(), draw)
             chunked_cross_entropy(hidden, head.weight_VD, labels, bias_V=head.bias_V, softcap=head.softcap).backward()
-    cost, count = np.zeros((len(units), len(placements))), len(blocks_WL) * (blocks_WL.shape[1] - 1)
+    cost, count = np.zeros((len(units), len(placements))), len(windows_WL) * (windows_WL.shape[1] - 1)
     for u, unit in enumerate(units):
         for name in unit.layers:
             weight = linears[name].weight.detach()

@@ -56,7 +56,7 @@ _SAMPLED = 256
 """Rows at most whose length says how long a row is."""
 
 
-def token_blocks(
+def token_windows(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -18,12 +18,12 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 
-def logprobs(model: Path, blocks_WL: np.ndarray) -> np.ndarray:
+def logprobs(model: Path, windows_WL: np.ndarray) -> np.ndarray:
     """log p of the next token at every position but the last, each window read alone: float32 (W, L - 1, V)."""
-    length = blocks_WL.shape[1]
+    length = windows_WL.shape[1]
     engine = llama_cpp.Llama(str(model), n_ctx=length, n_batch=length, n_ubatch=length, logits_all=True, verbose=False)
     windows = []
-    for tokens in blocks_WL.tolist():
+    for tokens in windows_WL.tolist():
         engine.reset()
         engine.eval(tokens)
         logits_LV = engine.scores[: length - 1].astype(np.float64)

@@ -16,13 +16,13 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import load_file, save_file
 
 
-def logprobs(folder: Path, blocks_WL: np.ndarray) -> np.ndarray:
+def logprobs(folder: Path, windows_WL: np.ndarray) -> np.ndarray:
     """log p of the next token at every position but the last, each window read alone: float32 (W, L - 1, V)."""
     model, _ = load_model(folder)
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
     windows = []
-    for tokens in blocks_WL.tolist():
+    for tokens in windows_WL.tolist():
         logits_LV = model(mx.array(tokens)[None])[0, :-1].astype(mx.float32)
         windows.append(np.array(logits_LV - mx.logsumexp(logits_LV, -1, keepdims=True)))
     return np.stack(windows)

@@ -46,8 +46,8 @@ def main(directory: str, tokens: str, out: str) -> None:
     from safetensors.torch import load_file, save_file
     from vllm import LLM, SamplingParams
 
-    blocks_WL = load_file(tokens)["blocks"]
-    length = blocks_WL.shape[1]
+    windows_WL = load_file(tokens)["blocks"]
+    length = windows_WL.shape[1]
     engine, request = adapter(Path(directory).absolute())
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
@@ -78,9 +78,9 @@ def main(directory: str, tokens: str, out: str) -> None:
 
     llm.apply_model(watch)
     asked = SamplingParams(max_tokens=1, prompt_logprobs=1, detokenize=False)
-    for ids in blocks_WL:
+    for ids in windows_WL:
         llm.generate({"prompt_token_ids": ids.tolist()}, asked, use_tqdm=False, **request)
-    assert len(kept) == len(blocks_WL), f"vLLM computed the logits of {len(kept)} of {len(blocks_WL)} windows"
+    assert len(kept) == len(windows_WL), f"vLLM computed the logits of {len(kept)} of {len(windows_WL)} windows"
     save_file({"logprobs": torch.stack(kept)}, out)
 
 

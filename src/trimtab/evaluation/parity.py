@@ -47,17 +47,17 @@ class Parity:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, blocks_WL: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, windows_WL: Tensor) -> Tensor:
     """Logits (W, L, V) in the model's dtype, window by window."""
     model.eval()
     device = next(model.parameters()).device
-    return torch.cat([model(input_ids=b.unsqueeze(0).to(device), use_cache=False).logits.cpu() for b in blocks_WL])
+    return torch.cat([model(input_ids=b.unsqueeze(0).to(device), use_cache=False).logits.cpu() for b in windows_WL])
 
 
-def compare(stage: str, trained_WLV: Tensor, other_WLV: Tensor, blocks_WL: Tensor) -> Parity:
+def compare(stage: str, trained_WLV: Tensor, other_WLV: Tensor, windows_WL: Tensor) -> Parity:
     """Compare logits with those of the trained model on the same tokens."""
     worst, squares, agree, kl, nll, count = 0.0, 0.0, 0, 0.0, 0.0, 0
-    for ours, theirs, ids in zip(trained_WLV, other_WLV, blocks_WL, strict=True):
+    for ours, theirs, ids in zip(trained_WLV, other_WLV, windows_WL, strict=True):
         a, b = ours.double(), theirs.double()
         worst = max(worst, (a - b).abs().max().item())
         squares += (a - b).square().sum().item()
@@ -72,16 +72,16 @@ def compare(stage: str, trained_WLV: Tensor, other_WLV: Tensor, blocks_WL: Tenso
         rms_difference=math.sqrt(squares / trained_WLV.numel()),
         top1_agreement=agree / count,
         kl=max(kl / count, 0.0),
-        perplexity=math.exp(nll / (count - len(blocks_WL))),
+        perplexity=math.exp(nll / (count - len(windows_WL))),
         identical=torch.equal(trained_WLV, other_WLV),
     )
 
 
-def reloaded_logits(directory: Path, blocks_WL: Tensor, dtype: torch.dtype) -> Tensor:
+def reloaded_logits(directory: Path, windows_WL: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits computed by a fresh process from a saved model."""
     with tempfile.TemporaryDirectory() as folder:
         tokens, logits = Path(folder) / "tokens.safetensors", Path(folder) / "logits.safetensors"
-        save_file({"blocks": blocks_WL.contiguous()}, tokens)
+        save_file({"blocks": windows_WL.contiguous()}, tokens)
         command = [sys.executable, "-m", __name__, str(directory), str(tokens), str(logits)]
         command += [str(dtype).removeprefix("torch."), str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -91,12 +91,12 @@ def reloaded_logits(directory: Path, blocks_WL: Tensor, dtype: torch.dtype) -> T
 
 
 def report(
-    trained_WLV: Tensor, folded_WLV: Tensor, directory: Path, blocks_WL: Tensor, dtype: torch.dtype
+    trained_WLV: Tensor, folded_WLV: Tensor, directory: Path, windows_WL: Tensor, dtype: torch.dtype
 ) -> list[Parity]:
     """The trained model against itself, the folded one, and the one a fresh process loads from `directory`."""
-    reloaded = reloaded_logits(directory, blocks_WL, dtype)
+    reloaded = reloaded_logits(directory, windows_WL, dtype)
     stages = (("trained", trained_WLV), ("folded", folded_WLV), ("reloaded", reloaded))
-    return [compare(stage, trained_WLV, other, blocks_WL) for stage, other in stages]
+    return [compare(stage, trained_WLV, other, windows_WL) for stage, other in stages]
 
 
 def to_json(parities: list[Parity]) -> list[dict[str, Any]]:

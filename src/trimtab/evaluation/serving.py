@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.models.load import load
 from trimtab.models.sources import open_source
@@ -62,7 +62,7 @@ def python_of(engine: str, python: str | None) -> str:
     return found
 
 
-def engine_logprobs(directory: Path, engine: str, blocks_WL: Tensor, python: str | None = None) -> Tensor:
+def engine_logprobs(directory: Path, engine: str, windows_WL: Tensor, python: str | None = None) -> Tensor:
     """Log-probabilities float32 (W, L - 1, V) that an engine computes from a folder.
 
     Raises:
@@ -72,7 +72,7 @@ def engine_logprobs(directory: Path, engine: str, blocks_WL: Tensor, python: str
     chosen = python_of(engine, python)
     with tempfile.TemporaryDirectory() as folder:
         tokens, out = Path(folder) / "tokens.safetensors", Path(folder) / "logprobs.safetensors"
-        save_file({"blocks": blocks_WL.contiguous()}, tokens)
+        save_file({"blocks": windows_WL.contiguous()}, tokens)
         command = [chosen, "-P", str(script), str(directory), str(tokens), str(out)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
@@ -95,14 +95,14 @@ def _reason(output: str) -> str:
 
 
 @torch.no_grad()
-def model_logprobs(model: PreTrainedModel, blocks_WL: Tensor) -> Tensor:
+def model_logprobs(model: PreTrainedModel, windows_WL: Tensor) -> Tensor:
     """Log-probabilities float32 (W, L - 1, V) of a model in memory."""
     model.eval()
-    found = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1] for ids in blocks_WL]
+    found = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1] for ids in windows_WL]
     return torch.stack([logits.float().log_softmax(-1) for logits in found])
 
 
-def compare(engine: str, trained_WLV: Tensor, served_WLV: Tensor, blocks_WL: Tensor) -> Served:
+def compare(engine: str, trained_WLV: Tensor, served_WLV: Tensor, windows_WL: Tensor) -> Served:
     """Compare log-probabilities (W, L - 1, V) on the same tokens."""
     worst, squares, agree = 0.0, 0.0, 0
     for a, b in zip(trained_WLV, served_WLV, strict=True):
@@ -113,17 +113,17 @@ def compare(engine: str, trained_WLV: Tensor, served_WLV: Tensor, blocks_WL: Ten
     positions = trained_WLV.shape[0] * trained_WLV.shape[1]
     return Served(
         engine=engine,
-        tokens=blocks_WL.numel(),
+        tokens=windows_WL.numel(),
         max_logprob=worst,
         rms_logprob=math.sqrt(squares / trained_WLV.numel()),
         top1_agreement=agree / positions,
-        perplexity_trained=_perplexity(trained_WLV, blocks_WL),
-        perplexity_served=_perplexity(served_WLV, blocks_WL),
+        perplexity_trained=_perplexity(trained_WLV, windows_WL),
+        perplexity_served=_perplexity(served_WLV, windows_WL),
     )
 
 
-def _perplexity(logprobs_WLV: Tensor, blocks_WL: Tensor) -> float:
-    return math.exp(-logprobs_WLV.gather(-1, blocks_WL[:, 1:, None]).double().mean().item())
+def _perplexity(logprobs_WLV: Tensor, windows_WL: Tensor) -> float:
+    return math.exp(-logprobs_WLV.gather(-1, windows_WL[:, 1:, None]).double().mean().item())
 
 
 def parity(
@@ -160,8 +160,8 @@ def parity(
     if tokenizer is None:
         raise UserError(f"{native}: was saved without a tokenizer; add its tokenizer files to it")
     rows = load_rows(path, split=split)
-    blocks = token_blocks(rows, tokenizer, block_tokens=window, limit_tokens=max(tokens, window))
-    served = engine_logprobs(folder, engine, blocks, python)
-    found = compare(engine, model_logprobs(model, blocks), served, blocks)
+    windows = token_windows(rows, tokenizer, block_tokens=window, limit_tokens=max(tokens, window))
+    served = engine_logprobs(folder, engine, windows, python)
+    found = compare(engine, model_logprobs(model, windows), served, windows)
     (folder / f"parity-{engine}.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
     return found

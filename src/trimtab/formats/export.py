@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get, writer
@@ -171,8 +171,8 @@ def _make_room(
     return changes
 
 
-def _measure(when: str, model: PreTrainedModel, blocks_WL: Tensor | None) -> dict[str, float]:
-    return {} if blocks_WL is None else {when: perplexity(model, blocks_WL)}
+def _measure(when: str, model: PreTrainedModel, windows_WL: Tensor | None) -> dict[str, float]:
+    return {} if windows_WL is None else {when: perplexity(model, windows_WL)}
 
 
 def _dense(format_: Format, layers: Sequence[Layer], forms: dict[str, Form]) -> list[str]:
@@ -251,4 +251,4 @@ def held_out_blocks(folder: Path, tokenizer: Any) -> Tensor | None:
     if block is None or block.eval_path is None or tokenizer is None:
         return None
     rows = load_rows(block.eval_path, split=block.eval_split)
-    return token_blocks(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=block.eval_tokens)
+    return token_windows(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=block.eval_tokens)

@@ -9,7 +9,7 @@ the cache itself stays in the compute dtype and is rounded whenever it is read. 
 It hangs on a name. transformers looks an attention function up by the name in `config._attn_implementation`, and the
 function that makes masks by the same name; so every kind of rounding is registered under one name in both tables. Without
 the second, masks are not made at all, and packed documents attend to each other without a word. The name is the only
-state: a copy of a model keeps it. `config.json` does not, so our quantizer restores it (see `hf`).
+state: a copy of a model keeps it. `config.json` does not, so our quantizer restores it (see `transformers_bridge`).
 """
 
 import sys
@@ -59,7 +59,7 @@ _NAMED = {_name(kv, inner): (kv, inner) for kv, inner in product(_KINDS, _INNER)
 
 def _register(name: str) -> None:
     """Enter the attention of this name, and the maker of its masks."""
-    # Here, not above: `hf` imports this file while transformers is still importing its own models.
+    # Here, not above: `transformers_bridge` imports this file while transformers is still importing its own models.
     from transformers import AttentionInterface, AttentionMaskInterface
 
     kv, inner = _NAMED[name]

@@ -52,7 +52,7 @@ class TrimtabConfig(QuantizationConfigMixin):
         compute_dtype: dtype the model computes in where the caller names none.
         specs: distinct layer specs.
         layers: layer name to index into `specs`.
-        kv: how keys and values are rounded (`attention`), or None.
+        kv: how keys and values are rounded (`kv_cache`), or None.
     """
 
     def __init__(

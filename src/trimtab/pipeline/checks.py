@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation.harness import check_tasks
 from trimtab.extras import require
@@ -123,4 +123,4 @@ def _blocks(recipe: Recipe, held_out: Any, tokenizer: Any) -> Tensor | None:
     if recipe.data is None or held_out is None:
         return None
     limit = recipe.data.eval_tokens
-    return token_blocks(held_out, tokenizer, block_tokens=recipe.data.block_tokens, limit_tokens=limit)
+    return token_windows(held_out, tokenizer, block_tokens=recipe.data.block_tokens, limit_tokens=limit)

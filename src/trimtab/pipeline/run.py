@@ -81,25 +81,25 @@ def run(
     """
     watch = show or Quiet()
     given = checks.gather(recipe, overwrite, resume)
-    tokenizer, blocks = given.tokenizer, given.held_out
+    tokenizer, held_out = given.tokenizer, given.held_out
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     _measure_float(recipe, given, metrics, watch)
     asking_bytes = _ask_teacher(recipe, given, watch)
     model = _load(recipe, given, metrics, watch)
     _simulate(recipe, model, given, watch)
-    if "rounded" in recipe.evaluate.baselines and blocks is not None:
+    if "rounded" in recipe.evaluate.baselines and held_out is not None:
         watch.say("measuring the rounded model, before tuning")
-        metrics["perplexity"]["rounded"] = perplexity(model, blocks)
+        metrics["perplexity"]["rounded"] = perplexity(model, held_out)
     if recipe.evaluate.prompt:
         metrics["answers"]["before"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
     if overwrite and recipe.out.exists():
         shutil.rmtree(recipe.out)
     metrics |= _tune(recipe, model, given, resume, watch)
     metrics["peak_memory_bytes"] = max(peak_bytes(), asking_bytes)
-    parities = _fold_and_save(recipe, model, tokenizer, blocks, metrics, watch)
+    parities = _fold_and_save(recipe, model, tokenizer, held_out, metrics, watch)
     del model
     gc.collect()
-    _measure_saved(recipe, tokenizer, blocks, metrics, watch)
+    _measure_saved(recipe, tokenizer, held_out, metrics, watch)
     (recipe.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     watch.finish(metrics, parities)
     return metrics
@@ -167,12 +167,12 @@ def _fold_and_save(
     recipe: Recipe,
     model: PreTrainedModel,
     tokenizer: Any,
-    blocks: Tensor | None,
+    held_out: Tensor | None,
     metrics: dict[str, Any],
     watch: Observer,
 ) -> list[Parity]:
     """Fold, save, and compare the three stages unless told not to."""
-    some = _compared_on(recipe, model, blocks) if recipe.evaluate.parity else None
+    some = _compared_on(recipe, model, held_out) if recipe.evaluate.parity else None
     trained = None if some is None else parity.logits_of(model, some)
     formats = {name: get(name) for name in recipe.export if name != "native"}
     unfolded = [name for name, format_ in formats.items() if format_.adapters == "kept"]
@@ -187,13 +187,13 @@ def _fold_and_save(
     _export(recipe, model, tokenizer, [name for name in formats if name not in unfolded], watch)
     if some is None or trained is None:
         return []
-    on = "" if blocks is not None else ", on random tokens for want of held-out data (data.eval_path)"
+    on = "" if held_out is not None else ", on random tokens for want of held-out data (data.eval_path)"
     watch.say(f"comparing trained, folded, and reloaded in a fresh process{on}")
     parities = parity.report(trained, parity.logits_of(model, some), recipe.out, some, recipe.dtype)
     metrics["max_logit_difference"] = max(p.max_difference for p in parities)
     content = {
         "tokens": some.numel(),
-        "text": "random" if blocks is None else "held-out",
+        "text": "random" if held_out is None else "held-out",
         "fold": metrics["fold"],
         "stages": parity.to_json(parities),
     }
@@ -201,11 +201,11 @@ def _fold_and_save(
     return parities
 
 
-def _compared_on(recipe: Recipe, model: PreTrainedModel, blocks: Tensor | None) -> Tensor:
+def _compared_on(recipe: Recipe, model: PreTrainedModel, held_out: Tensor | None) -> Tensor:
     """Tokens (W, L) that the three stages are compared on: held-out ones, or random ones, since every run is compared."""
     wanted, length = recipe.evaluate.parity_tokens, 256 if recipe.data is None else recipe.data.block_tokens
-    if blocks is not None:
-        return blocks[: max(1, wanted // length)]
+    if held_out is not None:
+        return held_out[: max(1, wanted // length)]
     draw, length = torch.Generator().manual_seed(0), min(length, wanted)
     return torch.randint(model.config.get_text_config().vocab_size, (wanted // length, length), generator=draw)
 
@@ -227,15 +227,15 @@ def _summary(folded: list[LayerFold]) -> str:
 
 
 def _measure_saved(
-    recipe: Recipe, tokenizer: Any, blocks: Tensor | None, metrics: dict[str, Any], watch: Observer
+    recipe: Recipe, tokenizer: Any, held_out: Tensor | None, metrics: dict[str, Any], watch: Observer
 ) -> None:
     """Perplexity and an answer of what was saved: what is evaluated is what is served."""
-    if blocks is None and not recipe.evaluate.prompt and not recipe.evaluate.tasks:
+    if held_out is None and not recipe.evaluate.prompt and not recipe.evaluate.tasks:
         return
     watch.say("measuring the saved model")
     model = AutoModelForCausalLM.from_pretrained(recipe.out, dtype=recipe.dtype)
-    if blocks is not None:
-        metrics["perplexity"]["tuned"] = perplexity(model, blocks)
+    if held_out is not None:
+        metrics["perplexity"]["tuned"] = perplexity(model, held_out)
     if recipe.evaluate.tasks:
         block = recipe.evaluate
         scores = harness.run(model, tokenizer, block.tasks, block.tasks_data or "", limit=block.tasks_limit)

@@ -1,8 +1,8 @@
 """Structured pruning: an ordinary, smaller checkpoint out of a Llama-like one.
 
-    from trimtab import prune
-    pruned = prune.prune(model, prune.Options(ratio=0.3), blocks)          in memory
-    prune.prune_checkpoint("smollm2-135m", "pruned", prune.Options(ratio=0.3))
+    from trimtab import pruning
+    pruning.prune(model, pruning.Options(ratio=0.3), windows)                       in memory
+    trimtab.prune("smollm2-135m", "pruned", ratio=0.3)                              a checkpoint
 
 Reading order: `structures` (what can be taken out), `importance` (what it is worth), `widths` (how much of each), `depth`
 (whole layers instead), `pruning` (all of it together), `checkpoint` (files).

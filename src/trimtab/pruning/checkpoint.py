@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trimtab.data.rows import PYDOC_TOPICS, load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.formats.directory import replacing, write_json
 from trimtab.models.load import load_float
@@ -58,12 +58,12 @@ def prune_checkpoint(
     source = open_source(path)
     if source.prepared:
         raise UserError(f"{path}: already quantized; prune the float model first, then quantize what is left")
-    tokenizer, blocks = source.tokenizer(), None
+    tokenizer, windows = source.tokenizer(), None
     if options.reads_text:
         rows = load_rows(text, split=split)
-        blocks = token_blocks(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
+        windows = token_windows(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
     model = load_float(path, dtype=_DTYPES[dtype], source=source)
-    pruned = prune(model, options, blocks)
+    pruned = prune(model, options, windows)
     save(model, target, tokenizer, about | asdict(pruned))
     return pruned
 

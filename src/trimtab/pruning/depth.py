@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def influence(model: "PreTrainedModel", blocks_WL: Tensor, micro_batch: int = 1) -> list[float]:
+def influence(model: "PreTrainedModel", windows_WL: Tensor, micro_batch: int = 1) -> list[float]:
     """Block influence of every decoder layer on calibration windows (W, L)."""
     layers, training = decoder_layers(model), model.training
     total = torch.zeros(len(layers), dtype=torch.float64)
@@ -36,10 +36,10 @@ def influence(model: "PreTrainedModel", blocks_WL: Tensor, micro_batch: int = 1)
             stack.callback(layer.register_forward_hook(_turned(total, i), with_kwargs=True).remove)
         stack.callback(model.train, training)
         model.eval()
-        for some in blocks_WL.split(micro_batch):
+        for some in windows_WL.split(micro_batch):
             model.base_model(input_ids=some.to(device), use_cache=False)
     check_finite(total, "the influence of a layer")
-    return [float(v) for v in 1 - total / blocks_WL.numel()]
+    return [float(v) for v in 1 - total / windows_WL.numel()]
 
 
 def _turned(total: Tensor, i: int) -> Any:

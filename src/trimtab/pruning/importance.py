@@ -46,7 +46,12 @@ class Scores(NamedTuple):
 
 
 def score(
-    model: "PreTrainedModel", about: Layout, kind: Importance, blocks_WL: Tensor | None, seed: int, micro_batch: int = 1
+    model: "PreTrainedModel",
+    about: Layout,
+    kind: Importance,
+    windows_WL: Tensor | None,
+    seed: int,
+    micro_batch: int = 1,
 ) -> list[Scores]:
     """Importance of every structure, layer by layer.
 
@@ -54,14 +59,14 @@ def score(
         model: a float model.
         about: its layout.
         kind: see the module's docstring.
-        blocks_WL: int64 calibration windows (W, L), needed for taylor.
+        windows_WL: int64 calibration windows (W, L), needed for taylor.
         seed: of random scores.
         micro_batch: windows in one pass.
     """
     if kind == "taylor":
-        if blocks_WL is None:
+        if windows_WL is None:
             raise UserError("prune: importance taylor needs calibration text; give data, or use magnitude")
-        found = taylor(model, about, blocks_WL, micro_batch)
+        found = taylor(model, about, windows_WL, micro_batch)
         for number, (groups, channels) in enumerate(found):
             check_finite(torch.cat((groups, channels)), f"importance in layer {number}")
         return found
@@ -91,7 +96,7 @@ class _Tap(torch.autograd.Function):
         return grad, None
 
 
-def taylor(model: "PreTrainedModel", about: Layout, blocks_WL: Tensor, micro_batch: int = 1) -> list[Scores]:
+def taylor(model: "PreTrainedModel", about: Layout, windows_WL: Tensor, micro_batch: int = 1) -> list[Scores]:
     """Mean over windows of |sum of w dL/dw| over each structure's outgoing weights."""
     found = [_zeros(about) for _ in range(about.layers)]
     device = next(model.parameters()).device
@@ -103,10 +108,10 @@ def taylor(model: "PreTrainedModel", about: Layout, blocks_WL: Tensor, micro_bat
                 stack.callback(linear.register_forward_pre_hook(partial(_tap, total)).remove)
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
             stack.callback(layer.__dict__.pop, "forward")
-        for some in blocks_WL.split(micro_batch):
+        for some in windows_WL.split(micro_batch):
             ids_BL = some.to(device)
             summed_loss(model, ids_BL, input_ids=ids_BL, use_cache=False).backward()
-    windows = len(blocks_WL)
+    windows = len(windows_WL)
     return [Scores(groups / windows, channels / windows) for groups, channels in found]
 
 
@@ -122,7 +127,7 @@ def _tap(total: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
 
 @torch.no_grad()
 def loss_without(
-    model: "PreTrainedModel", gone: list[tuple[Tensor, Tensor]], about: Layout, blocks_WL: Tensor, micro_batch: int = 1
+    model: "PreTrainedModel", gone: list[tuple[Tensor, Tensor]], about: Layout, windows_WL: Tensor, micro_batch: int = 1
 ) -> float:
     """Loss per token with structures taken out, measured: their inputs to o and down are set to zero, nothing is cut.
 
@@ -130,7 +135,7 @@ def loss_without(
         model: left as it is.
         gone: for each layer, the groups and the channels that are missing.
         about: its layout.
-        blocks_WL: int64 windows (W, L).
+        windows_WL: int64 windows (W, L).
         micro_batch: windows in one pass.
     """
     device, training = next(model.parameters()).device, model.training
@@ -143,11 +148,11 @@ def loss_without(
             for linear, some in zip(ends, (columns, channels), strict=True):
                 stack.callback(linear.register_forward_pre_hook(partial(_silence, some.to(device))).remove)
         total = 0.0
-        for some in blocks_WL.split(micro_batch):
+        for some in windows_WL.split(micro_batch):
             ids_BL = some.to(device)
             total += summed_loss(model, ids_BL, input_ids=ids_BL, use_cache=False).item()
     check_finite(torch.tensor(total), "the loss on the calibration text")
-    return total / (len(blocks_WL) * (blocks_WL.shape[1] - 1))
+    return total / (len(windows_WL) * (windows_WL.shape[1] - 1))
 
 
 def check_finite(values: Tensor, what: str) -> None:

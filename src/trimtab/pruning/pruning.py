@@ -100,14 +100,14 @@ class Pruned:
 
 
 def prune(
-    model: "PreTrainedModel", options: Options, blocks_WL: Tensor | None = None, *, micro_batch: int = 1
+    model: "PreTrainedModel", options: Options, windows_WL: Tensor | None = None, *, micro_batch: int = 1
 ) -> Pruned:
     """Prune a float model in place; its config follows, so that `save_pretrained` writes an ordinary checkpoint.
 
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, SmolLM, Gemma or another model of their structure.
         options: what to remove.
-        blocks_WL: int64 calibration windows (W, L), for taylor and for dropping layers.
+        windows_WL: int64 calibration windows (W, L), for taylor and for dropping layers.
         micro_batch: windows in one pass.
 
     Raises:
@@ -122,14 +122,14 @@ def prune(
     gone: list[int] = []
     groups = [tuple(range(about.widths.groups))] * about.layers
     if options.layers is not None or options.what == "layers":
-        if blocks_WL is None:
+        if windows_WL is None:
             raise UserError("prune: dropping layers needs calibration text to measure their influence; give data")
         count = options.layers or -(-_to_remove(model, about, options) // about.layer_parameters)
-        gone = depth.least(about, depth.influence(model, blocks_WL, micro_batch), count=count, keep=keep)
+        gone = depth.least(about, depth.influence(model, windows_WL, micro_batch), count=count, keep=keep)
         depth.drop(model, gone)
         groups = groups[len(gone) :]
     else:
-        groups = _narrow(model, about, options, blocks_WL, keep, micro_batch)
+        groups = _narrow(model, about, options, windows_WL, keep, micro_batch)
     after = layout(model)
     return Pruned(
         parameters_before=about.parameters,
@@ -160,7 +160,7 @@ def _narrow(
     model: "PreTrainedModel",
     about: Layout,
     options: Options,
-    blocks_WL: Tensor | None,
+    windows_WL: Tensor | None,
     keep: Sequence[int],
     micro_batch: int,
 ) -> list[tuple[int, ...]]:
@@ -169,10 +169,10 @@ def _narrow(
     # Whether it can be done at all is known before the first window is read.
     none = score(model, about, "random", None, options.seed)
     choose(model.config, about, none, "random", remove=remove, multiple_of=options.multiple_of, keep=keep)
-    scores = score(model, about, options.importance, blocks_WL, options.seed, micro_batch)
+    scores = score(model, about, options.importance, windows_WL, options.seed, micro_batch)
 
     def measured(widths: Widths) -> float:
-        assert blocks_WL is not None
+        assert windows_WL is not None
         none = torch.zeros(0, dtype=torch.int64)
         gone = [
             (_least(s.groups, widths.groups), _least(s.channels, widths.channels))
@@ -180,7 +180,7 @@ def _narrow(
             else (none, none)
             for i, s in enumerate(scores)
         ]
-        return loss_without(model, gone, about, blocks_WL, micro_batch)
+        return loss_without(model, gone, about, windows_WL, micro_batch)
 
     widths = choose(
         model.config,
@@ -190,7 +190,7 @@ def _narrow(
         remove=remove,
         multiple_of=options.multiple_of,
         keep=keep,
-        measure=measured if blocks_WL is not None and options.importance != "random" else None,
+        measure=measured if windows_WL is not None and options.importance != "random" else None,
     )
     kept = []
     for layer, values in zip(decoder_layers(model), scores, strict=True):

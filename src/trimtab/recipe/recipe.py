@@ -1,8 +1,8 @@
 """A recipe: everything about a run, validated before anything is loaded.
 
-One YAML file, read into `Recipe` and the models of `blocks`; `key=value` overrides with dotted keys (`train.steps=10`,
+One YAML file, read into `Recipe` and the models of `fields`; `key=value` overrides with dotted keys (`train.steps=10`,
 values in YAML). What only the model can tell (does a pattern match a layer, does a group divide it) is checked by
-`preparing.targets`, on names and shapes, before a weight is read.
+`models.prepare.targets`, on names and shapes, before a weight is read.
 """
 
 import copy

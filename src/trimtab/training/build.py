@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_blocks
+from trimtab.data.sequences import token_windows
 from trimtab.models import simulate as simulating
 from trimtab.models.gptq import Gptq
 from trimtab.models.load import load
@@ -41,7 +41,7 @@ def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
     elif rows is None and recipe.data is not None:
         rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
     length = min(recipe.data.block_tokens if recipe.data is not None else 1024, block.tokens)
-    windows = token_blocks(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
+    windows = token_windows(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
     return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
 
 
@@ -65,5 +65,5 @@ def simulate(recipe: Recipe, model: PreTrainedModel, given: RunContext) -> None:
     if kind is not None and kind.mode == "static":
         assert recipe.data is not None, "the recipe was checked to have data"
         size, limit = recipe.data.block_tokens, simulating.CALIBRATION_TOKENS
-        tokens = token_blocks(given.rows, given.tokenizer, block_tokens=size, limit_tokens=limit)
+        tokens = token_windows(given.rows, given.tokenizer, block_tokens=size, limit_tokens=limit)
     simulating.simulate(model, activations=kind, kv=kv, calibration=tokens)

@@ -228,7 +228,7 @@ class Cache:
             UserError: if it was made of other sequences than these.
         """
         if not self.complete:
-            raise UserError(f"distill.cache: {self.folder} is not complete; `train.cache_teacher` makes it")
+            raise UserError(f"distill.cache: {self.folder} is not complete; a run with `teacher: cached` makes it")
         if self._state["sequences"] != hash_of(sequences):
             raise UserError(f"distill.cache: {self.folder} is of other training sequences; remove it, it is made anew")
         return CachedTeacher(*self._arrays("r"))
@@ -284,7 +284,7 @@ def ask(
         recipe: its model is the teacher; `data` and `train.seed` say which sequences it is asked about.
         tokenizer: the model's.
         rows: the data set.
-        packed: `train.packed`.
+        packed: `trainer.packed`.
         source: an already opened source of the model.
         say: told what happens.
 
@@ -307,7 +307,7 @@ def ask(
 
 
 def attach(trainer: Any, recipe: Recipe, tokenizer: Any, rows: Any) -> None:
-    """Give a trainer (ours, in `train`) the teacher that its recipe asks for, if any."""
+    """Give a trainer (ours, in `trainer`) the teacher that its recipe asks for, if any."""
     trainer.distill, folder = recipe.distill, recipe.teacher_cache
     if recipe.distill is None:
         return

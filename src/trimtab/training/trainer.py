@@ -300,7 +300,7 @@ def fit(
     """Train a prepared model by a recipe, in place.
 
     Args:
-        model: from `loading.load` or `preparing.prepare`.
+        model: from `trimtab.load` or `trimtab.prepare`.
         tokenizer: the model's.
         recipe: `train` and `data` are read; checkpoints go to `<output>/checkpoints`.
         resume: go on from the last checkpoint there.

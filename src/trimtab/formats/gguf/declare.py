@@ -1,6 +1,6 @@
 """GGUF as a format: which grids its types hold, and where a model's source file is found again.
 
-The forms are asked of `gguf_blocks.block_type`, grid by grid, so that what is declared is what is written. gguf itself is
+The forms are asked of `blocks.block_type`, grid by grid, so that what is declared is what is written. gguf itself is
 only imported when a file is.
 """
 

@@ -7,7 +7,7 @@
 Scales in a file are float16, so these weights have `scale_dtype: float16`; a recipe that asks for the same form gets the
 file's own codes, any other gets them rounded anew. The rows of q and k are permuted in Llama files; transformers knows
 how to undo that for float matrices, and since rows are independent we ask it where each row goes and move rows of
-codes. gguf is imported here, to read, and in `export.gguf`, to write.
+codes. gguf is imported here, to read, and in `write`, to write.
 
 Legend: N out features, K in features, G = K / 32 blocks in a row.
 """

@@ -1,16 +1,16 @@
 """A model as one GGUF file, from the stored codes: the matrices, the metadata, the tokenizer.
 
-Two kinds of model are written. One that came from safetensors gets its metadata from its config (`gguf_families`) and its
-tokenizer from a table (`gguf_vocab`). One that came from a GGUF file gets that file back: every field is copied, and every
+Two kinds of model are written. One that came from safetensors gets its metadata from its config (`families`) and its
+tokenizer from a table (`vocabulary`). One that came from a GGUF file gets that file back: every field is copied, and every
 tensor whose values are still those of the file is copied byte for byte, whatever type it has; the others, the tuned ones,
 are written from their codes. So a file found in the wild, tuned with QA-HiRA, differs from the original in the minima of
 its blocks and in nothing else.
 
-    codes        `gguf_blocks`: the smallest type that holds them, scales and zeros exact
+    codes        `blocks`: the smallest type that holds them, scales and zeros exact
     floats       matrices in their own dtype; norms and biases in float32, as llama.cpp wants them
     order        rows of q and k permuted for the families that llama.cpp rotates by neighbours: rows of blocks move whole
 
-Tensors are made one at a time, as they are written. gguf is imported here, to write, and in `gguf_file`, to read.
+Tensors are made one at a time, as they are written. gguf is imported here, to write, and in `read`, to read.
 
 Legend: N out features, K in features.
 """

@@ -1,6 +1,6 @@
 """The native format: a directory that `AutoModelForCausalLM.from_pretrained` reads after `import trimtab`.
 
-    config.json             the model's own config with our `quantization_config` (see `hf`)
+    config.json             the model's own config with our `quantization_config` (see `transformers_bridge`)
     model.safetensors       tensors under the names of the modules that hold them, codes packed
     tokenizer files, generation_config.json, recipe.yaml, manifest.json
 

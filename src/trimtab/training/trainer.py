@@ -298,7 +298,7 @@ def fit(
     """Train a prepared model by a recipe, in place.
 
     Args:
-        model: from `loading.load` or `preparing.prepare`.
+        model: from `load` or `prepare`.
         tokenizer: the model's.
         recipe: `train` and `data` are read; checkpoints go to `<output>/checkpoints`.
         resume: go on from the last checkpoint there.

@@ -77,7 +77,7 @@ def run(
         recipe: a file, a mapping or a `Recipe`.
         overrides: `key=value` with dotted keys.
         overwrite: replace what an earlier run left in the output directory.
-        resume: go on from its last checkpoint.
+        resume: continue from its last checkpoint.
         show: told what happens (`trimtab.report.terminal.Terminal()` prints it); None for silence.
 
     Returns:
@@ -92,7 +92,7 @@ def run(
 
 
 def search(recipe: AnyRecipe, overrides: Sequence[str] = (), *, show: "Observer | None" = None) -> "Search":
-    """Search bits per layer within the recipe's budget; interrupted, the same call goes on where it stopped.
+    """Search bits per layer within the recipe's budget; after an interruption the same call resumes it.
 
     Args:
         recipe: a file, a mapping or a `Recipe` with a `search` block.

@@ -61,7 +61,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")] = False,
 ) -> None:
     """Quantize, tune, fold, save, and compare."""
     terminal = _terminal()
@@ -214,12 +214,12 @@ def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
 
 @app.command()
 def search(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
-    """Search widths per layer within a budget; Ctrl-C stops, and the same command goes on."""
+    """Search bits per layer within a budget; Ctrl-C stops it, and the same command resumes it."""
     terminal = _terminal()
     try:
         terminal.searched(trimtab.search(recipe, overrides or (), show=terminal))
     except KeyboardInterrupt:
-        terminal.say(f"stopped; go on with `trimtab search {recipe}`")
+        terminal.say(f"stopped; resume with `trimtab search {recipe}`")
         raise SystemExit(130) from None
     finally:
         terminal.close()

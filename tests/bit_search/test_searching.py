@@ -222,7 +222,7 @@ def test_ctrl_c_stops_the_command_and_says_how_to_go_on(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130, said.read_text()
-    assert f"stopped; go on with `trimtab search {file}`" in said.read_text()
+    assert f"stopped; resume with `trimtab search {file}`" in said.read_text()
     assert "Traceback" not in said.read_text()
     ledger.bury()  # what was claimed and not begun
     assert not any(t.state == "running" for t in ledger.trials())

@@ -72,11 +72,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Ten
     except (ValueError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder}: damaged ({error}); save the adapter again") from error
     if config.get("peft_type") != "LORA":
-        raise UserError(f"model.adapter: {file}: is of type {config.get('peft_type')}, only LORA can be gone on from")
+        raise UserError(f"model.adapter: {file}: is of type {config.get('peft_type')}, only LORA can be continued")
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
             raise UserError(
-                f"model.adapter: {file}: {key} is {config[key]!r}; only an ordinary LoRA can be gone on from"
+                f"model.adapter: {file}: {key} is {config[key]!r}; only an ordinary LoRA can be continued"
             )
     tensors = {}
     for name, tensor in stored.items():

@@ -56,7 +56,7 @@ def check_extras(recipe: Recipe) -> None:
 def check_output(out: Path, overwrite: bool, resume: bool) -> None:
     """Refuse an output directory that holds something, unless told what to do with it."""
     if overwrite and resume:
-        raise UserError("--overwrite removes what --resume goes on from; pass one of them")
+        raise UserError("--overwrite removes what --resume continues from; pass one of them")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
         raise UserError(f"output: {above} is a file, so {out} cannot be made in it; set `output`")
@@ -70,7 +70,7 @@ def check_output(out: Path, overwrite: bool, resume: bool) -> None:
         return
     if not overwrite:
         raise UserError(
-            f"output: {out} is not empty; pass --overwrite to replace it, --resume to go on, or set `output`"
+            f"output: {out} is not empty; pass --overwrite to replace it, --resume to continue it, or set `output`"
         )
     if not any((out / name).exists() for name in ("recipe.yaml", "metrics.json", "checkpoints", "quantization.json")):
         raise UserError(f"output: {out} holds something that trimtab did not write; remove it yourself or set `output`")

@@ -26,7 +26,7 @@ class Observer(Protocol):
 
 
 def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
-    """The recipe as it goes on after pruning; the pruned model is made if it is not there."""
+    """The recipe of what is left after pruning; the pruned model is made if it is not there."""
     block = recipe.prune
     if block is None:
         return recipe

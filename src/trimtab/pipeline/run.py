@@ -70,7 +70,7 @@ def run(
     Args:
         recipe: from `recipe.read` or `recipe.from_dict`.
         overwrite: replace what an earlier run left in the output directory.
-        resume: go on from its last checkpoint.
+        resume: continue from its last checkpoint.
         show: told what happens; None for silence.
 
     Returns:

@@ -23,7 +23,7 @@ class ModelBlock(Block):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype to compute in, and of every weight that stays float."""
     adapter: str | None = None
-    """Directory of a PEFT LoRA that a method with an output adapter (lora, qlora) goes on from; null for none."""
+    """Directory of a PEFT LoRA that a method with an output adapter (lora, qlora) continues from; null for none."""
 
 
 class StartBlock(Block):

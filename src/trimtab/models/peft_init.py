@@ -75,9 +75,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Ten
         raise UserError(f"model.adapter: {file}: is of type {config.get('peft_type')}, only LORA can be continued")
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
-            raise UserError(
-                f"model.adapter: {file}: {key} is {config[key]!r}; only an ordinary LoRA can be continued"
-            )
+            raise UserError(f"model.adapter: {file}: {key} is {config[key]!r}; only an ordinary LoRA can be continued")
     tensors = {}
     for name, tensor in stored.items():
         found = _TENSOR.fullmatch(name)

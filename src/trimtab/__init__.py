@@ -13,19 +13,19 @@ Importing the package also teaches `AutoModelForCausalLM.from_pretrained` to rea
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trimtab import methods
 from trimtab.errors import UserError
 from trimtab.models import registration
-from trimtab.quant.activations import Activations, KvCache
-from trimtab.quant.grid import CodebookGrid, Grid
 
 if TYPE_CHECKING:
+    from trimtab import methods
     from trimtab.formats.native.write import save
     from trimtab.models.gptq import Gptq
     from trimtab.models.load import load
     from trimtab.models.prepare import fold, prepare
     from trimtab.models.simulate import simulate
     from trimtab.pipeline.stages import run
+    from trimtab.quant.activations import Activations, KvCache
+    from trimtab.quant.grid import CodebookGrid, Grid
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +34,11 @@ __all__ = [
 ]  # fmt: skip
 
 _LAZY = {
+    "Activations": "trimtab.quant.activations",
+    "CodebookGrid": "trimtab.quant.grid",
     "Gptq": "trimtab.models.gptq",
+    "Grid": "trimtab.quant.grid",
+    "KvCache": "trimtab.quant.activations",
     "fold": "trimtab.models.prepare",
     "load": "trimtab.models.load",
     "prepare": "trimtab.models.prepare",
@@ -50,7 +54,9 @@ registration.readers(
 
 
 def __getattr__(name: str) -> Any:
-    """What needs heavier libraries is imported when it is first used."""
+    """What needs torch is imported when it is first used, so that the command line can answer without."""
+    if name == "methods":
+        return importlib.import_module("trimtab.methods")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")

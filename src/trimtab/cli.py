@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from trimtab.errors import UserError
+from trimtab.extras import require, require_library
 
 app = typer.Typer(
     help="Fine-tune a quantized language model, and get back exactly the model you trained.",
@@ -21,6 +22,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from trimtab import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _every(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    """Fine-tune a quantized language model, and get back exactly the model you trained."""
+
+
 _RecipeFile = Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE")]
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.steps=10 ...", metavar="[KEY=VALUE]...")]
 _Directory = Annotated[str, typer.Argument(help="Directory of a saved model.", metavar="DIR")]
@@ -90,6 +108,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a saved model on held-out data."""
     _quiet()
+    require("`trimtab eval`", "eval")
     from trimtab.data import sequences as data
     from trimtab.evaluation.perplexity import perplexity
     from trimtab.models.load import load_as_it_is
@@ -178,6 +197,7 @@ def parity(
 ) -> None:
     """Compare what an engine computes from an exported model with the trained one."""
     _quiet()
+    require_library("`trimtab parity`", "datasets")
     from trimtab.evaluation import serving
     from trimtab.report.terminal import Terminal
 
@@ -250,6 +270,7 @@ def prune(
 ) -> None:
     """Take attention heads and MLP channels, or whole layers, out of a float model; writes an ordinary checkpoint."""
     _quiet()
+    require_library("`trimtab prune`", "datasets")
     from trimtab.formats.file_size import parse_bytes
     from trimtab.pruning import Options, prune_checkpoint
     from trimtab.report.terminal import Terminal

@@ -130,7 +130,7 @@ WORKS = {
     "--help": "Usage",
     "--version": trimtab.__version__,
     "methods": "lr-qat",
-    "formats": "compressed-tensors",
+    "formats": "native",
     "recipe --explain": "rank",
     "recipe": "model:",
     "plan tune.yaml": "total",

@@ -22,11 +22,11 @@ TITLES = {
     "w3": "3 bits, group 64, integer zeros",
     "w2": "2 bits, group 64, integer zeros",
     "nf4": "NF4, group 64, double quantization",
-    "int3": "3 bits, group 32: what folds into the zeros, at equal trainable numbers",
+    "int3": "3 bits, group 32: what folds into the zeros, at equal trainable parameters",
     "w4": "4 bits, group 64",
     "w4-channel": "4 bits, per channel",
     "w3-channel": "3 bits, per channel",
-    "int2": "2 bits, group 32: what folds into the zeros, at equal trainable numbers",
+    "int2": "2 bits, group 32: what folds into the zeros, at equal trainable parameters",
     "activations": "4 bits, group 64, with rounded activations and KV cache",
     "detail": "LR-QAT at 3 bits, group 64: details against the row w3-lr-qat",
     "polarity": "Sentence polarity",
@@ -87,7 +87,7 @@ WHY = {
         _share("w2-qat"),
     ),
     ("nf4-q-bara", "nf4-qlora"): (
-        "Equal trainable numbers, twice the rank: what that gives in so few steps is less than what seeds do.",
+        "Equal trainable parameters, twice the rank: what that gives in so few steps is less than what seeds do.",
     ),
     ("nf4-q-bara", "nf4-loftq"): (
         "LoftQ's adapter begins as the best low-rank part of what rounding lost: before the first step its model is at "
@@ -96,13 +96,13 @@ WHY = {
         _value("nf4-rtn"),
     ),
     ("int3-qa-hira", "int3-qa-lora"): (
-        "At equal trainable numbers. A guess: QA-HiRA's numbers are offsets themselves, each of which Adam moves by at "
+        "At equal trainable parameters. A guess: QA-HiRA's numbers are offsets themselves, each of which Adam moves by at "
         "most a rate a step, and a higher rate (`quality_rates.jsonl`) breaks the model; QA-LoRA's product moves all "
         "offsets of a matrix at once along few directions. The authors' scripts train 10,000 steps.",
     ),
     ("int3-qa-blora", "int3-qa-lora"): (
-        "At equal trainable numbers QA-BLoRA has the higher rank, and its outputs share offsets by fours. A guess: in so "
-        "few steps rank is not what is short.",
+        "At equal trainable parameters QA-BLoRA has the higher rank, and its outputs share offsets by fours. A guess: in "
+        "so few steps rank is not what is short.",
     ),
 }
 """What is thought to be behind an order that these seeds do not show, with measured numbers where there are any."""
@@ -118,7 +118,7 @@ def table(name: str, cells: Cells) -> list[str]:
     if not rows:
         return []
     lines = ["", f"## {TITLES[name]}", ""]
-    heads = ["row", rows[0].metric, "seeds", "trained numbers", "learning rate", "of scales", "codes moved"]
+    heads = ["row", rows[0].metric, "seeds", "trained parameters", "learning rate", "of scales", "codes moved"]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         found = list(cells[row.name].values())

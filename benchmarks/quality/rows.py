@@ -68,7 +68,7 @@ def _rows() -> list[Row]:
     rows += [Row(f"nf4-{name}", "nf4", {"name": name, "rank": 16}, nf4, high) for name in ("qlora", "loftq", "q-bara")]
     rows += [Row("nf4-loftq-start", "nf4", {"name": "loftq", "rank": 16}, nf4)]  # before the first step
     int3 = {"bits": 3, "group": 32, "zero": "real"}
-    # Ranks that give every row of the table the trainable numbers of QA-HiRA, within 2 %.
+    # Ranks that give every row of the table the trainable parameters of QA-HiRA, within 2 %.
     rows += [
         Row("int3-rtn", "int3", {"name": "rtn"}, int3),
         Row("int3-qa-lora", "int3", {"name": "qa-lora", "rank": 21, "alpha": 21.0}, int3, (1e-4, 3e-4, 1e-3)),

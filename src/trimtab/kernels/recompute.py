@@ -44,7 +44,7 @@ class Source(Protocol):
         """W as `dequantize` with `reuse`, and the gradients without forming dL/dW; None where that would cost more."""
 
 
-class Inputs(Protocol):
+class InputQuantizer(Protocol):
     """What rounds x before it meets W (see `activations`)."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _rows(t: Tensor) -> Tensor:
 class _RebuiltLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, source: Source, bias: Tensor | None, inputs: Inputs | None, *trained: Tensor
+        ctx: Any, x: Tensor, source: Source, bias: Tensor | None, inputs: InputQuantizer | None, *trained: Tensor
     ) -> Tensor:
         ctx.source, ctx.inputs, ctx.trained = source, inputs, trained
         y = F.linear(x if inputs is None else inputs(x), source.dequantize(x.dtype, reuse=True), bias)
@@ -74,7 +74,7 @@ class _RebuiltLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         source: Source = ctx.source
-        inputs: Inputs | None = ctx.inputs
+        inputs: InputQuantizer | None = ctx.inputs
         found, x, y = None, *(*ctx.saved_tensors, None, None)[:2]
         if y is not None:
             seen = x if inputs is None else inputs(x)
@@ -94,7 +94,7 @@ class _RebuiltLinear(torch.autograd.Function):
         return grad_x, None, None, None, *found
 
 
-def linear(x_BK: Tensor, source: Source, bias_N: Tensor | None = None, inputs: Inputs | None = None) -> Tensor:
+def linear(x_BK: Tensor, source: Source, bias_N: Tensor | None = None, inputs: InputQuantizer | None = None) -> Tensor:
     """x W^T + bias with W from `source`, made again in backward.
 
     Args:

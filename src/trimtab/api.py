@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import UserError
-from trimtab.extras import require
+from trimtab.extras import require, require_library
 from trimtab.recipe.recipe import Recipe, as_recipe, read
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def evaluate(
         block_tokens: length of a window; None for the recipe's, or 1024.
         tokens: at most this many; None for the recipe's, or all where `data` is given.
     """
-    require("`trimtab eval`", "train")
+    require_library("`trimtab eval`", "datasets")
     from trimtab.data.rows import load_rows
     from trimtab.data.sequences import token_windows
     from trimtab.evaluation.perplexity import perplexity
@@ -257,7 +257,7 @@ def parity(
         data: held-out text; None for what the recipe names.
         tokens: how many to compare on.
     """
-    require("`trimtab parity`", "train")
+    require_library("`trimtab parity`", "datasets")
     from trimtab.evaluation import serving
 
     return serving.parity(path, engine, python=python, trained=trained, path=data, tokens=tokens)
@@ -336,6 +336,6 @@ def prune(
         seed=seed,
     )
     if options.reads_text:
-        require("pruning on calibration text", "train")
+        require_library("pruning on a calibration set", "datasets")
     text = {"text": data, "split": split, "tokens": tokens, "block_tokens": block_tokens}
     return prune_checkpoint(path, out, options, **text, dtype=dtype)  # type: ignore[arg-type]

@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_gguf_export import FAMILIES, GEMMA, SIZES, random_model
-
 import trimtab as tt
 from exported import EMBEDDING
+from gguf_models import FAMILIES, GEMMA, SIZES, random_model
 from trimtab.evaluation import serving
 from trimtab.formats.export import write
 from trimtab.methods import LrQat, Method, QaHira, Rtn

@@ -223,8 +223,8 @@ class Terminal:
     def rows(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Any table of text."""
         table = Table(title=title or None, title_justify="left", box=None)
-        for column in header:
-            table.add_column(column)
+        for i, column in enumerate(header):
+            table.add_column(column, no_wrap=i == 0)  # names are read whole, whatever else has to wrap
         for row in rows:
             table.add_row(*map(escape, row))
         self.console.print(table)

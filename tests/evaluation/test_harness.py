@@ -188,7 +188,7 @@ def test_what_is_refused(given: Path) -> None:
 
 
 def test_on_the_command_line_and_in_a_recipe(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options: Any = {"tasks": "piqa", "path": str(given / "data"), "limit": None, "out": str(tmp_path / "both.json")}
+    options: Any = {"tasks": "piqa", "data": str(given / "data"), "limit": None, "out": str(tmp_path / "both.json")}
     cli.harness(str(given / "saved"), str(given / "model"), **options)
     printed = capsys.readouterr().out
     both = harness.read(tmp_path / "both.json")

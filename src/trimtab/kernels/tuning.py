@@ -17,14 +17,13 @@ import torch
 from trimtab.kernels import heap, products
 
 _log = logging.getLogger("trimtab")
-_allowed: bool | None = None
 _heap_done = False
 _untold: list[str] = []
 
 
 def allowed() -> bool:
-    """Whether the process may be changed: what `tune` said last, else TRIMTAB_TUNE (anything but 0)."""
-    return os.environ.get("TRIMTAB_TUNE") != "0" if _allowed is None else _allowed
+    """Whether the process may be changed: unless TRIMTAB_TUNE is 0, which `tune(False)` sets."""
+    return os.environ.get("TRIMTAB_TUNE") != "0"
 
 
 def tune(enabled: bool = True) -> None:
@@ -38,8 +37,8 @@ def tune(enabled: bool = True) -> None:
         >>> import trimtab as tt
         >>> tt.tune(False)  # before the first model is loaded
     """
-    global _allowed
-    _allowed = enabled
+    # In the environment, so that processes started from here (the reload that a run compares, workers of a search) follow.
+    os.environ["TRIMTAB_TUNE"] = "1" if enabled else "0"
     if not enabled:
         products.uninstall()
 

@@ -134,8 +134,7 @@ def _load(recipe: Recipe, given: RunContext, metrics: dict[str, Any], watch: Obs
     watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
     model = build(recipe, given)
     metrics["load_peak_memory_bytes"] = peak_bytes()
-    for line in tuning.announcements():
-        watch.say(line)
+    _announce(watch)
     for line in fitted_starts(model):
         watch.say(line)
     return model
@@ -151,6 +150,12 @@ def _simulate(recipe: Recipe, model: PreTrainedModel, given: RunContext, watch: 
     simulate(recipe, model, given)
 
 
+def _announce(watch: Observer) -> None:
+    """Say once what was changed in this process."""
+    for line in tuning.announcements():
+        watch.say(line)
+
+
 def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: bool, watch: Observer) -> dict[str, Any]:
     from trimtab.training.trainer import fit
 
@@ -160,6 +165,7 @@ def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: boo
         return {"train_seconds": 0.0, "tokens": 0, "trainable": count, "losses": []}
     watch.say(f"training {count:,} parameters for {recipe.train.steps} steps on {describe(given.rows)}")
     done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=given.rows)
+    _announce(watch)
     return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": count, "losses": done.losses}
 
 

@@ -55,6 +55,7 @@ from trimtab.kernels import heap
 from trimtab.memory import process
 from trimtab.memory.peak import peak_of_training
 from trimtab.models import load as loading
+from trimtab.models.head import Head
 from trimtab.models.sources import open_source
 from trimtab.recipe import rules
 from trimtab.training.loss import chunked_cross_entropy
@@ -264,7 +265,7 @@ def _stepper(model: Any) -> Callable[[], float]:
 
     def take() -> float:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        loss = chunked_cross_entropy(hidden, head, ids[:, 1:].flatten()) / (TOKENS - 1)
+        loss = chunked_cross_entropy(hidden, Head(head), ids[:, 1:].flatten()) / (TOKENS - 1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

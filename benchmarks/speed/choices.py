@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from trimtab.kernels import recompute
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
+from trimtab.models.head import Head
 from trimtab.quant.grid import Grid
 from trimtab.quant.packing import LAYOUT, pack, unpack
 from trimtab.training.loss import chunked_cross_entropy
@@ -134,7 +135,7 @@ def loss_cases() -> Cases:
         (-outputs[0].sum()).backward()
 
     return {
-        "ours, in chunks": lambda: chunked_cross_entropy(hidden, head, labels).backward(),
+        "ours, in chunks": lambda: chunked_cross_entropy(hidden, Head(head), labels).backward(),
         "TRL's tiles": trl,
         "plain, all logits at once": lambda: F.cross_entropy((hidden @ head.t()).float(), labels).backward(),
     }

@@ -37,10 +37,10 @@ from trimtab.models.architecture import (
     Architecture,
     architecture_of,
     rope,
-    scales_logits,
     softcap,
     windowed,
 )
+from trimtab.models.head import AfterHead, after_head
 from trimtab.pruning import structures
 from trimtab.quant.grid import Grid
 
@@ -211,7 +211,7 @@ def test_logits_are_the_head_of_the_final_norm_of_the_last_block(name: str) -> N
         expected = cap * torch.tanh(plain / cap)
         assert (expected - plain).abs().max() > 0.1
     torch.testing.assert_close(logits, expected)
-    assert not scales_logits(model.config)
+    assert after_head(model) == AfterHead(softcap=cap)
 
 
 @each
@@ -313,7 +313,7 @@ def test_another_model_like_llama_has_its_norm_and_says_that_it_scales() -> None
     model = random_model(OTHERS["granite"])
     norm = decoder.final_norm(model)
     seen, logits = inputs_of(model, {"norm": norm})
-    assert scales_logits(model.config)
+    assert after_head(model) == AfterHead(factor=0.25)
     with torch.no_grad():
         torch.testing.assert_close(logits, model.lm_head(norm(seen["norm"][0])) / 4.0)
 
@@ -321,8 +321,7 @@ def test_another_model_like_llama_has_its_norm_and_says_that_it_scales() -> None
 @pytest.mark.parametrize("name", ["gpt_neox", "opt"])
 def test_what_is_not_known_of_another_model_is_refused_by_its_type(name: str) -> None:
     model = random_model(OTHERS[name])
-    assert not scales_logits(model.config)
-    assert softcap(model.config) is None
+    assert after_head(model) == AfterHead()
     with pytest.raises(UserError, match=f"final norm of {name} models is not known"):
         decoder.final_norm(model)
     with pytest.raises(UserError, match=f"final norm of {name} models is not known"):

@@ -19,6 +19,7 @@ from trimtab.errors import UserError
 from trimtab.evaluation import parity
 from trimtab.memory.peak import Plan, Teaching, peak_of_training, saved_storages
 from trimtab.memory.plan import teaching
+from trimtab.models.head import AfterHead, Head
 from trimtab.models.load import load, load_float
 from trimtab.models.sources import open_source
 from trimtab.pipeline.run import run
@@ -29,7 +30,6 @@ from trimtab.training.divergence import (
     LOGITS_CHUNK_TOKENS,
     Distillation,
     FullTargets,
-    Head,
     Targets,
     TopTargets,
     top_of,
@@ -55,7 +55,7 @@ class Case:
         self.labels = torch.randint(VOCABULARY, (tokens,), generator=random)
         self.labels[torch.rand(tokens, generator=random) < ignored] = IGNORED
         states = torch.randn(int((self.labels != IGNORED).sum()), WIDER, generator=random)
-        head = Head(torch.randn(VOCABULARY, WIDER, generator=random) / 2, softcap=softcap)
+        head = Head(torch.randn(VOCABULARY, WIDER, generator=random) / 2, after=AfterHead(softcap=softcap))
         self.full = FullTargets(states, lambda: head)
         self.teacher = self.capped(states.double() @ head.weight_VD.double().T)
 
@@ -69,8 +69,8 @@ class Case:
 
     def ours(self, weight: float, temperature: float, targets: Targets) -> Tensor:
         distillation = Distillation(weight, temperature, targets)
-        options: Any = {"bias_V": self.bias, "softcap": self.softcap, "distillation": distillation}
-        return chunked_cross_entropy(self.hidden, self.weight, self.labels, **options)
+        head = Head(self.weight, self.bias, AfterHead(softcap=self.softcap))
+        return chunked_cross_entropy(self.hidden, head, self.labels, distillation)
 
     def exact(self, weight: float, temperature: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(1 - w) CE + w T^2 KL and its gradient, in float64; with `kept` (T, V), of distributions with one bucket."""
@@ -174,7 +174,7 @@ def test_from_logits_it_is_the_same(kind: str) -> None:
     case = Case(C + 40)
     targets = {"none": None, "full": case.full, "top": case.top(6, 2.0)[0]}[kind]
     distillation = None if targets is None else Distillation(0.4, 2.0, targets)
-    chunked = chunked_cross_entropy(case.hidden, case.weight, case.labels, distillation=distillation)
+    chunked = chunked_cross_entropy(case.hidden, Head(case.weight), case.labels, distillation)
     (gradient,) = torch.autograd.grad(chunked, case.hidden)
     plain = loss_of_logits(case.logits(case.hidden), case.labels, distillation)
     plain.backward()
@@ -186,7 +186,7 @@ def test_students_far_from_their_teacher() -> None:
     """Logits so far apart that probabilities underflow give large but finite numbers."""
     hidden, weight = torch.tensor([[100.0]], requires_grad=True), torch.tensor([[3.0], [0.0], [-3.0]])
     targets = TopTargets(torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[2]]))
-    loss = chunked_cross_entropy(hidden, weight, torch.tensor([2]), distillation=Distillation(1.0, 1.0, targets))
+    loss = chunked_cross_entropy(hidden, Head(weight), torch.tensor([2]), Distillation(1.0, 1.0, targets))
     loss.backward()
     entropy = 0.9 * torch.tensor(0.9).log() + 0.1 * torch.tensor(0.1).log()
     assert loss.item() == pytest.approx(entropy.item() + 0.9 * 600, rel=1e-6)

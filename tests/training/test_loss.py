@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.memory.peak import saved_storages
+from trimtab.models.head import AfterHead, Head
 from trimtab.training.divergence import LOGITS_CHUNK_TOKENS
 from trimtab.training.loss import IGNORED, chunked_cross_entropy
 
@@ -21,7 +22,7 @@ SIZES = [
     (3 * C + 17, 0.3),
     (2 * C + 5, 0.97),
 ]
-OPTIONS = ["plain", "bias", "softcap", "bias and softcap"]
+OPTIONS = ["plain", "bias", "softcap", "bias and softcap", "factor", "factor, bias and softcap"]
 # The largest error of value and gradient, relative: bfloat16 rounds logits, errors and products to 8 bits.
 TOLERANCE = {torch.float64: (1e-6, 1e-6), torch.float32: (1e-6, 2e-6), torch.bfloat16: (5e-3, 1e-2)}
 
@@ -33,16 +34,21 @@ class Case:
         self.weight = torch.randn(VOCABULARY, HIDDEN, generator=random).to(dtype)
         self.bias = torch.randn(VOCABULARY, generator=random).to(dtype) if "bias" in options else None
         self.softcap = 6.0 if "softcap" in options else None
+        self.factor = 0.3 if "factor" in options else 1.0
         self.labels = torch.randint(VOCABULARY, (tokens,), generator=random)
         self.labels[torch.rand(tokens, generator=random) < ignored] = IGNORED
 
     def ours(self) -> Tensor:
-        return chunked_cross_entropy(self.hidden, self.weight, self.labels, bias_V=self.bias, softcap=self.softcap)
+        return chunked_cross_entropy(self.hidden, self.head(), self.labels)
+
+    def head(self) -> Head:
+        return Head(self.weight, self.bias, AfterHead(self.factor, self.softcap))
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """Value and gradient by autograd in float64, from the same inputs."""
         hidden = self.hidden.detach().double().requires_grad_()
         logits = F.linear(hidden, self.weight.double(), None if self.bias is None else self.bias.double())
+        logits = self.factor * logits
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         loss = F.cross_entropy(logits, self.labels, ignore_index=-100, reduction="sum")
@@ -94,7 +100,7 @@ def test_how_tokens_are_chunked_changes_nothing() -> None:
     case = Case(C + 40, 0.0, "softcap", torch.float32)
     case.ours().backward()
     later = Case(C + 40, 0.0, "softcap", torch.float32)
-    part = chunked_cross_entropy(later.hidden[40:], later.weight, later.labels[40:], softcap=later.softcap)
+    part = chunked_cross_entropy(later.hidden[40:], later.head(), later.labels[40:])
     part.backward()
     torch.testing.assert_close(later.hidden.grad[40:], case.hidden.grad[40:], rtol=1e-6, atol=1e-6)
 
@@ -102,7 +108,7 @@ def test_how_tokens_are_chunked_changes_nothing() -> None:
 def test_large_logits_neither_overflow_nor_vanish() -> None:
     hidden = torch.tensor([[1000.0, 0.0], [-1000.0, 0.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    loss = chunked_cross_entropy(hidden, weight, torch.tensor([0, 0]))
+    loss = chunked_cross_entropy(hidden, Head(weight), torch.tensor([0, 0]))
     loss.backward()
     assert loss.item() == 2000
     assert torch.equal(hidden.grad, torch.tensor([[0.0, 0.0], [-2.0, 0.0]]))
@@ -122,7 +128,7 @@ def test_it_keeps_no_more_than_the_hidden_states() -> None:
     hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
     weight = torch.randn(vocabulary, HIDDEN)
     with saved_storages() as seen:
-        chunked_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.int64)).backward()
+        chunked_cross_entropy(hidden, Head(weight), torch.zeros(tokens, dtype=torch.int64)).backward()
     own = {weight.untyped_storage()._cdata, hidden.untyped_storage()._cdata}
     kept = sum(size for key, (size, _) in seen.items() if key not in own)
     assert kept <= 3 * hidden.nbytes

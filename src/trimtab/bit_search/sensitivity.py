@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from trimtab.bit_search.space import Unit
 from trimtab.layers import weights
-from trimtab.models.architecture import softcap
 from trimtab.models.decoder import blocks, final_norm
+from trimtab.models.head import Head, require_after_head
 from trimtab.recipe.rules import Placement
-from trimtab.training.divergence import Head, chunks
+from trimtab.training.divergence import chunks
 from trimtab.training.loss import chunked_cross_entropy
 
 if TYPE_CHECKING:
@@ -152,11 +152,11 @@ def divergence(
         moved_BLD: of the other.
         heads: weights (vocabulary, D) of the two heads where they differ.
     """
-    norm, head, cap = final_norm(model), model.get_output_embeddings(), softcap(model.config)
+    norm, head, after = final_norm(model), model.get_output_embeddings(), require_after_head(model)
     weights_ = heads or (head.weight, head.weight)
     total = 0.0
     for pair in zip(float_BLD, moved_BLD, strict=True):
-        logits = (Head(w, head.bias, cap).logits(norm(h)) for h, w in zip(pair, weights_, strict=True))
+        logits = (Head(w, head.bias, after).logits(norm(h)) for h, w in zip(pair, weights_, strict=True))
         p, q = (F.log_softmax(x, -1) for x in logits)
         total += F.kl_div(q, p, reduction="sum", log_target=True).item()
     return total
@@ -207,7 +207,7 @@ def fisher(
             hidden = model.base_model(input_ids=ids_L[None], use_cache=False).last_hidden_state[0, :-1]
             head = Head.of(model, hidden.dtype)
             labels = drawn(head, hidden.detach(), draw)
-            chunked_cross_entropy(hidden, head.weight_VD, labels, bias_V=head.bias_V, softcap=head.softcap).backward()
+            chunked_cross_entropy(hidden, head, labels).backward()
     cost, count = np.zeros((len(units), len(placements))), len(windows_WL) * (windows_WL.shape[1] - 1)
     for u, unit in enumerate(units):
         for name in unit.layers:

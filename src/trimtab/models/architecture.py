@@ -97,7 +97,7 @@ class Architecture:
     attention_softcap: str | None = None
     """The same for scores of attention."""
     logit_factors: tuple[str, ...] = ()
-    """Keys of numbers that multiply or divide the logits."""
+    """Keys of numbers that may multiply or divide the logits: what `head` tries."""
     window_everywhere: bool = False
     """Whether all layers see a window where the config has one; else those that `layer_types` names do."""
     by_layer: tuple[str, ...] = ("layer_types", "no_rope_layers", "mlp_layer_types")
@@ -206,7 +206,7 @@ def architecture_of(model_or_config: Any) -> Architecture:
         embedding_scale="scalar_embed_scale",
         softcap="final_logit_softcapping",
         attention_softcap="attn_logit_softcapping",
-        logit_factors=("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"),
+        logit_factors=("logit_scale", "logits_scaling", "lm_head_multiplier"),
     )
 
 
@@ -233,12 +233,6 @@ def softcap(config: Any) -> float | None:
     text = config.get_text_config()
     key = architecture_of(text).softcap
     return None if key is None else getattr(text, key, None)
-
-
-def scales_logits(config: Any) -> bool:
-    """Whether a model multiplies its logits, so that its head is not all that follows its hidden states."""
-    text = config.get_text_config()
-    return any(getattr(text, key, None) not in (None, 1, 1.0) for key in architecture_of(text).logit_factors)
 
 
 def windowed(config: Any) -> list[bool]:

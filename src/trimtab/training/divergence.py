@@ -17,45 +17,15 @@ Legend: C tokens of a chunk, T counted tokens, V vocabulary, D hidden size, k ke
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from trimtab.layers.linear import QuantLinear
-from trimtab.models.architecture import softcap
+from trimtab.models.head import Head
 
 LOGITS_CHUNK_TOKENS = 128
 """Tokens whose logits exist at once in training."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns hidden states into logits: softcap * tanh((h W^T + bias) / softcap), or without the cap."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, model: Any, dtype: torch.dtype, *, reuse: bool = False) -> "Head":
-        """The frozen head of a causal model.
-
-        Args:
-            model: its head is a linear layer, float or ours.
-            dtype: of the hidden states.
-            reuse: a quantized head may lie in the shared buffer; no other layer may then run until the loss is there.
-        """
-        head = model.get_output_embeddings()
-        quantized = isinstance(head, QuantLinear)
-        weight = head.dequantize(dtype, reuse=reuse) if quantized else head.weight.detach().to(dtype)
-        bias = None if head.bias is None else head.bias.detach().to(dtype)
-        return cls(weight, bias, softcap(model.config))
-
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Float32 logits (C, V)."""
-        logits = torch.nn.functional.linear(hidden_CD, self.weight_VD, self.bias_V).float()
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 class Targets(Protocol):

@@ -8,7 +8,7 @@ Each chunk's logits are made once, turned into that gradient, and dropped; what 
 the hidden states. (TRL's chunked loss makes the logits twice and, without Triton, took four times as long on a CPU; it
 also reads `lm_head.weight`, which a quantized head does not have.)
 
-Where the chunked loss cannot serve (a trained head, scaled logits), `loss_of_logits` computes the same from logits.
+Where it cannot serve (a trained head, logits of another form), `loss_of_logits` computes the same from logits.
 
 Legend: T tokens, D hidden size, V vocabulary, C tokens of a chunk.
 """
@@ -20,35 +20,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.training.divergence import Distillation, Head, chunks
+from trimtab.models.head import Head
+from trimtab.training.divergence import Distillation, chunks
 
 IGNORED = -100
 """Label of tokens that do not count."""
 
 
 def chunked_cross_entropy(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-    distillation: Distillation | None = None,
+    hidden_TD: Tensor, head: Head, labels_T: Tensor, distillation: Distillation | None = None
 ) -> Tensor:
-    """Sum of -log softmax(h W^T + bias)[y] over the tokens whose label counts; with a teacher, (1 - w) CE + w T^2 KL.
+    """Sum of -log softmax(logits)[y] over the tokens whose label counts; with a teacher, (1 - w) CE + w T^2 KL.
 
     Args:
         hidden_TD: last hidden states, with gradients.
-        weight_VD: the head's weight, frozen, in the same dtype.
+        head: frozen, in the same dtype.
         labels_T: int64 labels already shifted; -100 does not count.
-        bias_V: the head's bias, frozen.
-        softcap: logits are passed through softcap * tanh(logits / softcap) (Gemma 2).
         distillation: the teacher's targets of the counted tokens.
 
     Returns:
         A float32 scalar whose gradient reaches `hidden_TD` only.
     """
-    head = Head(weight_VD, bias_V, softcap)
     counted = labels_T != IGNORED
     hidden, labels = hidden_TD[counted], labels_T[counted]
     with torch.no_grad():
@@ -65,9 +57,9 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """A chunk's summed loss and its gradient in the hidden states; its logits are gone before the next ones come."""
     logits = head.logits(hidden)
-    slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+    slope = head.after.slope(logits)
     part, error = _error(logits, labels, chunk, distillation)
-    if slope is not None:
+    if not isinstance(slope, float) or slope != 1:
         error *= slope
     return part, error.to(hidden.dtype) @ head.weight_VD
 
@@ -116,22 +108,19 @@ def _error(logits: Tensor, labels: Tensor, chunk: slice, distillation: Distillat
 def summed_loss(
     model: PreTrainedModel, labels_BL: Tensor, distillation: Distillation | None = None, **inputs: Any
 ) -> Tensor:
-    """Sum of the next-token losses of a causal model whose head is frozen, never holding all logits.
+    """Sum of the next-token losses of a causal model whose head is frozen.
+
+    It never holds all logits, unless the model makes them in a way of its own (`Head.fits`).
 
     Args:
-        model: on its base model's hidden states the head is all that follows.
+        model: in any mode, its head frozen.
         labels_BL: int64 labels in step with the tokens; -100 does not count.
         distillation: the teacher's targets of the counted tokens.
         inputs: what the model's forward takes.
     """
+    labels_T = labels_BL[:, 1:].flatten()
+    if not Head.fits(model):
+        return loss_of_logits(model(**inputs).logits[:, :-1].flatten(0, 1), labels_T, distillation)
     hidden = model.base_model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
     # The head's weight lies in the shared buffer: no other layer runs until the loss is there.
-    head = Head.of(model, hidden.dtype, reuse=True)
-    return chunked_cross_entropy(
-        hidden,
-        head.weight_VD,
-        labels_BL[:, 1:].flatten(),
-        bias_V=head.bias_V,
-        softcap=head.softcap,
-        distillation=distillation,
-    )
+    return chunked_cross_entropy(hidden, Head.of(model, hidden.dtype, reuse=True), labels_T, distillation)

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from trimtab.errors import UserError
 from trimtab.methods.rtn import Rtn
-from trimtab.models.architecture import scales_logits
+from trimtab.models.head import Head
 from trimtab.models.load import load, load_float
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.quant.grid import Grid
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule
-from trimtab.training.divergence import FullTargets, Head
+from trimtab.training.divergence import FullTargets
 from trimtab.training.loss import IGNORED
 
 _INT8 = Grid(bits=8, group=None)
@@ -91,7 +91,7 @@ class LiveTeacher:
         """
         inputs = {k: v for k, v in batch.items() if k != "labels"} | {"use_cache": False}
         counted = batch["labels"][:, 1:].flatten() != IGNORED
-        if scales_logits(self.model.config):
+        if not Head.fits(self.model):
             logits = self.model(**inputs).logits
             return FullTargets(logits[:, :-1].flatten(0, 1)[counted], None)
         hidden = self.model.base_model(**inputs).last_hidden_state

@@ -27,7 +27,6 @@ from trimtab.data.rows import conversational, load_rows
 from trimtab.data.sequences import text_of
 from trimtab.errors import UserError, nearest
 from trimtab.kernels import tuning, workspace
-from trimtab.models.architecture import scales_logits
 from trimtab.models.transformers_bridge import attach
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
@@ -148,11 +147,10 @@ class _Trainer(SFTTrainer):
         return Distillation(self.distill.weight, self.distill.temperature, self.teacher.targets(inputs))
 
     def _needs_logits(self, model: Any) -> bool:
-        """Whether the chunked loss cannot serve: a trained head, scaled logits, or a wrapper whose forward must run."""
+        """Whether the chunked loss cannot serve: a trained head, or a wrapper whose forward must run."""
         if model is not self.model or self.accelerator.num_processes > 1:
             return True
-        trained = any(p.requires_grad for p in model.get_output_embeddings().parameters())
-        return trained or scales_logits(model.config)
+        return any(p.requires_grad for p in model.get_output_embeddings().parameters())
 
     def _count_tokens(self, inputs: dict[str, Any]) -> None:
         mask = inputs.get("attention_mask")

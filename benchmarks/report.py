@@ -20,6 +20,7 @@ from benchmarks.quality import report as quality
 from benchmarks.search import report as search
 from benchmarks.serving import report as serving
 from benchmarks.speed.report import choices, dequantize, generate, products, step, step_1b
+from trimtab.report.terminal import movements
 
 
 def demo(metrics: dict[str, Any], parity: dict[str, Any]) -> list[str]:
@@ -40,7 +41,9 @@ def demo(metrics: dict[str, Any], parity: dict[str, Any]) -> list[str]:
         "",
         f"{metrics['tokens']:,} tokens in {metrics['train_seconds']:.0f} s on 2 CPU cores; {metrics['trainable']:,}",
         f"trained parameters; peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB with interpreter and libraries;",
-        f"{metrics['disk_bytes'] / 1e6:.1f} MB on disk; codes changed by folding: {metrics['codes_changed_by_fold']}.",
+        f"{metrics['disk_bytes'] / 1e6:.1f} MB on disk.",
+        "",
+        *(f"* {line}" for line in movements(metrics)),
         "",
         "| stage | largest logit difference | top-1 agreement | same bits |",
         "|---|---|---|---|",

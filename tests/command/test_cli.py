@@ -200,7 +200,9 @@ def test_results() -> None:
     shown, file = terminal()
     metrics = {
         "perplexity": {"float": 10.0, "rounded": None, "tuned": 9.5},
-        "codes_changed_by_fold": 0,
+        "weights_changed_by_fold": 0,
+        "moved_by_training": {"codes": 5, "of_codes": 2000, "groups": 30, "of_groups": 40},
+        "fold_error": 0.0,
         "fold": "14 layers folded, bitwise",
         "peak_memory_bytes": 2_000_000_000,
         "disk_bytes": 999,
@@ -219,7 +221,8 @@ def test_results() -> None:
         "2.00 GB",
         "999 B",
         "2 s, 100 tokens, 50 tok/s",
-        "codes changed by folding: 0 (14 layers folded, bitwise)",
+        "training moved 5 of 2,000 codes (0.2%), and scale or zero of 30 of 40 groups (75.0%)",
+        "folding (14 layers folded, bitwise) then changed 0 weights",
         "answer after tuning: [red]4[/red] :smile:",
         "written to runs/[x]",
     ):

@@ -42,7 +42,7 @@ def tuned(path: Path, dtype: torch.dtype = torch.bfloat16, rules: Any = QA_HIRA)
         assert isinstance(layer.adapter, DeltaOffset)
         for p in layer.adapter.parameters():
             p.data.normal_(std=0.01)
-    assert all(f.kind == "bitwise" and f.changed == 0 for f in fold(model))
+    assert all(f.kind == "bitwise" and f.differing == 0 for f in fold(model))
     return model
 
 

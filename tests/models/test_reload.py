@@ -199,7 +199,7 @@ def test_folding_a_model(name: str, saved: dict[str, Any]) -> None:
         assert all(0 < f.error < 4e-3 for f in saved[f"{name}-merge-report"])
         assert (merged - trained).float().norm() < 0.05 * trained.float().norm()
     else:
-        assert {(f.action, f.kind, f.error, f.changed) for f in report} == {("folded", "bitwise", 0.0, 0)}
+        assert {(f.action, f.kind, f.error, f.differing) for f in report} == {("folded", "bitwise", 0.0, 0)}
         assert not has
     assert len(report) == len({f.name for f in report}) == (12 if name == "peqa" else 14 + (name in ("qa-hira", "qat")))
 

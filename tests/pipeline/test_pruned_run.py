@@ -69,7 +69,7 @@ def tuned(name: str, rules: list[dict[str, Any]], folder: Path) -> PreTrainedMod
     prune.save(model, folder / "pruned", byte_level_tokenizer(), {})
     model = tt.load(str(folder / "pruned"), LrQat(rank=4, alpha=64.0), rules)[0]
     exported.shake(model)
-    assert all(layer.changed == 0 for layer in tt.fold(model))
+    assert all(layer.differing == 0 for layer in tt.fold(model))
     untuned = exported.linears(tt.load(str(folder / "pruned"), Rtn(), rules)[0])
     moved = [n for n, x in exported.linears(model).items() if not torch.equal(x.base.codes, untuned[n].base.codes)]
     assert len(moved) > 10

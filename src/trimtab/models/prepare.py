@@ -16,6 +16,7 @@ from trimtab.errors import UserError
 from trimtab.kernels import tuning
 from trimtab.layers.adapters import FoldKind
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.layers.movement import Movement, movement
 from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, base_weight
 from trimtab.models import gptq
@@ -296,8 +297,10 @@ class LayerFold:
     kind: FoldKind
     error: float
     """Relative Frobenius error of the folded or merged weight; 0 for bitwise."""
-    changed: int
-    """Weights whose float32 value differs between the trained layer and the folded one; for a bitwise fold, codes."""
+    differing: int
+    """Weights whose float32 value in what is stored is not the one that was trained, base and adapter together."""
+    moved: Movement
+    """What training moved of the stored weight."""
 
 
 def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
@@ -321,13 +324,15 @@ def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
             )
         folded = adapter.fold(layer.base)
         if adapter.stays(merge):
-            report.append(LayerFold(name, adapter.place, "kept", folded.kind, folded.error, 0))
+            still = movement(layer.base, layer.base)
+            report.append(LayerFold(name, adapter.place, "kept", folded.kind, folded.error, 0, still))
             continue
         with torch.no_grad():
-            trained = layer.dequantize(torch.float32)
-            changed = int((folded.weight.dequantize(torch.float32) != trained).sum())
+            trained = adapter.merged(layer.base, torch.float32)
+            differing = int((folded.weight.dequantize(torch.float32) != trained).sum())
         action: Literal["folded", "merged"] = "folded" if adapter.moves_weight else "merged"
-        report.append(LayerFold(name, adapter.place, action, folded.kind, folded.error, changed))
+        moved = movement(layer.base, folded.weight)
+        report.append(LayerFold(name, adapter.place, action, folded.kind, folded.error, differing, moved))
         layer.base, layer.adapter = folded.weight, None
     attach(model)
     return report

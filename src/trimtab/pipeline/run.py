@@ -24,6 +24,7 @@ from trimtab.formats import get
 from trimtab.formats.export import write
 from trimtab.formats.native.write import disk_bytes, save
 from trimtab.kernels import tuning
+from trimtab.layers.movement import Movement
 from trimtab.memory.process import peak_bytes, reset_peak
 from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
@@ -185,8 +186,9 @@ def _fold_and_save(
     _export(recipe, model, tokenizer, unfolded, watch)
     watch.say("folding and saving")
     folded = fold(model, merge=recipe.merge)
-    metrics["codes_changed_by_fold"] = sum(layer.changed for layer in folded if layer.kind == "bitwise")
     metrics["fold"] = _summary(folded)
+    metrics["weights_changed_by_fold"] = sum(layer.differing for layer in folded)
+    metrics["moved_by_training"] = sum((layer.moved for layer in folded), Movement())._asdict()
     metrics["fold_error"] = max((layer.error for layer in folded if layer.action == "merged"), default=0.0)
     save(model, recipe.out, tokenizer, recipe=recipe.to_yaml())
     metrics["disk_bytes"] = disk_bytes(recipe.out)

@@ -34,6 +34,23 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def movements(metrics: Mapping[str, Any]) -> list[str]:
+    """What training moved of the codes, and that folding moved nothing more: two lines, since each alone misleads."""
+    if "moved_by_training" not in metrics:
+        return []
+    moved, differing, error = (metrics[key] for key in ("moved_by_training", "weights_changed_by_fold", "fold_error"))
+    lines = []
+    if moved["of_codes"]:
+        codes, groups = (
+            f"{moved[what]:,} of {moved[f'of_{what}']:,} {name} ({moved[what] / moved[f'of_{what}']:.1%})"
+            for what, name in (("codes", "codes"), ("groups", "groups"))
+        )
+        lines.append(f"training moved {codes}, and scale or zero of {groups}")
+    by = f", by at most {error:.1e} of a layer's norm" if error else ""
+    lines.append(f"folding ({metrics['fold']}) then changed {differing:,} weights{by}")
+    return lines
+
+
 class Terminal:
     """Shows a run as it goes."""
 
@@ -79,7 +96,9 @@ class Terminal:
         if metrics.get("tasks"):
             tasks = [(name, f"{v:.4f} ± {e:.4f}", str(n)) for name, (v, e, n) in metrics["tasks"].items()]
             self.rows("tasks, tuned", ("", "accuracy", "items"), tasks)
-        self._parities(metrics, parities)
+        self._parities(parities)
+        for line in movements(metrics):
+            self.say(line)
         table = Table(box=None, show_header=False, title="bytes and time", title_justify="left")
         for name in ("peak_memory_bytes", "disk_bytes"):
             if metrics.get(name) is not None:
@@ -110,7 +129,7 @@ class Terminal:
         if table.row_count:
             self.console.print(table)
 
-    def _parities(self, metrics: Mapping[str, Any], parities: "Sequence[Parity]") -> None:
+    def _parities(self, parities: "Sequence[Parity]") -> None:
         if not parities:
             return
         table = Table(title="trained = folded = saved", title_justify="left", box=None)
@@ -127,7 +146,6 @@ class Terminal:
                 "yes" if p.identical else "no",
             )
         self.console.print(table)
-        self.console.print(f"codes changed by folding: {metrics['codes_changed_by_fold']} ({metrics['fold']})")
 
     def plan(self, plan: "Plan") -> None:
         """The memory plan, and whether it fits."""

@@ -20,6 +20,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
 from trimtab.models.decoder import block_names
 from trimtab.models.gptq import Gptq
+from trimtab.models.layout import tensors_of
 from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
 from trimtab.models.sources import ModelSource, fill, fill_where, open_source, require_finite, require_shape
 from trimtab.models.transformers_bridge import untie
@@ -61,7 +62,7 @@ def load(
     if start is None:
         for target in todo:
             _put(model, target, found, chosen, dtype)
-        return _complete(model, found, dtype), found.tokenizer()
+        return _complete(model, found), found.tokenizer()
 
     def put(target: Target, hessian_KK: Tensor | None) -> None:
         how = None if hessian_KK is None else partial(round_by_gptq, target=target, start=start, hessian_KK=hessian_KK)
@@ -70,12 +71,10 @@ def load(
     blocks = tuple(f"{name}." for name in block_names(model))
 
     def enter(block: str) -> None:
-        fill_where(
-            model, found, dtype, lambda name: name.startswith(f"{block}.") if block else not name.startswith(blocks)
-        )
+        fill_where(model, found, lambda name: name.startswith(f"{block}.") if block else not name.startswith(blocks))
 
     place_calibrated(model, todo, chosen, start, put, enter)
-    return _complete(model, found, dtype), found.tokenizer()
+    return _complete(model, found), found.tokenizer()
 
 
 def _put(
@@ -90,10 +89,10 @@ def _put(
     if target.kind == "tied":
         return place(model, target, torch.empty(0), method)
     name = f"{target.name}.weight"
-    weight = source.read(name)
+    weight = source.read(name, dtype if target.grid is None else None)
     require_shape(source, name, weight.shape, target.shape)
     require_finite(weight, name)
-    fill(model.get_submodule(target.name), "bias", f"{target.name}.bias", source, dtype)
+    fill(model.get_submodule(target.name), "bias", f"{target.name}.bias", source)
     if target.grid is None:  # it stays in float
         weight = weight.dequantize(dtype) if isinstance(weight, Weight) else weight.to(dtype)
     place(model, target, weight if how is None else how(weight), method)
@@ -109,7 +108,7 @@ def load_float(path: str, *, dtype: torch.dtype = torch.bfloat16, source: ModelS
         raise UserError(f"model.path: {path}: saved by trimtab, so there is no float model to compare with")
     model = source.layout(dtype=dtype)
     source.bind(model)
-    return _complete(model, source, dtype)
+    return _complete(model, source)
 
 
 def load_as_it_is(path: str) -> tuple[PreTrainedModel, Any]:
@@ -136,13 +135,13 @@ def _as_saved(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _complete(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _complete(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     """Read what no rule touched, tie what is tied, freeze."""
     untie(model)
-    fill_where(model, source, dtype, lambda _: True)
+    fill_where(model, source, lambda _: True)
     if getattr(model, "all_tied_weights_keys", {}):
-        model.tie_weights()
-    left = [name for name, p in model.named_parameters() if p.is_meta]
+        model.tie_weights(recompute_mapping=False)
+    left = [name for name, _, _, tensor in tensors_of(model) if tensor.is_meta]
     assert not left, left
     finish(model)
     model.eval()

@@ -14,21 +14,21 @@ import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from trimtab.errors import UserError
 from trimtab.extras import require
-from trimtab.kernels import tuning
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import Weight
+from trimtab.models.checkpoint import Checkpoint
+from trimtab.models.conversion import Conversion
+from trimtab.models.layout import layout, made_at_random, put, tensors_of
 from trimtab.models.registration import reader_of
 from trimtab.models.transformers_bridge import QUANT_METHOD
 
@@ -51,12 +51,17 @@ class ModelSource(ABC):
         """The model's tokenizer, or None if it was saved without one."""
 
     @abstractmethod
-    def read(self, name: str) -> Tensor | Weight:
-        """The parameter of this name."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor | Weight:
+        """The parameter or buffer of this name, as it is stored.
+
+        Args:
+            name: as the model calls it.
+            dtype: what the caller will cast it to, for a source that makes it of several tensors.
+        """
 
     @abstractmethod
     def bind(self, model: PreTrainedModel) -> None:
-        """Learn the names of this (meta-device) model's parameters, or check that they are there."""
+        """Learn where the tensors of this (meta-device) model are, and check that they are there."""
 
     def layout(self, **options: Any) -> PreTrainedModel:
         """The model on the meta device: nothing is read but names and shapes. `options` are those of `from_config`."""
@@ -64,41 +69,19 @@ class ModelSource(ABC):
 
 
 class SafetensorsSource(ModelSource):
-    """A directory of safetensors in transformers' layout."""
+    """A directory of safetensors, in any layout that transformers reads.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        UserError: as `Checkpoint`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            pickled = [f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
-            if pickled:
-                raise UserError(
-                    f"{path}: only pickled weights ({pickled[0]}), which can run code when read; "
-                    "convert them with transformers' `save_pretrained`, which writes safetensors"
-                )
-            raise UserError(f"{path}: holds no .safetensors file; fetch or save it again")
-        self._file_of: dict[str, Path] = {}
-        for file in files:
-            self._file_of.update(dict.fromkeys(self._open(file).keys(), file))
-        self._check_index()
-
-    def _open(self, file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from error
-
-    def _check_index(self) -> None:
-        index = self.path / "model.safetensors.index.json"
-        if not index.exists():
-            return
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index}: not an index of safetensors ({error!r}); fetch it again") from error
-        for name, file in listed.items():
-            if name not in self._file_of:
-                raise UserError(f"{self.path}: tensor {name} should be in {file}, which is missing it; fetch it again")
+        self._checkpoint = Checkpoint(path)
+        self._conversion: Conversion | None = None
 
     def config(self) -> Any:
         """From config.json."""
@@ -109,20 +92,20 @@ class SafetensorsSource(ModelSource):
         return read_tokenizer(self.path)
 
     def bind(self, model: PreTrainedModel) -> None:
-        """Nothing to learn: names are the model's own."""
+        """Find what each tensor of this (meta-device) model is made of; make what no file need hold.
 
-    def require(self, name: str) -> None:
-        """Raise a `UserError` if no file holds this tensor."""
-        if name not in self._file_of:
-            raise UserError(
-                f"{self.path}: no tensor {name} in its safetensors; the checkpoint is incomplete, fetch or save it again"
-            )
+        Raises:
+            UserError: as `Conversion`.
+        """
+        self._conversion = Conversion(self._checkpoint, model)
+        if self._conversion.absent:
+            for name in made_at_random(model, self._conversion.absent):
+                raise self._conversion.lacking(name)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, as a copy: one that is mapped would change with its file."""
-        self.require(name)
-        tensor: Tensor = self._open(self._file_of[name]).get_tensor(name).clone()
-        return tensor
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of this name in the model, as a copy: one that is mapped would change with its file."""
+        assert self._conversion is not None, "bind the source to a model first"
+        return self._conversion.read(name, dtype)
 
 
 def read_config(path: Path) -> Any:
@@ -148,42 +131,6 @@ def read_tokenizer(path: Path) -> Any:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
-    """The model that a config describes, on the meta device; `path` is for the error message."""
-    tuning.for_models()
-    try:
-        with _parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
-    except ValueError as error:
-        raise UserError(
-            f"model.path: {path}: its config.json describes no causal language model ({_first_line(error)[:200]})"
-        ) from error
-    model.tie_weights()  # a tied head has a parameter of its own on the meta device until then
-    return model
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that modules register go to the meta device at once; buffers (rotary frequencies) stay real.
-
-    `torch.device("meta")` as a context would take buffers along, and what is not in a file could not be had again.
-    """
-    register: Callable[..., None] = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            made = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-            made.__dict__.update(parameter.__dict__)
-            module._parameters[name] = made
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def resolve(path: str) -> Path:
@@ -237,14 +184,33 @@ def open_source(path: str) -> ModelSource:
     if not isinstance(config, dict):
         raise UserError(f"{found / 'config.json'}: holds no mapping of keys; fetch it again")
     quantized = config.get("quantization_config")
-    if quantized is None:
-        return SafetensorsSource(found)
-    if quantized.get("quant_method") == QUANT_METHOD:
+    if isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD:
         return _open_with(QUANT_METHOD, found)
-    raise UserError(
-        f"model.path: {path}: already quantized by {quantized.get('quant_method')}; start from the float model, "
-        "a GGUF file or a directory saved by trimtab"
-    )
+    for by in _quantized_by(config):
+        raise UserError(
+            f"model.path: {path}: already quantized by {by}; start from the float model, "
+            "a GGUF file or a directory saved by trimtab"
+        )
+    if (found / "adapter_config.json").exists():
+        raise UserError(
+            f"model.path: {path}: holds an adapter beside the model (adapter_config.json), which transformers would load "
+            "with it; name the adapter by `model.adapter`, and take it out of the model's directory"
+        )
+    return SafetensorsSource(found)
+
+
+_MARKERS = {"quantization_config": "a library that it does not name", "quantization": "MLX", "compression_config": "compressed-tensors"}
+"""Keys of a config.json, in it or in one of its parts, that quantized models have, and whose they are by default."""
+
+
+def _quantized_by(config: dict[str, Any]) -> Iterator[str]:
+    """Who quantized the model of this config, for each key that says so."""
+    for key, value in config.items():
+        if key in _MARKERS and value:
+            named = value.get("quant_method") if isinstance(value, dict) else value
+            yield str(named or ("MLX" if "quantization" in config else _MARKERS[key]))
+        elif isinstance(value, dict):
+            yield from _quantized_by(value)
 
 
 def _open_with(reader: str, path: Path) -> ModelSource:
@@ -256,29 +222,25 @@ def _open_with(reader: str, path: Path) -> ModelSource:
 # ---- reading what no rule touched --------------------------------------------------------------------------------
 
 
-def fill_where(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype, wanted: Callable[[str], bool]) -> None:
-    """Read the parameters of ordinary modules that are wanted by name and still on the meta device."""
+def fill_where(model: PreTrainedModel, source: ModelSource, wanted: Callable[[str], bool]) -> None:
+    """Read what ordinary modules hold, is wanted by name and is still on the meta device."""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    for module_name, module in model.named_modules():
-        if isinstance(module, QuantLinear | QuantEmbedding):
-            continue
-        for name in list(module._parameters):
-            full = f"{module_name}.{name}" if module_name else name
-            parameter = module._parameters[name]
-            if full not in tied and parameter is not None and parameter.is_meta and wanted(full):
-                fill(module, name, full, source, dtype)
+    ours = {id(m) for layer in model.modules() if isinstance(layer, QuantLinear | QuantEmbedding) for m in layer.modules()}
+    for name, module, last, tensor in list(tensors_of(model)):
+        if name not in tied and id(module) not in ours and tensor.is_meta and wanted(name):
+            fill(module, last, name, source)
 
 
-def fill(module: nn.Module, name: str, full: str, source: ModelSource, dtype: torch.dtype) -> None:
-    """Read one float parameter of an ordinary module."""
-    old = module._parameters.get(name)
+def fill(module: nn.Module, name: str, full: str, source: ModelSource) -> None:
+    """Read one tensor of an ordinary module, in the dtype that it was laid out in."""
+    old = getattr(module, name, None)
     if old is None:
         return
-    value = source.read(full)
-    value = value.dequantize(dtype) if isinstance(value, Weight) else value.to(dtype)
+    value = source.read(full, old.dtype)
+    value = value.dequantize(old.dtype) if isinstance(value, Weight) else value.to(old.dtype)
     require_finite(value, full)
     require_shape(source, full, value.shape, old.shape)
-    module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    put(module, name, value)
 
 
 def require_shape(source: ModelSource, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -293,5 +255,5 @@ def require_shape(source: ModelSource, name: str, found: tuple[int, ...], wanted
 def require_finite(source: Tensor | Weight, name: str) -> None:
     """Raise a `UserError` naming the tensor if it holds NaN or infinity."""
     # NaN spreads to the extremes, and they are one pass: a sixteenth of `isfinite`'s time (`benchmarks/speed/choices.py`).
-    if isinstance(source, Tensor) and not all(x.isfinite() for x in torch.aminmax(source)):
+    if isinstance(source, Tensor) and source.is_floating_point() and source.numel() and not all(x.isfinite() for x in torch.aminmax(source)):
         raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")

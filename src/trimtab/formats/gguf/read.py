@@ -146,7 +146,7 @@ class GgufSource(ModelSource):
         """The file's name for the parameter of this name, or None."""
         return self._names.get(name)
 
-    def read(self, name: str) -> Tensor | AffineWeight:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor | AffineWeight:
         """The parameter of this name: stored codes where the file's form is one of ours, else float32."""
         assert self._processor is not None, "bind the source to a model first"
         tensor = self._tensors.get(self._names.get(name, ""))

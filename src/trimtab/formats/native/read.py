@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.models.sources import ModelSource, SafetensorsSource, layout, read_config, read_tokenizer
+from trimtab.models.layout import layout
+from trimtab.models.sources import ModelSource, SafetensorsSource, read_config, read_tokenizer
 from trimtab.models.transformers_bridge import TrimtabConfig, TrimtabQuantizer
 
 
@@ -46,10 +47,9 @@ class NativeSource(ModelSource):
         return model
 
     def bind(self, model: PreTrainedModel) -> None:
-        """Raise a `UserError` for the first tensor of this model that no file holds."""
-        for name in sorted(model.state_dict().keys() - getattr(model, "all_tied_weights_keys", {}).keys()):
-            self._stored.require(name)
+        """Raise a `UserError` for the first tensor of this model that no file holds, or of a file that is none of its."""
+        self._stored.bind(model)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The stored tensor of this name."""
-        return self._stored.read(name)
+        return self._stored.read(name, dtype)

@@ -1,0 +1,157 @@
+"""The safetensors of a folder, by the names that stand in them: which files count, and what each tensor is.
+
+transformers reads the file that config.json names, else `model.safetensors`, else all files that the index names; whatever
+else lies in the folder is not the model's. Where it would find nothing, all files together are taken, if no tensor stands in
+two of them. Only headers are read here; a tensor is mapped when it is asked for.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trimtab.errors import UserError
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: Path
+    kind: str
+    """safetensors' name of its dtype."""
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """torch's dtype; None for kinds that only quantized or damaged models have."""
+        return _FLOATS.get(self.kind, _OTHERS.get(self.kind))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds numbers as they are: fp8 and integers mean something only with a scale."""
+        return self.kind in _FLOATS
+
+
+class Checkpoint:
+    """All tensors of a folder.
+
+    Args:
+        path: the folder, with its config.json.
+
+    Raises:
+        UserError: naming the file that is missing, truncated, pickled or outside the folder, or the tensor that stands in two.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, Stored] = {}
+        files, listed = _files(path)
+        for file in files:
+            for name, stored in _header(file):
+                if name in self.tensors:
+                    raise UserError(
+                        f"{path}: tensor {name} stands in {self.tensors[name].file.name} and in {file.name}; "
+                        "take the file that is not the model's out of the folder"
+                    )
+                self.tensors[name] = stored
+        for name, file in listed.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise UserError(
+                    f"{path}: tensor {name} should be in {file.name}, which is missing it; fetch it again"
+                )
+
+    def mapped(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, as they lie in their files: to be copied before anything else happens to the files."""
+        found: dict[str, Tensor] = {}
+        opened: dict[Path, Any] = {}
+        for name in names:
+            file = self.tensors[name].file
+            if file not in opened:
+                opened[file] = _open(file)
+            found[name] = opened[file].get_tensor(name)
+        return found
+
+
+def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files that are read, and which tensors are said to be in which."""
+    named = _named(path)
+    if named is None and (path / _WHOLE).is_file():
+        named = _WHOLE
+    if named is None and (path / _INDEX).is_file():
+        named = _INDEX
+    if named is not None:
+        file = _inside(path, named, "config.json")
+        if not named.endswith(".json"):
+            return [file], {}
+        listed = _listed(file)
+        return sorted(set(listed.values())), listed
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = [f.name for f in sorted(path.iterdir()) if f.suffix in (".bin", ".pt", ".pth")]
+        if pickled:
+            raise UserError(
+                f"{path}: only pickled weights ({pickled[0]}), which can run code when read; "
+                "convert them with transformers' `save_pretrained`, which writes safetensors"
+            )
+        raise UserError(f"{path}: holds no .safetensors file; fetch or save it again")
+    return files, {}
+
+
+def _named(path: Path) -> str | None:
+    """The file that config.json says the weights are in, as transformers lets it."""
+    try:
+        named = json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (ValueError, AttributeError, OSError):  # whoever reads the config says what is wrong with it
+        return None
+    return None if named is None else str(named)
+
+
+def _listed(index: Path) -> dict[str, Path]:
+    """Which tensor an index says is in which file."""
+    try:
+        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not an index of safetensors ({error!r}); fetch it again") from error
+    return {name: _inside(index.parent, str(file), index.name) for name, file in listed.items()}
+
+
+def _inside(path: Path, name: str, said_by: str) -> Path:
+    """A file of the folder by its name, which somebody else wrote. Where a link in the folder leads is its owner's choice."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        given = kind(name)
+        if given.is_absolute() or given.drive or ".." in given.parts:
+            raise UserError(f"{path}: {said_by} names {name}, which is outside the folder; fetch the model again")
+    if not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(f"{path}: {said_by} names {name}, which is no safetensors file; fetch the model again")
+    return path / name
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from error
+
+
+def _header(file: Path) -> Iterator[tuple[str, Stored]]:
+    if not file.is_file():  # what should be in it is named by whoever asks for it
+        return
+    opened = _open(file)
+    for name in opened.keys():
+        part = opened.get_slice(name)
+        yield name, Stored(file, part.get_dtype(), tuple(part.get_shape()))

@@ -1,0 +1,249 @@
+"""Which tensors of a checkpoint each tensor of a model is made of, and how: transformers' own answer.
+
+A checkpoint names its tensors as its authors did. transformers renames them (a prefix more or less, `embed_out` for
+`lm_head`), and makes some out of several (the experts of a layer become one tensor). Its rules and its functions are used
+here, one tensor of the model at a time: `from_pretrained` would read the whole model first. Before a number is read, every
+conversion is made once on the meta device, so that what is missing, unexpected or of another shape is known by name.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from trimtab.errors import UserError
+from trimtab.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One conversion: some tensors of the checkpoint in, one or several of the model out."""
+
+    first: str
+    """The first tensor of the model that comes out; its dtype is the dtype of what goes in."""
+    rule: WeightTransform
+    parts: list[tuple[str, str]] = field(default_factory=list)
+    """What goes in: the rule's pattern, and the name in the checkpoint."""
+
+    def convert(self, tensors: dict[str, Tensor], shapes: "_Shapes") -> dict[str, Tensor]:
+        """What comes out of these tensors, by its name in the model."""
+        if isinstance(self.rule, WeightRenaming):
+            return {self.first: tensors[self.parts[0][1]]}
+        rule = copy.deepcopy(self.rule)
+        for pattern, name in self.parts:
+            rule.add_tensor(self.first, name, pattern, tensors[name])  # type: ignore[arg-type]
+        made = rule.convert(self.first, model=shapes, config=shapes.config)  # type: ignore[arg-type]
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+class _Shapes:
+    """All that conversions ask of a model. The model itself changes while it is read."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config = model.config
+        self.tensors: dict[str, Tensor] = {name: t.to("meta") for name, t in model.state_dict().items()}
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class Conversion:
+    """A checkpoint as the tensors of a model.
+
+    Args:
+        checkpoint: what is read.
+        model: on the meta device, in the dtypes that transformers would load it in. Tensors that transformers ties, but
+            that the checkpoint holds twice with other numbers, are untied in it, as transformers does.
+
+    Raises:
+        UserError: naming the first tensor that is unexpected, quantized, of another shape or missing.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        self._checkpoint, self._shapes = checkpoint, _Shapes(model)
+        self._by_target: dict[str, _Made] = {}
+        self._stands_for: dict[str, str] = {}
+        self._model = model
+        self.absent: set[str] = set()
+        """Tensors of the model that no file holds, and of which transformers says that none need hold them."""
+        mapping = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
+        made, unexpected = self._assigned(model, mapping)
+        for one in made:
+            self._check_kinds(one)
+            for name, result in self._tried(one).items():
+                self._check_shape(one, name, result)
+                self._by_target[name] = one
+        self._report(model, unexpected)
+        self._tie(model)
+        # What `save_pretrained` undoes.
+        model._weight_conversions = [rule for rule in mapping if rule.was_used()]
+
+    def _assigned(
+        self, model: PreTrainedModel, mapping: list[WeightTransform]
+    ) -> tuple[Iterable[_Made], dict[str, str]]:
+        """Each tensor of the checkpoint in its conversion; and names that lead nowhere, with theirs in the checkpoint.
+
+        The steps are those of transformers' `convert_and_load_state_dict_in_model`.
+        """
+        renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+        of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        wanted: dict[str, Tensor] = self._shapes.tensors
+        prefix = model.base_model_prefix
+        made: dict[str, _Made] = {}
+        unexpected: dict[str, str] = {}
+        for name in sorted(self._checkpoint.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+            if target not in wanted and name in wanted:
+                target, pattern = rename_source_key(name, [], [], prefix, wanted)
+            if target not in wanted:
+                unexpected[target] = name
+            elif pattern is None:
+                made.setdefault(target, _Made(target, WeightRenaming(name, target))).parts.append((name, name))
+            else:
+                made.setdefault(target, _Made(target, of_pattern[pattern])).parts.append((pattern, name))
+        return made.values(), unexpected
+
+    # ---- what can be wrong ------------------------------------------------------------------------------------------
+
+    def _check_kinds(self, made: _Made) -> None:
+        for _, name in made.parts:
+            stored = self._checkpoint.tensors[name]
+            if self._shapes.tensors[made.first].is_floating_point() and not stored.is_float:
+                raise UserError(
+                    f"{stored.file}: {name} is stored as {stored.kind}, which means nothing without a scale; "
+                    "start from the float model, whose tensors are F32, F16, BF16 or F64"
+                )
+            if stored.dtype is None:
+                raise UserError(f"{stored.file}: {name} is stored as {stored.kind}; start from the float model")
+
+    def _tried(self, made: _Made) -> dict[str, Tensor]:
+        """What comes out, on the meta device."""
+        dtype = self._shapes.tensors[made.first].dtype
+        inputs = {
+            name: torch.empty(self._checkpoint.tensors[name].shape, dtype=dtype, device="meta")
+            for _, name in made.parts
+        }
+        alone = isinstance(made.rule, WeightRenaming)
+        stranger = made.parts[1:] if alone else [p for p in made.parts if p[0] not in made.rule.source_patterns]
+        if stranger:
+            raise UserError(
+                f"{self._checkpoint.path}: tensors {made.parts[0][1]} and {stranger[0][1]} are both {made.first} of the "
+                "model; take the one that is not the model's out of the files"
+            )
+        try:
+            return made.convert(inputs, self._shapes)
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
+            self._require_parts(made)
+            names = ", ".join(name for _, name in made.parts[:3])
+            raise UserError(
+                f"{self._checkpoint.path}: no {made.first} can be made of {names} ({error}); "
+                "the checkpoint is incomplete or of another model, fetch or save it again"
+            ) from error
+
+    def _require_parts(self, made: _Made) -> None:
+        """Raise for the first tensor that transformers would save this one as, and that no file holds."""
+        if isinstance(made.rule, WeightRenaming):
+            return
+        saved = revert_weight_conversion(self._model, {made.first: self._shapes.tensors[made.first]})
+        for name in sorted(saved.keys() - self._checkpoint.tensors.keys(), key=dot_natural_key):
+            raise self.lacking(name)
+
+    def lacking(self, name: str) -> UserError:
+        """The error that no file holds this tensor."""
+        return UserError(
+            f"{self._checkpoint.path}: no tensor {name} in its safetensors; the checkpoint is incomplete, "
+            "fetch or save it again"
+        )
+
+    def _check_shape(self, made: _Made, name: str, result: Tensor) -> None:
+        wanted = self._shapes.tensors.get(name)
+        if wanted is not None and wanted.shape != result.shape:
+            self._require_parts(made)
+        if wanted is not None and wanted.shape != result.shape:
+            raise UserError(
+                f"{self._checkpoint.path}: {name} has shape {tuple(result.shape)}, the config says {tuple(wanted.shape)}; "
+                "the checkpoint is of another model, fetch it again"
+            )
+
+    def _report(self, model: PreTrainedModel, unexpected: dict[str, str]) -> None:
+        """Raise for what transformers would only warn of, by its own lists of what need not be there."""
+        unexpected |= {name: made.parts[0][1] for name, made in self._by_target.items() if name not in self._shapes.tensors}
+        missing = self._shapes.tensors.keys() - self._by_target.keys()
+        for group in _tied(model):
+            if not missing.issuperset(group):
+                missing -= set(group)
+        info = LoadStateDictInfo(set(missing), set(unexpected), set(), [], {}, set())
+        model._adjust_missing_and_unexpected_keys(info)
+        for name in sorted(info.missing_keys, key=dot_natural_key):
+            raise self.lacking(name)
+        for name in sorted(info.unexpected_keys, key=dot_natural_key):
+            held = unexpected[name]
+            raise UserError(
+                f"{self._checkpoint.tensors[held].file}: tensor {held} is no part of the {type(model).__name__} that "
+                "config.json describes, which would be computed without it; "
+                "take the config.json that was saved with the weights, or start from the float model if they are quantized"
+            )
+        self.absent = set(missing)
+
+    def _tie(self, model: PreTrainedModel) -> None:
+        """Of tensors that share one parameter, the one that is read is the one that is there."""
+        for group in _tied(model):
+            there = [name for name in group if name in self._by_target]
+            for name in there[1:]:
+                dtype = self._shapes.tensors[name].dtype
+                if not torch.equal(self.read(there[0], dtype), self.read(name, dtype)):
+                    del model.all_tied_weights_keys[name]
+                    _untie(model, name)
+            self._stands_for |= {name: there[0] for name in group if name not in self._by_target and there}
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of this name in the model, a copy.
+
+        Args:
+            name: as the model calls it.
+            dtype: cast what it is made of to this first, as transformers does; None leaves the numbers of the file.
+        """
+        name = self._stands_for.get(name, name)
+        if name not in self._by_target:
+            raise self.lacking(name)
+        made = self._by_target[name]
+        mapped = self._checkpoint.mapped(part for _, part in made.parts)
+        tensors = mapped if dtype is None else {part: t.to(dtype) for part, t in mapped.items()}
+        found = made.convert(tensors, self._shapes)[name]
+        storage = found.untyped_storage()
+        whole = storage.nbytes() == found.numel() * found.element_size()
+        held = storage.data_ptr() in {t.untyped_storage().data_ptr() for t in mapped.values()}
+        return found if whole and not held else found.clone()
+
+
+def _tied(model: PreTrainedModel) -> list[list[str]]:
+    """Names that stand for one parameter, first the one that the others are said to be tied to."""
+    groups: dict[str, list[str]] = {}
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        groups.setdefault(source, [source]).append(target)
+    return list(groups.values())
+
+
+def _untie(model: PreTrainedModel, name: str) -> None:
+    """Give this name a parameter of its own."""
+    module, _, last = name.rpartition(".")
+    owner: Any = model.get_submodule(module)
+    shared = getattr(owner, last)
+    setattr(owner, last, torch.nn.Parameter(torch.empty_like(shared), requires_grad=False))

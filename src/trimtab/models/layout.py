@@ -1,0 +1,97 @@
+"""The model that a config describes, on the meta device, as `from_pretrained` lays it out before it reads.
+
+Parameters and buffers that files hold have a shape and the dtype that transformers would load them in, and no numbers.
+What no file holds (rotary frequencies, masks) is made, by the model's own `_init_weights`: in its constructor it would be
+made in another precision.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.core_model_loading import build_glob_alternation
+
+from trimtab.errors import UserError
+from trimtab.kernels import tuning
+
+
+def layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
+    """The model on the meta device; `path` is for the error message, `options` are those of `from_config`."""
+    tuning.for_models()
+    with ExitStack() as stack:
+        for context in (torch.device("meta"), init.no_tie_weights(), init.meta_device_safe_creation_ops()):
+            stack.enter_context(context)
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        except ValueError as error:
+            raise UserError(f"model.path: {path}: {_refusal(config, error)}") from error
+    kept = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
+    if kept:
+        _keep(model, kept)
+    make(model, [name for name, _ in model.named_non_persistent_buffers()])
+    model.tie_weights(recompute_mapping=False)
+    return model
+
+
+def _refusal(config: Any, error: ValueError) -> str:
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"transformers cannot lay out the {config.model_type} model that its config.json describes ({first[:200]})"
+    made = ", ".join(getattr(config, "architectures", None) or ()) or config.model_type
+    return (
+        f"its config.json describes no causal language model: transformers' AutoModelForCausalLM does not take {made} "
+        f"(model_type {config.model_type}); save its language model by itself, if it has one, and start from that"
+    )
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """All that modules hold themselves, parameters and buffers: full name, module, name in it, tensor."""
+    for prefix, module in model.named_modules():
+        own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for name, tensor in own:
+            yield f"{prefix}.{name}".lstrip("."), module, name, tensor
+
+
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer of a module this value."""
+    parameter = isinstance(getattr(module, name), nn.Parameter)
+    setattr(module, name, nn.Parameter(value, requires_grad=False) if parameter else value)
+
+
+def make(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Let transformers make these tensors of a model as it makes what no file holds; the others stay as they are."""
+    wanted = set(names)
+    for name, module, last, tensor in list(tensors_of(model)):
+        if name in wanted:
+            put(module, last, torch.empty_like(tensor, device="cpu"))
+        getattr(module, last)._is_hf_initialized = name not in wanted
+    for module in model.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    model.initialize_weights()
+
+
+def made_at_random(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Let transformers make these tensors, too, and name those that come out otherwise each time."""
+    wanted = set(names)
+    with torch.random.fork_rng(devices=[]):
+        made = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            make(model, wanted)
+            made.append({name: tensor for name, _, _, tensor in tensors_of(model) if name in wanted})
+    return sorted(name for name in wanted if not torch.equal(made[0][name], made[1][name]))
+
+
+def _keep(model: PreTrainedModel, kept: dict[str, torch.dtype]) -> None:
+    """Give what a model keeps in another precision the dtype that it keeps it in."""
+    pattern, by_group, _ = build_glob_alternation(list(kept))
+    passing = {name for name, _ in model.named_non_persistent_buffers()}
+    for name, module, last, tensor in list(tensors_of(model)):
+        found = pattern.search(name)
+        if name not in passing and found is not None and found.lastgroup is not None:
+            put(module, last, tensor.to(kept[by_group[found.lastgroup]]))

@@ -322,7 +322,7 @@ class CodebookWeight(Weight):
         device = self.codes.device
         map_ = codebook.dynamic_map(device) if self.grid.double_quant else None
         absmax = (self.absmax, map_, self.absmax_scale, self.absmax_mean)
-        return codebook.table(self.grid, device), *absmax, offset_NG, self.grid.bits
+        return codebook.entries(self.grid, device), *absmax, offset_NG, self.grid.bits
 
     def with_offset(self, offset_NG: Tensor) -> "CodebookWeight":
         """The same codes and absmax with another offset."""

@@ -23,7 +23,9 @@ from functools import wraps
 from typing import Any, Literal, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from trimtab.errors import UserError
 from trimtab.quant.codebook import DOUBLE_BLOCK
@@ -38,7 +40,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _C_FLOATS, _GPU_FLOATS = (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16, torch.float32)
 
 CAST = (
-    "stored tensors were changed past `Module._apply` (by mixed precision of FSDP2 or DeepSpeed, say, or by "
+    "a layer's tensors were changed past `Module._apply` (by mixed precision of FSDP2 or DeepSpeed, say, or by "
     "`p.data = p.data.bfloat16()`): exclude trimtab's layers from casts and moves of parameters, or load the model again"
 )
 _REMEMBERED = 4096
@@ -222,6 +224,8 @@ def within(indices: Tensor, size: int) -> None:
 
     On a GPU, whose numbers are not waited for, it is torch's own assertion on the device that fails.
     """
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"rows are asked for by {described(indices)}; give int64 or int32 ids")
     if not indices.numel() or indices.is_meta:
         return
     if indices.is_cuda:
@@ -236,6 +240,15 @@ def within(indices: Tensor, size: int) -> None:
             f"row {least if least < 0 else most} of a weight that has {size} rows, 0 to {size - 1}: where rows are token "
             "ids, this one is outside the vocabulary; check that tokenizer and model belong together"
         )
+
+
+def rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows that are asked for, checked; the tensor itself where none are."""
+    if rows is None:
+        return tensor
+    if not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None:
+        within(rows, len(tensor))
+    return F.embedding(rows, tensor)  # unlike `tensor[rows]`, it takes no row from the end for an id of -1
 
 
 # ---- in use -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trimtab.kernels import cpu
 from trimtab.kernels.arguments import OPERATORS, checked
-from trimtab.quant import packing
+from trimtab.quant import fixed8, packing
 from trimtab.quant.codebook import expand_absmax, from_codebook
 from trimtab.quant.grid import Grid, Range, Zero, from_codes
 
@@ -108,10 +108,8 @@ def _codebook_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
 
 def level_values(about: Levels, columns: int) -> Tensor:
     """Levels, neither rounded nor clamped: fresh float32 of shape (N, K)."""
-    if about.fixed:
-        u = about.phi.float().add_(0.5).mul_(2.0 ** (about.bits - 8))
-    else:
-        u = packing.unpack(about.phi, about.bits, columns).float()
+    phi, bits = about.phi, about.bits
+    u = fixed8.read(phi, bits) if about.fixed else packing.unpack(phi, bits, columns).float()
     if about.a_RK is None or about.b_NR is None:
         return u
     return torch.addmm(u, about.b_NR.to(u.dtype), about.a_RK.to(u.dtype), alpha=about.gain)

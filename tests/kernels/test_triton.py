@@ -191,11 +191,12 @@ def _compiled() -> dict[str, list[str]]:
     for name in [name for name in vars(triton_gpu) if name.endswith("_kernel")]:
         setattr(triton_gpu, name, Compiled(getattr(triton_gpu, name)))
     k, groups = 1024, 16
-    codes, scale, rows = torch.empty(N, k // 2, dtype=torch.uint8), torch.empty(N, groups), torch.empty(N).long()
+    codes, scale, rows = torch.empty(N, k // 2, dtype=torch.uint8), torch.empty(N, groups), torch.zeros(N).long()
+    doubled = scale.to(torch.uint8), torch.empty(256), torch.empty(-(-N * groups // 256)), torch.empty(1)
     out = torch.empty(N, k, dtype=torch.bfloat16)
     about = Levels(codes, 4, False, torch.empty(8, k), torch.empty(N, 8), 0.5, scale, None, scale, 8.0)
     triton_gpu.affine(out, codes, rows, scale, None, scale, 4, 8.0)
-    triton_gpu.codebook(out, codes, rows, scale, scale.to(torch.uint8), scale, scale, scale, scale, 4)
+    triton_gpu.codebook(out, codes, rows, torch.empty(16), *doubled, scale, 4)
     triton_gpu.levels(out, *about)
     triton_gpu.level_gradients(out, scale, scale, *about)
     return found
@@ -238,13 +239,15 @@ def test_the_operators_use_them_where_they_fit(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton_gpu, "levels", lambda out, *rest: called.append("triton"))
     run = dequantize._on_cuda("levels", lambda out, *rest: called.append("reference"))
     monkeypatch.delenv("TRIMTAB_KERNELS", raising=False)
-    run(torch.empty(1, 1))
-    run(torch.empty(1, 1), torch.empty(1, dtype=torch.float64))
+    scale = torch.empty(1, 1)
+    about = Levels(torch.empty(1, 1, dtype=torch.uint8), 8, False, None, None, 1.0, scale, None, None, 128.0)
+    run(torch.empty(1, 1), *about)
+    run(torch.empty(1, 1, dtype=torch.float64), *about)
     monkeypatch.setenv("TRIMTAB_KERNELS", "torch")
-    run(torch.empty(1, 1))
+    run(torch.empty(1, 1), *about)
     monkeypatch.delenv("TRIMTAB_KERNELS")
     monkeypatch.setattr(triton_gpu, "triton", None)
-    run(torch.empty(1, 1))
+    run(torch.empty(1, 1), *about)
     assert called == ["triton", "reference", "reference", "reference"]
 
 

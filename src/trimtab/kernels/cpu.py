@@ -8,7 +8,7 @@ torch has already loaded, so both share one thread pool.
     TRIMTAB_KERNELS=torch      never compile, always the references
     TRIMTAB_CACHE=DIR          where builds are kept (default: the user's cache folder, ~/.cache/trimtab on Linux)
 
-Every function here takes CPU tensors that its caller (`dequantize`) has checked, and fills `out`.
+Every function here takes CPU tensors, which `arguments` checks before a pointer is taken, and fills `out`.
 
 Legend: N out features, K in features, G groups in a row, R rank.
 """
@@ -30,6 +30,9 @@ import platformdirs
 import torch
 from torch import Tensor
 
+from trimtab.kernels.arguments import address as _at
+from trimtab.kernels.arguments import checked
+
 _SOURCES = tuple(sorted(Path(__file__).with_name("c").glob("*.[ch]")))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 
@@ -45,7 +48,7 @@ class _Codes(ctypes.Structure):
     _fields_ = (
         *_fields(pointers="codes", longs="row_bytes", ints="bits"),
         *_fields(longs="K G"),
-        *_fields(pointers="scales zeros offsets", ints="scale_kind zero_kind", floats="center"),
+        *_fields(pointers="scales zeros offsets", ints="scale_kind zero_kind offset_kind", floats="center"),
         *_fields(pointers="table absmax map block_scales mean"),
     )
 
@@ -141,22 +144,13 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     return lib
 
 
-def _at(tensor: Tensor | None) -> int | None:
-    """The address of a contiguous tensor's data."""
-    if tensor is None:
-        return None
-    assert tensor.is_contiguous(), tensor.shape
-    return tensor.data_ptr()
-
-
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 """`Kind` of codes.c: dtypes that scales and zeros are read in."""
 
 
 def _affine(columns: int, codes: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, bits: int,
             center: float) -> _Codes:  # fmt: skip
-    assert offset is None or offset.dtype == scale.dtype
-    kinds = _KINDS[scale.dtype], 0 if zero is None else _KINDS[zero.dtype]
+    kinds = (0 if t is None else _KINDS[t.dtype] for t in (scale, zero, offset))
     return _Codes(
         _at(codes), codes.shape[1], bits, columns, scale.shape[1], _at(scale), _at(zero), _at(offset), *kinds, center,
         None, None, None, None, None,
@@ -167,30 +161,28 @@ def _codebook(columns: int, codes: Tensor, table: Tensor, absmax: Tensor, dynami
               block_scale: Tensor | None, mean: Tensor | None, offset: Tensor | None, bits: int) -> _Codes:  # fmt: skip
     groups = absmax.shape[1]
     return _Codes(
-        _at(codes), codes.shape[1], bits, columns, groups, None, None, _at(offset), 0, 0, 0.0,
+        _at(codes), codes.shape[1], bits, columns, groups, None, None, _at(offset), 0, 0, 0, 0.0,
         _at(table), _at(absmax), _at(dynamic_map), _at(block_scale), _at(mean),
     )  # fmt: skip
 
 
-def _dequantize(out: Tensor, stored: int, rows: Tensor | None, described: _Codes) -> None:
+def _dequantize(out: Tensor, rows: Tensor | None, described: _Codes) -> None:
     lib = library()
     assert lib is not None
-    if rows is not None and rows.numel():
-        rows = rows.long()
-        least, most = torch.aminmax(rows)
-        if least < 0 or most >= stored:  # C would read whatever lies there
-            raise IndexError(f"row {int(least if least < 0 else most)} of a weight that has {stored}")
+    rows = None if rows is None else rows.long()
     lib.dequantize(ctypes.byref(described), _at(rows), out.shape[0], _at(out), out.dtype == torch.bfloat16)
 
 
+@checked("c")
 def affine(out: Tensor, codes: Tensor, rows: Tensor | None, *about: Any) -> None:
     """s * (q - z), or s * q + o, of packed codes into `out` (N, K), float32 or bfloat16; scales and zeros: `_KINDS`."""
-    _dequantize(out, codes.shape[0], rows, _affine(out.shape[1], codes, *about))
+    _dequantize(out, rows, _affine(out.shape[1], codes, *about))
 
 
+@checked("c")
 def codebook(out: Tensor, codes: Tensor, rows: Tensor | None, *about: Any) -> None:
     """absmax * table[q] + o of packed codes into `out` (N, K); absmax is float32, or uint8 with the three after it."""
-    _dequantize(out, codes.shape[0], rows, _codebook(out.shape[1], codes, *about))
+    _dequantize(out, rows, _codebook(out.shape[1], codes, *about))
 
 
 def _product(y: Tensor, x: Tensor, described: _Codes) -> None:
@@ -199,6 +191,7 @@ def _product(y: Tensor, x: Tensor, described: _Codes) -> None:
     lib.product_of_few(ctypes.byref(described), _at(x), x.dtype == torch.bfloat16, *x.shape[:1], y.shape[1], _at(y))
 
 
+@checked("c")
 def affine_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
     """x W^T of a few rows x (T, K), float32 or bfloat16, summed in float32, into `y` (T, N), float32.
 
@@ -207,6 +200,7 @@ def affine_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
     _product(y, x, _affine(x.shape[1], codes, *about))
 
 
+@checked("c")
 def codebook_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
     """The same for codebook codes."""
     _product(y, x, _codebook(x.shape[1], codes, *about))
@@ -223,6 +217,7 @@ def _levels(shape: torch.Size, phi: Tensor, bits: int, fixed: bool, a: Tensor | 
     )  # fmt: skip
 
 
+@checked("c")
 def levels(out: Tensor, *about: Any) -> None:
     """What levels round to into `out` (N, K): codes if it is uint8, else weights in float32 or bfloat16."""
     lib = library()
@@ -234,6 +229,7 @@ def levels(out: Tensor, *about: Any) -> None:
         lib.level_weights(described, _at(out), out.dtype == torch.bfloat16)
 
 
+@checked("c")
 def level_gradients(grad: Tensor, of_scale: Tensor, of_offset: Tensor | None, *about: Any) -> None:
     """From dL/dW in `grad` (bfloat16) to dL/du in its place, and to the gradients of scale and offset."""
     lib = library()
@@ -241,6 +237,7 @@ def level_gradients(grad: Tensor, of_scale: Tensor, of_offset: Tensor | None, *a
     lib.level_gradients(_levels(grad.shape, *about), _at(grad), _at(of_scale), _at(of_offset))
 
 
+@checked("c")
 def level_weights_clipped(out: Tensor, clipped: Tensor, *about: Any) -> None:
     """Weights in bfloat16 into `out`, and a bit for each clipped level into `clipped`: int64 (N, ceil(K / 64))."""
     lib = library()
@@ -248,6 +245,7 @@ def level_weights_clipped(out: Tensor, clipped: Tensor, *about: Any) -> None:
     lib.level_weights_clipped(_levels(out.shape, *about), _at(out), _at(clipped))
 
 
+@checked("c")
 def column_products(a_TN: Tensor, b_TN: Tensor) -> Tensor:
     """Sums over T of a * b, both bfloat16: float32 (N,)."""
     lib = library()
@@ -257,6 +255,7 @@ def column_products(a_TN: Tensor, b_TN: Tensor) -> Tensor:
     return out
 
 
+@checked("c")
 def entries_of_product(g_TN: Tensor, x_TK: Tensor, n: Tensor, k: Tensor) -> Tensor:
     """The entries (n[p], k[p]) of g^T x, both bfloat16: float32."""
     lib = library()
@@ -266,6 +265,7 @@ def entries_of_product(g_TN: Tensor, x_TK: Tensor, n: Tensor, k: Tensor) -> Tens
     return out
 
 
+@checked("c")
 def extremes(weight: Tensor, low: Tensor, high: Tensor) -> None:
     """The least and largest weight of each group of (N, K), float32 or bfloat16, into float32 (N, G)."""
     lib = library()
@@ -273,6 +273,7 @@ def extremes(weight: Tensor, low: Tensor, high: Tensor) -> None:
     lib.extremes(_at(weight), weight.dtype == torch.bfloat16, *weight.shape, low.shape[1], _at(low), _at(high))
 
 
+@checked("c")
 def range_errors(
     out: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, center: float, bits: int,
     power: float,
@@ -285,8 +286,9 @@ def range_errors(
     )
 
 
+@checked("c")
 def encode(
-    out: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, center: float, bits: int,
+    weight: Tensor, out: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, center: float, bits: int,
     fixed: bool,
 ) -> None:  # fmt: skip
     """Packed codes, or fixed8 levels, of a weight (N, K), float32 or bfloat16, into `out` (N, bytes)."""
@@ -298,7 +300,8 @@ def encode(
     )  # fmt: skip
 
 
-def encode_table(out: Tensor, absmax: Tensor, weight: Tensor, middles: Tensor, bits: int) -> None:
+@checked("c")
+def encode_table(weight: Tensor, out: Tensor, absmax: Tensor, middles: Tensor, bits: int) -> None:
     """Packed codes (N, bytes) and absmax (N, G) of a weight; `middles` lie between neighbouring entries of the table."""
     lib = library()
     assert lib is not None

@@ -9,7 +9,7 @@
 Each operator fills a tensor that its caller made, so the caller decides where a result of N x K lives (`workspace`), and
 has three backends: C on the CPU (`cpu`), Triton on a GPU (`triton_gpu`), and the plain torch composition below, which is
 the reference for both and serves every other device and dtype. Values agree to the bit, but for the sum over the rank in
-`levels`, whose order of adding is each backend's own.
+`levels`, whose order of adding is each backend's own. What an operator takes is stated in `arguments`, and held in each.
 
 Legend: N out features, K in features, G groups in a row, R rank.
 """
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels import cpu
-from trimtab.quant import packing
+from trimtab.kernels.arguments import OPERATORS, checked
+from trimtab.quant import fixed8, packing
 from trimtab.quant.codebook import expand_absmax, from_codebook
 from trimtab.quant.grid import Grid, Range, Zero, from_codes
 
@@ -66,6 +67,7 @@ def _take(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or rows is None else tensor[rows]
 
 
+@checked("torch")
 def _affine(
     out: Tensor, codes: Tensor, rows: Tensor | None, scale: Tensor, zero: Tensor | None, offset: Tensor | None,
     bits: int, center: float,
@@ -77,6 +79,7 @@ def _affine(
     out.copy_(from_codes(unpacked, Range(s, z, o), _grid(bits, zero, offset), out.dtype))
 
 
+@checked("torch")
 def _codebook(
     out: Tensor, codes: Tensor, rows: Tensor | None, table: Tensor, absmax: Tensor, dynamic_map: Tensor | None,
     block_scale: Tensor | None, mean: Tensor | None, offset: Tensor | None, bits: int,
@@ -89,12 +92,14 @@ def _codebook(
     out.copy_(from_codebook(packing.unpack(kept, bits, out.shape[1]), a, table, o))
 
 
+@checked("torch")
 def _affine_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
     weight = torch.empty(y.shape[1], x.shape[1], device=x.device)
     _affine(weight, codes, None, *about)
     torch.mm(x.float(), weight.t(), out=y)
 
 
+@checked("torch")
 def _codebook_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
     weight = torch.empty(y.shape[1], x.shape[1], device=x.device)
     _codebook(weight, codes, None, *about)
@@ -103,15 +108,14 @@ def _codebook_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
 
 def level_values(about: Levels, columns: int) -> Tensor:
     """Levels, neither rounded nor clamped: fresh float32 of shape (N, K)."""
-    if about.fixed:
-        u = about.phi.float().add_(0.5).mul_(2.0 ** (about.bits - 8))
-    else:
-        u = packing.unpack(about.phi, about.bits, columns).float()
+    phi, bits = about.phi, about.bits
+    u = fixed8.read(phi, bits) if about.fixed else packing.unpack(phi, bits, columns).float()
     if about.a_RK is None or about.b_NR is None:
         return u
     return torch.addmm(u, about.b_NR.to(u.dtype), about.a_RK.to(u.dtype), alpha=about.gain)
 
 
+@checked("torch")
 def _levels(out: Tensor, *arguments: Any) -> None:
     about = Levels(*arguments)
     _valued(out, level_values(about, out.shape[1]).round_().clamp_(0, 2**about.bits - 1), about)
@@ -126,6 +130,7 @@ def _valued(out: Tensor, codes_NK: Tensor, about: Levels) -> None:
         out.copy_(from_codes(codes_NK, Range(about.scale_NG, about.zero_NG, about.offset_NG), grid, out.dtype))
 
 
+@checked("torch")
 def _level_gradients(grad: Tensor, of_scale: Tensor, of_offset: Tensor | None, *arguments: Any) -> None:
     about = Levels(*arguments)
     rounded = level_values(about, grad.shape[1]).round_()
@@ -157,12 +162,10 @@ _OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., None]]] = {
 }
 
 
-def _on_cpu(reference: Callable[..., None], compiled: Callable[..., None]) -> Callable[..., None]:
-    dtypes = [torch.bfloat16] if compiled is cpu.level_gradients else [torch.bfloat16, torch.float32]
-
-    def run(out: Tensor, *rest: Any) -> None:
-        fits = out.dtype in dtypes and all(t.dtype != torch.float64 for t in rest if isinstance(t, Tensor))
-        (compiled if fits and cpu.library() is not None else reference)(out, *rest)
+def _on_cpu(name: str, reference: Callable[..., None], compiled: Callable[..., None]) -> Callable[..., None]:
+    def run(*arguments: Any) -> None:
+        fits = OPERATORS[name].fits("c", arguments) and cpu.library() is not None
+        (compiled if fits else reference)(*arguments)
 
     return run
 
@@ -171,20 +174,25 @@ def _levels_on_cpu(out: Tensor, *arguments: Any) -> None:
     """In every dtype the codes that C gives, as in folding: another order of the sum over the rank differs at ties."""
     if cpu.library() is None:
         _levels(out, *arguments)
-    elif out.dtype in (torch.bfloat16, torch.float32, torch.uint8):
+    elif OPERATORS["levels"].fits("c", (out, *arguments)):
         cpu.levels(out, *arguments)
     else:
-        codes = torch.empty(out.shape, dtype=torch.uint8)
-        cpu.levels(codes, *arguments)
-        _valued(out, codes, Levels(*arguments))
+        _values_of_compiled_codes(out, *arguments)
+
+
+@checked("torch", "levels")
+def _values_of_compiled_codes(out: Tensor, *arguments: Any) -> None:
+    codes = torch.empty(out.shape, dtype=torch.uint8)
+    cpu.levels(codes, *arguments)
+    _valued(out, codes, Levels(*arguments))
 
 
 def _on_cuda(name: str, reference: Callable[..., None]) -> Callable[..., None]:
-    def run(out: Tensor, *rest: Any) -> None:
+    def run(*arguments: Any) -> None:
         from trimtab.kernels import triton_gpu  # not before a GPU is used: it imports Triton
 
-        fits = all(t.dtype != torch.float64 for t in (out, *rest) if isinstance(t, Tensor))
-        (getattr(triton_gpu, name) if fits and triton_gpu.available() else reference)(out, *rest)
+        fits = OPERATORS[name].fits("triton", arguments) and triton_gpu.available()
+        (getattr(triton_gpu, name) if fits else reference)(*arguments)
 
     return run
 
@@ -196,10 +204,10 @@ def _nothing(*_: Any) -> None:
 for _name, (_schema, _reference, _compiled) in _OPERATORS.items():
     _LIBRARY.define(f"{_name}({_schema}) -> ()")
     _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _levels_on_cpu if _name == "levels" else _on_cpu(_reference, _compiled), "CPU")
+    _LIBRARY.impl(_name, _levels_on_cpu if _name == "levels" else _on_cpu(_name, _reference, _compiled), "CPU")
     if not _name.endswith("_product"):  # on a GPU one-token steps go the ordinary way (`weights.product_of_few`)
         _LIBRARY.impl(_name, _on_cuda(_name, _reference), "CUDA")
-    torch.library.register_fake(f"trimtab::{_name}", _nothing, lib=_LIBRARY)
+    torch.library.register_fake(f"trimtab::{_name}", checked("no data", _name)(_nothing), lib=_LIBRARY)
 
 affine = torch.ops.trimtab.affine.default
 codebook = torch.ops.trimtab.codebook.default

@@ -44,7 +44,7 @@ def codes(weight_NK: Tensor, range_: Range, grid: Grid, fixed: bool) -> Tensor:
     """Packed codes of the nearest values, or with `fixed` the levels in 8 bits: uint8 (N, bytes)."""
     n, k = weight_NK.shape
     out = torch.empty(n, k if fixed else packing.row_bytes(grid.bits, k), dtype=torch.uint8)
-    cpu.encode(out, weight_NK, *range_, grid.center, grid.bits, fixed)
+    cpu.encode(weight_NK, out, *range_, grid.center, grid.bits, fixed)
     return out
 
 
@@ -53,5 +53,5 @@ def table_codes(weight_NK: Tensor, grid: CodebookGrid, groups: int) -> tuple[Ten
     n, k = weight_NK.shape
     values = table(grid)
     out, absmax = torch.empty(n, packing.row_bytes(grid.bits, k), dtype=torch.uint8), torch.empty(n, groups)
-    cpu.encode_table(out, absmax, weight_NK, (values[1:] + values[:-1]) / 2, grid.bits)
+    cpu.encode_table(weight_NK, out, absmax, (values[1:] + values[:-1]) / 2, grid.bits)
     return out, absmax

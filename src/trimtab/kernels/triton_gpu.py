@@ -20,8 +20,8 @@ Bit for bit what torch computes, but for sums over the rank or over a group:
 
 Speed on a GPU is UNMEASURED: tests compile these kernels for one and run them in the interpreter, no more.
 
-Without Triton this module still imports, and `available` says no. Every function takes what its caller (`dequantize`)
-has checked, and fills `out`.
+Without Triton this module still imports, and `available` says no. Every function takes what `arguments` has checked, and
+fills `out`.
 
 Legend: N out features, K in features, G groups in a row, R rank. In kernels, names in capitals are known when compiling.
 """
@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.kernels.arguments import checked
 from trimtab.quant.codebook import DOUBLE_BLOCK
 
 try:
@@ -248,8 +249,6 @@ def _gradients_kernel(
 
 def _launch(kernel: Any, out: Tensor, groups: int, *arguments: Any, looped: bool = False, **known: Any) -> None:
     """Run a kernel over `out` (N, K) in tiles; `looped` where a program goes through all pieces of a group."""
-    tensors = [out, *(t for t in arguments if isinstance(t, Tensor))]
-    assert all(t.is_contiguous() for t in tensors), [t.shape for t in tensors]
     n, k = out.shape
     group = k // groups
     width = min(max(triton.next_power_of_2(group), _LEAST), _MOST)
@@ -266,6 +265,7 @@ def _launch(kernel: Any, out: Tensor, groups: int, *arguments: Any, looped: bool
         )  # fmt: skip
 
 
+@checked("triton")
 def affine(
     out: Tensor, codes: Tensor, rows: Tensor | None, scale: Tensor, zero: Tensor | None, offset: Tensor | None,
     bits: int, center: float,
@@ -278,6 +278,7 @@ def affine(
     )  # fmt: skip
 
 
+@checked("triton")
 def codebook(
     out: Tensor, codes: Tensor, rows: Tensor | None, table: Tensor, absmax: Tensor, dynamic_map: Tensor | None,
     block_scale: Tensor | None, mean: Tensor | None, offset: Tensor | None, bits: int,
@@ -304,12 +305,14 @@ def _about(
     )
 
 
+@checked("triton")
 def levels(out: Tensor, *about: Any) -> None:
     """What levels round to into `out` (N, K): codes if it is uint8, else weights of a float dtype."""
     arguments, known = _about(*about)
     _launch(_levels_kernel, out, arguments[-1], *arguments, CODES=out.dtype == torch.uint8, **known)
 
 
+@checked("triton")
 def level_gradients(grad: Tensor, of_scale: Tensor, of_offset: Tensor | None, *about: Any) -> None:
     """From dL/dW in `grad` to dL/du in its place, and to the gradients of scale and offset."""
     arguments, known = _about(*about)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trimtab.kernels import channel, dequantize, shifted
 from trimtab.kernels.dequantize import Levels
 from trimtab.kernels.levels import from_levels
+from trimtab.layers import intact
 from trimtab.layers.adapter import Adapter, Fold, FoldKind
 from trimtab.layers.deltas import DeltaShape, PooledDelta
 from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Spec, Weight
@@ -248,7 +249,8 @@ class MasterLevels(Adapter):
 
     def _parts(self, base: AffineWeight) -> tuple[Tensor, Range]:
         range_ = _trained_range(base, self.scale, self.offset)
-        return to_levels(self.master, range_, base.grid), range_
+        master = intact.trained("master", self.master, base.shape, base.codes.device)
+        return to_levels(master, range_, base.grid), range_
 
     def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
         """The master weight rounded to the grid."""
@@ -303,7 +305,7 @@ def _groups(base: Weight) -> int:
 
 
 def _moved(base: AffineWeight, o_eff: Tensor, zero: Tensor | None) -> Range:
-    scale = base.scale.float()
+    scale = base.range().scale_NG
     return Range(scale, None, o_eff) if zero is None else Range(scale, zero, None)
 
 
@@ -314,9 +316,10 @@ def _masters(base: AffineWeight) -> tuple[nn.Parameter, nn.Parameter | None]:
 
 
 def _trained_range(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter | None) -> Range:
-    grid = base.grid
+    shape, device, dtype = base.intact().scale.shape, base.scale.device, base.grid.scale_dtype
     zero = None if base.zero is None else base.zero.float()
-    return Range(stored(scale, grid.scale_dtype), zero, None if offset is None else stored(offset, grid.scale_dtype))
+    s = stored(intact.trained("scale", scale, shape, device), dtype)
+    return Range(s, zero, None if offset is None else stored(intact.trained("offset", offset, shape, device), dtype))
 
 
 def from_spec(spec: dict[str, Any], base: Weight) -> Adapter:

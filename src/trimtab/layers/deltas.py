@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
+from trimtab.layers import intact
 from trimtab.quant.grid import stored
 
 AdapterDtype = Literal["bfloat16", "float16", "float32"]
@@ -98,10 +99,14 @@ class PooledDelta(nn.Module):
             self.A = nn.Parameter(torch.empty(shape.rank, columns, device=device))
             self.B = nn.Parameter(torch.zeros(rows, shape.rank, device=device))
             nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        self._sizes = {name: p.shape for name, p in self.named_parameters()}
 
     def factors(self) -> tuple[Tensor, ...]:
         """(M,) or (A, B) as they act: exact in the adapter dtype, float32, with straight-through gradients."""
-        return tuple(stored(p, self.shape.dtype) for p in (self.M, self.A, self.B) if p is not None)
+        given = list(self.named_parameters())
+        device = given[0][1].device
+        acting = (intact.trained(name, p, self._sizes[name], device) for name, p in given)
+        return tuple(stored(p, self.shape.dtype) for p in acting)
 
     def forward(self, x_BK: Tensor) -> Tensor:
         """delta_W x without forming delta_W: (..., K) to (..., N) in x's dtype."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.kernels import recompute
-from trimtab.layers import adapters, weights
+from trimtab.layers import adapters, intact, weights
 from trimtab.layers.adapters import Adapter
 from trimtab.layers.weights import Weight
 from trimtab.quant import activations
@@ -146,7 +146,8 @@ class QuantLinear(_Stored):
         device = x_BK.device.type
         if torch.is_autocast_enabled(device):
             x_BK = x_BK.to(torch.get_autocast_dtype(device))
-        bias = None if self.bias is None else self.bias.to(x_BK.dtype)
+        intact.on(x_BK.device, self)
+        bias = None if self.bias is None else intact.floating("bias", self.bias, (self.out_features,)).to(x_BK.dtype)
         y = self._product_of_few(x_BK, bias)
         if y is None:
             y = recompute.linear(x_BK, self, bias, self.inputs)
@@ -215,7 +216,8 @@ class QuantEmbedding(_Stored):
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 ids (...) to rows (..., K)."""
-        rows = self.base.dequantize(self.dtype, rows=ids.flatten()).view(*ids.shape, -1)
+        intact.on(ids.device, self)
+        rows = self.base.dequantize(self.dtype, rows=ids.flatten()).view(*ids.shape, self.embedding_dim)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

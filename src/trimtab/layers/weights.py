@@ -4,26 +4,26 @@ Each kind is a module whose tensors are all `Parameter(requires_grad=False)`, ne
 only), and gives back its (N, K) matrix by `dequantize`. A kind is described by a small JSON `spec`, from which
 `from_spec` builds the same module without data, so that a saved model can be laid out before its tensors are read.
 
-An affine weight can also hold more than its codes. `fixed8` keeps each level in 8 bits, b of them the integer part:
+An affine weight can also hold more than its codes. `fixed8` (see there) keeps each level in 8 bits with a fraction, `int`
+drops the fraction, `bf16` and `fp32` keep u - z (u - 2^(b-1) with a real zero) in floats, for ablations.
 
-    n = floor(u * 2^f)      f = 8 - b;   read back as (n + 0.5) / 2^f: at most 2^-(f+1) of a step away, and no ties
-
-which is LR-QAT's down-cast weight Phi: adapters move levels across rounding boundaries, so the fraction matters. `int`
-drops it, `bf16` and `fp32` keep u - z (u - 2^(b-1) with a real zero) in floats, for ablations.
+Whatever is read of a stored tensor is read after `intact`: a cast behind the model's back is named, not computed with.
 
 Legend: N out features, K in features, g group size, G = K / g groups in a row.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.kernels import cpu, dequantize, encode, workspace
+from trimtab.kernels.arguments import rows_of
 from trimtab.kernels.dequantize import Levels
-from trimtab.quant import codebook, packing
+from trimtab.layers import intact
+from trimtab.quant import codebook, fixed8, packing
 from trimtab.quant.grid import (
     AnyGrid,
     CodebookGrid,
@@ -41,7 +41,7 @@ Spec = dict[str, Any]
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+    return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
 
 
 class Weight(nn.Module, ABC):
@@ -50,6 +50,13 @@ class Weight(nn.Module, ABC):
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = shape
+        self._kept: intact.Kept = {}
+
+    def intact(self) -> Self:
+        """This weight; a `UserError` that names the tensor if one is no longer as it was stored."""
+        whose = f"{type(self).__name__} of {self.shape[0]} x {self.shape[1]}"
+        intact.stored(whose, self._kept, self._parameters)
+        return self
 
     @property
     @abstractmethod
@@ -97,7 +104,7 @@ class DenseWeight(Weight):
 
     def __init__(self, weight_NK: Tensor) -> None:
         super().__init__((weight_NK.shape[0], weight_NK.shape[1]))
-        self.weight = _frozen(weight_NK.detach())
+        self.weight = nn.Parameter(weight_NK.detach(), requires_grad=False)
 
     @property
     def grid(self) -> None:
@@ -106,7 +113,7 @@ class DenseWeight(Weight):
 
     def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False) -> Tensor:
         """The matrix itself, cast to `dtype`."""
-        return (self.weight if rows is None else self.weight[rows]).to(dtype)
+        return rows_of(intact.floating("weight", self.weight, self.shape), rows).to(dtype)
 
     def spec(self) -> Spec:
         """Kind, shape and dtype."""
@@ -128,9 +135,10 @@ class AffineWeight(Weight):
         super().__init__((codes.shape[0], in_features))
         self._grid, self.storage = grid, storage
         self.codes = _frozen(codes)
-        self.scale = _frozen(range_.scale_NG.detach().to(grid.storage))
-        self.zero = None if range_.zero_NG is None else _frozen(range_.zero_NG.detach().to(torch.uint8))
-        self.offset = None if range_.offset_NG is None else _frozen(range_.offset_NG.detach().to(grid.storage))
+        self.scale = _frozen(range_.scale_NG.to(grid.storage))
+        self.zero = None if range_.zero_NG is None else _frozen(range_.zero_NG.to(torch.uint8))
+        self.offset = None if range_.offset_NG is None else _frozen(range_.offset_NG.to(grid.storage))
+        self._kept = intact.kept(self._parameters)
 
     @property
     def grid(self) -> Grid:
@@ -166,7 +174,7 @@ class AffineWeight(Weight):
         if storage == "int":
             codes = packing.pack(levels_NK.round().to(torch.uint8), grid.bits)
         elif storage == "fixed8":
-            codes = _to_fixed8(levels_NK, grid)
+            codes = fixed8.write(levels_NK, grid.bits)
         else:
             centred = levels_NK - _center(range_, grid, in_features)
             codes = centred.to(torch.bfloat16 if storage == "bf16" else torch.float32)
@@ -180,6 +188,7 @@ class AffineWeight(Weight):
 
     def range(self) -> Range:
         """Scales and zeros (N, G) as float32."""
+        self.intact()
         zero, offset = (None if p is None else p.float() for p in (self.zero, self.offset))
         return Range(self.scale.float(), zero, offset)
 
@@ -191,18 +200,18 @@ class AffineWeight(Weight):
 
     def levels(self, rows: Tensor | None = None) -> Tensor:
         """Levels in [0, 2^b - 1] as this storage remembers them: fresh float32 of shape (N, K)."""
-        kept = self.codes if rows is None else self.codes[rows]
+        kept = rows_of(self.intact().codes, rows)
         if self.storage == "int":
             codes = packing.unpack(kept, self.grid.bits, self.shape[1])
             return codes.float()
         if self.storage == "fixed8":
-            return kept.float().add_(0.5).mul_(1.0 / (1 << (8 - self.grid.bits)))
+            return fixed8.read(kept, self.grid.bits)
         return kept.float() + _center(self.range(), self.grid, self.shape[1], rows)
 
     def integer_codes(self, rows: Tensor | None = None) -> Tensor:
         """The b-bit codes: uint8 of shape (N, K)."""
         if self.storage == "int":
-            return packing.unpack(self.codes if rows is None else self.codes[rows], self.grid.bits, self.shape[1])
+            return packing.unpack(rows_of(self.intact().codes, rows), self.grid.bits, self.shape[1])
         return round_clamp(self.levels(rows), self.grid.top).to(torch.uint8)
 
     def dequantize(
@@ -210,7 +219,7 @@ class AffineWeight(Weight):
     ) -> Tensor:
         """s * (q - z), or s * q + o; with `range_` (of all rows) in place of the stored scales and zeros if given."""
         if self.storage == "int":
-            out = self.result(dtype, rows, reuse)
+            out = self.intact().result(dtype, rows, reuse)
             dequantize.affine(out, self.codes, rows, *(range_ or self._kept_range()), self.grid.bits, self.grid.center)
             return out
         if self.storage == "fixed8" and rows is None:
@@ -222,7 +231,9 @@ class AffineWeight(Weight):
 
     def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
         if self.storage == "int":
-            dequantize.affine_product(y, x_TK, self.codes, *self._kept_range(), self.grid.bits, self.grid.center)
+            dequantize.affine_product(
+                y, x_TK, self.intact().codes, *self._kept_range(), self.grid.bits, self.grid.center
+            )
         return self.storage == "int"
 
     @property
@@ -234,7 +245,7 @@ class AffineWeight(Weight):
         """These levels, moved by gain * B A if `factors` (A, B) are given, as the kernels take them."""
         a, b = factors or (None, None)
         fixed, grid = self.storage == "fixed8", self.grid
-        return Levels(self.codes, grid.bits, fixed, a, b, gain, *range_, grid.center)
+        return Levels(self.intact().codes, grid.bits, fixed, a, b, gain, *range_, grid.center)
 
     def with_codes(self, codes_NK: Tensor, range_: Range) -> "AffineWeight":
         """A weight of these plain codes, uint8 (N, K), with these scales and zeros."""
@@ -242,6 +253,7 @@ class AffineWeight(Weight):
 
     def spec(self) -> Spec:
         """Kind, shape, grid and storage."""
+        self.intact()
         return {"kind": "affine", "shape": list(self.shape), "grid": asdict(self.grid), "storage": self.storage}
 
 
@@ -257,20 +269,17 @@ class CodebookWeight(Weight):
     """
 
     def __init__(
-        self,
-        codes: Tensor,
-        absmax: tuple[Tensor, ...],
-        grid: CodebookGrid,
-        in_features: int,
+        self, codes: Tensor, absmax: tuple[Tensor, ...], grid: CodebookGrid, in_features: int,
         offset_NG: Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__((codes.shape[0], in_features))
         self._grid = grid
         self.codes = _frozen(codes)
         self.absmax = _frozen(absmax[0])
         self.absmax_scale = _frozen(absmax[1]) if grid.double_quant else None
         self.absmax_mean = _frozen(absmax[2]) if grid.double_quant else None
-        self.offset = None if offset_NG is None else _frozen(offset_NG.detach())
+        self.offset = None if offset_NG is None else _frozen(offset_NG.float())
+        self._kept = intact.kept(self._parameters)
 
     @property
     def grid(self) -> CodebookGrid:
@@ -292,21 +301,17 @@ class CodebookWeight(Weight):
 
     def integer_codes(self, rows: Tensor | None = None) -> Tensor:
         """The codes: uint8 of shape (N, K)."""
-        return packing.unpack(self.codes if rows is None else self.codes[rows], self.grid.bits, self.shape[1])
+        return packing.unpack(rows_of(self.intact().codes, rows), self.grid.bits, self.shape[1])
 
     def read_absmax(self) -> Tensor:
         """The absmax of each group: float32 (N, G)."""
+        self.intact()
         if self.absmax_scale is None or self.absmax_mean is None:
             return self.absmax
         return codebook.expand_absmax(self.absmax, self.absmax_scale, self.absmax_mean)
 
     def dequantize(
-        self,
-        dtype: torch.dtype,
-        *,
-        rows: Tensor | None = None,
-        reuse: bool = False,
-        offset_NG: Tensor | None = None,
+        self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False, offset_NG: Tensor | None = None
     ) -> Tensor:
         """absmax * table[q] + offset; with `offset_NG` in place of the stored offset if given."""
         out = self.result(dtype, rows, reuse)
@@ -319,18 +324,20 @@ class CodebookWeight(Weight):
 
     def _about(self, offset_NG: Tensor | None) -> tuple[Tensor | int | None, ...]:
         """Everything but the codes, as the kernels take it."""
-        device = self.codes.device
+        device = self.intact().codes.device
         map_ = codebook.dynamic_map(device) if self.grid.double_quant else None
         absmax = (self.absmax, map_, self.absmax_scale, self.absmax_mean)
-        return codebook.table(self.grid, device), *absmax, offset_NG, self.grid.bits
+        return codebook.entries(self.grid, device), *absmax, offset_NG, self.grid.bits
 
     def with_offset(self, offset_NG: Tensor) -> "CodebookWeight":
         """The same codes and absmax with another offset."""
+        self.intact()
         kept = [p for p in (self.absmax, self.absmax_scale, self.absmax_mean) if p is not None]
         return CodebookWeight(self.codes, tuple(kept), self.grid, self.shape[1], offset_NG)
 
     def spec(self) -> Spec:
         """Kind, shape, grid and whether there is an offset."""
+        self.intact()
         grid, offset = asdict(self.grid), self.offset is not None
         return {"kind": "codebook", "shape": list(self.shape), "grid": grid, "offset": offset}
 
@@ -346,15 +353,6 @@ def _center(range_: Range, grid: Grid, in_features: int, rows: Tensor | None = N
         return float(grid.center)
     zero = range_.zero_NG if rows is None else range_.zero_NG[rows]
     return zero.repeat_interleave(in_features // zero.shape[1], 1)
-
-
-def _to_fixed8(levels_NK: Tensor, grid: Grid) -> Tensor:
-    unit = 1 << (8 - grid.bits)
-    n = (levels_NK * unit).floor()
-    # A level exactly between two codes reads back half a unit higher; where that would round it up against
-    # half-to-even, the unit below is as near and rounds to the right code.
-    n -= (((n + 0.5) / unit).round() != levels_NK.round()).float()
-    return n.to(torch.uint8)
 
 
 def quantize(weight_NK: Tensor, grid: AnyGrid, storage: Storage = "int") -> AffineWeight | CodebookWeight:

@@ -55,6 +55,7 @@ _VALUES = {
     "fp4": [-v for v in reversed(_FP4_POSITIVE)] + [0.0, *_FP4_POSITIVE],
     "dynamic": _dynamic_map(),
 }
+_VALUES["fp4 of every code"] = [*_VALUES["fp4"], 0.0]
 
 _tensors: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -63,9 +64,7 @@ def _tensor(name: str, device: torch.device | str) -> Tensor:
     """The dynamic map or a table, made once for each device (but anew where tensors are fake or being traced)."""
 
     def make() -> Tensor:
-        values = _VALUES[name]
-        # One entry more in memory than is shown: kernels read 2^b of them, and FP4 has one less.
-        return torch.tensor([*values, 0.0], dtype=torch.float32, device=device)[: len(values)]
+        return torch.tensor(_VALUES[name], dtype=torch.float32, device=device)
 
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return make()
@@ -79,6 +78,11 @@ def _tensor(name: str, device: torch.device | str) -> Tensor:
 def table(grid: CodebookGrid, device: torch.device | str = "cpu") -> Tensor:
     """The ascending float32 values of the codebook; code q stands for entry q. Not to be written to."""
     return _tensor(grid.codebook, device)
+
+
+def entries(grid: CodebookGrid, device: torch.device | str = "cpu") -> Tensor:
+    """The same with an entry for each of the 2^b codes, as kernels read it: FP4 has one value less, and 0 there."""
+    return _tensor("fp4 of every code" if grid.codebook == "fp4" else grid.codebook, device)
 
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ typedef struct {
     int bits;
     long K, G;
     const void *scales, *zeros, *offsets;  /* (N, G) */
-    int scale_kind, zero_kind;  /* of Kind; offsets are of the scales' */
+    int scale_kind, zero_kind, offset_kind;  /* of Kind */
     float center;
     const float *table;
     const void *absmax;
@@ -25,7 +25,7 @@ static inline float read_at(const void *tensor, int kind, long at) {
     return kind == UINT8 ? ((const uint8_t *)tensor)[at] : ((const float *)tensor)[at];
 }
 static inline float scale_of(const Codes *C, long at) { return read_at(C->scales, C->scale_kind, at); }
-static inline float offset_of(const Codes *C, long at) { return read_at(C->offsets, C->scale_kind, at); }
+static inline float offset_of(const Codes *C, long at) { return read_at(C->offsets, C->offset_kind, at); }
 static inline float zero_of(const Codes *C, long at) {
     return C->zeros ? read_at(C->zeros, C->zero_kind, at) : C->center;
 }

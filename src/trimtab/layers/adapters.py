@@ -26,7 +26,8 @@ from trimtab.layers import intact
 from trimtab.layers.adapter import Adapter, Fold, FoldKind
 from trimtab.layers.deltas import DeltaShape, PooledDelta
 from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Spec, Weight
-from trimtab.quant.grid import AnyGrid, Grid, Range, round_clamp, ste_round, stored, to_levels
+from trimtab.quant.grid import AnyGrid, Grid, Range, round_clamp, stored, to_levels
+from trimtab.quant.opaque import moved_zeros
 
 
 class DeltaOutput(Adapter):
@@ -93,7 +94,7 @@ class DeltaOffset(Adapter):
         if range_.offset_NG is not None:
             return stored(range_.offset_NG + d_NG, base.grid.scale_dtype), None
         assert range_.zero_NG is not None
-        zero = ste_round(range_.zero_NG - d_NG / range_.scale_NG).clamp(0, base.grid.top)
+        zero = moved_zeros(range_.zero_NG, d_NG, range_.scale_NG, base.grid.top)
         return -range_.scale_NG * zero, zero
 
     def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:

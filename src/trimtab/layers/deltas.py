@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from trimtab.errors import UserError
 from trimtab.layers import intact
 from trimtab.quant.grid import stored
+from trimtab.quant.opaque import low_rank, plus_low_rank
 
 AdapterDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -121,10 +122,8 @@ class PooledDelta(nn.Module):
 
     def _inner(self) -> Tensor:
         """scaling * B A, or scaling * M: (N/m, K/p) in float32, also under autocast."""
-        factors = self.factors()
-        with torch.autocast(factors[0].device.type, enabled=False):
-            product = factors[0] if len(factors) == 1 else factors[1] @ factors[0]
-            return product * self.shape.gain
+        *a, b = self.factors()
+        return low_rank(b, a[0] if a else None, self.shape.gain)
 
     def dense(self) -> Tensor:
         """delta_W, float32 of shape (N, K)."""
@@ -134,8 +133,7 @@ class PooledDelta(nn.Module):
         """x + delta_W, in one pass where the delta is a plain low-rank product."""
         if self.shape.repeat == self.shape.pool == 1 and self.A is not None:
             a, b = self.factors()
-            with torch.autocast(x_NK.device.type, enabled=False):
-                return torch.addmm(x_NK, b, a, alpha=self.shape.gain)
+            return plus_low_rank(x_NK, b, a, self.shape.gain)
         return x_NK + self.dense()
 
     def per_group(self, group: int) -> Tensor:

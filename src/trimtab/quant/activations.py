@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
+from trimtab.quant.opaque import operator
 
 Bits = Literal[4, 8]
 
@@ -101,10 +102,26 @@ def range_of(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Range:
     return Range(scale, None if symmetric else (first - low / scale).clamp(first, last).round())
 
 
+def _token_range(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    low, high = (t.to(_work(x)) for t in torch.aminmax(x, dim=-1, keepdim=True))
+    scale, zero = range_of(low, high, bits, symmetric)
+    return scale, scale.new_empty(0) if zero is None else zero
+
+
+def _token_range_fake(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=_work(x))
+    return scale, scale.new_empty(0) if symmetric else torch.empty_like(scale)
+
+
+_token_range_operator = operator(
+    "token_range(Tensor x, int bits, bool symmetric) -> (Tensor, Tensor)", _token_range, _token_range_fake
+)
+
+
 def token_range(x: Tensor, bits: int, symmetric: bool) -> Range:
     """The range of each token of x (..., K): scale and zero (..., 1)."""
-    low, high = (t.to(_work(x)) for t in torch.aminmax(x.detach(), dim=-1, keepdim=True))
-    return range_of(low, high, bits, symmetric)
+    scale, zero = _token_range_operator(x.detach(), bits, symmetric)
+    return Range(scale, None if symmetric else zero)
 
 
 def _work(x: Tensor) -> torch.dtype:
@@ -127,25 +144,38 @@ def _outside(codes: Tensor, bits: int) -> Tensor:
     return (codes < first).logical_or_(codes > last)
 
 
-class _Rounded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-        range_ = Range(scale, zero)
-        codes = _unclamped(x, range_)
-        ctx.save_for_backward(_outside(codes, bits))
-        return _values(codes, range_, bits, x.dtype)
+def _round(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, keep: bool) -> tuple[Tensor, Tensor]:
+    range_ = Range(scale, zero)
+    codes = _unclamped(x, range_)
+    outside = _outside(codes, bits) if keep else x.new_empty(0, dtype=torch.bool)
+    return _values(codes, range_, bits, x.dtype), outside
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.masked_fill(ctx.saved_tensors[0], 0), None, None, None
+
+def _round_fake(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, keep: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape if keep else 0, dtype=torch.bool)
+
+
+def _keep_outside(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _round_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return grad.masked_fill(ctx.saved_tensors[0], 0), None, None, None, None
+
+
+_round_operator = operator(
+    "round_to_grid(Tensor x, Tensor scale, Tensor? zero, int bits, bool keep) -> (Tensor, Tensor)",
+    _round,
+    _round_fake,
+    (_keep_outside, _round_backward),
+)
 
 
 def round_to_grid(x: Tensor, range_: Range, bits: int) -> Tensor:
     """x_hat, in x's shape and dtype; its gradient passes where x was not clipped."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        made: Tensor = _Rounded.apply(x, *range_, bits)  # type: ignore[no-untyped-call]
-        return made
-    return _values(_unclamped(x, range_), range_, bits, x.dtype)
+    rounded: Tensor = _round_operator(x, *range_, bits, torch.is_grad_enabled() and x.requires_grad)[0]
+    return rounded
 
 
 class ActivationQuantizer(nn.Module):

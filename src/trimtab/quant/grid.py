@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
+from trimtab.quant import opaque
 
 Zero = Literal["symmetric", "integer", "real"]
 ScaleDtype = Literal["portable", "bfloat16", "float16", "float32"]
@@ -143,17 +144,12 @@ def group_size(grid: AnyGrid, in_features: int) -> int:
 # ---- straight-through rounding ----------------------------------------------------------------------------------
 
 
-def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """`value`, with the gradient of `x`.
-
-    Exact: `value` is x rounded in some way, so `value - x` has no rounding error (Sterbenz) and the sum gives it back.
-    """
-    return x + (value - x).detach() if x.requires_grad else value
-
-
 def ste_round(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes straight through."""
-    return straight_through(x, x.detach().round())
+    """Round half to even; the gradient passes straight through.
+
+    Exact: `round(x) - x` has no rounding error (Sterbenz), and the sum gives round(x) back.
+    """
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
 def round_clamp(u: Tensor, top: int) -> Tensor:
@@ -172,12 +168,7 @@ def stored(x: Tensor, scale_dtype: ScaleDtype) -> Tensor:
         Same shape and dtype as x, every value exact in the storage dtype; `portable` is exact in bfloat16 *and*
         float16, so magnitudes are kept between 2^-24 and 65280 there.
     """
-    value = x.detach()
-    if scale_dtype == "portable":
-        value = value.clamp(-65280.0, 65280.0).to(torch.bfloat16).to(torch.float16)
-    else:
-        value = value.to(_STORAGE[scale_dtype])
-    return straight_through(x, value.to(x.dtype))
+    return opaque.stored(x, scale_dtype)
 
 
 # ---- ranges -----------------------------------------------------------------------------------------------------
@@ -280,13 +271,7 @@ def to_levels(weight_NK: Tensor, range_: Range, grid: Grid) -> Tensor:
 
     Differentiable in the weight and in every tensor of the range.
     """
-    w_NGg = weight_NK.unflatten(1, (range_.scale_NG.shape[1], -1))
-    if range_.offset_NG is not None:
-        u = (w_NGg - range_.offset_NG.unsqueeze(-1)) / range_.scale_NG.unsqueeze(-1)
-    else:
-        zero = float(grid.center) if range_.zero_NG is None else range_.zero_NG.unsqueeze(-1)
-        u = w_NGg / range_.scale_NG.unsqueeze(-1) + zero
-    return u.flatten(1)
+    return opaque.levels_of(weight_NK, *range_, float(grid.center))
 
 
 def from_codes(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -551,6 +551,14 @@ REACHES = (
         names=("alpha_pattern", "use_rslora"),
     ),
     Reach(
+        library="peft",
+        what="which fields of its LoraConfig leave a plain LoRA, and which starts leave the base as it is",
+        why="all others change what the factors are added to, and are refused by name",
+        where=("models/peft_init.py::FREE", "models/peft_init.py::_PLAIN"),
+        test="tests/formats/test_export_peft.py::test_every_field_of_peft_is_known_to_be_harmless_or_refused",
+        names=("lora_dropout", "orthogonal"),
+    ),
+    Reach(
         library="bitsandbytes",
         what="the NF4 table, by value",
         why="codes and values of NF4 are those of QLoRA, to the bit",

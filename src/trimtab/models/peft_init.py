@@ -1,7 +1,10 @@
 """Go on from a LoRA that PEFT trained: its factors become the start of our output adapters.
 
-PEFT computes y = x W^T + (alpha / r) x A^T B^T; ours has its own gain, so B is scaled by the quotient of the two. What is
-not an ordinary LoRA (DoRA, biases, whole modules) is refused, and so is a rank that the method does not have.
+PEFT computes y = x W^T + (alpha / r) x A^T B^T; ours has its own gain, so B is scaled by the quotient of the two. That is
+what an adapter means only if nothing else in its config changes the base, the layers or the sum. So every field of the
+config is either one of those that leave a plain LoRA (`FREE`, and the values in `_PLAIN`) or has to be unset: what is not
+known here, of a newer PEFT too, is refused by its name, and so are tensors that are no factor and ranks that the method
+does not have.
 """
 
 import json
@@ -21,12 +24,26 @@ from trimtab.layers.linear import QuantLinear
 from trimtab.models.transformers_bridge import quant_layers
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
-_PLAIN = {
-    "use_dora": (None, False),
-    "bias": (None, "none"),
-    "modules_to_save": (None, []),
-    "fan_in_fan_out": (None, False),
+FREE = frozenset(
+    {
+        # what the equation has, and which layers it stands in: the tensors say that, too
+        *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        # what acts in training alone, or names where things are from
+        *("lora_dropout", "inference_mode", "runtime_config", "task_type", "auto_mapping", "peft_version"),
+        *("base_model_name_or_path", "revision"),
+        # read only together with a field that is refused (megatron_config, use_qalora)
+        *("megatron_core", "qalora_group_size"),
+    }
+)
+"""Fields of PEFT's LoraConfig that leave a plain LoRA, whatever they hold."""
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # these leave the base as it is
 }
+"""Values that leave a plain LoRA, of fields that may hold others; any other field has to be unset."""
+_CONVERTED = ("pissa", "olora", "corda", "lora_ga")
+"""Starts that move a part of the base into the factors, and that PEFT can take back when it saves."""
 
 
 def start_from(model: nn.Module, directory: str) -> None:
@@ -37,7 +54,7 @@ def start_from(model: nn.Module, directory: str) -> None:
     """
     folder = Path(directory)
     config, tensors = _read(folder)
-    layers = quant_layers(model)
+    layers, found = quant_layers(model), []
     for name in dict.fromkeys(layer for layer, _ in tensors):
         if (name, "A") not in tensors or (name, "B") not in tensors:
             raise UserError(f"{folder}: {name}: has only one of lora_A and lora_B; save the adapter again")
@@ -54,9 +71,10 @@ def start_from(model: nn.Module, directory: str) -> None:
                 f"model.adapter: {name}: its factors are {tuple(a.shape)} and {tuple(b.shape)}, the method's "
                 f"{tuple(adapter.delta.A.shape)} and {tuple(adapter.delta.B.shape)}; set method.rank to {a.shape[0]}"
             )
-        with torch.no_grad():
-            adapter.delta.A.copy_(a)
-            adapter.delta.B.copy_(b * (_scaling(config, name, a.shape[0]) / shape.gain))
+        found += [(adapter.delta.A, a), (adapter.delta.B, b * (_scaling(config, name, a.shape[0]) / shape.gain))]
+    with torch.no_grad():
+        for parameter, value in found:  # only now: what is refused leaves the model as it was
+            parameter.copy_(value)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Tensor]]:
@@ -71,23 +89,55 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Ten
         stored = load_file(weights)
     except (ValueError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder}: damaged ({error}); save the adapter again") from error
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"model.adapter: {file}: is of type {config.get('peft_type')}, only LORA can be continued")
-    for key, plain in _PLAIN.items():
-        if config.get(key) not in plain:
-            raise UserError(f"model.adapter: {file}: {key} is {config[key]!r}; only an ordinary LoRA can be continued")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UserError(f"model.adapter: {file}: is of type {kind}, only LORA can be continued")
+    for key, value in config.items():
+        if not _is_plain(key, value):
+            raise UserError(f"model.adapter: {file}: {key} is {value!r}, which is no plain LoRA; {_remedy(key, value)}")
     tensors = {}
     for name, tensor in stored.items():
         found = _TENSOR.fullmatch(name)
-        if found is None:
+        if found is None or tensor.dim() != 2 or not tensor.is_floating_point():
             raise UserError(f"model.adapter: {weights}: {name} is no factor of an ordinary LoRA of a linear layer")
+        if not tensor.isfinite().all():
+            raise UserError(f"model.adapter: {weights}: {name} holds NaN or infinite values; save the adapter again")
         tensors[found[1], found[2]] = tensor
+    if not tensors:
+        raise UserError(f"model.adapter: {weights}: holds no factor; save the adapter again")
     return config, tensors
 
 
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether a field of a config leaves a plain LoRA: known to, or unset."""
+    return key in FREE or not value or value in _PLAIN.get(key, ())
+
+
+def _remedy(key: str, value: Any) -> str:
+    if key == "init_lora_weights" and str(value).startswith(_CONVERTED):
+        return (
+            "this start moved a part of the base into the factors: let PEFT make a plain LoRA of it, with "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`, and start from that"
+        )
+    return "merge it into its base with PEFT (`merge_and_unload`) and start from that model, or train a plain LoRA"
+
+
+def _of_layer(config: dict[str, Any], key: str, pattern: str, name: str) -> Any:
+    """A layer's own value of a field that has a pattern for the ends of names, as PEFT looks it up."""
+    patterns = config.get(pattern) or {}
+    found = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", name)), None)
+    value = config.get(key) if found is None else patterns[found]
+    if not isinstance(value, int | float) or value <= 0:
+        raise UserError(f"model.adapter: {key} of {name} is {value!r} in adapter_config.json; save the adapter again")
+    return value
+
+
 def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
-    """alpha / r (or / sqrt(r)) of a layer, with PEFT's patterns for the ends of names."""
-    patterns = config.get("alpha_pattern") or {}
-    key = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", name)), None)
-    alpha = float(config["lora_alpha"] if key is None else patterns[key])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    """alpha / r (or / sqrt(r)) of a layer."""
+    said = _of_layer(config, "r", "rank_pattern", name)
+    if said != rank:
+        raise UserError(
+            f"model.adapter: {name}: its factors have rank {rank}, adapter_config.json says {said}; save it again"
+        )
+    alpha = _of_layer(config, "lora_alpha", "alpha_pattern", name)
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -9,6 +9,9 @@ file's own codes, any other gets them rounded anew. The rows of q and k are perm
 how to undo that for float matrices, and since rows are independent we ask it where each row goes and move rows of
 codes. gguf is imported here, to read, and in `write`, to write.
 
+What transformers leaves out of a file's config is put into it, and the model that comes of it is held against the file's keys
+and the list of its tensors (`settings`).
+
 Legend: N out features, K in features, G = K / 32 blocks in a row.
 """
 
@@ -27,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from trimtab.errors import UserError
+from trimtab.formats.gguf import rotary, settings
 from trimtab.layers.weights import AffineWeight
 from trimtab.models.sources import ModelSource, require_finite
 from trimtab.quant import packing
@@ -107,8 +111,52 @@ class GgufSource(ModelSource):
         return self._reader
 
     def config(self) -> Any:
-        """The transformers config that the file's metadata describes."""
-        return copy.deepcopy(self._ask("model", AutoConfig))
+        """The transformers config that the file's metadata describes.
+
+        Raises:
+            UserError: naming a key that may change what the model computes and that no config holds.
+        """
+        if "config" not in self._answers:
+            found = self._ask("model", AutoConfig)
+            with self._named():
+                settings.complete(found, self.keys())
+            for name, ids in self._special_ids().items():
+                setattr(found, name, ids)
+            self._answers["config"] = found
+        return copy.deepcopy(self._answers["config"])
+
+    def keys(self) -> settings.Keys:
+        """What the file says of its model."""
+        values = {n: f.contents() for n, f in self._reader.fields.items() if not n.startswith("GGUF.")}
+        if values.get("split.count", 1) > 1:
+            raise UserError(f"is one of {values['split.count']} parts; join them with llama.cpp's gguf-split")
+        architecture = str(values["general.architecture"])
+        inside = f"{architecture}."
+        return settings.Keys(
+            architecture,
+            {n.removeprefix(inside): value for n, value in values.items() if n.startswith(inside)},
+            {n: torch.from_numpy(self._tensors[n].data.copy()) for n in rotary.TENSORS if n in self._tensors},
+            frozenset(self._tensors),
+        )
+
+    def _special_ids(self) -> dict[str, Any]:
+        """Tokens that begin and end a text, by the config's names; transformers gives them to the tokenizer alone."""
+        ids = {}
+        for name in ("bos", "eos", "eot", "eom"):
+            field = self._reader.fields.get(f"tokenizer.ggml.{name}_token_id")
+            if field is not None:
+                ids[name] = int(field.contents())
+        ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+        found: dict[str, Any] = {"bos_token_id": ids["bos"]} if "bos" in ids else {}
+        return found | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say which file an error is about, and what else can be read."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}; use the model's safetensors, or another GGUF file of it") from error
 
     def tokenizer(self) -> Any:
         """The tokenizer that the file carries, with its chat template."""
@@ -129,7 +177,11 @@ class GgufSource(ModelSource):
             ) from error
 
     def bind(self, model: PreTrainedModel) -> None:
-        """Learn which tensor is which parameter of this (meta-device) model."""
+        """Learn which tensor is which parameter of this (meta-device) model.
+
+        Raises:
+            UserError: naming a key in which the file and the model differ, or a tensor that is no parameter of it.
+        """
         architecture = str(self._reader.fields["general.architecture"].contents())
         config = model.config.to_dict()
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
@@ -141,6 +193,11 @@ class GgufSource(ModelSource):
                 f"{self.path}: transformers cannot read its model ({error}); use its safetensors"
             ) from error
         self._names = {hf_name: name for name, hf_name in hf_of.items()}
+        with self._named():
+            settings.require_agreement(model, self.keys())
+            for name in self._tensors:
+                if name not in hf_of and name not in rotary.TENSORS:
+                    raise UserError(f"tensor {name} is no parameter of a {model.config.model_type} model here")
 
     def name_of(self, name: str) -> str | None:
         """The file's name for the parameter of this name, or None."""

@@ -142,10 +142,12 @@ def evaluate(
         tokens: at most this many; None for the recipe's, or all where `data` is given.
     """
     require_library("`trimtab eval`", "datasets")
+    ignore: Sequence[str] = ()
     from trimtab.data.rows import load_rows
-    from trimtab.data.sequences import token_windows
+    from trimtab.data.sequences import check_tokens, token_windows
     from trimtab.evaluation.perplexity import perplexity
     from trimtab.models.load import load_as_it_is
+    from trimtab.models.positions import check_length
 
     if data is None:
         saved = Path(path) / "recipe.yaml"
@@ -153,11 +155,13 @@ def evaluate(
         if block is None or block.eval_path is None:
             raise UserError(f"{path}: its recipe names no held-out data; pass --data")
         data, split, tokens = block.eval_path, split or block.eval_split, tokens or block.eval_tokens
-        block_tokens = block_tokens or block.block_tokens
+        block_tokens, ignore = block_tokens or block.block_tokens, block.ignore
     split, block_tokens = split or "train", block_tokens or 1024
     model, tokenizer = load_as_it_is(path)
-    rows = load_rows(data, split=split)
+    rows = load_rows(data, split=split, ignore=ignore)
     windows = token_windows(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
+    check_tokens(windows, tokenizer, model.config.get_text_config().vocab_size, data)
+    check_length(model, block_tokens, "block_tokens")
     return Evaluation(perplexity(model, windows), windows.numel(), data, split, block_tokens)
 
 

@@ -78,7 +78,7 @@ class Tuned:
             recipe = at_length(self._recipe, rules, steps, folder)
             model = build(recipe, self._given)
             simulate(recipe, model, self._given)
-            fit(model, self._given.tokenizer, recipe, rows=self._given.rows)
+            fit(model, self._given.tokenizer, recipe, rows=self._given.labelled or self._given.rows)
             value = self._loss(model)
         del model
         gc.collect()

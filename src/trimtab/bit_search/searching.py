@@ -38,6 +38,7 @@ from trimtab.quant.grid import AnyGrid
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
 from trimtab.training.build import RunContext, calibration
+from trimtab.training.labelled import Labelled, label
 from trimtab.training.trainer import packed
 
 if TYPE_CHECKING:
@@ -131,7 +132,12 @@ class Search:
     @cached_property
     def _rows(self) -> Any:
         assert self.recipe.data is not None
-        return load_rows(self.recipe.data.path, split=self.recipe.data.split, limit=self.recipe.data.limit)
+        block = self.recipe.data
+        return load_rows(block.path, split=block.split, limit=block.limit, ignore=block.ignore)
+
+    @cached_property
+    def _labelled(self) -> Labelled:
+        return label(self.recipe, self._tokenizer, self._rows, self._skeleton.config.get_text_config().vocab_size)
 
     @cached_property
     def _float_model(self) -> "PreTrainedModel":
@@ -144,7 +150,9 @@ class Search:
     def _held_out(self) -> Any:
         block = self.recipe.data
         assert block is not None
-        return self._rows if block.eval_path is None else load_rows(block.eval_path, split=block.eval_split)
+        if block.eval_path is None:
+            return self._rows
+        return load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
 
     @cached_property
     def _loss(self) -> held_out.Loss:
@@ -156,7 +164,9 @@ class Search:
             return Rounded(self._float_model, self.recipe, self._windows(self._held_out, self.block.tokens))
         self.free()  # a trial loads its own, quantized
         start = calibration(self.recipe, self._rows, self._tokenizer)
-        return Tuned(self.recipe, RunContext(self._source, self._tokenizer, self._rows, None, start), self._loss)
+        return Tuned(
+            self.recipe, RunContext(self._source, self._tokenizer, self._rows, self._labelled, None, start), self._loss
+        )
 
     def prepare(self) -> None:
         """What is made once for a study: sensitivities, and a teacher's cache where trials learn from one."""

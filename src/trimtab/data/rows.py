@@ -1,30 +1,21 @@
 """From what a recipe calls data (files, folders, Python's manual, a dataset of the hub) to rows in TRL's forms.
 
-`SFTTrainer` derives the loss mask from the form of a row: `{"text"}` learns every token, `{"prompt", "completion"}` only
-the completion. People hold their data in four forms, told apart by their keys:
-
-    {"text"}                              ->  {"text"}                                      language modelling
-    {"instruction", ("input"), "output"}  ->  {"prompt": [user], "completion": [assistant]}
-    {"messages": [..., assistant]}        ->  {"prompt": messages[:-1], "completion": messages[-1:]}
-    {"prompt", "completion"}              ->  as they are: two strings, or two lists of messages
-
-So a conversation is trained on its last answer only. TRL's `assistant_only_loss` would train every answer, but needs
-`{% generation %}` marks, which most chat templates lack; a prompt and a completion work with every template. Where a
-row fits several forms (alpaca has `instruction`, `output` *and* a rendered `text`), the most structured one wins:
-messages, prompt, instruction, text. Other keys (ids, sources) are dropped.
-
-Every row is checked here, with its file and line, rather than failing hours later inside a tokenizer; hence rows are
-read into memory (`limit` bounds them) instead of being mapped from disk.
+What one row may hold, and what becomes of it, is in `forms`. Every row is checked here, with its file and line, rather than
+failing hours later inside a tokenizer; hence rows are read into memory (`limit` bounds them) instead of being mapped from
+disk.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trimtab.data.forms import RENDERING, Converted, convert, kind
 from trimtab.errors import UserError, nearest
 from trimtab.extras import require_library
 
@@ -38,11 +29,6 @@ Located = tuple[str, Any]
 """A raw row behind the words that say where it stands, such as `alpaca.jsonl, line 3`."""
 
 
-def _kind(value: object) -> str:
-    """What a value is, for people."""
-    return "null" if value is None else type(value).__name__
-
-
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
@@ -54,6 +40,26 @@ def _decoded(raw: bytes, where: str) -> str:
         raise UserError(f"{where}: not UTF-8 (byte {error.start}: {error.reason}); save the file as UTF-8") from error
 
 
+def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """A JSON object; a key that stands in it twice has two values, of which Python would drop one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise UserError(f"{where}: the key {twice!r} stands in one object twice; remove one of them")
+    return found
+
+
+def _of_table(row: dict[str, Any]) -> dict[str, Any]:
+    """A table's row: a struct has every field of its column, null where the row had none."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: without(v) for k, v in value.items() if v is not None}
+        return [without(v) for v in value] if isinstance(value, list) else value
+
+    return {key: without(value) for key, value in row.items()}
+
+
 def _json_rows(file: Path) -> Iterator[Located]:
     with file.open("rb") as lines:  # in bytes only "\n" ends a line: a raw U+2028 inside a JSON string does not
         for number, raw in enumerate(lines, start=1):
@@ -63,11 +69,11 @@ def _json_rows(file: Path) -> Iterator[Located]:
                 continue
             remedy = "put one JSON object on each line (an array becomes lines with: jq -c '.[]')"
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=partial(_object, where=where))
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: invalid JSON ({error.msg}, column {error.colno}); {remedy}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where}: {_kind(row)} where an object is needed; {remedy}")
+                raise UserError(f"{where}: {kind(row)} where an object is needed; {remedy}")
             yield where, row
 
 
@@ -81,7 +87,7 @@ def _parquet_rows(file: Path) -> Iterator[Located]:
             for batch in table.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}, row {number}", row
+                    yield f"{file}, row {number}", _of_table(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as parquet after row {number}: {_one_line(error)}") from error
 
@@ -163,7 +169,7 @@ def _hub_rows(path: str, split: str) -> Iterator[Located]:
             f"the name, the split and the network, or download it and give a local file ({_SUFFIXES})"
         ) from error
     for number, row in enumerate(dataset, start=1):
-        yield f"{path}, row {number}", row
+        yield f"{path}, row {number}", _of_table(row)
 
 
 def _located_rows(path: str, split: str) -> Iterator[Located]:
@@ -182,134 +188,64 @@ def _located_rows(path: str, split: str) -> Iterator[Located]:
     return _hub_rows(path, split)
 
 
-ACCEPTED_FORMS = '{"text"}, {"instruction", "output"} (and "input"), {"messages"} or {"prompt", "completion"}'
-
-Message = dict[str, str]
-TrainingRow = dict[str, str | list[Message]]
-
-
-# --- checking and converting one row ---------------------------------------------------------------------------------
-
-
-def _string(value: object, key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is {_kind(value)} where a string is needed; correct or remove the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; Arrow and tokenizers fail on it
-        raise UserError(f"{where}: {key!r} is not valid Unicode ({error.reason}); correct or remove the row") from error
-    return value
-
-
-def _messages(value: object, key: str, where: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else _kind(value)
-        raise UserError(f"{where}: {key!r} is {found} where a list of {{role, content}} messages is needed")
-    messages = []
-    for index, message in enumerate(value):
-        name = f"{key}[{index}]"
-        if not isinstance(message, Mapping):
-            raise UserError(f"{where}: {name!r} is {_kind(message)} where a {{role, content}} message is needed")
-        if message.get("tool_calls"):  # dropping them would teach the model to answer with their empty content
-            raise UserError(f"{where}: {name!r} has tool_calls, which are not supported; write the call into 'content'")
-        fields = ("role", "content")
-        messages.append({field: _string(message.get(field), f"{name}.{field}", where) for field in fields})
-    return messages
-
-
-def _from_text(row: Mapping[str, Any], where: str) -> TrainingRow:
-    return {"text": _string(row["text"], "text", where)}
-
-
-def _from_instruction(row: Mapping[str, Any], where: str) -> TrainingRow:
-    prompt = _string(row["instruction"], "instruction", where)
-    # A table (parquet, hub) has the column in every row: there null is how "no input" is written.
-    extra = "" if row.get("input") is None else _string(row["input"], "input", where)
-    answer = _string(row["output"], "output", where)
-    return {
-        "prompt": [{"role": "user", "content": prompt + ("\n\n" + extra if extra else "")}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
-
-
-def _from_messages(row: Mapping[str, Any], where: str) -> TrainingRow:
-    messages = _messages(row["messages"], "messages", where)
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise UserError(f"{where}: 'messages' has no message with the role 'assistant' (roles: {', '.join(roles)})")
-    if roles[-1] != "assistant":
-        raise UserError(f"{where}: 'messages' ends with the role {roles[-1]!r}; end it with the assistant's answer")
-    if len(messages) == 1:
-        raise UserError(f"{where}: 'messages' has nothing before the answer; add the user's message, or use 'text'")
-    return {"prompt": messages[:-1], "completion": messages[-1:]}
-
-
-def _from_prompt(row: Mapping[str, Any], where: str) -> TrainingRow:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) or isinstance(completion, list):
-        return {key: _messages(row[key], key, where) for key in ("prompt", "completion")}
-    return {key: _string(row[key], key, where) for key in ("prompt", "completion")}
-
-
-class _Form(NamedTuple):
-    keys: tuple[str, ...]
-    """Keys a row must have to be of this form; other keys are allowed."""
-    convert: Callable[[Mapping[str, Any], str], TrainingRow]
-
-
-_FORMS = (  # most structured first: the first whose keys are all there wins
-    _Form(("messages",), _from_messages),
-    _Form(("prompt", "completion"), _from_prompt),
-    _Form(("instruction", "output"), _from_instruction),
-    _Form(("text",), _from_text),
-)
-
-
-def _convert(row: Mapping[str, Any], where: str) -> tuple[str, TrainingRow]:
-    """The name of the row's form, and the row in TRL's form."""
-    for form in _FORMS:
-        if all(key in row for key in form.keys):
-            converted = form.convert(row, where)
-            lists = form.keys[0] == "prompt" and isinstance(converted["prompt"], list)
-            return "{" + ", ".join(form.keys) + "}" + (" with message lists" if lists else ""), converted
-    found = ", ".join(map(str, row)) or "none"
-    raise UserError(f"{where}: unknown form of row (keys: {found}); accepted are {ACCEPTED_FORMS}")
-
-
-def _converted(rows: Iterable[Located]) -> Iterator[TrainingRow]:
+def _converted(rows: Iterable[Located], ignore: Sequence[str]) -> Iterator[Converted]:
     """Every row in TRL's form, held to the form of the first one."""
     first_form = first_where = ""
     for where, row in rows:
-        form, converted = _convert(row, where)
+        found = convert(row, where, ignore)
         if not first_form:
-            first_form, first_where = form, where
-        elif form != first_form:
-            raise UserError(f"{where}: the form is {form}, but {first_form} at {first_where}; keep to one form")
-        yield converted
+            first_form, first_where = found.form, where
+        elif found.form != first_form:
+            raise UserError(f"{where}: the form is {found.form}, but {first_form} at {first_where}; keep to one form")
+        yield found
 
 
 # --- the public functions --------------------------------------------------------------------------------------------
 
 
-def load_rows(path: str, *, split: str = "train", limit: int | None = None) -> Dataset:
+def load_rows(path: str, *, split: str = "train", limit: int | None = None, ignore: Sequence[str] = ()) -> Dataset:
     """The rows of `path` in TRL's forms: `{"text"}` or `{"prompt", "completion"}`.
 
     `path` is a file of JSON lines (`.jsonl`, `.json`), a `.parquet` file, a text (`.txt`, `.md`: one document a file),
     a directory of such files of one kind (all of them, sorted by name), `pydoc-topics`, or the id of a hub dataset.
     `split` is for the last two; `pydoc-topics` has `train` and `heldout`. At most `limit` rows are read and checked.
+    `ignore` are keys of rows that belong neither to prompt nor to answer; see `forms` for those that are known.
     """
     require_library(f"reading {path}", "datasets")
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, DatasetInfo, Features, Value
 
     if limit is not None and limit < 1:
         raise UserError(f"limit: {limit} rows asked of {path}; give at least 1, or leave it out for all rows")
-    rows = list(_converted(islice(_located_rows(path, split), limit)))
-    if not rows:  # a file says so itself, with its name; what is left is an empty split of a hub dataset
+    found = list(_converted(islice(_located_rows(path, split), limit), ignore))
+    if not found:  # a file says so itself, with its name; what is left is an empty split of a hub dataset
         raise UserError(f"{path}: no rows in the split {split!r}; choose another split")
     # Stated, not inferred: the schema must not depend on the rows that happen to come first.
     message_list = [{"role": Value("string"), "content": Value("string")}]
-    features = {key: message_list if isinstance(value, list) else Value("string") for key, value in rows[0].items()}
-    return Dataset.from_dict({key: [row[key] for row in rows] for key in features}, features=Features(features))
+    features = {k: message_list if isinstance(value, list) else Value("string") for k, value in found[0].row.items()}
+    columns: dict[str, list[Any]] = {key: [row.row[key] for row in found] for key in features}
+    if any(row.rendering for row in found):
+        features[RENDERING] = Value("string")
+        columns[RENDERING] = [json.dumps(row.rendering) for row in found]
+    unused = ", ".join(sorted(set().union(*(row.unused for row in found))))
+    return Dataset.from_dict(columns, info=DatasetInfo(description=unused, features=Features(features)))
+
+
+def unused_keys(dataset: Dataset) -> str:
+    """The keys of its rows that nothing is done with, as `load_rows` noted them: `id, source`."""
+    return str(dataset.info.description)
+
+
+class Place(NamedTuple):
+    """Where a row of a source stands, found when it is asked for: `alpaca.jsonl, line 3`."""
+
+    path: str
+    split: str
+    number: int
+    """From 1."""
+
+    def __str__(self) -> str:
+        rows = islice(_located_rows(self.path, self.split), self.number - 1, None)
+        return next((where for where, _ in rows), f"row {self.number}")
 
 
 def conversational(dataset: Dataset) -> bool:

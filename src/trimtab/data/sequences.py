@@ -13,11 +13,12 @@ without one, and its perplexity there says nothing: each of its blocks begins wi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trimtab.data.rows import conversational
+from trimtab.data.tokens import head_of, rendered, tokens_of
 from trimtab.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,23 +32,10 @@ def text_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
         if not tokenizer.chat_template:
             remedy = 'give plain {"text"} or {"prompt", "completion"} rows, or a tokenizer with a chat template'
             raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {remedy}")
-        return _rendered(dataset, tokenizer)
+        return (rendered(row, tokenizer, f"data, row {number}") for number, row in enumerate(dataset, start=1))
     if "text" in dataset.features:
         return (row["text"] for row in dataset)
     return (row["prompt"] + row["completion"] for row in dataset)
-
-
-def _rendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    from jinja2 import TemplateError
-
-    for number, row in enumerate(dataset, start=1):
-        try:
-            text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-        except TemplateError as error:  # templates refuse what their model never saw: a system role, two users in a row
-            refusal = f"the tokenizer's chat template refuses it ({error})"
-            raise UserError(f"data, row {number}: {refusal}; change the row's roles") from error
-        assert isinstance(text, str)
-        yield text
 
 
 _ROWS_A_TOKEN = 4
@@ -77,15 +65,12 @@ def token_windows(
     eos_id = tokenizer.eos_token_id
     if not isinstance(eos_id, int):
         raise UserError("data: the tokenizer has no end-of-sequence token to put between documents; set its eos_token")
-    head = _begins(tokenizer)
+    head = head_of(tokenizer)
     token_ids: list[int] = []
     for text in text_of(dataset, tokenizer):
         if limit_tokens is not None and len(token_ids) >= limit_tokens and not spread:
             break
-        # verbose=False: a document longer than the model's context is expected here, blocks are what the model sees.
-        document = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if document[: len(head)] == head:  # a chat template has written it
-            document = document[len(head) :]
+        document = tokens_of(text, tokenizer, head)[len(head) :]  # each block has its own
         token_ids += document
         # An empty row is no document, and a chat template may have written the token already.
         if document and document[-1] != eos_id:
@@ -109,18 +94,22 @@ def token_windows(
     return torch.cat([torch.tensor(head, dtype=torch.int64).expand(blocks, len(head)), texts], dim=1)
 
 
+def check_tokens(windows: torch.Tensor | None, tokenizer: Any, vocabulary: int, key: str) -> None:
+    """Raise a `UserError` where a text has a token that a model of `vocabulary` tokens does not have."""
+    if windows is None or (largest := int(windows.max())) < vocabulary:
+        return
+    raise UserError(
+        f"{key}: holds {tokenizer.convert_ids_to_tokens(largest)!r}, token {largest} of the tokenizer, but the model's "
+        f"embedding has {vocabulary} rows; take the model's own tokenizer"
+    )
+
+
 def spread(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
     """Rows from everywhere in `dataset`, at least one, of about `tokens` tokens together."""
     some = dataset.select(range(0, len(dataset), -(-len(dataset) // _SAMPLED)))
-    mean = sum(len(tokenizer(t, verbose=False)["input_ids"]) for t in text_of(some, tokenizer)) / len(some)
+    mean = sum(len(tokens_of(t, tokenizer)) for t in text_of(some, tokenizer)) / len(some)
     count = min(len(dataset), max(1, round(tokens / max(mean, 1))))
     return dataset.select([i * len(dataset) // count for i in range(count)])
-
-
-def _begins(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, where the tokenizer itself puts one before a text, or nothing."""
-    ids = tokenizer("")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def describe(dataset: Dataset) -> str:

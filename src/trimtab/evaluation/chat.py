@@ -5,6 +5,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from trimtab.data.tokens import tokens_of
+from trimtab.errors import UserError
+
 
 class Chat:
     """A loaded model to ask.
@@ -26,15 +29,18 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> 
     """A greedy answer to one question, through the chat template where there is one."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {
-        k: v.to(next(model.parameters()).device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")
-    }
+        ids = tokens_of(prompt, tokenizer)
+    rows = model.config.get_text_config().vocab_size
+    if max(ids) >= rows:
+        raise UserError(
+            f"{tokenizer.convert_ids_to_tokens(max(ids))!r} in the prompt is token {max(ids)}, but the model's embedding "
+            f"has {rows} rows; take the model's own tokenizer"
+        )
+    given = torch.tensor([ids], device=next(model.parameters()).device)
+    inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad():
         out = cast(Any, model).generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
-    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()

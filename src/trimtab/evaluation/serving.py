@@ -154,12 +154,12 @@ def parity(
         block = recipe.read(saved).data if saved.is_file() else None
         if block is None or block.eval_path is None:
             raise UserError(f"{native}: its recipe names no held-out data; pass --data")
-        path, split = block.eval_path, block.eval_split
+        path, split, ignore = block.eval_path, block.eval_split, block.ignore
     else:
-        split = "train"
+        split, ignore = "train", ()
     if tokenizer is None:
         raise UserError(f"{native}: was saved without a tokenizer; add its tokenizer files to it")
-    rows = load_rows(path, split=split)
+    rows = load_rows(path, split=split, ignore=ignore)
     windows = token_windows(rows, tokenizer, block_tokens=window, limit_tokens=max(tokens, window))
     served = engine_logprobs(folder, engine, windows, python)
     found = compare(engine, model_logprobs(model, windows), served, windows)

@@ -250,5 +250,5 @@ def held_out_blocks(folder: Path, tokenizer: Any) -> Tensor | None:
     block = recipe.read(saved).data if saved.is_file() else None
     if block is None or block.eval_path is None or tokenizer is None:
         return None
-    rows = load_rows(block.eval_path, split=block.eval_split)
+    rows = load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
     return token_windows(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=block.eval_tokens)

@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_windows
+from trimtab.data.sequences import check_tokens, token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation.harness import check_tasks
 from trimtab.extras import require
 from trimtab.formats import writer
 from trimtab.formats.export import check_exports
+from trimtab.models.positions import check_length
 from trimtab.models.prepare import targets
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.recipe.recipe import Recipe
@@ -36,10 +38,20 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     rows, held_out = _rows(recipe)
     source = open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
-    _check_stages(recipe, tokenizer, rows, source)
-    return RunContext(
-        source, tokenizer, rows, _blocks(recipe, held_out, tokenizer), calibration(recipe, rows, tokenizer)
-    )
+    layout = source.layout()
+    _check_stages(recipe, source, layout)
+    vocabulary, notes = layout.config.get_text_config().vocab_size, _check_length(recipe, layout)
+    labelled = None
+    if rows is not None and recipe.train.steps:
+        from trimtab.training.labelled import label
+
+        labelled = label(recipe, tokenizer, rows, vocabulary)
+        notes += labelled.notes
+    blocks = _blocks(recipe, held_out, tokenizer)
+    start = calibration(recipe, rows, tokenizer)
+    for tokens, key in ((blocks, "data.eval_path"), (None if start is None else start.tokens, "start.path")):
+        check_tokens(tokens, tokenizer, vocabulary, key)
+    return RunContext(source, tokenizer, rows, labelled, blocks, start, notes)
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -87,15 +99,21 @@ def check_apart(recipe: Recipe) -> None:
             raise UserError(f"{key}: {path} is in the output directory {recipe.out}; set `output` to another one")
 
 
-def _check_stages(recipe: Recipe, tokenizer: Any, rows: Any, source: ModelSource) -> None:
+def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) -> None:
     """Raise a `UserError` for what training, its teacher and the tasks would only complain of later."""
-    from trimtab.training.trainer import check_training
+    from trimtab.training.options import check_training
 
-    check_training(recipe, tokenizer, rows)
-    check_exports(recipe, targets(source.layout(), recipe.method, recipe.rules))  # on names and shapes
+    check_training(recipe)
+    check_exports(recipe, targets(layout, recipe.method, recipe.rules))  # on names and shapes
     check_teacher(recipe, source)
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
+
+
+def _check_length(recipe: Recipe, layout: PreTrainedModel) -> tuple[str, ...]:
+    """Refuse sequences longer than the model has positions; a line where they are only longer than it was trained on."""
+    line = None if recipe.data is None else check_length(layout, recipe.data.block_tokens, "data.block_tokens")
+    return () if line is None else (line,)
 
 
 def _rows(recipe: Recipe) -> tuple[Any, Any]:
@@ -104,8 +122,10 @@ def _rows(recipe: Recipe) -> tuple[Any, Any]:
     if block is None:
         return None, None
     wanted = recipe.train.steps or (recipe.activations is not None and recipe.activations.mode == "static")
-    rows = load_rows(block.path, split=block.split, limit=block.limit) if wanted else None
-    held_out = None if block.eval_path is None else load_rows(block.eval_path, split=block.eval_split)
+    rows = load_rows(block.path, split=block.split, limit=block.limit, ignore=block.ignore) if wanted else None
+    held_out = (
+        None if block.eval_path is None else load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
+    )
     return rows, held_out
 
 

@@ -48,6 +48,7 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
             tokens=sizes[0],
             block_tokens=sizes[1],
             dtype=recipe.model.dtype,
+            ignore=() if recipe.data is None else recipe.data.ignore,
         )
         if show is not None:
             show.pruned(done, str(out))

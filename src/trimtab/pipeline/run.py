@@ -9,6 +9,7 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -82,6 +83,8 @@ def run(
     """
     watch = show or Quiet()
     given = checks.gather(recipe, overwrite, resume)
+    for line in given.notes:
+        watch.say(line)
     tokenizer, held_out = given.tokenizer, given.held_out
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
     _measure_float(recipe, given, metrics, watch)
@@ -120,12 +123,18 @@ def _measure_float(recipe: Recipe, given: RunContext, metrics: dict[str, Any], w
 
 def _ask_teacher(recipe: Recipe, given: RunContext, watch: Observer) -> int:
     """Fill the teacher's cache where the recipe has one; returns the peak memory that took."""
-    from trimtab.training.trainer import packed
-
     reset_peak()
-    teacher_cache.ask(recipe, given.tokenizer, given.rows, packed, source=given.source, say=watch.say)
+    sequences = partial(_packed, given)
+    teacher_cache.ask(recipe, given.tokenizer, given.rows, sequences, source=given.source, say=watch.say)
     gc.collect()
     return peak_bytes()
+
+
+def _packed(given: RunContext, model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any) -> tuple[Any, Any]:
+    """`trainer.packed` of the rows that are tokenized already."""
+    from trimtab.training.trainer import packed
+
+    return packed(model, tokenizer, recipe, given.labelled or rows)
 
 
 def _load(recipe: Recipe, given: RunContext, metrics: dict[str, Any], watch: Observer) -> PreTrainedModel:
@@ -165,7 +174,8 @@ def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: boo
         recipe.out.mkdir(parents=True, exist_ok=True)
         return {"train_seconds": 0.0, "tokens": 0, "trainable": count, "losses": []}
     watch.say(f"training {count:,} parameters for {recipe.train.steps} steps on {describe(given.rows)}")
-    done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=given.rows)
+    rows = given.labelled or given.rows
+    done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=rows, say=watch.say)
     _announce(watch)
     return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": count, "losses": done.losses}
 

@@ -9,6 +9,7 @@ The directory is written beside its destination and moved there in one step: it 
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ def prune_checkpoint(
     tokens: int = 8192,
     block_tokens: int = 256,
     dtype: str = "bfloat16",
+    ignore: Sequence[str] = (),
 ) -> Pruned:
     """Load a float model, prune it, and write it.
 
@@ -51,6 +53,7 @@ def prune_checkpoint(
         tokens: calibration tokens, at most.
         block_tokens: length of a calibration window.
         dtype: of the model, in memory and in the file: bfloat16, float16 or float32.
+        ignore: keys of rows that are no text to calibrate on.
     """
     target, about = check_empty(out), asked(path, options, text, split, tokens, block_tokens, dtype)
     if dtype not in _DTYPES:
@@ -60,7 +63,7 @@ def prune_checkpoint(
         raise UserError(f"{path}: already quantized; prune the float model first, then quantize what is left")
     tokenizer, windows = source.tokenizer(), None
     if options.reads_text:
-        rows = load_rows(text, split=split)
+        rows = load_rows(text, split=split, ignore=ignore)
         windows = token_windows(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
     model = load_float(path, dtype=_DTYPES[dtype], source=source)
     pruned = prune(model, options, windows)

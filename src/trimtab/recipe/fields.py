@@ -52,6 +52,8 @@ class DataBlock(Block):
     """Split of a hub data set or of `pydoc-topics`."""
     limit: int | None = Field(default=None, ge=1)
     """Read only this many rows."""
+    ignore: tuple[str, ...] = ()
+    """Keys of rows that belong neither to prompt nor to answer; a key that is not known to is refused, not dropped."""
     block_tokens: int = Field(default=1024, ge=2)
     """Length of a training sequence, in tokens."""
     packing: Literal["auto", "wrapped", "bfd", "none"] = "auto"

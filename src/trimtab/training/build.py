@@ -25,10 +25,14 @@ class RunContext:
     tokenizer: Any
     rows: Any
     """Training rows, or None."""
+    labelled: Any
+    """What `training.labelled.label` made of them, or None."""
     held_out: Tensor | None
     """Held-out tokens (W, L), or None."""
     start: Gptq | None
     """GPTQ with its calibration set; None rounds to nearest."""
+    notes: tuple[str, ...] = ()
+    """What is to be known before a run, a line each."""
 
 
 def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
@@ -37,12 +41,16 @@ def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
     if block.name == "rtn":
         return None
     if block.path is not None:
-        rows = load_rows(block.path, split=block.split)
+        rows = load_rows(block.path, split=block.split, ignore=_ignored(recipe))
     elif rows is None and recipe.data is not None:
-        rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
+        rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit, ignore=recipe.data.ignore)
     length = min(recipe.data.block_tokens if recipe.data is not None else 1024, block.tokens)
     windows = token_windows(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
     return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
+
+
+def _ignored(recipe: Recipe) -> tuple[str, ...]:
+    return () if recipe.data is None else recipe.data.ignore
 
 
 def build(recipe: Recipe, given: RunContext) -> PreTrainedModel:

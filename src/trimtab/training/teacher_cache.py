@@ -76,7 +76,7 @@ class Key:
             tokenizer=_hash(words.encode(), str(tokenizer.chat_template).encode()),
             block_tokens=recipe.data.block_tokens,
             packing=recipe.data.packing,
-            packer=f"trl {version('trl')}",
+            packer=f"trl {version('trl')}, on our tokens",
             seed=recipe.train.seed,
             dtype=recipe.model.dtype,
             temperature=recipe.distill.temperature,

@@ -1,9 +1,9 @@
 """Training: TRL's SFTTrainer on accelerate, with what our models need of their own.
 
-TRL brings the data pipeline (chat templates, packing, loss on the answer only), accelerate the devices, transformers the
-loop, schedules, loggers and resuming. This file adds parameter groups (scales have their own learning rate and no decay),
-a loss for heads that have no `.weight`, checkpoints that hold trainable tensors and optimizer state only, a stop at the
-first loss that is not a number, and meters. It is the only file that imports trl.
+`labelled` makes token ids and labels of the rows; TRL cuts, packs and batches them, accelerate brings the devices,
+transformers the loop, schedules, loggers and resuming. This file adds parameter groups (scales have their own learning rate
+and no decay), a loss for heads that have no `.weight`, checkpoints that hold trainable tensors and optimizer state only, a
+stop at the first loss that is not a number, and meters.
 """
 
 import os
@@ -11,7 +11,6 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,18 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.integrations import get_available_reporting_integrations
 
-from trimtab.data.rows import conversational, load_rows
-from trimtab.data.sequences import text_of
-from trimtab.errors import UserError, nearest
+from trimtab.data.rows import load_rows
+from trimtab.errors import UserError
 from trimtab.kernels import tuning, workspace
 from trimtab.models.transformers_bridge import attach
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
 from trimtab.training.divergence import Distillation
+from trimtab.training.labelled import Labelled, check_learned, label, packing_of
 from trimtab.training.loss import IGNORED, loss_of_logits, summed_loss
+from trimtab.training.stopping import stop_at
 from trimtab.training.teacher import LiveTeacher
 from trimtab.training.teacher_cache import NUMBER, CachedTeacher
 
@@ -294,6 +293,7 @@ def fit(
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
     rows: Any = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Trained:
     """Train a prepared model by a recipe, in place.
 
@@ -303,14 +303,20 @@ def fit(
         recipe: `train` and `data` are read; checkpoints go to `<output>/checkpoints`.
         resume: go on from the last checkpoint there.
         on_step: called after every logged step.
-        rows: the data set, if it was read already.
+        rows: the data set, if it was read already; or `labelled.label` of it.
+        say: told what is to be known before training.
 
     Raises:
         UserError: for unusable data, a loss that is not a number, or nothing to resume from.
     """
     assert recipe.data is not None, "the recipe was checked to have data"
     if rows is None:
-        rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit)
+        rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit, ignore=recipe.data.ignore)
+    given = label(recipe, tokenizer, rows, model.config.get_text_config().vocab_size)
+    for line in () if given is rows else given.notes:
+        say(line)
+    if (end := stop_at(model, tokenizer, given.end)) is not None:
+        say(end)
     last = last_checkpoint(recipe) if resume else None
     if last is not None and _step_of(last) == recipe.train.steps:
         load_trainable(model, last)  # the trainer would take one step more
@@ -319,10 +325,10 @@ def fit(
     meter = _Meter(on_step, slot)
     attach(model)
     model.config.use_cache = False
-    trainer = _trainer(model, tokenizer, recipe, rows, [meter])
+    trainer = _trainer(model, tokenizer, recipe, given, [meter])
     trainer.lr_scale, trainer.lr_scale_bits = recipe.lr_scale, recipe.train.lr_scale_bits
     slot.append(trainer)
-    teacher_cache.attach(trainer, recipe, tokenizer, rows)
+    teacher_cache.attach(trainer, recipe, tokenizer, given.rows)
     tuning.for_training()
     began = perf_counter()
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -333,48 +339,33 @@ def fit(
     return Trained(result.global_step, trainer._total_train_tokens, seconds, meter.losses)
 
 
-def _trainer(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any, callbacks: list[Any]) -> _Trainer:
+def _trainer(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, given: Labelled, callbacks: list[Any]) -> _Trainer:
     """A trainer, and with it the packed sequences in the order that the seed gives them."""
-    assert recipe.data is not None
-    packing: str = recipe.data.packing
-    if packing == "auto":
-        packing = "wrapped" if rows.column_names == ["text"] else "bfd"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-        args = _config(recipe, recipe.out / "checkpoints", packing)
-        trainer = _Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
+        args = _config(recipe, recipe.out / "checkpoints", packing_of(recipe, given.rows))
+        trainer = _Trainer(
+            model=model, args=args, train_dataset=given.sequences, processing_class=tokenizer, callbacks=callbacks
+        )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(type(callback))
+    check_learned(recipe, trainer.train_dataset)
     return trainer
 
 
 def packed(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any) -> tuple[Any, Any]:
-    """The training sequences as they will be packed and ordered, and what makes batches of them."""
-    trainer = _trainer(model, tokenizer, recipe, rows, [])
+    """The training sequences as they will be packed and ordered, and what makes batches of them.
+
+    Args:
+        model: takes the sequences' tokens.
+        tokenizer: the model's.
+        recipe: `data` and `train` are read.
+        rows: the data set, or `labelled.label` of it.
+    """
+    given = label(recipe, tokenizer, rows, model.config.get_text_config().vocab_size)
+    trainer = _trainer(model, tokenizer, recipe, given, [])
     return trainer.train_dataset, trainer.data_collator
-
-
-def check_training(recipe: Recipe, tokenizer: Any, rows: Any) -> None:
-    """Raise a `UserError` for what the trainer would only complain of later: a missing logger, rows it cannot render."""
-    loggers = ["none", "all", *get_available_reporting_integrations()]
-    if recipe.train.report_to not in loggers:
-        hint = nearest(recipe.train.report_to, loggers)
-        raise UserError(
-            f"train.report_to: {recipe.train.report_to!r} is not installed or unknown{hint}; here are {', '.join(loggers)}"
-        )
-    if recipe.train.optimizer != "adamw" and find_spec("bitsandbytes") is None:
-        raise UserError(f"train.optimizer: {recipe.train.optimizer} is bitsandbytes', which is not installed")
-    if not torch.cuda.is_available():
-        if "paged" in recipe.train.optimizer:
-            raise UserError(
-                "train.optimizer: pages between a GPU's memory and the computer's, and there is no GPU here"
-            )
-        if recipe.train.offload_activations:
-            raise UserError("train.offload_activations: moves from a GPU's memory, and there is no GPU here")
-    if rows is not None and conversational(rows):
-        for _ in text_of(rows, tokenizer):
-            pass
 
 
 def whole_checkpoint(checkpoints: Path) -> Path | None:

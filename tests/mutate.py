@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -27,7 +27,17 @@ import yaml
 
 from mutation.reach import Reach, learn
 from mutation.trial import (
-    Break, FirstFailure, Patient, Verdict, breaks_of, fork, fresh, live_functions, put_in_place, put_into_c, run_items,
+    Break,
+    FirstFailure,
+    Patient,
+    Verdict,
+    breaks_of,
+    fork,
+    fresh,
+    live_functions,
+    put_in_place,
+    put_into_c,
+    run_items,
     verdict_of,
 )  # fmt: skip
 
@@ -133,6 +143,13 @@ class InsideFunctions:
     def __init__(self, run: Run, breaks: list[Break], files: set[str]) -> None:
         self._run, self._breaks, self._files = run, breaks, files
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        cases = defaultdict(list)
+        for item in items:
+            cases[item.nodeid.partition("[")[0]].append(item)
+        most = self._run.options.cases
+        items[:] = [item for some in cases.values() for item in some[:: max(1, -(-len(some) // most))]]
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         run = self._run
@@ -180,6 +197,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tests", nargs="+", default=list(TESTS), metavar="PATH", help="tests that may notice")
     parser.add_argument("--minutes", type=float, default=30, help="stop starting breaks after this long")
     parser.add_argument("--each", type=float, default=20, help="seconds of tests for a break; likeliest first")
+    parser.add_argument("--cases", type=int, default=10**6, help="at most this many cases of a test function")
     parser.add_argument("--sample", type=int, help="at most this many breaks")
     parser.add_argument("--seed", type=int, default=0, help="orders the breaks")
     parser.add_argument("--jobs", type=int, default=1, help="breaks at a time")
@@ -214,7 +232,7 @@ def collect(options: list[str], plugin: object) -> None:
         code = 1
         try:
             code = int(pytest.main(options, plugins=[plugin, Patient()]))
-        except BaseException:
+        except BaseException:  # noqa: BLE001  (the parent's code must not run here)
             traceback.print_exc()
         finally:
             sys.stdout.flush()

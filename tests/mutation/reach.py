@@ -76,9 +76,7 @@ def learn(items: list[pytest.Item], files: set[str], store: Path) -> None:
     new = [item for item in items if known.get(item.nodeid, {}).get("stamp") != stamps[item.nodeid]]
     recorder, first = Recorder(files), FirstFailure()
     caches = [
-        c
-        for c in gc.get_objects()
-        if type(c) is _lru_cache_wrapper and c.__module__.startswith(("trimtab", "test"))
+        c for c in gc.get_objects() if type(c) is _lru_cache_wrapper and c.__module__.startswith(("trimtab", "test"))
     ]
     for item, after in zip(new, [*new[1:], None], strict=True):
         for cache in caches:  # what another test had made does not hide what this one needs

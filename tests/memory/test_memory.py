@@ -31,9 +31,12 @@ from trimtab.kernels import products
 from trimtab.layers.linear import QuantLinear
 from trimtab.memory import process
 from trimtab.memory.peak import Plan, kept_for_backward, peak_of_training
+from trimtab.memory.plan import plan
 from trimtab.methods import Loftq, Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
 from trimtab.models.prepare import prepare, prepare_meta
+from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import cast_floats, quant_layers
+from trimtab.recipe.recipe import from_dict
 from trimtab.recipe.rules import parse_rules
 
 SIZES: dict[str, Any] = {
@@ -170,6 +173,18 @@ def test_a_plan_adds_up() -> None:
     recomputed = planned("lr-qat", torch.bfloat16, block_tokens=48, checkpointing=True)
     assert recomputed.activations < longer.activations
     assert recomputed.codes == longer.codes == plan.codes
+
+
+def test_moments_in_eight_bits_are_planned_in_eight_bits(tmp_path: Path) -> None:
+    """Two moments of each trained number: a byte each, or four."""
+    tiny.model(tmp_path / "model")
+    tiny.text(tmp_path / "data.jsonl")
+    for optimizer, moment in {"adamw": 4, "adamw-8bit": 1}.items():
+        changes = {"train": {"optimizer": optimizer}}
+        parsed = from_dict(tiny.recipe(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out", **changes))
+        found = plan(parsed, open_source(parsed.model.path).layout(dtype=parsed.dtype))
+        assert found.trainable > 0
+        assert found.optimizer == 2 * moment * found.trainable, optimizer
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -1,10 +1,18 @@
 """What a method and its adapter say of themselves before a weight is there, against what they then do."""
 
+from dataclasses import asdict
+from typing import Any
+
 import pytest
 import torch
 
 import cases
 from cases import CASES, TRAINED
+from trimtab import methods
+from trimtab.layers.adapters import DeltaOffset
+from trimtab.layers.linear import QuantLinear
+from trimtab.methods import Method, QaBlora, QaHira, QaLora
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -26,3 +34,56 @@ def test_an_adapter_says_what_it_does_to_the_weight(name: str) -> None:
     assert adapter.folded(base.spec()) == adapter.fold(base).weight.spec()
     assert not adapter.stays(merge=True)
     assert adapter.stays(merge=False) == (not moved)
+
+
+# Name -> grid, rates of deltas and of scales, and the fields: what a recipe that says nothing gets.
+DEFAULTS: dict[str, tuple[AnyGrid | None, float, float, dict[str, Any]]] = {
+    "rtn": (Grid(4, 64), 2e-4, 1e-5, {}),
+    "lora": (None, 2e-4, 1e-5, {"rank": 16, "alpha": 16.0}),
+    "qlora": (CodebookGrid("nf4", 64, double_quant=True), 2e-4, 1e-5, {"rank": 16, "alpha": 16.0}),
+    "loftq": (CodebookGrid("nf4", 64, double_quant=True), 2e-4, 1e-5, {"rank": 16, "alpha": 16.0, "turns": 5}),
+    "qa-lora": (Grid(4, 32, "real"), 2e-4, 1e-5, {"rank": 16, "alpha": 16.0, "pool": None, "mean": False}),
+    "q-bara": (
+        CodebookGrid("nf4", 64, double_quant=True),
+        2e-4,
+        1e-5,
+        {"rank": 16, "alpha": 16.0, "k": 2, "mean": True},
+    ),
+    "qa-hira": (Grid(4, 32, "real"), 1e-4, 1e-5, {"alpha": 1.0, "repeat": 1, "pool": None, "mean": False}),
+    "qa-blora": (
+        Grid(4, 32, "real"),
+        2e-4,
+        1e-5,
+        {"rank": 16, "alpha": 16.0, "repeat": 2, "pool": None, "mean": False},
+    ),
+    "peqa": (Grid(4, 64), 2e-4, 5e-5, {}),
+    "lr-qat": (
+        Grid(4, 64),
+        1e-3,
+        1e-5,
+        {"rank": 32, "alpha": 1.0, "storage": "fixed8", "k": 1, "mean": True, "svd": False},
+    ),
+    "qat": (Grid(4, 64), 5e-5, 1e-5, {}),
+}
+
+
+@pytest.mark.parametrize("method", methods.ALL, ids=lambda m: m.name)
+def test_the_defaults_are_those_that_were_measured(method: type[Method]) -> None:
+    """A default is part of a method: a rate ten times off, a mean for a sum, train another model without a word."""
+    grid, lr, lr_scale, options = DEFAULTS[method.name]
+    assert (method.grid, method.lr, method.lr_scale) == (grid, lr, lr_scale)
+    assert asdict(method()) == {"adapter_dtype": "bfloat16", **options}
+
+
+@pytest.mark.parametrize("method", [QaHira(), QaLora(), QaBlora()], ids=lambda m: m.name)
+def test_pooling_is_a_sum_over_the_group_by_default(method: Method) -> None:
+    """A factor or a number of 1/2 everywhere moves every weight by the same, whatever the size of the group."""
+    layer = QuantLinear(*method.build(cases.random(8, 64, seed=0), method.grid))
+    assert isinstance(layer.adapter, DeltaOffset)
+    assert layer.adapter.delta.shape.pool == 32
+    with torch.no_grad():
+        for p in layer.adapter.delta.parameters():
+            p.fill_(0.5)
+        moved = layer.dequantize(torch.float32) - layer.base.dequantize(torch.float32)
+    expected = 0.5 if isinstance(method, QaHira) else 0.25 * 16
+    torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=0, atol=0.02)

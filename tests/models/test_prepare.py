@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import trimtab as tt
 from trimtab.errors import UserError
@@ -230,6 +230,31 @@ def test_a_tied_head_follows_an_embedding_that_is_quantized_again() -> None:
     tt.prepare(model, Rtn(), [{"match": "model.embed_tokens", "grid": coarse}, {"match": "*", "grid": INT8}])
     assert model.model.embed_tokens.base.grid == Grid(3, 16)
     assert model.lm_head.base is model.model.embed_tokens.base
+
+
+def test_an_embedding_that_is_quantized_again_keeps_its_scale() -> None:
+    """Gemma 2 multiplies the rows of its embedding by sqrt(K), whatever they are stored in."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=24)).eval()
+    multiplied = model.model.embed_tokens(IDS) / nn.Embedding.forward(model.model.embed_tokens, IDS)
+    for bits in (8, 4):
+        tt.prepare(model, Rtn(), [{"match": "model.embed_tokens", "grid": {"bits": bits, "group": 16}}])
+        embedding = model.model.embed_tokens
+        assert embedding.base.grid == Grid(bits, 16)
+        rows = embedding.base.dequantize(torch.float32)[IDS]
+        torch.testing.assert_close(embedding(IDS), rows * multiplied.nanmedian())  # the padding's row is zero
+
+
+def test_folding_tells_transformers_what_the_model_is_now() -> None:
+    """The config that transformers saves, shows and hands on names the adapters that are there, and no others."""
+    model = tt.prepare(llama(), LrQat(rank=2), [{"match": "*", "grid": INT8}])
+    before = model.config.quantization_config
+    assert any(spec["adapter"] is not None for spec in before.specs)
+    tt.fold(model)
+    after = model.config.quantization_config
+    assert all(spec["adapter"] is None for spec in after.specs)
+    assert model.hf_quantizer.quantization_config is after
 
 
 def test_bias_dtype_and_mode_are_kept() -> None:

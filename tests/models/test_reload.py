@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import tiny
 import trimtab as tt
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
-from trimtab.methods import Lora, LrQat, Method, Peqa, QaBlora, QaHira, Qat, QBara, Qlora
+from trimtab.methods import Lora, LrQat, Method, Peqa, QaBlora, QaHira, Qat, QBara, Qlora, Rtn
 from trimtab.models.transformers_bridge import quant_layers
 
 IDS = torch.arange(24).view(2, 12) * 5 % 64
@@ -231,6 +232,20 @@ def test_the_dtype_asked_for_is_computed_in_and_nothing_stored_changes(saved: di
             if "norm" not in name:
                 assert kept.dtype == plain[name].dtype
                 assert torch.equal(kept, plain[name])
+
+
+def test_what_transformers_keeps_in_float32_stays_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Families name modules that float16 would harm; a quantized model of theirs is read as transformers reads it."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["post_attention_layernorm"])
+    tiny.model(tmp_path / "float", tied=False)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float16)
+    kept = {name: p.dtype for name, p in plain.named_parameters() if "norm" in name}
+    assert set(kept.values()) == {torch.float16, torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32)
+    tt.save(tt.prepare(model, Rtn()), tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype=torch.float16)
+    assert {name: p.dtype for name, p in again.named_parameters() if "norm" in name} == kept
+    assert again.lm_head.weight.dtype == torch.float16
 
 
 def train(model: PreTrainedModel, steps: int = 3) -> None:

@@ -268,6 +268,15 @@ def test_portable_values_are_exact_in_both_formats(value: float) -> None:
     assert abs(kept.item() - value) <= max(abs(value) * 2**-8, 2.0**-24)
 
 
+def test_portable_values_end_where_float16_does() -> None:
+    """Beyond 65280, the largest that both formats hold, a value is that; never infinite, which is all that float16 has."""
+    x = torch.tensor([65281.0, 65504.0, 7e4, 3e38, -65281.0, -7e4, -3e38])
+    assert torch.equal(stored(x, "portable"), 65280 * x.sign())
+    weight_NK = torch.tensor([[-3e6, 1.0], [3e6, -3e6], [1e-3, -1e-3]])
+    for zero in ("symmetric", "integer", "real"):
+        assert all(t.isfinite().all() for t in set_range(weight_NK, Grid(3, None, zero)) if t is not None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", SCALE_DTYPES)
 def test_storage_is_straight_through_and_exact_with_gradient(dtype: ScaleDtype) -> None:
     x = torch.cat([weight().flatten(), weight(1).flatten() * 1e4, torch.tensor([0.0, 2.0**-24, 3e-8, 1e-9, -65280.0])])

@@ -1,5 +1,6 @@
 """Options of training that save memory."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,34 @@ def test_what_needs_a_gpu_says_so(tmp_path: Path, train: dict[str, Any]) -> None
     with pytest.raises(UserError, match=rf"train.{next(iter(train))}: .* no GPU here"):
         run(tmp_path, "out", **train)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_recipe_says_of_the_optimizer_reaches_it(tmp_path: Path) -> None:
+    """Betas, decay (none on scales), clip and warm-up, as Adam's own state and the rates of each step show them."""
+    tiny.model(tmp_path / "model")
+    tiny.text(tmp_path / "data.jsonl")
+    about = {"lr": 0.004, "lr_scale": 0.002, "betas": [0.8, 0.7], "weight_decay": 0.3, "clip": 1e-4, "warmup": 0.5}
+    changes = {
+        "train": {**about, "steps": 4, "save_steps": 1, "keep_checkpoints": 4, "schedule": "constant", "log_steps": 1}
+    }
+    parsed = recipe.from_dict(tiny.recipe(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out", **changes))
+    model, tokenizer = load(str(tmp_path / "model"), parsed.method, parsed.rules)
+    train.fit(model, tokenizer, parsed)
+    saved = {int(f.parent.name.rpartition("-")[2]): f for f in tmp_path.glob("out/checkpoints/*/optimizer.pt")}
+    first, last = (torch.load(saved[step], weights_only=True) for step in (1, 4))
+    deltas, scales = last["param_groups"]
+    assert [group["initial_lr"] for group in (deltas, scales)] == [0.004, 0.002]
+    assert [tuple(group["betas"]) for group in (deltas, scales)] == [(0.8, 0.7)] * 2
+    assert [group["weight_decay"] for group in (deltas, scales)] == [0.3, 0]
+    # After one step the moments are (1 - beta1) g and (1 - beta2) g^2 of the gradient that was cut to the norm `clip`.
+    one, two = (
+        torch.cat([state[name].flatten().double() for state in first["state"].values()])
+        for name in ("exp_avg", "exp_avg_sq")
+    )
+    assert one.norm().item() / 0.2 == pytest.approx(1e-4, rel=0.02)
+    assert two.sum().sqrt().item() / 0.3**0.5 == pytest.approx(1e-4, rel=0.02)
+    logged = json.loads((saved[4].parent / "trainer_state.json").read_text())["log_history"]
+    assert [row["learning_rate"] for row in logged] == pytest.approx([0, 0.002, 0.004, 0.004])
 
 
 def test_scales_of_mixed_widths_move_in_proportion_to_their_steps(tmp_path: Path) -> None:

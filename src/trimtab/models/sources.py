@@ -13,8 +13,7 @@ imported (see `trimtab.__init__`), and a reader is imported when a path asks for
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +28,7 @@ from trimtab.extras import require
 from trimtab.kernels import tuning
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import Weight
+from trimtab.models.meta import parameters_on_meta
 from trimtab.models.registration import reader_of
 from trimtab.models.transformers_bridge import QUANT_METHOD
 
@@ -154,7 +154,7 @@ def layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
     """The model that a config describes, on the meta device; `path` is for the error message."""
     tuning.for_models()
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     except ValueError as error:
         raise UserError(
@@ -162,28 +162,6 @@ def layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
         ) from error
     model.tie_weights()  # a tied head has a parameter of its own on the meta device until then
     return model
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that modules register go to the meta device at once; buffers (rotary frequencies) stay real.
-
-    `torch.device("meta")` as a context would take buffers along, and what is not in a file could not be had again.
-    """
-    register: Callable[..., None] = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            made = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-            made.__dict__.update(parameter.__dict__)
-            module._parameters[name] = made
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def resolve(path: str) -> Path:

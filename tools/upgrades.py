@@ -74,7 +74,7 @@ REACHES = (
         library="torch",
         what="`nn.Module.register_parameter` replaced while a model is laid out, and `Module._parameters` filled",
         why="parameters go to the meta device as they are made, but buffers stay real: no file holds rotary frequencies",
-        where=("models/sources.py::_parameters_on_meta", "models/sources.py::fill", "models/sources.py::fill_where"),
+        where=("models/meta.py::parameters_on_meta", "models/sources.py::fill", "models/sources.py::fill_where"),
         test="tests/models/test_load.py::test_the_float_model_is_that_of_transformers",
         names=("register_parameter", "_parameters"),
     ),

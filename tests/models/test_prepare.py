@@ -73,7 +73,7 @@ def test_the_first_match_wins() -> None:
         "model.layers.0.mlp.down_proj": None,
         "model.layers.1.self_attn.q_proj": Grid(8, 16),
         "model.layers.1.mlp.down_proj": None,
-        "lm_head": "float",
+        "lm_head": None,
     }
 
 
@@ -83,12 +83,20 @@ def test_without_rules_every_linear_layer_but_the_head_gets_the_default() -> Non
     assert got["lm_head"] is got["model.embed_tokens"] is None
 
 
+@pytest.mark.parametrize("layers", [LAYERS, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("pattern", ["*", "model.*", "*.*", "**"])
-def test_a_catch_all_does_not_touch_an_embedding_or_a_tied_head(pattern: str) -> None:
-    got = placed([{"match": pattern, "grid": INT8}], TIED)
+def test_a_catch_all_does_not_touch_an_embedding_or_a_head(pattern: str, layers: dict[str, Kind]) -> None:
+    got = placed([{"match": pattern, "grid": INT8}], layers)
     assert got["model.embed_tokens"] is None
     assert got["lm_head"] is None
     assert got["model.layers.0.mlp.down_proj"] == Grid(8, 16)
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "*head", "lm_*"])
+def test_a_pattern_that_names_the_head_reaches_it(pattern: str) -> None:
+    got = placed([{"match": pattern, "grid": INT8}, {"match": "*", "grid": {"bits": 4}}])
+    assert got["lm_head"] == Grid(8, 16)
+    assert got["model.embed_tokens"] is None
 
 
 @pytest.mark.parametrize("pattern", ["model.embed_tokens", "*embed*", "*.embed_*", "model.embed_token[s]"])
@@ -96,7 +104,7 @@ def test_a_pattern_that_names_an_embedding_reaches_it(pattern: str) -> None:
     got = placed([{"match": pattern, "grid": INT8}, {"match": "*", "grid": {"bits": 4}}])
     assert got["model.embed_tokens"] == Grid(8, 16)
     assert got["model.layers.0.mlp.down_proj"] == Grid(4)
-    assert got["lm_head"] == Grid(4)
+    assert got["lm_head"] is None
 
 
 def test_a_tied_head_takes_no_grid_of_its_own() -> None:
@@ -189,6 +197,7 @@ def test_null_keeps_a_layer_and_float_gives_it_an_adapter() -> None:
     rules = [
         {"match": "*.down_proj", "grid": None},
         {"match": "*.up_proj", "grid": "float"},
+        {"match": "lm_head", "grid": INT8},
         {"match": "*", "grid": INT8},
     ]
     tt.prepare(model, Lora(rank=2), rules)
@@ -271,9 +280,10 @@ def test_bias_dtype_and_mode_are_kept() -> None:
 def test_asking_for_a_weight_raises_with_advice() -> None:
     model = llama(tied=True)
     tt.prepare(model, Lora(rank=2), [{"match": "model.embed_tokens", "grid": INT8}, {"match": "*", "grid": INT8}])
-    for module in (model.model.layers[0].mlp.up_proj, model.model.embed_tokens, model.lm_head):
+    for name in ("model.layers.0.mlp.up_proj", "model.embed_tokens"):
+        module = model.get_submodule(name)
         assert not hasattr(module, "weight")
-        with pytest.raises(AttributeError, match=r"AffineWeight.*dequantize.*fold\(model\)"):
+        with pytest.raises(AttributeError, match=rf"^{name} has.*AffineWeight.*dequantize.*fold\(model\).*grid: null"):
             _ = module.weight
 
 

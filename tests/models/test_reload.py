@@ -32,14 +32,18 @@ def everywhere(**grid: Any) -> dict[str, Any]:
     return {"match": "*", "grid": grid}
 
 
+def with_head(**grid: Any) -> list[dict[str, Any]]:
+    return [{"match": "lm_head", "grid": grid}, everywhere(**grid)]
+
+
 NF4 = {"codebook": "nf4", "group": 32}
 # name -> method, rules, tied, dtype
 MODELS: dict[str, tuple[Method, list[dict[str, Any]] | None, bool, torch.dtype]] = {
     "lr-qat": (LrQat(rank=4), [EMBEDDING, everywhere(bits=4, group=32, zero="integer")], True, torch.float32),
-    "qa-hira": (QaHira(), [everywhere(bits=4, group=16, zero="real")], False, torch.bfloat16),
+    "qa-hira": (QaHira(), with_head(bits=4, group=16, zero="real"), False, torch.bfloat16),
     "qa-blora": (QaBlora(rank=4), [EMBEDDING, everywhere(**NF4)], True, torch.float32),
     "q-bara": (QBara(rank=4), [EMBEDDING, everywhere(**NF4, double_quant=True)], True, torch.bfloat16),
-    "qat": (Qat(), [everywhere(bits=3, zero="real", scale_dtype="float32")], False, torch.float32),
+    "qat": (Qat(), with_head(bits=3, zero="real", scale_dtype="float32"), False, torch.float32),
     "peqa": (
         Peqa(),
         [EMBEDDING, {"match": "*down*", "grid": None}, everywhere(bits=2, group=16)],

@@ -313,7 +313,7 @@ def test_a_file_says_what_it_rounds_and_which_reader_it_needs(saved: dict[str, A
     plain = tt.prepare(llama(tied=True), LrQat(rank=4), INT4)
     assert plain.config.quantization_config.format_version == 1  # what is not rounded, older readers read
     with pytest.raises(UserError, match="install a newer trimtab"):
-        TrimtabQuantizer(TrimtabConfig(format_version=3)).validate_environment()
+        TrimtabQuantizer(TrimtabConfig(format_version=4)).validate_environment()
 
 
 def test_yesterdays_simulation_is_todays(saved: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.prepare import Target, prepare_meta
 from trimtab.models.simulate import rounding
-from trimtab.models.transformers_bridge import FORMAT_VERSION, cast_floats, marker_name, quant_layers
+from trimtab.models.transformers_bridge import FORMAT_VERSION, cast_floats, quant_layers
 from trimtab.quant import packing
 from trimtab.quant.activations import Activations
 from trimtab.recipe.rules import Rule
@@ -148,13 +148,12 @@ def file_size(
     ours = [n for n, layer in quant_layers(model).items() if isinstance(layer, QuantEmbedding) or not layer.tied]
     left_out = getattr(model, "all_tied_weights_keys", {})
     entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in left_out]
-    marker = Entry(marker_name(model), torch.uint8, (0,))
     parts = dict.fromkeys(("", *ours), 0)
     for entry in entries:
         owner = next((n for n in _owners(entry.name) if n in parts), "")
         parts[owner] += entry.bound
-    parts[""] += _frame_bytes() + marker.bound
-    return FileSize(_file_bytes([*entries, marker]), sum(e.nbytes for e in entries), parts)
+    parts[""] += _frame_bytes()
+    return FileSize(_file_bytes(entries), sum(e.nbytes for e in entries), parts)
 
 
 def float_bytes(model: "PreTrainedModel") -> int:

@@ -11,7 +11,8 @@ serves a LoRA beside a low-bit layer gives it what the layer was given. All that
 reads x_hat, as W does.
 
 There is deliberately no `.weight`: a computed one lets other libraries "merge" into a temporary and drop the adapter
-silently. Asking for it raises, with advice. Stored dtypes survive `.to(dtype)`: a cast moves tensors and changes what is
+silently. Asking for it raises, with advice. Only a head without an adapter has one, computed for whoever asks: losses that
+never make all logits at once multiply by it themselves (TRL's). Stored dtypes survive `.to(dtype)`: a cast moves tensors and changes what is
 computed in, never what is stored.
 
 Legend: B batch rows (leading dims), N out features, K in features.
@@ -32,26 +33,75 @@ from trimtab.quant.activations import ActivationQuantizer
 
 _NO_WEIGHT = (
     "{name} has no `.weight`: its matrix is stored as {kind} and exists only while it is used. "
-    "Use `.dequantize(dtype)` for a copy, `.base` for what is stored, or `trimtab.fold(model)` to merge the adapter."
+    "Use `.dequantize(dtype)` for a copy, `.base` for what is stored, or `trimtab.fold(model)` to merge the adapter. "
+    "Where the model itself asks for it, keep the layer in float with a rule: {{match: '{rule}', grid: null}}."
+)
+_NO_HEAD_WEIGHT = (
+    "{name} is a head with an adapter, so no `.weight` stands for it: losses that multiply by it themselves (TRL's) would "
+    "leave the adapter out. Train the head with `trimtab run`, or keep it in float or without an adapter "
+    "(in `rules`, before the others: {{match: '{rule}', grid: null}})."
 )
 
 _FEW = 8
 """Rows of x up to which a product is bound by reading the weight."""
 
 
+def marker() -> Tensor:
+    """What stands in every file under the name of a float weight that is ours, so that a plain load fails at its shape."""
+    return torch.zeros(1, dtype=torch.uint8)
+
+
+class _Marked:
+    """Where `torch.distributed.checkpoint` finds the marker, which it looks up by attributes."""
+
+    weight = marker()
+
+
 class _Stored(nn.Module):
-    """What both modules share: a weight that keeps its dtypes, and no `.weight`."""
+    """What both modules share: a weight that keeps its dtypes, no `.weight`, and a marker in every state."""
 
     _borrowed: tuple[Weight] | None
     base: Weight
+    marked = True
+    """Whether its state holds the marker; not while transformers reads a file into it."""
+    name = ""
+    """Its name in its model, for messages."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "base" and self.__dict__.get("_borrowed"):
             return self.__dict__["_borrowed"][0]
         if name == "weight":
-            kind = type(self.base).__name__
-            raise AttributeError(_NO_WEIGHT.format(name=type(self).__name__, kind=kind))
+            raise AttributeError(self._why_no_weight(_NO_WEIGHT))
         return super().__getattr__(name)
+
+    def _why_no_weight(self, said: str) -> str:
+        name = self.name or type(self).__name__
+        return said.format(name=name, kind=type(self.base).__name__, rule=f"*.{self.name.rpartition('.')[2]}")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.marked and self._borrowed is None:
+            destination[f"{prefix}weight"] = marker()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[no-untyped-call]
+        key = f"{prefix}weight"
+        found = state_dict.get(key)
+        if found is None:
+            return
+        if key in unexpected:
+            unexpected.remove(key)
+        if found.numel() > 1:
+            errors.append(f"{key}: is a float weight, and the layer here is stored as {type(self.base).__name__}")
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        return {"weight": "_marker"}
+
+    @property
+    def _marker(self) -> _Marked:
+        return _Marked()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_dtype(t: Tensor) -> Tensor:
@@ -89,6 +139,20 @@ class QuantLinear(_Stored):
         self.adapter = adapter
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.inputs = inputs
+        self.head_dtype: torch.dtype | None = None
+        """Of a model's head: the dtype that the model computes in, which follows `.to(dtype)`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.head_dtype is not None:
+            if self.adapter is not None:
+                raise AttributeError(self._why_no_weight(_NO_HEAD_WEIGHT))
+            return self.base.dequantize(self.head_dtype)
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.head_dtype is not None:
+            self.head_dtype = fn(torch.empty(0, dtype=self.head_dtype)).dtype
+        return super()._apply(fn, recurse)
 
     @property
     def in_features(self) -> int:

@@ -5,6 +5,7 @@ too: loading, the memory plan and checks all share it. `place` swaps one layer. 
 stored.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,9 +21,11 @@ from trimtab.layers.movement import Movement, movement
 from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, base_weight
 from trimtab.models import gptq
+from trimtab.models.atomic import put_back_on_failure
 from trimtab.models.calibrate import by_block, calibrate
 from trimtab.models.decoder import embedding_scale
 from trimtab.models.gptq import Gptq
+from trimtab.models.replaceable import layers_of, refuse, refuse_model
 from trimtab.models.sources import require_finite
 from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
 from trimtab.quant.grid import AnyGrid, group_size, same_form
@@ -59,21 +62,6 @@ class Target:
         return self.method(method).trainable(self.grid, self.shape) if self.kind in ("linear", "head") else 0
 
 
-def _layers(model: "PreTrainedModel") -> dict[str, tuple[Kind, nn.Module]]:
-    """Every layer that rules can speak of."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = bool(getattr(model, "all_tied_weights_keys", {})) or getattr(head, "tied", False)
-    found: dict[str, tuple[Kind, nn.Module]] = {}
-    for name, module in model.named_modules():
-        if module is head and isinstance(module, nn.Linear | QuantLinear):
-            found[name] = ("tied" if tied else "head", module)
-        elif module is embedding and isinstance(module, nn.Embedding | QuantEmbedding):
-            found[name] = ("embedding", module)
-        elif isinstance(module, nn.Linear | QuantLinear):
-            found[name] = ("linear", module)
-    return found
-
-
 def targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> list[Target]:
     """The layers that become ours and their grids, embeddings first.
 
@@ -87,15 +75,18 @@ def targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | No
     """
     found = placed_targets(model, method, rules)
     if not found:
-        raise UserError("rules: no layer of the model is left to quantize or train; give a layer a grid")
+        stay = Counter(layers_of(model).left.values()).most_common()
+        why = "".join(f"; {count} layers stay in float: {reason}" for reason, count in stay)
+        raise UserError(f"rules: no layer of the model is left to quantize or train; give a layer a grid{why}")
     return found
 
 
 def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> list[Target]:
     """`targets`, but for rules that may leave none."""
-    layers = _layers(model)
+    refuse_model(model)
+    layers, left = layers_of(model)
     kinds = {n: kind for n, (kind, _) in layers.items()}
-    placed, own_ranks = resolve(kinds, rules, _default(method)), ranks(kinds, rules)
+    placed, own_ranks = resolve(kinds, rules, _default(method), left), ranks(kinds, rules)
     any_stored = any(isinstance(module, QuantLinear | QuantEmbedding) for _, module in layers.values())
     found = []
     for name, (kind, module) in layers.items():
@@ -136,6 +127,7 @@ def _check(target: Target, module: nn.Module, method: Method) -> None:
             f"{target.name}: already has an adapter ({module.adapter.place} place); "
             "fold it first with `trimtab.fold(model, merge=True)`, then prepare the result"
         )
+    refuse(target.name, module, loaded=False)
     try:
         if target.kind == "embedding" and target.grid is None:
             raise UserError("an embedding takes a grid or null; it has no adapter to keep in float")
@@ -250,16 +242,22 @@ def prepare(
         start: how the layers in the decoder blocks find their codes: `trimtab.Gptq(tokens=...)`; None rounds to nearest.
 
     Returns:
-        The model itself. To quantize while reading, so that the float model never exists, use `trimtab.load`.
+        The model itself. Its float layers are kept until the last of ours is in place, so that a failure leaves the model as
+        it was; to quantize while reading, so that the float model never exists, use `trimtab.load`.
+
+    Raises:
+        UserError: naming the layer, for what is no plain float layer (of bitsandbytes, peft, FP8), or does not fit its grid.
     """
     prepare_by(model, method, parse_rules(rules), start)
     return model
 
 
 def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None, start: Gptq | None) -> None:
-    """`prepare` with rules that are parsed already."""
+    """`prepare` with rules that are parsed already. A model that it fails on is left as it was."""
     tuning.for_models()
     todo = targets(model, method, rules)
+    for target in todo:
+        refuse(target.name, model.get_submodule(target.name), loaded=True)
 
     def put(target: Target, hessian_KK: Tensor | None = None) -> None:
         old: Any = model.get_submodule(target.name)
@@ -270,12 +268,13 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
             source = round_by_gptq(source, target, start, hessian_KK)
         place(model, target, source, method)
 
-    if start is None:
-        for target in todo:
-            put(target)
-    else:
-        place_calibrated(model, todo, method, start, put, lambda _: None)
-    finish(model)
+    with put_back_on_failure(model):
+        if start is None:
+            for target in todo:
+                put(target)
+        else:
+            place_calibrated(model, todo, method, start, put, lambda _: None)
+        finish(model)
 
 
 def prepare_meta(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> None:

@@ -6,11 +6,14 @@ very names and shapes of the modules, so nothing is converted. Importing this mo
 `registration` sees to it that this happens before any model is read.
 
 A process that never imported trimtab must not get random weights: without the quantizer, transformers would only warn
-that every projection is missing and initialise them. So every file holds one empty tensor under the name of a weight
-that we replaced: a plain load finds its shape wrong and raises.
+that every projection is missing and initialise them. So every state of our layers holds a marker of one byte under the name
+of the weight that each replaced: a plain load finds its shape wrong and raises, whichever way the state was written.
 """
 
 import json
+import logging
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,22 +27,22 @@ from trimtab.errors import UserError
 from trimtab.kernels import tuning
 from trimtab.layers import linear
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.models.buffers import guard, keep_with_state, not_remade
 from trimtab.models.kv_cache import current, install
+from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
 from trimtab.quant import packing
 from trimtab.quant.activations import KvCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_log = logging.getLogger("trimtab")
+
 QUANT_METHOD = "trimtab"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Newest version of the native format: raised when a stored file would read differently. A file has the oldest version that
-reads it right: 2 if inputs or the KV cache are rounded, which a reader of version 1 would leave out, else 1."""
-
-
-def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
-    """Our layers of a model by name, in its order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear | QuantEmbedding)}
+reads it right: 3 if it holds buffers that an older reader would make anew, 2 if inputs or the KV cache are rounded, which a
+reader of version 1 would leave out, else 1."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -53,6 +56,7 @@ class TrimtabConfig(QuantizationConfigMixin):
         specs: distinct layer specs.
         layers: layer name to index into `specs`.
         kv: how keys and values are rounded (`kv_cache`), or None.
+        buffers: names of buffers in the file that would otherwise be made anew (`buffers`).
     """
 
     def __init__(
@@ -63,14 +67,17 @@ class TrimtabConfig(QuantizationConfigMixin):
         specs: list[dict[str, Any]] | None = None,
         layers: dict[str, int] | None = None,
         kv: dict[str, Any] | None = None,
+        buffers: list[str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method: Any = QUANT_METHOD
         self.format_version, self.layout, self.compute_dtype = format_version, layout, compute_dtype
         self.specs, self.layers, self.kv = specs or [], layers or {}, kv
+        if buffers:
+            self.buffers = buffers
 
     @classmethod
-    def of(cls, model: "PreTrainedModel", compute_dtype: torch.dtype) -> "TrimtabConfig":
+    def of(cls, model: "PreTrainedModel", compute_dtype: torch.dtype, buffers: Sequence[str] = ()) -> "TrimtabConfig":
         """The config that describes a model as it is now."""
         specs: dict[str, int] = {}
         layers = {}
@@ -78,8 +85,9 @@ class TrimtabConfig(QuantizationConfigMixin):
             layers[name] = specs.setdefault(json.dumps(layer.spec(), sort_keys=True), len(specs))
         dtype = str(compute_dtype).removeprefix("torch.")
         found, kv = [json.loads(s) for s in specs], current(model)
-        version = 2 if kv is not None or any("inputs" in spec for spec in found) else 1
-        return cls(version, compute_dtype=dtype, specs=found, layers=layers, kv=None if kv is None else asdict(kv))
+        version = 3 if buffers else 2 if kv is not None or any("inputs" in spec for spec in found) else 1
+        rounded = None if kv is None else asdict(kv)
+        return cls(version, compute_dtype=dtype, specs=found, layers=layers, kv=rounded, buffers=list(buffers))
 
 
 @register_quantizer(QUANT_METHOD)
@@ -88,6 +96,8 @@ class TrimtabQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: TrimtabConfig
+    gathered: dict[str, Tensor] | None = None
+    """The state that a model's shards were gathered into, while it is saved."""
     _compute_dtype: torch.dtype | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -119,28 +129,40 @@ class TrimtabQuantizer(HfQuantizer):
         for name in sorted(config.layers, key=lambda n: "embedding" not in config.specs[config.layers[n]]):
             with torch.device("meta"):
                 layer = linear.from_spec(config.specs[config.layers[name]], dtype, tied_to)
+            layer.marked = False  # what is read is what it holds
             model.set_submodule(name, layer)
             tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
         if config.kv is not None:  # transformers keeps the name of an attention out of config.json
             install(model, KvCache(**config.kv))
         untie(model)
-        marker = marker_name(model)
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), marker}
+        keep_with_state(model, getattr(config, "buffers", []))
+        markers = (rf"^{re.escape(name)}\.weight$" for name in config.layers)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *markers}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         for name, p in model.named_parameters():
             # transformers marks what it has read; what it has not read it would have left uninitialised, with a warning.
             if not getattr(p, "_is_hf_initialized", False):
                 raise UserError(f"no tensor {name} in the model's safetensors; save or fetch it again")
+        for layer in quant_layers(model).values():
+            layer.marked = True
         cast_floats(model, self._compute_dtype or torch.bfloat16)
         freeze(model)
+        settle(model)
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes; brings the config up to date with the layers first."""
-        attach(model)
-        state = model.state_dict()
-        state[marker_name(model)] = torch.empty(0, dtype=torch.uint8)
+        dtype = compute_dtype(model)
+        buffers = not_remade(model, dtype)
+        for name, buffer in buffers.items():
+            _log.warning("%s: is not what %s is made with (a cast to %s?); saved as it is", name, type(model).__name__, buffer.dtype)
+        keep_with_state(model, list(buffers))
+        attach(model, list(buffers))
+        kept = getattr(self.quantization_config, "buffers", [])
+        state = model.state_dict() if self.gathered is None else self.gathered
+        if state:
+            state = mark(model, {**state, **{name: model.get_buffer(name) for name in kept}})
         version = str(self.quantization_config.format_version)
         return state, {"trimtab_format": version, "trimtab_layout": packing.LAYOUT}
 
@@ -157,21 +179,6 @@ class TrimtabQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Trainers that refuse purely quantized models take this one."""
         return True
-
-
-def marker_name(model: nn.Module) -> str:
-    """The name of the empty tensor that makes a load without trimtab fail."""
-    name = next(n for n, m in quant_layers(model).items() if not (isinstance(m, QuantLinear) and m.tied))
-    return f"{name}.weight"
-
-
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype a model computes in: that of its float parameters outside our layers."""
-    ours = {id(p) for layer in quant_layers(model).values() for p in layer.parameters()}
-    for layer in quant_layers(model).values():
-        if isinstance(layer, QuantEmbedding):
-            return layer.dtype
-    return next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in ours), torch.bfloat16)
 
 
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
@@ -206,13 +213,35 @@ def freeze(model: nn.Module) -> None:
                 p.requires_grad_(True)
 
 
-def attach(model: "PreTrainedModel") -> None:
-    """Make transformers see the model for what it is now: quantized by us, trainable, and savable."""
+def settle(model: nn.Module) -> None:
+    """What holds for a model of ours from now on: its class answers for it, buffers outlive casts, layers know their names."""
+    become_prepared(model)
+    guard(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, layer in quant_layers(model).items():
+        layer.name = name
+        if layer is head and isinstance(layer, QuantLinear):
+            layer.head_dtype = compute_dtype(model)
+
+
+def attach(model: "PreTrainedModel", buffers: Sequence[str] = ()) -> None:
+    """Make transformers see the model for what it is now: quantized by us, trainable, and savable.
+
+    `buffers` are names of those that are saved from now on, although they would be made anew.
+    """
     if not quant_layers(model):
         return
-    config = TrimtabConfig.of(model, compute_dtype(model))
+    settle(model)
+    old = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    config = TrimtabConfig.of(model, compute_dtype(model), [*getattr(old, "buffers", []), *buffers])
     model.config.quantization_config = config
     quantizer = getattr(model, "hf_quantizer", None) or TrimtabQuantizer(config, pre_quantized=True)
     quantizer.quantization_config = config
     for name, value in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", QUANT_METHOD)):
         setattr(model, name, value)
+
+
+__all__ = [
+    "FORMAT_VERSION", "QUANT_METHOD", "TrimtabConfig", "TrimtabQuantizer", "attach", "cast_floats", "compute_dtype", "freeze",
+    "quant_layers", "settle", "untie",
+]  # fmt: skip

@@ -5,9 +5,10 @@
     - {match: "*.down_proj", grid: null}                              stays an ordinary float layer, untouched
     - {match: "*", grid: {bits: 4, group: 64}}
 
-Patterns are shell globs over module names. They stand for linear layers; an embedding is touched only by a pattern that
-names it (whose last component is more than `*`), and a tied head follows its embedding. `grid: float` keeps a layer's
-weight in float but lets the method train an adapter on it. A pattern that matches nothing is an error.
+Patterns are shell globs over module names. They stand for the projections of the language model; the embedding and the
+head are touched only by a pattern that names them (whose last component is more than `*`), and a tied head follows its
+embedding. `grid: float` keeps a layer's weight in float but lets the method train an adapter on it. A pattern that matches
+nothing is an error, and so is one that gives a grid to nothing but layers that stay in float (routers, vision towers).
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,16 +89,20 @@ def parse_rules(values: Sequence[Any] | None, where: str = "rules") -> list[Rule
     return rules
 
 
-def resolve(layers: Mapping[str, Kind], rules: Sequence[Rule] | None, default: Placement) -> dict[str, Placement]:
+def resolve(
+    layers: Mapping[str, Kind], rules: Sequence[Rule] | None, default: Placement, left: Mapping[str, str] | None = None
+) -> dict[str, Placement]:
     """The placement of every layer.
 
     Args:
         layers: module name to kind, in the model's order.
         rules: first match wins; None gives `default` to every linear layer but the head.
         default: the method's own grid.
+        left: layers that stay in float whatever the rules say, and why.
 
     Raises:
-        UserError: for a rule that matches nothing, or that gives a tied head a grid of its own.
+        UserError: for a rule that matches nothing or only layers that stay in float, or that gives a tied head a grid of
+            its own.
     """
     if rules is None:
         return {name: default if kind == "linear" else None for name, kind in layers.items()}
@@ -115,14 +120,21 @@ def resolve(layers: Mapping[str, Kind], rules: Sequence[Rule] | None, default: P
     for i, rule in enumerate(rules):
         # A rule is only useless if nothing matches it at all: an earlier rule may well take what it matches.
         if i not in used and not any(fnmatchcase(name, rule.match) for name in layers):
-            raise UserError(f"rules[{i}].match: {rule.match!r} matches no layer of the model{_hint(rule, layers)}")
+            stays = next((f"{name} ({why})" for name, why in (left or {}).items() if fnmatchcase(name, rule.match)), None)
+            if stays is None:
+                raise UserError(f"rules[{i}].match: {rule.match!r} matches no layer of the model{_hint(rule, layers)}")
+            if rule.grid is not None:
+                raise UserError(
+                    f"rules[{i}].match: {rule.match!r} matches only layers that stay in float: {stays}; leave the rule out, "
+                    "or write `grid: null`"
+                )
     return placed
 
 
 def _first(name: str, kind: Kind, rules: Sequence[Rule]) -> int | None:
-    """The first rule for a layer. A tied head and an embedding belong to no catch-all pattern."""
+    """The first rule for a layer. A head and an embedding belong to no catch-all pattern."""
     for i, rule in enumerate(rules):
-        if rule.names(name) if kind in ("embedding", "tied") else fnmatchcase(name, rule.match):
+        if fnmatchcase(name, rule.match) if kind == "linear" else rule.names(name):
             return i
     return None
 

@@ -1,0 +1,133 @@
+"""What a transformers model is once it holds our layers: its own class, with the few answers that would be wrong.
+
+`become_prepared` gives a model a subclass of its class, under the same name, as FSDP2 does. What transformers computes
+from parameters (`dtype`), from `.weight` (resizing) or from `state_dict` (saving) would be that of codes and scales.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import UserError
+from trimtab.layers.linear import QuantEmbedding, QuantLinear, marker
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
+    """Our layers of a model by name, in its order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear | QuantEmbedding)}
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype a model computes in: that of the rows of its embedding, else of its float parameters outside our layers."""
+    layers = quant_layers(model)
+    for layer in layers.values():
+        if isinstance(layer, QuantEmbedding):
+            return layer.dtype
+    ours = {id(p) for layer in layers.values() for p in layer.parameters()}
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in ours), torch.bfloat16)
+
+
+class Prepared(_Base):
+    """The answers that differ. Never made by itself."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in, where transformers takes the first parameter: here some scale."""
+        return compute_dtype(self)
+
+    @property
+    def hqq_quantized(self) -> bool:
+        """Asked by peft's `prepare_model_for_kbit_training`, before it freezes everything that is to be trained.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "prepare_model_for_kbit_training: would freeze the adapters that trimtab has attached; leave the call out (the "
+            "model is ready to train; for checkpointing call `model.gradient_checkpointing_enable()`)"
+        )
+
+    def half(self, *_: Any) -> "Self":
+        """To float16, which leaves what is stored as it is."""
+        return self.to(torch.float16)
+
+    def float(self, *_: Any) -> "Self":
+        """To float32, which leaves what is stored as it is."""
+        return self.to(torch.float32)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """As transformers does, if the embedding and the head are float.
+
+        Raises:
+            UserError: if one of them is stored in few bits and the number of rows would change.
+        """
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        ours = [m for m in (embedding, head) if isinstance(m, QuantEmbedding | QuantLinear)]
+        if not ours:
+            return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        rows, multiple = ours[0].base.shape[0], kwargs.get("pad_to_multiple_of") or 1
+        wanted = -(-(new_num_tokens or rows) // multiple) * multiple
+        if wanted == rows:
+            return embedding
+        name = next(n for n, m in self.named_modules() if m is ours[0])
+        raise UserError(
+            f"{name}: is stored in few bits with {rows} rows, so it cannot have {wanted}; resize the float model "
+            "(`model.resize_token_embeddings(...)`) before it is prepared, or keep embedding and head in float"
+        )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers does, with the state that was gathered (FSDP, DeepSpeed), which it drops for quantized models."""
+        is_main, state = (*args, True, None)[:2] if len(args) < 2 else args[:2]
+        is_main, state = kwargs.pop("is_main_process", is_main), kwargs.pop("state_dict", state)
+        quantizer: Any = self.hf_quantizer
+        quantizer.gathered = state
+        try:
+            super().save_pretrained(save_directory, is_main, None, *args[2:], **kwargs)
+        finally:
+            quantizer.gathered = None
+
+    def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As transformers does, with the tensors that a plain load must fail at."""
+        state: dict[str, Tensor] = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        return mark(self, state) if state else state
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
+
+def mark(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add, for every weight of ours, a tensor of another shape under the name that the float weight has."""
+    for name, layer in quant_layers(model).items():
+        if layer.marked and not (isinstance(layer, QuantLinear) and layer.tied):
+            state.setdefault(f"{name}.weight", marker())
+    return state
+
+
+@cache
+def _class_for(kind: type) -> type:
+    about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (Prepared, kind), about)
+
+
+def _empty(kind: type) -> nn.Module:
+    made = _class_for(kind)
+    model: nn.Module = made.__new__(made)
+    return model
+
+
+def become_prepared(model: nn.Module) -> None:
+    """Give the model, and every model in it that holds layers of ours, the answers of `Prepared`."""
+    from transformers import PreTrainedModel  # which imports quantizers, and so this file
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not isinstance(module, Prepared) and quant_layers(module):
+            module.__class__ = _class_for(type(module))

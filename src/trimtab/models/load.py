@@ -20,6 +20,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
 from trimtab.models.decoder import block_names
 from trimtab.models.gptq import Gptq
+from trimtab.models.origin import remember
 from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
 from trimtab.models.sources import ModelSource, fill, fill_where, open_source, require_finite, require_shape
 from trimtab.models.transformers_bridge import untie
@@ -133,6 +134,7 @@ def _as_saved(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     for name, p in model.named_parameters():
         if p.is_floating_point():
             require_finite(p.detach(), name)
+    remember(model, source.path)
     return model
 
 
@@ -148,6 +150,7 @@ def _complete(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -
     model.eval()
     if (source.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source.path)
+    remember(model, source.path)
     gc.collect()
     heap.trim()
     return model

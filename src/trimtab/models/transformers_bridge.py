@@ -12,6 +12,7 @@ that we replaced: a plain load finds its shape wrong and raises.
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from trimtab.kernels import tuning
 from trimtab.layers import linear
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models.kv_cache import current, install
+from trimtab.models.origin import remember
 from trimtab.quant import packing
 from trimtab.quant.activations import KvCache
 
@@ -134,6 +136,8 @@ class TrimtabQuantizer(HfQuantizer):
                 raise UserError(f"no tensor {name} in the model's safetensors; save or fetch it again")
         cast_floats(model, self._compute_dtype or torch.bfloat16)
         freeze(model)
+        if model.name_or_path and Path(model.name_or_path).is_dir():
+            remember(model, Path(model.name_or_path))
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:

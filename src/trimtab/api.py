@@ -273,7 +273,7 @@ def verify(path: AnyPath) -> int:
     Raises:
         UserError: naming the first file that is missing, changed or foreign.
     """
-    from trimtab.formats.directory import verify as verify_files
+    from trimtab.formats.manifest import verify as verify_files
 
     return verify_files(Path(path))
 

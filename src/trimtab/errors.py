@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Bad input, described in one line for the person who gave it."""
 
 
+class Diverged(UserError):
+    """A loss, or what is trained, is no longer finite."""
+
+
 def nearest(word: str, known: list[str]) -> str:
     """A ` (did you mean 'x'?)` suffix naming the known word nearest to `word`, or nothing."""
     matches = get_close_matches(word, known, n=1, cutoff=0.5)

@@ -25,8 +25,8 @@ from trimtab.bit_search import figures, objective, results, workers
 from trimtab.bit_search.ledger import DIED, Trial, Wish
 from trimtab.bit_search.objective import Rounded
 from trimtab.bit_search.searching import Search
-from trimtab.errors import UserError
-from trimtab.formats import directory
+from trimtab.errors import Diverged, UserError
+from trimtab.formats import manifest
 from trimtab.methods import Qlora, Rtn
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.pipeline import stages
@@ -143,7 +143,7 @@ def test_tuned_trials_are_promoted_and_choose_ranks(tmp_path: Path) -> None:
 
 def test_an_interrupted_search_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial in flight is dead and is made again; one that fails by itself is infeasible and is not."""
-    ends: list[BaseException | None] = [None, KeyboardInterrupt(), None, UserError("it diverged")]
+    ends: list[BaseException | None] = [None, KeyboardInterrupt(), None, Diverged("it diverged")]
 
     def quality(self: Rounded, rules: list[Rule], steps: int) -> float:
         end = ends.pop(0) if ends else None
@@ -386,7 +386,7 @@ def test_what_cannot_run_is_infeasible_and_said(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Rounded, "__call__", fails)
     used = made(tmp_path)
-    with pytest.raises(UserError, match="none of 6 was finished; the last: RuntimeError: DefaultCPU"):
+    with pytest.raises(UserError, match="none of 6 was finished; the last: MemoryError: DefaultCPU"):
         workers.run(used)
     assert {t.state for t in Search(used).ledger.trials()} == {"infeasible"}
 
@@ -468,7 +468,7 @@ def test_two_prunings_alike_are_two_models(tmp_path: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1.0
     model.save_pretrained(folder)
-    directory.write_manifest(folder)
+    manifest.write_manifest(folder, "pruned")
     with pytest.raises(UserError, match="other values of: model;"):
         Search(used)
 
@@ -539,9 +539,8 @@ def test_overwriting_removes_nothing_before_the_recipe_is_checked(tmp_path: Path
         with pytest.raises(UserError, match="was pruned from another"):
             stages.search(other)
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*") if f.is_file()} == kept
-    (tmp_path / "out" / "search" / "journal.log").unlink()
-    (tmp_path / "out" / "search" / "trials.csv").unlink()
-    with pytest.raises(UserError, match="did not write"):
+    (tmp_path / "out" / "search" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds mine\.txt, which trimtab did not write"):
         stages.run(used, overwrite=True)
 
 

@@ -18,7 +18,7 @@ import tiny
 import trimtab as tt
 from exported import EMBEDDING, everywhere, linears, logits, prepared, shake, tensors, write
 from trimtab.errors import UserError
-from trimtab.formats import ALL, declaration, directory, get
+from trimtab.formats import ALL, declaration, directory, get, manifest
 from trimtab.formats import export as exporting
 from trimtab.formats.declaration import Form, Layer
 from trimtab.methods import LrQat, QaHira, Qlora
@@ -180,30 +180,30 @@ def test_dense_is_what_the_model_computes_with(tmp_path: Path) -> None:
 def test_native_shards(tmp_path: Path) -> None:
     model = prepared(EMBEDDING, everywhere(bits=4, group=32))
     tt.save(model, tmp_path / "out", max_shard_size="20KB")
-    assert directory.verify(tmp_path / "out") > 3
+    assert manifest.verify(tmp_path / "out") > 3
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
 
 
 def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     write(prepared(everywhere(bits=4, group=32)), "dense", folder, max_shard_size="20KB")
-    assert directory.verify(folder) == len(list(folder.iterdir())) - 1
+    assert manifest.verify(folder) == len(list(folder.iterdir())) - 1
     shard = next(iter(sorted(folder.glob("*.safetensors"))))
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=rf"{shard.name}: is not what was written"):
-        directory.verify(folder)
+        manifest.verify(folder)
     shard.write_bytes(content)
     (folder / "stale.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"stale.safetensors: does not belong"):
-        directory.verify(folder)
+        manifest.verify(folder)
     (folder / "stale.safetensors").unlink()
     shard.unlink()
     with pytest.raises(UserError, match=rf"{shard.name}: is missing"):
-        directory.verify(folder)
+        manifest.verify(folder)
     (folder / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="not a manifest"):
-        directory.verify(folder)
+        manifest.verify(folder)
 
 
 def test_a_killed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_a_killed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         write(model, "compressed-tensors", tmp_path / "out", overwrite=True)
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    assert directory.verify(tmp_path / "out")
+    assert manifest.verify(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         write(model, "compressed-tensors", tmp_path / "new")
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
@@ -284,8 +284,8 @@ def test_run_and_export(tmp_path: Path) -> None:
     values |= {"export": ["dense"], "rules": [everywhere(bits=3, group=32, zero="real")]}
     values["train"] |= {"steps": 2}
     run(recipe.from_dict(values))
-    assert directory.verify(tmp_path / "out")
-    assert directory.verify(tmp_path / "out/dense")
+    assert manifest.verify(tmp_path / "out")
+    assert manifest.verify(tmp_path / "out/dense")
     with pytest.raises(UserError, match="zero that is real"):
         exporting.export(str(tmp_path / "out"), "compressed-tensors")
     options = exporting.Options(allow_lossy=True)

@@ -148,7 +148,7 @@ def test_runs(runs: dict[str, dict[str, Any]], name: str) -> None:
     assert not list(out.parent.glob(".*"))  # nothing temporary is left beside it
 
 
-LATER = {"metrics.json", "parity.json"}
+LATER = {"metrics.json", "parity.json", "manifest.json"}
 """Written after the model was weighed."""
 
 
@@ -250,11 +250,14 @@ def test_overwriting_replaces_all_of_an_earlier_run(runs: dict[str, dict[str, An
     compared = json.loads((out / "parity.json").read_text())
     assert compared["text"] == "random"
     assert [stage["identical"] for stage in compared["stages"]] == [True] * 3
-    (out / "stale.json").write_text("{}")
+    (out / "notes.txt").write_text("mine")
     assert (out / "checkpoints" / "checkpoint-1").is_dir()
     untrained = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 0})})
+    with pytest.raises(trimtab.UserError, match=r"holds notes\.txt, which trimtab did not write"):
+        run(untrained, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
     assert run(untrained, overwrite=True)["losses"] == []
-    assert not (out / "stale.json").exists()
     assert not (out / "checkpoints").exists()
 
 

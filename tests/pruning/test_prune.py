@@ -25,7 +25,7 @@ from transformers import (
 import tiny
 from trimtab import pruning as prune
 from trimtab.errors import UserError
-from trimtab.formats import directory
+from trimtab.formats import manifest
 from trimtab.pruning import Options, Widths, depth, importance, structures, widths
 
 SIZES: dict[str, Any] = {
@@ -336,7 +336,7 @@ def test_a_checkpoint_in_a_checkpoint_out(tmp_path: Path) -> None:
     assert sum(p.numel() for p in again.parameters()) == done.parameters
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<eos>"
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["options"]["ratio"] == 0.3
-    assert directory.verify(tmp_path / "out")
+    assert manifest.verify(tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
     assert (tmp_path / "out").stat().st_mode & 0o777 == (tmp_path / "model").stat().st_mode & 0o777
     with pytest.raises(UserError, match="remove it or name another"):

@@ -45,6 +45,11 @@ class Interrupts(Quiet):
             raise KeyboardInterrupt
 
 
+def unfinished(output: Path) -> Path:
+    """What a stopped run leaves beside its output."""
+    return output.with_name(f"{output.name}.unfinished")
+
+
 def checkpoint(output: Path, step: int) -> dict[str, Tensor]:
     return load_file(output / "checkpoints" / f"checkpoint-{step}" / CHECKPOINT)
 
@@ -73,12 +78,15 @@ def test_going_on_is_not_stopping(given: Path, tmp_path: Path, changes: dict[str
     recipe = from_dict(values(given, stopped, **changes))
     with pytest.raises(KeyboardInterrupt):
         run(recipe, show=Interrupts(5))
-    assert not (stopped / "config.json").exists()
-    assert same(checkpoint(stopped, 3), checkpoint(straight, 3))
-    torn = stopped / "checkpoints" / "checkpoint-5"  # killed while it was written: the trainer's state comes last
+    assert not stopped.exists()
+    assert same(checkpoint(unfinished(stopped), 3), checkpoint(straight, 3))
+    torn = unfinished(stopped) / "checkpoints" / "checkpoint-5"  # killed while written: the trainer's state is last
     torn.mkdir()
     (torn / CHECKPOINT).write_bytes(b"half")
+    with pytest.raises(UserError, match=r"was stopped, and .*checkpoint-3 is what it reached; pass --resume"):
+        run(recipe)
     resumed = run(recipe, resume=True)
+    assert not unfinished(stopped).exists()
     assert not same(checkpoint(straight, 6), checkpoint(straight, 3))
     assert same(checkpoint(stopped, 6), checkpoint(straight, 6))
     assert same(load_file(stopped / "model.safetensors"), load_file(straight / "model.safetensors"))
@@ -138,15 +146,15 @@ def test_a_loss_that_is_no_number(given: Path, tmp_path: Path, capsys: pytest.Ca
             cli.main()
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    named = output / "checkpoints" / "checkpoint-2"
+    named = unfinished(output) / "checkpoints" / "checkpoint-2"
     assert line == (
         f"error: train: the loss became nan in step 4; the last good checkpoint is {named}. "
         "Lower train.lr (or train.lr_scale) and go on with --resume"
     )
-    assert not (output / "config.json").exists()
-    assert not (output / "checkpoints" / "checkpoint-3").exists()
+    assert not output.exists()
+    assert not (unfinished(output) / "checkpoints" / "checkpoint-3").exists()
     assert not list(tmp_path.glob(".*"))
-    kept = checkpoint(output, 2)
+    kept = checkpoint(unfinished(output), 2)
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
     run(from_dict({**mended, "train": {**mended["train"], "steps": 2}}))
     assert same(kept, checkpoint(straight, 2))

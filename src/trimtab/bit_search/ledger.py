@@ -15,6 +15,7 @@ their states. Three things are ours, since nothing in it prevents that two worke
 A trial that ran and could not be finished (it diverged, it did not fit) is failed, too, but infeasible: it stays tried.
 """
 
+import io
 import math
 import os
 import re
@@ -28,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from filelock import FileLock
 from optuna.distributions import IntDistribution
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
@@ -37,6 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from trimtab.bit_search.additive import Configuration
 from trimtab.errors import UserError
+from trimtab.formats.holding import waiting
 from trimtab.memory import process
 
 LEASE_SECONDS = 120.0
@@ -80,8 +81,7 @@ class _Lock:
 
     def __init__(self, journal: Path) -> None:
         self._journal = journal
-        # Without `flock` a lock file would have to do, which outlives its holder: then it raises instead.
-        self._lock = FileLock(f"{journal}.lock", poll_interval=0.01, fallback_to_soft=False)
+        self._lock = waiting(Path(f"{journal}.lock"))
 
     def acquire(self) -> bool:
         """Wait for the lock."""
@@ -123,8 +123,45 @@ def _storage(url: str) -> BaseStorage:
                 "(psycopg for postgresql://, with an older SQLAlchemy psycopg2) and must be there"
             ) from error
     path = Path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_journal(path)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))  # type: ignore[arg-type]
+
+
+def _check_journal(path: Path) -> None:
+    """Refuse a journal that cannot be written, and a file that is none: `_mend` would cut it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in (path, path.with_name(f"{path.name}.lock")):
+            there = file.exists()
+            with file.open("ab"):  # to learn whether it can be written
+                pass
+            if not there:
+                file.unlink(missing_ok=True)
+        with path.open("rb") if path.exists() else io.BytesIO() as journal:
+            first = journal.readline()
+    except OSError as error:
+        raise UserError(
+            f"search.storage: the journal {path} cannot be written ({error.strerror or error}); set search.storage (or "
+            "`output`) to a place where it can"
+        ) from error
+    if first and not first.startswith(b'{"op_code":'):
+        raise UserError(f"search.storage: {path} is no journal of Optuna's; name another file")
+
+
+def busy(url: str, name: str) -> bool:
+    """Whether somebody alive is at work on a study."""
+    for study in _storage(url).get_all_studies():
+        if study.study_name == name:
+            running = _storage(url).get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,))
+            return any(_at_work(trial.user_attrs) for trial in running)
+    return False
+
+
+def _at_work(about: dict[str, Any]) -> bool:
+    worker = about.get("worker")
+    if worker and worker[0] == _here():
+        return _alive(worker)
+    return time.time() - float(about.get("beat", 0.0)) < LEASE_SECONDS
 
 
 def begun(url: str, name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.bit_search.ledger import Ledger
 from trimtab.bit_search.space import Space
 from trimtab.errors import UserError
-from trimtab.formats.directory import MANIFEST, listed
+from trimtab.formats.manifest import MANIFEST, listed
 from trimtab.pruning.checkpoint import made_from
 from trimtab.recipe.recipe import Recipe
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from trimtab.bit_search import figures
 from trimtab.bit_search.ledger import Trial
 from trimtab.bit_search.searching import Search
+from trimtab.formats.manifest import add
 from trimtab.recipe.recipe import Recipe
 
 
@@ -47,7 +48,9 @@ def write(search: Search) -> list[Path]:
         _replace(file, point_recipe(search, trial, number).to_yaml())
         written.append(file)
     for stale in set(points.glob("*.yaml")) - set(written):
-        stale.unlink()
+        if stale.stem.isdecimal():  # another name is somebody's own copy
+            stale.unlink()
+    add(folder, (f"points/{file.name}" for file in written))
     if front:
         figures.draw_front(search, trials, front, folder / "front.png")
         figures.draw_bits(search, front, folder / "bits.png")

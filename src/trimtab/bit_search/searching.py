@@ -9,6 +9,7 @@ proposes. The last is the best short trial's promotion, if it had none: the resu
 """
 
 import copy
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,16 +22,18 @@ import torch
 
 from trimtab.bit_search import held_out, mark, sensitivity, standing
 from trimtab.bit_search.additive import Configuration, front
+from trimtab.bit_search.folder import own
 from trimtab.bit_search.hypervolume import hypervolume
 from trimtab.bit_search.ledger import Ledger, Trial, Wish, shown
 from trimtab.bit_search.objective import Rounded, Tuned, for_every_width
 from trimtab.bit_search.proposal import Problem, Tried, propose
 from trimtab.bit_search.space import Space, space, units
 from trimtab.data.rows import load_rows
-from trimtab.errors import UserError
+from trimtab.errors import Diverged, UserError
 from trimtab.formats.export import check_exports
 from trimtab.formats.file_size import float_bytes, parse_bytes
 from trimtab.memory.plan import plan
+from trimtab.memory.process import memory_errors
 from trimtab.models.load import load_float
 from trimtab.models.prepare import placed_targets, targets
 from trimtab.models.sources import open_source
@@ -92,6 +95,7 @@ class Search:
         self.float_bytes = float_bytes(self._skeleton)
         self.folder = recipe.out / "search"
         url = self.block.storage or str(self.folder / "journal.log")
+        own(self.folder, url)
         names = [unit.name for unit in self.space.units]
         self.ledger = Ledger(url, recipe.name, names, len(self.space.bits))
         mark.check_study(self.ledger, self.recipe, self.space, shown(self.block.storage or str(self.folder)))
@@ -307,18 +311,20 @@ class Search:
     def _carry_out(self, trial: Trial, objective: Objective) -> None:
         began, ended = time.perf_counter(), False
         try:
-            with _beating(self.ledger, trial):
+            with _beating(self.ledger, trial), memory_errors():
                 quality = objective(self.space.rules(trial.wish.configuration), trial.wish.steps)
             size = self.space.bytes(trial.wish.configuration)
             self.ledger.finish(trial, size, quality, time.perf_counter() - began)
             ended = True
-        except (UserError, MemoryError, RuntimeError, ArithmeticError) as error:  # out of memory is a RuntimeError
+        except (Diverged, MemoryError, torch.OutOfMemoryError) as error:
             what = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             self.ledger.fail(trial, "infeasible", what + " ".join(str(error).split()))
             ended = True
         finally:
             if not ended:
-                self.ledger.fail(trial, "dead", "interrupted")
+                end = sys.exc_info()[1]
+                why = f"ended the search: {type(end).__name__}: {end}" if isinstance(end, Exception) else "interrupted"
+                self.ledger.fail(trial, "dead", " ".join(why.split()))
 
     # ---- what was found --------------------------------------------------------------------------------------------
 

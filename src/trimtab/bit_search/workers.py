@@ -4,9 +4,12 @@ Ctrl-C ends it cleanly: the trial in flight becomes a dead one, what was found i
 """
 
 import multiprocessing
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 
@@ -28,9 +31,9 @@ def run(recipe: Recipe, told: Callable[[Search], None] = lambda _: None) -> Sear
     Raises:
         KeyboardInterrupt: after everything was written.
         UserError: if workers stopped before there were enough trials, or no trial was finished.
+        Exception: of the first trial that ended by anything but a want of memory or a loss that is not finite.
     """
     search = Search(recipe)
-    search.folder.mkdir(parents=True, exist_ok=True)
     try:
         if search.block.workers == 1:
             search.work(lambda: told(search))
@@ -55,19 +58,25 @@ def _watch(search: Search, recipe: Recipe, told: Callable[[Search], None]) -> No
     context = multiprocessing.get_context("spawn")
     count = search.block.workers
     threads = max(torch.get_num_threads() // count, 1)
-    processes = [
-        context.Process(target=_work, args=(str(search.folder / "recipe.yaml"), threads)) for _ in range(count)
-    ]
+    failures = context.SimpleQueue()
+    about = str(search.folder / "recipe.yaml"), threads, failures
+    processes = [context.Process(target=_work, args=about) for _ in range(count)]
     for process in processes:
         process.start()
     try:
-        while any(p.is_alive() for p in processes):
+        while any(p.is_alive() for p in processes) and failures.empty():
             told(search)
             time.sleep(_LOOK_SECONDS)
+        if not failures.empty():
+            for process in processes:
+                process.terminate()  # their trials would fail alike
     finally:
         _end(processes)
     told(search)
     search.ledger.bury()
+    if not failures.empty():
+        error, trace = failures.get()
+        raise error if isinstance(error, UserError) else RuntimeError(f"search: a worker failed\n{trace}") from error
     failed = [p.exitcode for p in processes if p.exitcode]
     if failed and search.wish(search.ledger.trials()) is not None:
         killed = "; -9 is the system's kill, mostly for want of memory: use fewer workers" if -9 in failed else ""
@@ -92,9 +101,14 @@ def _end(processes: Sequence[BaseProcess]) -> None:
             process.join()
 
 
-def _work(file: str, threads: int) -> None:
+def _work(file: str, threads: int, failures: Any) -> None:
     torch.set_num_threads(threads)
     try:
         Search(read(file)).work(_leave_with_parent)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception):
+            # Others than ours may not be pickled.
+            failures.put((error if isinstance(error, UserError) else None, traceback.format_exc()))

@@ -120,8 +120,13 @@ def _file_rows(file: Path) -> Iterator[Located]:
         raise UserError(f"{file}: empty file; give at least one row")
 
 
+def data_files(folder: Path) -> list[Path]:
+    """The files of a directory that are read as data, sorted."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in _READERS)
+
+
 def _folder_rows(folder: Path) -> Iterator[Located]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in _READERS)
+    files = data_files(folder)
     if not files:
         raise UserError(f"{folder}: no data files in this directory; it must hold one of {_SUFFIXES}")
     for file in files:
@@ -161,8 +166,9 @@ def _hub_rows(path: str, split: str) -> Iterator[Located]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    repo, _, commit = path.partition("@")
     try:
-        dataset = load_dataset(path, split=split)
+        dataset = load_dataset(repo, split=split, revision=commit or None)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # unknown, offline, bad split, needs a script
         raise UserError(
             f"{path}: not a local file, and the hub did not give the split {split!r} of it ({_one_line(error)}); check "
@@ -207,7 +213,8 @@ def load_rows(path: str, *, split: str = "train", limit: int | None = None, igno
     """The rows of `path` in TRL's forms: `{"text"}` or `{"prompt", "completion"}`.
 
     `path` is a file of JSON lines (`.jsonl`, `.json`), a `.parquet` file, a text (`.txt`, `.md`: one document a file),
-    a directory of such files of one kind (all of them, sorted by name), `pydoc-topics`, or the id of a hub dataset.
+    a directory of such files of one kind (all of them, sorted by name), `pydoc-topics`, or the id of a hub dataset (with
+    `@commit` for one state of it).
     `split` is for the last two; `pydoc-topics` has `train` and `heldout`. At most `limit` rows are read and checked.
     `ignore` are keys of rows that belong neither to prompt nor to answer; see `forms` for those that are known.
     """

@@ -121,10 +121,15 @@ def check_tasks(tasks: Sequence[str], data: str | Path | None) -> None:
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"{task}: unknown task{nearest(task, list(TASKS))}; known are {', '.join(TASKS)}")
-        _file(task, Path(data))
+        file_of(task, Path(data))
 
 
-def _file(task: str, data: Path) -> Path:
+def file_of(task: str, data: Path) -> Path:
+    """The rows of a task.
+
+    Raises:
+        UserError: if they are not there.
+    """
     wanted = [data / task / name for name in TASKS[task].files]
     found = next((file for file in wanted if file.is_file()), None)
     if found is None:
@@ -146,7 +151,7 @@ def _spec(task: str, data: Path, cache: str) -> dict[str, Any]:
     """What the harness is told of a task."""
     known = TASKS[task]
     splits = {"training_split": None, "validation_split": None, "test_split": None, f"{known.split}_split": known.split}
-    files = {known.split: str(_file(task, data).resolve())}
+    files = {known.split: str(file_of(task, data).resolve())}
     local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files, "cache_dir": cache}}
     if known.defined is not None:
         return {"group": f"local_{task}", "task": [{"task": task, **local, **splits}]}
@@ -185,7 +190,7 @@ def run(
     model.eval()
     definitions = Path(lm_eval.__file__).parent / "tasks"
     folders = [str(definitions / folder) for task in tasks if (folder := TASKS[task].defined) is not None]
-    picked = {task: _picked(_file(task, Path(data)), limit) for task in tasks}
+    picked = {task: _picked(file_of(task, Path(data)), limit) for task in tasks}
     with tempfile.TemporaryDirectory() as cache:
         # Indexing all of the harness's definitions takes longer than a small evaluation.
         manager = TaskManager(include_defaults=False, include_path=folders)

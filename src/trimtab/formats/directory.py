@@ -1,7 +1,8 @@
 """A directory that looks whole only if it is: staged beside its destination, sharded, and with a manifest of hashes.
 
-Everything is written into `.<name>-<random>` next to the destination and put in place at the end, so a killed export
-leaves nothing under the final name. `manifest.json` lists the SHA-256 of every file; `verify` reads them again.
+Whatever writes a folder (a run, `save`, every export, pruning) writes it through here: into a folder of its own next to the
+destination, which it replaces at the end, so a killed export leaves nothing under the final name and the earlier one stays
+until then. What may be replaced is in `manifest`, who may write in `holding`.
 
     model.safetensors                                 up to max_shard_size, else
     model-00001-of-00003.safetensors, ...             with model.safetensors.index.json
@@ -10,12 +11,10 @@ Tensors are given one at a time and leave memory with their shard, so a dense ex
 """
 
 import copy
-import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,105 +24,109 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.errors import UserError
-
-MANIFEST = "manifest.json"
+from trimtab.formats.holding import holding
+from trimtab.formats.manifest import Kind, entries, keeps, remove, some, write_json, write_manifest
 
 
 @contextmanager
-def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def replacing(target: Path, kind: Kind, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes `target` in one step when the block ends without an error.
 
+    Args:
+        target: where; nobody else writes it meanwhile.
+        kind: what is written; only a folder of the same kind, with nothing in it that is not ours, is replaced.
+        overwrite: whether one may be replaced at all.
+
     Raises:
-        UserError: if `target` exists and may not be replaced.
+        UserError: if `target` may not be replaced, or another process is writing it.
     """
-    target = target.absolute()
+    target = target.resolve()
+    check_replaceable(target, kind, overwrite)
+    with to_oneself(target):
+        check_replaceable(target, kind, overwrite)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            yield staging
+            put_in_place(staging, target, kind)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def to_oneself(target: Path) -> Iterator[None]:
+    """Hold an output, after mending what a process left that was killed while it put one in place.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    with holding(target):
+        aside = _aside(target)
+        if aside.is_dir() and not target.exists():
+            os.replace(aside, target)
+        elif aside.is_dir():
+            remove(aside)
+            if aside.exists():
+                raise UserError(
+                    f"{aside}: holds {some(list(entries(aside)))} of an earlier {target.name}; move it away"
+                )
+        yield
+
+
+def check_replaceable(target: Path, kind: Kind, overwrite: bool, remedy: str = "choose another output") -> None:
+    """Raise a `UserError` if something that is not ours to replace is where a folder is to be written.
+
+    Args:
+        target: the folder.
+        kind: what is to be written there.
+        overwrite: whether an earlier one of that kind may be replaced.
+        remedy: the end of the message.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target}: is a file, not a directory; {remedy}")
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise UserError(f"{target}: is the working directory, which cannot be replaced as a whole; {remedy}")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{target}: is not empty; pass --overwrite to replace it, or {remedy}")
+    why = keeps(target, kind)
+    if why:
+        raise UserError(f"{target}: {why}; move or remove it yourself, or {remedy}")
+
+
+def put_in_place(staging: Path, target: Path, kind: Kind, also: Iterable[str] = ()) -> None:
+    """Make a whole folder the one under its final name; the one that was there goes then, file by file of its manifest.
+
+    Args:
+        staging: on the same disk as `target`.
+        target: held (`to_oneself`) and looked at (`check_replaceable`) by the caller; looked at once more here.
+        kind: what it is.
+        also: names that will be in it later.
+    """
+    for file in staging.rglob("*"):
+        file.chmod(0o777 & ~_umask() if file.is_dir() else 0o666 & ~_umask())  # safetensors makes private files
+    write_manifest(staging, kind, also)
+    staging.chmod(0o777 & ~_umask())
+    check_replaceable(target, kind, overwrite=True)  # somebody may have put a file there meanwhile
+    aside = _aside(target)
     if target.exists():
-        if not target.is_dir():
-            raise UserError(f"{target}: is a file, not a directory; choose another output")
-        if any(target.iterdir()):
-            if not overwrite:
-                raise UserError(f"{target}: is not empty; pass --overwrite to replace it, or choose another output")
-            if not (target / MANIFEST).exists():
-                raise UserError(f"{target}: holds something that trimtab did not write; remove it yourself")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield staging
-        for file in staging.rglob("*"):
-            file.chmod(0o777 & ~_umask() if file.is_dir() else 0o666 & ~_umask())  # safetensors makes private files
-        write_manifest(staging)
-        staging.chmod(0o777 & ~_umask())
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, old)
-        os.replace(staging, target)
-        if old is not None:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.replace(target, aside)
+    os.replace(staging, target)
+    if aside.exists():
+        remove(aside)
+
+
+def _aside(target: Path) -> Path:
+    """Where the earlier folder is for the moment in which the new one takes its place."""
+    return target.with_name(f".{target.name}.old")
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_manifest(folder: Path) -> None:
-    """List every file of the folder with its size and hash in `manifest.json`."""
-    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)} for name in names}
-    write_json(folder / MANIFEST, {"version": 1, "files": files})
-
-
-def verify(folder: Path) -> int:
-    """Read every file again and compare it with the manifest.
-
-    Returns:
-        The number of files that were read.
-
-    Raises:
-        UserError: naming the first file that is missing, changed or foreign.
-    """
-    whole = listed(folder)
-    for name, (size, sha256) in whole.items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"{file}: is missing; save, export or copy the model again")
-        if file.stat().st_size != size or digest(file) != sha256:
-            raise UserError(f"{file}: is not what was written (its SHA-256 differs); save, export or copy it again")
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name not in whole:
-            raise UserError(f"{file}: does not belong to this model, and readers would take it for a part; remove it")
-    return len(whole)
-
-
-def listed(folder: Path) -> dict[str, tuple[int, str]]:
-    """Bytes and SHA-256 of every file that the folder's manifest lists.
-
-    Raises:
-        UserError: if there is none, or it is none.
-    """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise UserError(f"{folder}: no {MANIFEST} in it, so nothing says what it should hold; save or export it again")
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        return {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{manifest}: not a manifest ({error!r}); save or export the model again") from error
-
-
-def write_json(file: Path, values: Any) -> None:
-    """Values as indented JSON with sorted keys."""
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class Shards:

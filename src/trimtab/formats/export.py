@@ -24,9 +24,10 @@ from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get, writer
 from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals
-from trimtab.formats.directory import replacing, write_json
+from trimtab.formats.directory import replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.formats.lossy import Change, make_room
+from trimtab.formats.manifest import write_json
 from trimtab.formats.written import layers_of, planned
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.load import load
@@ -118,7 +119,7 @@ def write(
     if refused and not options.allow_lossy:
         _refuse(name, refused, layers)
     measured_on = held_out if refused else None
-    with replacing(out, overwrite=options.overwrite) as folder:
+    with replacing(out, "export", overwrite=options.overwrite) as folder:
         values = _measure("before", model, measured_on)
         merged = _merge_error(model) if format_.adapters == "merged" else (0.0, 0.0, 0)
         changes = _make_room(model, format_, layers, refused, dtype, options)

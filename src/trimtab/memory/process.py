@@ -7,6 +7,8 @@ drop, are not counted. A peak that can be started anew is Linux's; elsewhere the
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -41,6 +43,21 @@ def resident_bytes() -> int:
 def available_bytes() -> int:
     """Memory that this system could still give to a process, in bytes."""
     return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Let a want of memory be a `MemoryError` everywhere: torch raises other errors than its own for some.
+
+    Those are the processor's (a bare RuntimeError of c10/core/impl/alloc_cpu.cpp) and what a GPU's driver, not torch's
+    allocator, could not give.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in ("DefaultCPUAllocator: ", "CUDA error: out of memory")):
+            raise MemoryError(str(error)) from error
+        raise
 
 
 def boot_seconds() -> int:

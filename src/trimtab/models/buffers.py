@@ -62,7 +62,9 @@ def _same(ours: Tensor, made: Tensor) -> bool:
 def _moves_while_used(name: str, ours: dict[str, Tensor], made: dict[str, Tensor]) -> bool:
     """Whether these are frequencies that follow the length of the text: what they start from is kept beside them."""
     start = name.replace("inv_freq", "original_inv_freq")
-    return "original" not in name and start != name and start in ours and start in made and _same(ours[start], made[start])
+    return (
+        "original" not in name and start != name and start in ours and start in made and _same(ours[start], made[start])
+    )
 
 
 def _unsaved(model: nn.Module) -> dict[str, Tensor]:

@@ -71,9 +71,7 @@ class Checkpoint:
                 self.tensors[name] = stored
         for name, file in listed.items():
             if name not in self.tensors or self.tensors[name].file != file:
-                raise UserError(
-                    f"{path}: tensor {name} should be in {file.name}, which is missing it; fetch it again"
-                )
+                raise UserError(f"{path}: tensor {name} should be in {file.name}, which is missing it; fetch it again")
 
     def mapped(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, as they lie in their files: to be copied before anything else happens to the files."""

@@ -41,7 +41,9 @@ def layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
 def _refusal(config: Any, error: ValueError) -> str:
     if type(config) in AutoModelForCausalLM._model_mapping:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"transformers cannot lay out the {config.model_type} model that its config.json describes ({first[:200]})"
+        return (
+            f"transformers cannot lay out the {config.model_type} model that its config.json describes ({first[:200]})"
+        )
     made = ", ".join(getattr(config, "architectures", None) or ()) or config.model_type
     return (
         f"its config.json describes no causal language model: transformers' AutoModelForCausalLM does not take {made} "

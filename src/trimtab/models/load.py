@@ -21,6 +21,7 @@ from trimtab.methods.rtn import Rtn
 from trimtab.models.decoder import block_names
 from trimtab.models.gptq import Gptq
 from trimtab.models.layout import tensors_of
+from trimtab.models.origin import remember
 from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
 from trimtab.models.sources import ModelSource, fill, fill_where, open_source, require_finite, require_shape
 from trimtab.models.transformers_bridge import untie
@@ -132,6 +133,7 @@ def _as_saved(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     for name, p in model.named_parameters():
         if p.is_floating_point():
             require_finite(p.detach(), name)
+    remember(model, source.path)
     return model
 
 
@@ -147,6 +149,7 @@ def _complete(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
     model.eval()
     if (source.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source.path)
+    remember(model, source.path)
     gc.collect()
     heap.trim()
     return model

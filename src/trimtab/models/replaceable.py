@@ -123,7 +123,9 @@ def _expert_counts(config: Any) -> set[int]:
     """Every number of experts that a config speaks of."""
     values = vars(config) if config is not None else {}
     return {
-        v for k, v in values.items() if isinstance(v, int) and "expert" in k and "per_tok" not in k and "size" not in k and v > 1
+        v
+        for k, v in values.items()
+        if isinstance(v, int) and "expert" in k and "per_tok" not in k and "size" not in k and v > 1
     }
 
 
@@ -182,7 +184,11 @@ def plain_embedding(module: nn.Module) -> bool:
     """Whether an embedding gives out rows of its weight, or rows times a number that it declares as Gemma's does."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return False
-    return type(module) is nn.Embedding or hasattr(module, "scalar_embed_scale") or getattr(module, "embed_scale", None) == 1.0
+    return (
+        type(module) is nn.Embedding
+        or hasattr(module, "scalar_embed_scale")
+        or getattr(module, "embed_scale", None) == 1.0
+    )
 
 
 @cache
@@ -268,7 +274,9 @@ def refuse(name: str, module: nn.Module, *, loaded: bool) -> None:
         dtype = str(weight.dtype).removeprefix("torch.")
         raise UserError(f"{name}: its weight is {dtype}, which means nothing without its scale; load the float model")
     if loaded and weight.is_meta:
-        raise UserError(f"{name}: its weight is on the meta device, so there is nothing to quantize; load the model first")
+        raise UserError(
+            f"{name}: its weight is on the meta device, so there is nothing to quantize; load the model first"
+        )
     if hooked := next(_attached(module), None):
         raise UserError(
             f"{name}: has {hooked}, which would be lost; remove it first (for a `device_map`: "

@@ -15,6 +15,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models.buffers import guard, keep_with_state, not_remade
 from trimtab.models.kv_cache import current, install
 from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
+from trimtab.models.origin import remember
 from trimtab.quant import packing
 from trimtab.quant.activations import KvCache
 
@@ -149,6 +151,8 @@ class TrimtabQuantizer(HfQuantizer):
         cast_floats(model, self._compute_dtype or torch.bfloat16)
         freeze(model)
         settle(model)
+        if model.name_or_path and Path(model.name_or_path).is_dir():
+            remember(model, Path(model.name_or_path))
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -156,7 +160,12 @@ class TrimtabQuantizer(HfQuantizer):
         dtype = compute_dtype(model)
         buffers = not_remade(model, dtype)
         for name, buffer in buffers.items():
-            _log.warning("%s: is not what %s is made with (a cast to %s?); saved as it is", name, type(model).__name__, buffer.dtype)
+            _log.warning(
+                "%s: is not what %s is made with (a cast to %s?); saved as it is",
+                name,
+                type(model).__name__,
+                buffer.dtype,
+            )
         keep_with_state(model, list(buffers))
         attach(model, list(buffers))
         kept = getattr(self.quantization_config, "buffers", [])

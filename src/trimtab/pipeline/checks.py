@@ -1,6 +1,6 @@
 """What a run needs before any weight is read: rows, tokens, tokenizer, and every check that can be made by then."""
 
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +16,11 @@ from trimtab.formats.export import check_exports
 from trimtab.models.positions import check_length
 from trimtab.models.prepare import targets
 from trimtab.models.sources import ModelSource, open_source
+from trimtab.pipeline.output import Work
+from trimtab.recipe import inputs
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.build import RunContext, calibration
+from trimtab.training.checkpoints import check_reached
 from trimtab.training.teacher import check_teacher
 
 
@@ -29,12 +32,12 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     """
     if recipe.prune is not None or recipe.search is not None:
         raise UserError("prune, search: these are stages before a run; `trimtab.run` and `trimtab run` carry out all")
-    from trimtab.training.trainer import last_checkpoint
-
-    check_output(recipe.out, overwrite, resume)
-    check_apart(recipe)
-    if resume:
-        last_checkpoint(recipe)
+    work = Work.of(recipe)
+    check_apart(recipe, overwrite, resume)
+    work.check(overwrite, resume)
+    last = work.last()
+    if resume and last is not None:
+        check_reached(last, recipe)
     rows, held_out = _rows(recipe)
     source = open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
@@ -65,38 +68,17 @@ def check_extras(recipe: Recipe) -> None:
         writer(name)
 
 
-def check_output(out: Path, overwrite: bool, resume: bool) -> None:
-    """Refuse an output directory that holds something, unless told what to do with it."""
-    if overwrite and resume:
-        raise UserError("--overwrite removes what --resume continues from; pass one of them")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise UserError(f"output: {above} is a file, so {out} cannot be made in it; set `output`")
-    if not out.exists():
-        if resume:
-            raise UserError(f"--resume: {out} does not exist; run without it")
-        return
-    if not out.is_dir():
-        raise UserError(f"output: {out} is a file, not a directory")
-    if resume or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(
-            f"output: {out} is not empty; pass --overwrite to replace it, --resume to continue it, or set `output`"
-        )
-    if not any((out / name).exists() for name in ("recipe.yaml", "metrics.json", "checkpoints", "quantization.json")):
-        raise UserError(f"output: {out} holds something that trimtab did not write; remove it yourself or set `output`")
+def check_apart(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse to write over, or to remove, what a recipe reads: all that goes is its output and what a stopped run left.
 
-
-def check_apart(recipe: Recipe) -> None:
-    """Refuse to write over, or to remove, what the run reads."""
-    block, out = recipe.data, recipe.out.resolve()
-    inputs = {"model.path": recipe.model.path, "start.path": recipe.start.path or ""}
-    inputs |= {} if block is None else {"data.path": block.path, "data.eval_path": block.eval_path or ""}
-    for key, path in inputs.items():
-        found = Path(path).expanduser()
-        if path and found.exists() and (found.resolve() == out or out in found.resolve().parents):
-            raise UserError(f"{key}: {path} is in the output directory {recipe.out}; set `output` to another one")
+    Args:
+        recipe: the recipe.
+        overwrite: whether an earlier run goes.
+        resume: whether one goes on, by a recipe that may be the one that it saved.
+    """
+    work = Work.of(recipe)
+    check = partial(inputs.check_apart, recipe, (work.out, work.folder))
+    check(but=("the recipe",) if resume or not overwrite else ())
 
 
 def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) -> None:

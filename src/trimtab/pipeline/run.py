@@ -2,14 +2,15 @@
 
     load (quantizing while it reads) -> measure -> train -> fold -> save -> reload -> measure what will be served
 
-Everything that can be wrong is checked before anything is written, and the model is written only when it is whole.
+Everything that can be wrong is checked before anything is written. All of it is written beside the output, which it becomes
+when it is whole (see `output`).
 """
 
 import gc
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,13 +24,16 @@ from trimtab.evaluation.parity import Parity
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get
 from trimtab.formats.export import write
-from trimtab.formats.native.write import disk_bytes, save
+from trimtab.formats.native.write import disk_bytes, write_into
 from trimtab.kernels import tuning
 from trimtab.layers.movement import Movement
 from trimtab.memory.process import peak_bytes, reset_peak
 from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
 from trimtab.pipeline import checks
+from trimtab.pipeline.output import Work
+from trimtab.pipeline.reading import written_down
+from trimtab.recipe import inputs
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
 from trimtab.training.build import RunContext, build, simulate
@@ -81,12 +85,37 @@ def run(
     Raises:
         UserError: for anything the user can mend; nothing is then left half-written.
     """
-    watch = show or Quiet()
+    watch, work = show or Quiet(), Work.of(recipe)
     given = checks.gather(recipe, overwrite, resume)
     for line in given.notes:
         watch.say(line)
-    tokenizer, held_out = given.tokenizer, given.held_out
-    metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": str(recipe.out), "method": recipe.method.name}
+    down = written_down(recipe)
+    _compare(recipe, down, work.recorded() if resume else None, watch)
+    with work.begun(down, overwrite, resume):
+        metrics, parities = _carry_out(recipe, work, given, resume, watch)
+        work.finish()
+    watch.finish(metrics, parities)
+    return metrics
+
+
+def _compare(recipe: Recipe, down: Recipe, begun: Recipe | None, watch: Observer) -> None:
+    """Refuse to go on with other files than a run began with; say which have changed since a recipe was saved."""
+    now = down.inputs or {}
+    if begun is not None:
+        inputs.check_same(begun.inputs or {}, now, "--resume")
+    for key, before in (recipe.inputs or {}).items():
+        changed = inputs.changes(before, now[key]) if begun is None and key in now else ""
+        if changed:
+            watch.say(f"{key}: {changed} since this recipe was saved")
+
+
+def _carry_out(
+    given_recipe: Recipe, work: Work, given: RunContext, resume: bool, watch: Observer
+) -> tuple[dict[str, Any], list[Parity]]:
+    """Everything between the checks and the end: the model is then whole in the folder of the run."""
+    recipe, tokenizer, held_out = given_recipe.moved(work.folder), given.tokenizer, given.held_out
+    output = str(given_recipe.out)
+    metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": output, "method": recipe.method.name}
     _measure_float(recipe, given, metrics, watch)
     asking_bytes = _ask_teacher(recipe, given, watch)
     model = _load(recipe, given, metrics, watch)
@@ -96,17 +125,14 @@ def run(
         metrics["perplexity"]["rounded"] = perplexity(model, held_out)
     if recipe.evaluate.prompt:
         metrics["answers"]["before"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
-    if overwrite and recipe.out.exists():
-        shutil.rmtree(recipe.out)
     metrics |= _tune(recipe, model, given, resume, watch)
     metrics["peak_memory_bytes"] = max(peak_bytes(), asking_bytes)
-    parities = _fold_and_save(recipe, model, tokenizer, held_out, metrics, watch)
+    parities = _fold_and_save(recipe, work, model, given, metrics, watch)
     del model
     gc.collect()
-    _measure_saved(recipe, tokenizer, held_out, metrics, watch)
-    (recipe.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    watch.finish(metrics, parities)
-    return metrics
+    _measure_saved(recipe, work, given, metrics, watch)
+    (work.model / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics, parities
 
 
 def _measure_float(recipe: Recipe, given: RunContext, metrics: dict[str, Any], watch: Observer) -> None:
@@ -171,7 +197,6 @@ def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: boo
 
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not recipe.train.steps:
-        recipe.out.mkdir(parents=True, exist_ok=True)
         return {"train_seconds": 0.0, "tokens": 0, "trainable": count, "losses": []}
     watch.say(f"training {count:,} parameters for {recipe.train.steps} steps on {describe(given.rows)}")
     rows = given.labelled or given.rows
@@ -182,32 +207,34 @@ def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: boo
 
 def _fold_and_save(
     recipe: Recipe,
+    work: Work,
     model: PreTrainedModel,
-    tokenizer: Any,
-    held_out: Tensor | None,
+    given: RunContext,
     metrics: dict[str, Any],
     watch: Observer,
 ) -> list[Parity]:
     """Fold, save, and compare the three stages unless told not to."""
+    held_out, text = given.held_out, (work.folder / "recipe.yaml").read_text(encoding="utf-8")
     some = _compared_on(recipe, model, held_out) if recipe.evaluate.parity else None
     trained = None if some is None else parity.logits_of(model, some)
     formats = {name: get(name) for name in recipe.export if name != "native"}
     unfolded = [name for name, format_ in formats.items() if format_.adapters == "kept"]
-    _export(recipe, model, tokenizer, unfolded, watch)
+    export = partial(_export, work.model, model, given.tokenizer, text, watch)
+    export(unfolded)
     watch.say("folding and saving")
     folded = fold(model, merge=recipe.merge)
     metrics["fold"] = _summary(folded)
     metrics["weights_changed_by_fold"] = sum(layer.differing for layer in folded)
     metrics["moved_by_training"] = sum((layer.moved for layer in folded), Movement())._asdict()
     metrics["fold_error"] = max((layer.error for layer in folded if layer.action == "merged"), default=0.0)
-    save(model, recipe.out, tokenizer, recipe=recipe.to_yaml())
-    metrics["disk_bytes"] = disk_bytes(recipe.out)
-    _export(recipe, model, tokenizer, [name for name in formats if name not in unfolded], watch)
+    write_into(work.model, model, given.tokenizer, text)
+    metrics["disk_bytes"] = disk_bytes(work.model)
+    export([name for name in formats if name not in unfolded])
     if some is None or trained is None:
         return []
     on = "" if held_out is not None else ", on random tokens for want of held-out data (data.eval_path)"
     watch.say(f"comparing trained, folded, and reloaded in a fresh process{on}")
-    parities = parity.report(trained, parity.logits_of(model, some), recipe.out, some, recipe.dtype)
+    parities = parity.report(trained, parity.logits_of(model, some), work.model, some, recipe.dtype)
     metrics["max_logit_difference"] = max(p.max_difference for p in parities)
     content = {
         "tokens": some.numel(),
@@ -215,7 +242,7 @@ def _fold_and_save(
         "fold": metrics["fold"],
         "stages": parity.to_json(parities),
     }
-    (recipe.out / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (work.model / "parity.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return parities
 
 
@@ -228,11 +255,13 @@ def _compared_on(recipe: Recipe, model: PreTrainedModel, held_out: Tensor | None
     return torch.randint(model.config.get_text_config().vocab_size, (wanted // length, length), generator=draw)
 
 
-def _export(recipe: Recipe, model: PreTrainedModel, tokenizer: Any, names: Sequence[str], watch: Observer) -> None:
-    """Write these formats into folders of the output directory."""
+def _export(
+    folder: Path, model: PreTrainedModel, tokenizer: Any, text: str, watch: Observer, names: Sequence[str]
+) -> None:
+    """Write these formats into folders of a run's."""
     for name in names:
         watch.say(f"exporting to {name}")
-        write(model, tokenizer, name, recipe.out / name, source=recipe.out, recipe_text=recipe.to_yaml())
+        write(model, tokenizer, name, folder / name, source=folder, recipe_text=text)
 
 
 def _summary(folded: list[LayerFold]) -> str:
@@ -244,20 +273,19 @@ def _summary(folded: list[LayerFold]) -> str:
     return "; ".join(f"{count} layers {what}" for what, count in counts.items()) or "nothing to fold"
 
 
-def _measure_saved(
-    recipe: Recipe, tokenizer: Any, held_out: Tensor | None, metrics: dict[str, Any], watch: Observer
-) -> None:
+def _measure_saved(recipe: Recipe, work: Work, given: RunContext, metrics: dict[str, Any], watch: Observer) -> None:
     """Perplexity and an answer of what was saved: what is evaluated is what is served."""
+    tokenizer, held_out = given.tokenizer, given.held_out
     if held_out is None and not recipe.evaluate.prompt and not recipe.evaluate.tasks:
         return
     watch.say("measuring the saved model")
-    model = AutoModelForCausalLM.from_pretrained(recipe.out, dtype=recipe.dtype)
+    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=recipe.dtype)
     if held_out is not None:
         metrics["perplexity"]["tuned"] = perplexity(model, held_out)
     if recipe.evaluate.tasks:
         block = recipe.evaluate
         scores = harness.run(model, tokenizer, block.tasks, block.tasks_data or "", limit=block.tasks_limit)
-        harness.write(recipe.out / "harness.json", {str(recipe.out): scores})
+        harness.write(work.model / "harness.json", {metrics["output"]: scores})
         metrics["tasks"] = {f"{s.task} {s.metric}": [s.value, s.stderr, len(s.items)] for s in scores}
     if recipe.evaluate.prompt:
         metrics["answers"]["after"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)

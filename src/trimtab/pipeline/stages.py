@@ -7,13 +7,16 @@
 A recipe with neither block is one run, into <output> itself. A stage that is finished is not repeated.
 """
 
-import shutil
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trimtab.errors import UserError
+from trimtab.formats.holding import holding
+from trimtab.formats.manifest import Kind, keeps, remove
 from trimtab.pipeline import run as one
-from trimtab.pipeline.checks import check_apart, check_extras, check_output, gather
+from trimtab.pipeline.checks import check_apart, check_extras, gather
+from trimtab.pipeline.output import Work
 from trimtab.pipeline.pruned import prune_options, pruned
 from trimtab.pruning import Pruned
 from trimtab.recipe.recipe import Recipe
@@ -50,49 +53,74 @@ def run(
     watch = show or Quiet()
     if recipe.prune is None and recipe.search is None:
         return one.run(recipe, overwrite=overwrite, resume=resume, show=watch)
-    check_apart(recipe)  # before anything is removed
-    final = recipe.out / "model"
-    check_output(final, overwrite, resume)
+    check_apart(recipe, overwrite, resume)
+    final = recipe.moved(recipe.out / "model")
+    Work.of(final).check(overwrite, resume)
     if overwrite:
         if recipe.prune is not None:
-            prune_options(recipe)  # refused before anything is removed
+            prune_options(recipe)  # refused before anything is moved
         _check_storage(recipe)
-        _remove_stages(recipe.out)
+        _set_aside(recipe)
     chosen = pruned(recipe, watch)
     if chosen.search is not None:
         from trimtab.bit_search import results
 
         # Whatever the run would refuse in the end, it refuses before hours of searching.
-        gather(chosen.model_copy(update={"search": None, "output": str(final)}), overwrite, resume)
+        gather(chosen.moved(final.out).model_copy(update={"search": None}), overwrite, resume)
         chosen = results.best(search(chosen, show=watch))
         watch.say("tuning the best point within the budget")
-    chosen = chosen.model_copy(update={"name": recipe.name, "output": str(final)})
-    return one.run(chosen, overwrite=overwrite, resume=resume, show=watch)
+    chosen = chosen.moved(final.out).model_copy(update={"name": recipe.name})
+    metrics = one.run(chosen, overwrite=overwrite, resume=resume, show=watch)
+    if overwrite:
+        for folder in _STAGES:
+            remove(_earlier(recipe.out / folder))
+    return metrics
 
 
 def _check_storage(recipe: Recipe) -> None:
-    """Refuse to overwrite a search whose study lies elsewhere, where others may be at work on it."""
-    url = None if recipe.search is None else recipe.search.storage
-    if url is not None and (recipe.out / "search").resolve() not in Path(url).resolve().parents:
-        from trimtab.bit_search.ledger import begun, shown
+    """Refuse to overwrite a search that others may be at work on: whose study lies elsewhere, or has trials that run."""
+    if recipe.search is None:
+        return
+    from trimtab.bit_search.ledger import begun, busy, shown
 
+    url = recipe.search.storage
+    if url is not None and (recipe.out / "search").resolve() not in Path(url).resolve().parents:
         if begun(url, recipe.name):
             raise UserError(
                 f"search.storage: {shown(url)} holds a study {recipe.name!r}, which --overwrite does not remove and the "
                 "search would go on with; set another `name`, or remove it (`optuna delete-study`)"
             )
+        return
+    journal = Path(url or recipe.out / "search" / "journal.log")
+    if journal.is_file() and busy(str(journal), recipe.name):
+        raise UserError(f"output: a search in {journal} is at work; wait for it, end it, or set `output`")
 
 
-def _remove_stages(out: Path) -> None:
-    """Remove what an earlier run pruned and searched, and nothing else."""
-    stages = {out / "pruned": ("pruning.json",), out / "search": ("journal.log", "trials.csv")}
-    for folder, marks in stages.items():
-        if folder.exists() and any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
-            raise UserError(
-                f"output: {folder} holds something that trimtab did not write; remove it yourself or set `output`"
-            )
-    for folder in stages:
-        shutil.rmtree(folder, ignore_errors=True)
+_STAGES: dict[str, Kind] = {"pruned": "pruned", "search": "search"}
+"""Folders that come before the model's, and what they are."""
+
+
+def _earlier(folder: Path) -> Path:
+    """Where an earlier run's stage waits until the new model is whole."""
+    return folder.with_name(f"{folder.name}.earlier")
+
+
+def _set_aside(recipe: Recipe) -> None:
+    """Move what an earlier run pruned and searched out of the way, and nothing else; it goes when the new run is whole."""
+    folders = [(recipe.out / name, kind) for name, kind in _STAGES.items()]
+    for folder, kind in folders:
+        for there in (folder, _earlier(folder)):
+            why = keeps(there, kind) if there.exists() else ""
+            if why:
+                raise UserError(f"output: {there} {why}; move or remove it yourself, or set `output`")
+    for folder, _ in folders:
+        if not folder.exists():
+            continue
+        with holding(folder):
+            if _earlier(folder).exists():  # of the run that is still whole: this one was begun to replace it
+                remove(folder)
+            else:
+                os.replace(folder, _earlier(folder))
 
 
 def search(recipe: Recipe, *, show: Observer | None = None) -> "Search":

@@ -19,7 +19,8 @@ import torch
 from trimtab.data.rows import PYDOC_TOPICS, load_rows
 from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
-from trimtab.formats.directory import replacing, write_json
+from trimtab.formats.directory import replacing
+from trimtab.formats.manifest import write_json
 from trimtab.models.load import load_float
 from trimtab.models.sources import open_source
 from trimtab.pruning.pruning import Options, Pruned, prune
@@ -105,7 +106,7 @@ def check_empty(out: str | os.PathLike[str]) -> Path:
 
 def save(model: "PreTrainedModel", target: Path, tokenizer: Any, report: dict[str, Any]) -> None:
     """Write a pruned model in one step."""
-    with replacing(target) as folder:
+    with replacing(target, "pruned") as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -15,6 +15,15 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, arbitrary_types_allowed=True)
 
 
+class FileMark(Block):
+    """What a file held."""
+
+    bytes: int
+    """Its size."""
+    sha256: str
+    """Its SHA-256."""
+
+
 class ModelBlock(Block):
     """Which model to start from."""
 

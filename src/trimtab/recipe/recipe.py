@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
 
 from trimtab import methods
 from trimtab.errors import UserError, nearest
@@ -25,6 +25,7 @@ from trimtab.recipe.fields import (
     DataBlock,
     DistillBlock,
     EvaluateBlock,
+    FileMark,
     FormatName,
     ModelBlock,
     PruneBlock,
@@ -66,6 +67,10 @@ class Recipe(Block):
     """Formats to write: native into `output` always, each other one into `<output>/<format>`; see `trimtab formats`."""
     output: str | None = None
     """Where the model is written; null is `runs/<name>`."""
+    inputs: dict[str, dict[str, FileMark]] | None = None
+    """Written by a run, not by hand: bytes and SHA-256 of every file that it read, by the key that names them. `eval`,
+    `export` and `--resume` say which of them changed."""
+    _file: str | None = PrivateAttr(default=None)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -88,6 +93,11 @@ class Recipe(Block):
         return parse_rules(value)
 
     @property
+    def file(self) -> str | None:
+        """The file that it was read from, if it was."""
+        return self._file
+
+    @property
     def out(self) -> Path:
         """The output directory."""
         return Path(self.output or f"runs/{self.name}")
@@ -98,6 +108,12 @@ class Recipe(Block):
         if self.distill is None or self.distill.teacher != "cached":
             return None
         return Path(self.distill.cache or f"{self.out}-teacher")
+
+    def moved(self, output: Path) -> "Recipe":
+        """The recipe with another output, and its teacher's cache where it was."""
+        cache = self.teacher_cache
+        distill = self.distill if cache is None else self.distill.model_copy(update={"cache": str(cache)})  # type: ignore[union-attr]
+        return self.model_copy(update={"output": str(output), "distill": distill})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,7 +138,9 @@ class Recipe(Block):
         values["rules"] = None if self.rules is None else [_plain(rule) for rule in self.rules]
         values["output"] = str(self.out)
         values["train"]["lr"], values["train"]["lr_scale"] = self.lr, self.lr_scale
-        return yaml.safe_dump({key: values[key] for key in Recipe.model_fields}, sort_keys=False)
+        if self.inputs is None:
+            del values["inputs"]
+        return yaml.safe_dump({key: values[key] for key in Recipe.model_fields if key in values}, sort_keys=False)
 
 
 def _plain(rule: Rule) -> dict[str, Any]:
@@ -240,7 +258,9 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys (model, method, data, ...)")
     values.setdefault("name", file.stem)
-    return from_dict(_overridden(values, overrides), str(path))
+    recipe = from_dict(_overridden(values, overrides), str(path))
+    recipe._file = str(file.absolute())
+    return recipe
 
 
 def as_recipe(recipe: "Recipe | Mapping[str, Any] | str | os.PathLike[str]", overrides: Sequence[str] = ()) -> Recipe:

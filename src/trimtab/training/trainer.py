@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from trimtab.data.rows import load_rows
-from trimtab.errors import UserError
+from trimtab.errors import Diverged, UserError
 from trimtab.kernels import tuning, workspace
 from trimtab.models.transformers_bridge import attach
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
+from trimtab.training.checkpoints import last_checkpoint, step_of, whole_checkpoint
 from trimtab.training.divergence import Distillation
 from trimtab.training.labelled import Labelled, check_learned, label, packing_of
 from trimtab.training.loss import IGNORED, loss_of_logits, summed_loss
@@ -168,11 +169,11 @@ class _Trainer(SFTTrainer):
             raise self._stop(f"the loss became {loss.item()} in step {self.state.global_step + 1}")
         return loss
 
-    def _stop(self, what: str) -> UserError:
+    def _stop(self, what: str) -> Diverged:
         last = whole_checkpoint(Path(self.args.output_dir))
         if last is None:
-            return UserError(f"train: {what}; there is no good checkpoint yet. Lower train.lr (or train.lr_scale)")
-        return UserError(
+            return Diverged(f"train: {what}; there is no good checkpoint yet. Lower train.lr (or train.lr_scale)")
+        return Diverged(
             f"train: {what}; the last good checkpoint is {last}. "
             "Lower train.lr (or train.lr_scale) and go on with --resume"
         )
@@ -318,7 +319,7 @@ def fit(
     if (end := stop_at(model, tokenizer, given.end)) is not None:
         say(end)
     last = last_checkpoint(recipe) if resume else None
-    if last is not None and _step_of(last) == recipe.train.steps:
+    if last is not None and step_of(last) == recipe.train.steps:
         load_trainable(model, last)  # the trainer would take one step more
         return Trained(recipe.train.steps, 0, 0.0, [])
     slot: list[_Trainer] = []
@@ -366,23 +367,3 @@ def packed(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any) ->
     given = label(recipe, tokenizer, rows, model.config.get_text_config().vocab_size)
     trainer = _trainer(model, tokenizer, recipe, given, [])
     return trainer.train_dataset, trainer.data_collator
-
-
-def whole_checkpoint(checkpoints: Path) -> Path | None:
-    """The last checkpoint that was written to its end: the trainer's state comes last."""
-    whole = (file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json"))
-    return max(whole, key=_step_of, default=None)
-
-
-def last_checkpoint(recipe: Recipe) -> Path:
-    """The checkpoint that `--resume` goes on from; a `UserError` if there is none, or if it is past the last step."""
-    last = whole_checkpoint(recipe.out / "checkpoints")
-    if last is None:
-        raise UserError(f"--resume: {recipe.out / 'checkpoints'} holds no checkpoint; run without it")
-    if _step_of(last) > recipe.train.steps:
-        raise UserError(f"--resume: {last} is past train.steps = {recipe.train.steps}; raise it, or start anew")
-    return last
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

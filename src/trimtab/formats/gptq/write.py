@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from trimtab.formats.declaration import DENSE, Engine, Form, Format, Layer, Refusal, Writing
 from trimtab.formats.dense.write import add_dense
-from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
+from trimtab.formats.directory import Shards, float_tensors, write_surroundings
+from trimtab.formats.manifest import write_json
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
 from trimtab.models.transformers_bridge import quant_layers

@@ -35,7 +35,8 @@ from torch import Tensor
 from trimtab.errors import UserError
 from trimtab.formats.declaration import ALL_KINDS, DENSE, Engine, Form, Format, Writing
 from trimtab.formats.dense.write import add_dense
-from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
+from trimtab.formats.directory import Shards, float_tensors, write_surroundings
+from trimtab.formats.manifest import write_json
 from trimtab.layers.weights import AffineWeight
 from trimtab.models.architecture import FAMILIES, architecture_of, rope, windowed
 from trimtab.models.transformers_bridge import quant_layers

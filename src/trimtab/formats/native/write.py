@@ -4,21 +4,20 @@
     model.safetensors       tensors under the names of the modules that hold them, codes packed
     tokenizer files, generation_config.json, recipe.yaml, manifest.json
 
-It holds everything that a prepared model can: folded or not, any grid, kept adapters. The directory is written beside its
-destination and moved into place file by file, `config.json` last: what looks whole is whole.
+It holds everything that a prepared model can: folded or not, any grid, kept adapters.
 """
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from trimtab.errors import UserError
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
-from trimtab.formats.directory import write_manifest
+from trimtab.formats.directory import replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
+from trimtab.models.origin import read_from
 from trimtab.models.transformers_bridge import compute_dtype
 
 
@@ -42,7 +41,7 @@ class Native(Format):
 
     def write(self, folder: Path, writing: Writing) -> None:
         """The model's own tensors."""
-        _write(folder, writing.model, writing.tokenizer, writing.recipe, writing.max_shard_bytes)
+        write_into(folder, writing.model, writing.tokenizer, writing.recipe, writing.max_shard_bytes)
 
 
 def save(
@@ -57,30 +56,30 @@ def save(
 
     Args:
         model: a model with our layers.
-        path: directory; files of an earlier save in it are replaced.
+        path: directory; an earlier save in it is replaced, whole and at the end.
         tokenizer: saved beside the model if given.
         recipe: YAML text of the resolved recipe, written as `recipe.yaml`.
         max_shard_size: size of a safetensors file, for example `5GB`.
+
+    Raises:
+        UserError: if the directory holds anything but an earlier save, or the model was read from it.
     """
-    largest = parse_bytes(max_shard_size, "max_shard_size")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _write(staging, model, tokenizer, recipe, largest)
-        write_manifest(staging)
-        target.mkdir(exist_ok=True)
-        for stale in target.glob("*.safetensors*"):
-            stale.unlink()
-        (target / "config.json").unlink(missing_ok=True)
-        for file in sorted(staging.iterdir(), key=lambda f: f.name == "config.json"):
-            file.chmod(target.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
-            os.replace(file, target / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    largest, target = parse_bytes(max_shard_size, "max_shard_size"), Path(path)
+    check_not_read_from(model, target)
+    with replacing(target, "model", overwrite=True) as folder:
+        write_into(folder, model, tokenizer, recipe, largest)
 
 
-def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, recipe: str | None, largest: int) -> None:
+def check_not_read_from(model: PreTrainedModel, target: Path) -> None:
+    """Raise a `UserError` if a model is to be written over what it was read from."""
+    if target.resolve() in read_from(model):
+        raise UserError(f"{target}: the model was read from there; save it somewhere else, and remove that if you wish")
+
+
+def write_into(
+    folder: Path, model: PreTrainedModel, tokenizer: Any, recipe: str | None, largest: int = SHARD_BYTES
+) -> None:
+    """Write a model's files into a folder that is staged."""
     dtype = compute_dtype(model)
     model.save_pretrained(folder, max_shard_size=largest)
     _set_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
@@ -100,5 +99,5 @@ def _set_dtype(config: Path, dtype: str) -> None:
 
 
 def disk_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of all files of a saved model, checkpoints of the run that made it left out."""
+    """Bytes of all files of a saved model; not of exports and checkpoints in it."""
     return sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file())

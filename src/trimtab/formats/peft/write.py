@@ -24,7 +24,8 @@ import torch
 
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Layer, Refusal, Writing
 from trimtab.formats.dense.write import add_matrix
-from trimtab.formats.directory import Shards, float_tensors, write_json, write_surroundings
+from trimtab.formats.directory import Shards, float_tensors, write_surroundings
+from trimtab.formats.manifest import write_json
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.transformers_bridge import quant_layers
 

@@ -1,0 +1,51 @@
+"""Where a model lies: the files behind a path, and the path as it is found from any directory."""
+
+import json
+from pathlib import Path
+
+from trimtab.models.sources import resolve
+
+_BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+           "vocab.*", "merges.txt", "*.jinja", "*.model")  # fmt: skip
+"""Files of a directory that say what its tensors mean."""
+
+
+def files_of(path: str) -> list[Path]:
+    """The files that are read of a model: a GGUF file, or config, tokenizer and the safetensors that its index names."""
+    found = resolve(path)
+    if found.is_file():
+        return [found]
+    index = found / "model.safetensors.index.json"
+    if index.is_file():
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        tensors = [index, *(found / name for name in sorted(set(named)))]
+    else:
+        tensors = sorted(found.glob("*.safetensors"))
+    beside = {file for pattern in _BESIDE for file in found.glob(pattern) if file.is_file()}
+    return [*sorted(beside), *tensors]
+
+
+def pinned(path: str) -> str:
+    """A path that means the same from any directory: absolute, or a model of the hub at the commit that was fetched."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return str(local.resolve())
+    found = resolve(path)
+    fetched = found.parent.name == "snapshots" and "@" not in path and path.count("/") == 1
+    return f"{path}@{found.name}" if fetched else path
+
+
+def pinned_data(path: str) -> str:
+    """The same of a data set: absolute, or one of the hub at its present commit; as it is where the hub is not reached."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return str(local.resolve())
+    if "@" in path or path.count("/") != 1:
+        return path
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return f"{path}@{HfApi().dataset_info(path).sha}"
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return path

@@ -1,0 +1,148 @@
+"""The folder of a run while it is made: beside its output, which it replaces when it is whole.
+
+    <output>.unfinished/recipe.yaml       the run's recipe, with the hashes of what it reads: `--resume` reads the same
+    <output>.unfinished/checkpoints       of training; moved into the output in the end
+    <output>.unfinished/model             what the output will hold
+
+The earlier run stays until then. A run that is stopped leaves the folder if there is a checkpoint in it, which `--resume`
+goes on from and `--overwrite` removes; without one there is nothing to keep, and the next run starts anew.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.errors import UserError
+from trimtab.formats.directory import check_replaceable, put_in_place, to_oneself
+from trimtab.formats.manifest import entries, kind_of, some, write_manifest
+from trimtab.recipe.recipe import Recipe, read
+from trimtab.training.checkpoints import whole_checkpoint
+
+_REMEDY = "move or remove it yourself, or set `output`"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a run is made."""
+
+    out: Path
+    """Its output, absolute."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Work":
+        """The folders of a recipe's run."""
+        return cls(recipe.out.resolve())
+
+    @property
+    def folder(self) -> Path:
+        """What a stopped run leaves."""
+        return self.out.with_name(f"{self.out.name}.unfinished")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where training keeps its checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """What becomes the output."""
+        return self.folder / "model"
+
+    @property
+    def stopped_at(self) -> Path | None:
+        """The last checkpoint of a stopped run."""
+        return whole_checkpoint(self.checkpoints)
+
+    def last(self) -> Path | None:
+        """The checkpoint that `--resume` goes on from: of the stopped run, else of the finished one."""
+        return self.stopped_at if self.folder.exists() else whole_checkpoint(self.out / "checkpoints")
+
+    def check(self, overwrite: bool, resume: bool) -> None:
+        """Raise a `UserError` if something is in the way of a run, unless told what to do with it."""
+        if overwrite and resume:
+            raise UserError("--overwrite removes what --resume continues from; pass one of them")
+        above = next(folder for folder in self.out.parents if folder.exists())
+        if not above.is_dir():
+            raise UserError(f"output: {above} is a file, so {self.out} cannot be made in it; set `output`")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"output: {self.out} is a file, not a directory")
+        self._check_stopped(overwrite, resume)
+        if resume and self.last() is None:
+            if not self.out.exists() and not self.folder.exists():
+                raise UserError(f"--resume: {self.out} does not exist; run without it")
+            where = self.checkpoints if self.folder.exists() else self.out / "checkpoints"
+            raise UserError(f"--resume: {where} holds no checkpoint; run without it")
+        if self.out.exists() and any(self.out.iterdir()) and not (overwrite or resume):
+            raise UserError(
+                f"output: {self.out} is not empty; pass --overwrite to replace it, --resume to continue it, or set `output`"
+            )
+        check_replaceable(self.out, "run", overwrite=True, remedy="set `output`")
+
+    def _check_stopped(self, overwrite: bool, resume: bool) -> None:
+        """Look at what an earlier run left beside the output."""
+        if not self.folder.exists():
+            return
+        if any(self.folder.iterdir()) and kind_of(self.folder) != "unfinished":
+            raise UserError(f"output: {self.folder} is in the way, and trimtab did not write it; {_REMEDY}")
+        ours = ("recipe.yaml", "model/", "checkpoints/checkpoint-", "checkpoints/runs/")
+        foreign = [name for name in entries(self.folder) if not name.startswith(ours)]
+        if foreign:
+            raise UserError(f"output: {self.folder} holds {some(foreign)}, which trimtab did not write; {_REMEDY}")
+        if self.stopped_at is not None and not (overwrite or resume):
+            raise UserError(
+                f"output: an earlier run was stopped, and {self.stopped_at} is what it reached; pass --resume to go on, "
+                "--overwrite to start anew, or set `output`"
+            )
+
+    @contextmanager
+    def begun(self, recipe: Recipe, overwrite: bool, resume: bool) -> Iterator[None]:
+        """Have the output, and its folder beside it, to oneself; what is left of it then is worth keeping.
+
+        Args:
+            recipe: as it will be saved.
+            overwrite: start anew.
+            resume: go on from the last checkpoint.
+        """
+        with to_oneself(self.out):
+            self.check(overwrite, resume)
+            if not resume:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self._make(recipe, resume)
+            try:
+                yield
+            finally:
+                if self.stopped_at is None:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _make(self, recipe: Recipe, resume: bool) -> None:
+        if not self.folder.exists():
+            self.folder.mkdir()
+            write_manifest(self.folder, "unfinished")
+            if resume:  # a finished run goes on
+                shutil.copytree(self.out / "checkpoints", self.checkpoints, copy_function=_linked)
+        shutil.rmtree(self.model, ignore_errors=True)
+        self.model.mkdir()
+        (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+    def recorded(self) -> Recipe | None:
+        """The recipe, with the hashes of its inputs, of the run that `--resume` goes on with."""
+        folder = self.folder if self.folder.exists() else self.out
+        return read(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else None
+
+    def finish(self) -> None:
+        """The run is whole: put it in place of what was there."""
+        checkpoints = [f"checkpoints/{name}" for name in entries(self.checkpoints)]
+        put_in_place(self.model, self.out, "run", checkpoints)
+        if self.checkpoints.exists():
+            os.replace(self.checkpoints, self.out / "checkpoints")
+
+
+def _linked(source: str, target: str) -> None:
+    """A second name for a file, which nobody changes in place; a copy where the disk has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,154 @@
+"""What a recipe reads: where it lies, what it held, and that nothing which is removed holds any of it.
+
+A run writes its recipe with absolute paths (a hub id with its commit) and, under `inputs`, the SHA-256 and size of every
+file that it read. So whoever reads that recipe, from whatever directory, reads the same files or is told which changed.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from trimtab.data.located import files_of
+from trimtab.errors import UserError
+from trimtab.recipe.fields import DataBlock, FileMark
+from trimtab.recipe.recipe import Recipe, read
+
+Marks = dict[str, dict[str, FileMark]]
+"""Of each key of a recipe that names files: what they held, by name in the folder that it names."""
+
+
+def paths(recipe: Recipe) -> dict[str, Path]:
+    """Everything on this machine that a recipe reads (a file, a directory), resolved, by key."""
+    data, distill, search = recipe.data, recipe.distill, recipe.search
+    named = {
+        "model.path": recipe.model.path,
+        "model.adapter": recipe.model.adapter,
+        "start.path": recipe.start.path,
+        "data.path": data and data.path,
+        "data.eval_path": data and data.eval_path,
+        "distill.cache": distill and recipe.teacher_cache and str(recipe.teacher_cache),
+        "evaluate.tasks_data": recipe.evaluate.tasks_data,
+        "search.storage": search and _file_of_storage(search.storage),
+        "the recipe": recipe.file,
+    }
+    local = {key: Path(path).expanduser() for key, path in named.items() if path}
+    return {key: path.resolve() for key, path in local.items() if path.exists()}
+
+
+def _file_of_storage(url: str | None) -> str | None:
+    """The file behind a storage, if it is one."""
+    if url is None or "://" not in url:
+        return url
+    return url.partition(":///")[2] or None
+
+
+def check_apart(recipe: Recipe, folders: Iterable[Path], but: Sequence[str] = ()) -> None:
+    """Refuse to remove, or to write over, what a recipe reads.
+
+    Args:
+        recipe: whose inputs they are.
+        folders: that are replaced or removed.
+        but: keys that may lie there.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for folder in folders:
+        out = folder.resolve()
+        for key, path in paths(recipe).items():
+            if key not in but and out in (path, *path.parents):
+                raise UserError(f"{key}: {path} is in the output directory {folder}; set `output` to another one")
+
+
+def mark(files: Iterable[Path], path: str | os.PathLike[str]) -> dict[str, FileMark]:
+    """Bytes and SHA-256 of files, by their names in the folder `path` (or of the file itself)."""
+    root = Path(path).expanduser()
+    return {
+        file.relative_to(root).as_posix() if file != root and file.is_relative_to(root) else file.name: FileMark(
+            bytes=file.stat().st_size, sha256=digest(file)
+        )
+        for file in files
+    }
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file, read once by a process as long as it does not change."""
+    file = file.resolve()
+    about = file.stat()
+    return _digest(file, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, *_: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def changes(before: Mapping[str, FileMark], now: Mapping[str, FileMark]) -> str:
+    """What differs, for a message; "" for nothing."""
+    for name in (*before, *(name for name in now if name not in before)):
+        if name not in now:
+            return f"{name} is gone"
+        if name not in before:
+            return f"{name} was added"
+        if before[name] != now[name]:
+            return f"{name} has changed"
+    return ""
+
+
+def check_same(before: Marks, now: Marks, begin: str) -> None:
+    """Raise a `UserError` for the first key whose files are not what they were."""
+    for key in sorted(before.keys() & now.keys()):
+        what = changes(before[key], now[key])
+        if what:
+            raise UserError(f"{begin}: {key}: {what} since the run began; put it back, or start anew")
+
+
+def held_out(folder: Path) -> DataBlock | None:
+    """The data block of the recipe in a saved model's folder, which names held-out text as it was; None if none does.
+
+    Raises:
+        UserError: if that text is gone or has changed.
+    """
+    saved = folder / "recipe.yaml"
+    recipe = read(saved) if saved.is_file() else None
+    if recipe is None or recipe.data is None or recipe.data.eval_path is None:
+        return None
+    before, path = (recipe.inputs or {}).get("data.eval_path"), recipe.data.eval_path
+    if before:
+        try:
+            what = changes(before, mark(files_of(path), path))
+        except UserError as error:
+            what = str(error)
+        if what:
+            raise UserError(f"{saved}: data.eval_path: {path}: {what} since the model was made; pass --data")
+    return recipe.data
+
+
+def saved(recipe: Recipe, marks: Marks, model: str, pinned: Callable[[str], str]) -> Recipe:
+    """A recipe as it is written beside its model: the same from any directory.
+
+    Args:
+        recipe: of the run.
+        marks: of what it read.
+        model: its `model.path`, absolute or with the hub's commit.
+        pinned: makes the same of a data set's path.
+    """
+
+    def whole(path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().resolve())
+
+    def text(path: str | None) -> str | None:
+        return path and pinned(path)
+
+    data, cache = recipe.data, recipe.teacher_cache
+    blocks = {
+        "model": recipe.model.model_copy(update={"path": model, "adapter": whole(recipe.model.adapter)}),
+        "start": recipe.start.model_copy(update={"path": text(recipe.start.path)}),
+        "data": data and data.model_copy(update={"path": text(data.path), "eval_path": text(data.eval_path)}),
+        "evaluate": recipe.evaluate.model_copy(update={"tasks_data": whole(recipe.evaluate.tasks_data)}),
+        "distill": recipe.distill and recipe.distill.model_copy(update={"cache": cache and whole(str(cache))}),
+    }
+    return recipe.model_copy(update=blocks | {"output": str(recipe.out.resolve()), "inputs": marks})

@@ -182,7 +182,9 @@ class Conversion:
 
     def _report(self, model: PreTrainedModel, unexpected: dict[str, str]) -> None:
         """Raise for what transformers would only warn of, by its own lists of what need not be there."""
-        unexpected |= {name: made.parts[0][1] for name, made in self._by_target.items() if name not in self._shapes.tensors}
+        unexpected |= {
+            name: made.parts[0][1] for name, made in self._by_target.items() if name not in self._shapes.tensors
+        }
         missing = self._shapes.tensors.keys() - self._by_target.keys()
         for group in _tied(model):
             if not missing.issuperset(group):

@@ -199,7 +199,11 @@ def open_source(path: str) -> ModelSource:
     return SafetensorsSource(found)
 
 
-_MARKERS = {"quantization_config": "a library that it does not name", "quantization": "MLX", "compression_config": "compressed-tensors"}
+_MARKERS = {
+    "quantization_config": "a library that it does not name",
+    "quantization": "MLX",
+    "compression_config": "compressed-tensors",
+}
 """Keys of a config.json, in it or in one of its parts, that quantized models have, and whose they are by default."""
 
 
@@ -225,7 +229,9 @@ def _open_with(reader: str, path: Path) -> ModelSource:
 def fill_where(model: PreTrainedModel, source: ModelSource, wanted: Callable[[str], bool]) -> None:
     """Read what ordinary modules hold, is wanted by name and is still on the meta device."""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    ours = {id(m) for layer in model.modules() if isinstance(layer, QuantLinear | QuantEmbedding) for m in layer.modules()}
+    ours = {
+        id(m) for layer in model.modules() if isinstance(layer, QuantLinear | QuantEmbedding) for m in layer.modules()
+    }
     for name, module, last, tensor in list(tensors_of(model)):
         if name not in tied and id(module) not in ours and tensor.is_meta and wanted(name):
             fill(module, last, name, source)
@@ -255,5 +261,10 @@ def require_shape(source: ModelSource, name: str, found: tuple[int, ...], wanted
 def require_finite(source: Tensor | Weight, name: str) -> None:
     """Raise a `UserError` naming the tensor if it holds NaN or infinity."""
     # NaN spreads to the extremes, and they are one pass: a sixteenth of `isfinite`'s time (`benchmarks/speed/choices.py`).
-    if isinstance(source, Tensor) and source.is_floating_point() and source.numel() and not all(x.isfinite() for x in torch.aminmax(source)):
+    if (
+        isinstance(source, Tensor)
+        and source.is_floating_point()
+        and source.numel()
+        and not all(x.isfinite() for x in torch.aminmax(source))
+    ):
         raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")

@@ -54,7 +54,7 @@ class Checkpoint:
         path: the folder, with its config.json.
 
     Raises:
-        UserError: naming the file that is missing, truncated, pickled or outside the folder, or the tensor that stands in two.
+        UserError: naming the file that is missing, truncated, pickled or elsewhere, or the tensor that stands in two.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +129,7 @@ def _listed(index: Path) -> dict[str, Path]:
 
 
 def _inside(path: Path, name: str, said_by: str) -> Path:
-    """A file of the folder by its name, which somebody else wrote. Where a link in the folder leads is its owner's choice."""
+    """A file of the folder by its name, which somebody else wrote; where a link leads is the owner's choice."""
     for kind in (PurePosixPath, PureWindowsPath):
         given = kind(name)
         if given.is_absolute() or given.drive or ".." in given.parts:
@@ -150,6 +150,7 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
     if not file.is_file():  # what should be in it is named by whoever asks for it
         return
     opened = _open(file)
-    for name in opened.keys():
+    names = opened.keys()
+    for name in names:
         part = opened.get_slice(name)
         yield name, Stored(file, part.get_dtype(), tuple(part.get_shape()))

@@ -30,10 +30,9 @@ def layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
         except ValueError as error:
             raise UserError(f"model.path: {path}: {_refusal(config, error)}") from error
-    kept = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
-    if kept:
-        _keep(model, kept)
-    make(model, [name for name, _ in model.named_non_persistent_buffers()])
+    passing = {name for name, _ in model.named_non_persistent_buffers()}
+    _empty(model, passing)
+    make(model, passing)
     model.tie_weights(recompute_mapping=False)
     return model
 
@@ -89,11 +88,15 @@ def made_at_random(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     return sorted(name for name in wanted if not torch.equal(made[0][name], made[1][name]))
 
 
-def _keep(model: PreTrainedModel, kept: dict[str, torch.dtype]) -> None:
-    """Give what a model keeps in another precision the dtype that it keeps it in."""
+def _empty(model: PreTrainedModel, passing: set[str]) -> None:
+    """Leave no number in what files hold, and give it the dtype that the model keeps it in.
+
+    Some constructors make tensors in ways that the meta device does not see: what is not read would keep those numbers.
+    """
+    kept = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
     pattern, by_group, _ = build_glob_alternation(list(kept))
-    passing = {name for name, _ in model.named_non_persistent_buffers()}
     for name, module, last, tensor in list(tensors_of(model)):
-        found = pattern.search(name)
-        if name not in passing and found is not None and found.lastgroup is not None:
-            put(module, last, tensor.to(kept[by_group[found.lastgroup]]))
+        found = pattern.search(name) if kept else None
+        dtype = tensor.dtype if found is None else kept[by_group[str(found.lastgroup)]]
+        if name not in passing:
+            put(module, last, tensor.to("meta", dtype))

@@ -196,6 +196,76 @@ def test_gradients_per_channel_in_bfloat16(zero: str, shift: float) -> None:
             assert (mine - other).norm() <= 0.02 * other.norm()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_ties_at_both_ends_of_the_range(bits: int, compiled: bool) -> None:
+    """Half to even: -0.5 is code 0 and moves on; top + 0.5, top being odd, is clipped, and top + 0.25 is not."""
+    top = 2**bits - 1
+    shifts = torch.tensor([-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0]).unsqueeze(1)
+    phi = pack(torch.arange(top + 1, dtype=torch.uint8).repeat(9, 1), bits)
+    one = torch.ones(9, 1)
+    about = dequantize.Levels(phi, bits, False, torch.ones(1, top + 1), shifts, 1.0, one, torch.zeros(9, 1), None, 0.0)
+    wanted = [[round(q + float(s)) for q in range(top + 1)] for s in shifts]  # Python rounds half to even, too
+    codes = torch.tensor([[min(max(q, 0), top) for q in row] for row in wanted])
+    inside = torch.tensor([[0 <= q <= top for q in row] for row in wanted])
+    assert inside[2, 0]
+    assert not inside[1, 0]
+    assert inside[5, top]
+    assert not inside[6, top]
+    levels, gradients = (
+        (dequantize.levels, dequantize.level_gradients)
+        if compiled
+        else (dequantize._levels, dequantize._level_gradients)
+    )
+    for dtype in (torch.uint8, torch.float32, torch.bfloat16):
+        out = torch.empty(9, top + 1, dtype=dtype)
+        levels(out, *about)
+        assert torch.equal(out.long(), codes)
+    grad, of_scale = torch.ones(9, top + 1, dtype=torch.bfloat16), torch.empty(9, 1)
+    gradients(grad, of_scale, None, *about)
+    assert torch.equal(grad == 1, inside)
+    assert torch.equal(grad == 0, ~inside)
+    assert torch.equal(of_scale[:, 0], codes.sum(1).float())
+    made = torch.empty(9, top + 1, dtype=torch.bfloat16)
+    for clipped in (channel.weight_and_clipped(about, made), channel.clipped_levels(about, top + 1)):
+        assert torch.equal(torch.stack(clipped, 1), (~inside).nonzero())
+
+
+@pytest.mark.parametrize("count", [0, 1, 511, 512, 513, 1024, 1500])
+def test_entries_of_a_product_to_the_last_chunk(count: int) -> None:
+    """They are summed 512 at a time: the last, shorter chunk, too (NaN gradients once more than 512 levels clip)."""
+    g, x = random(7, 40, seed=1).bfloat16(), random(7, 70, seed=2).bfloat16()
+    n, k = (torch.arange(count) * step % size for step, size in ((7, 40), (11, 70)))
+    exact = (g.double().t() @ x.double())[n, k]
+    torch.testing.assert_close(cpu.entries_of_product(g, x, n, k).double(), exact, rtol=1e-5, atol=1e-5)
+    columns = max(count // 8, 1)
+    a, b = random(7, columns, seed=3).bfloat16(), random(7, columns, seed=4).bfloat16()
+    found = cpu.column_products(a, b).double()
+    torch.testing.assert_close(found, (a.double() * b.double()).sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_where_more_levels_clip_than_one_chunk_holds() -> None:
+    """As above, through the gradients of a layer."""
+    grid = Grid(3, None, "integer")
+    weight = AffineWeight.quantize(random(40, 70, seed=0), grid, "fixed8")
+    about = weight.described(weight.range(), (random(4, 70, seed=1), random(40, 4, seed=2)), 0.5)
+    clipped = channel.clipped_levels(about, 70)
+    assert len(clipped[0]) > 512
+    assert len(clipped[0]) % 512
+    made, g, x = (
+        torch.empty(40, 70, dtype=torch.bfloat16),
+        random(24, 40, seed=3).bfloat16(),
+        random(24, 70, seed=4).bfloat16(),
+    )
+    dequantize.levels(made, *about)
+    found = channel.gradients(about, g, x, x @ made.t(), clipped)
+    dense = shifted.gradients(about, g.float().t() @ x.float())
+    for ours, other in zip(found[:2], dense[:2], strict=True):
+        assert ours is not None
+        assert other is not None
+        assert (ours - other).norm() <= 0.02 * other.norm()
+
+
 FEW = [
     *(Grid(b, g, zero) for b in (2, 3, 4, 8) for g in (32, 64, None) for zero in ("symmetric", "integer", "real")),
     Grid(4, 32, "integer", scale_dtype="float16"),

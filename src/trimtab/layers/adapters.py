@@ -48,6 +48,7 @@ class DeltaOutput(Adapter):
 
     def merged(self, base: Weight, dtype: torch.dtype) -> Tensor:
         """W_hat + delta_W, added in float32."""
+        intact.on(next(base.parameters()).device, self, "the weight that it is added to")
         return (base.dequantize(torch.float32) + self.delta.dense()).to(dtype)
 
     def fold(self, base: Weight) -> Fold:
@@ -85,6 +86,7 @@ class DeltaOffset(Adapter):
 
     def _effective(self, base: Weight) -> tuple[Tensor, Tensor | None]:
         """(o_eff, integer zeros), both (N, G) float32 with gradients; zeros are None for real offsets."""
+        intact.on(next(base.parameters()).device, self, "the weight that it moves")
         group = base.shape[1] // _groups(base)
         d_NG = self.delta.per_group(group)
         if isinstance(base, CodebookWeight):
@@ -299,6 +301,7 @@ def _carried_on(
 
 def _groups(base: Weight) -> int:
     """G, the quantization blocks in a row."""
+    base.intact()
     if isinstance(base, CodebookWeight):
         return base.absmax.shape[1]
     assert isinstance(base, AffineWeight)

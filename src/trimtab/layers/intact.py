@@ -27,14 +27,15 @@ def kept(tensors: Mapping[str, Tensor | None]) -> Kept:
 
 def stored(whose: str, expected: Kept, tensors: Mapping[str, Tensor | None]) -> None:
     """A `UserError` unless every tensor has its dtype and shape, is contiguous, and all are on one device."""
-    device = None
+    first: tuple[str, torch.device] | None = None
     for name, (dtype, shape) in expected.items():
         t = tensors[name]
         if t is None or t.dtype != dtype or t.shape != shape or not t.is_contiguous():
             wanted = f"contiguous {str(dtype).removeprefix('torch.')} {tuple(shape)}"
             raise UserError(f"{whose}: {name} is {described(t)} and should be {wanted}; {CAST}")
-        if t.device != (device := device or t.device):
-            raise UserError(f"{whose}: {name} is on {t.device} and what goes with it on {device}; {CAST}")
+        first = first or (name, t.device)
+        if t.device != first[1]:
+            raise UserError(f"{whose}: {name} is on {t.device} and {first[0]} on {first[1]}; {CAST}")
 
 
 def floating(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
@@ -50,8 +51,8 @@ def trained(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.dev
     return floating(f"the trained {name}", tensor, shape, device).float()
 
 
-def on(device: torch.device, layer: nn.Module) -> None:
+def on(device: torch.device, layer: nn.Module, beside: str = "the layer's input") -> None:
     """A `UserError` that names a parameter that is elsewhere: beside one without data, torch answers without data."""
     for name, p in layer.named_parameters():
         if p.device != device:
-            raise UserError(f"{name} is {described(p)}, and the layer's input is on {device}; move the whole model")
+            raise UserError(f"{name} is {described(p)}, and {beside} is on {device}; move the whole model")

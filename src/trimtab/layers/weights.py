@@ -226,8 +226,9 @@ class AffineWeight(Weight):
             out = self.result(dtype, None, reuse)
             dequantize.levels(out, *self.described(range_ or self.range()))
             return out
-        range_ = Range(*(t if t is None or rows is None else t[rows] for t in range_ or self.range()))  # type: ignore[arg-type]
-        return from_codes(self.integer_codes(rows), range_, self.grid, dtype)
+        codes = self.integer_codes(rows)
+        range_ = Range(*(None if t is None else rows_of(t, rows) for t in range_ or self.range()))  # type: ignore[arg-type]
+        return from_codes(codes, range_, self.grid, dtype)
 
     def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
         if self.storage == "int":
@@ -351,7 +352,7 @@ def _center(range_: Range, grid: Grid, in_features: int, rows: Tensor | None = N
     """What float storages subtract from u: z spread over its group, or the middle code where z is not an integer."""
     if range_.zero_NG is None:
         return float(grid.center)
-    zero = range_.zero_NG if rows is None else range_.zero_NG[rows]
+    zero = rows_of(range_.zero_NG, rows)
     return zero.repeat_interleave(in_features // zero.shape[1], 1)
 
 

@@ -105,7 +105,7 @@ def to_codebook(weight_NK: Tensor, grid: CodebookGrid) -> tuple[Tensor, Tensor]:
 def from_codebook(codes_NK: Tensor, absmax_NG: Tensor, table: Tensor, offset_NG: Tensor | None = None) -> Tensor:
     """absmax * table[q] (+ offset), float32 of shape (N, K): the reference of `kernels.dequantize.codebook`."""
     values = torch.index_select(table, 0, codes_NK.flatten().int())
-    w_NGg = values.view(*absmax_NG.shape, -1).mul_(absmax_NG.unsqueeze(-1))
+    w_NGg = values.view(*absmax_NG.shape, codes_NK.shape[1] // absmax_NG.shape[1]).mul_(absmax_NG.unsqueeze(-1))
     if offset_NG is not None:
         w_NGg += offset_NG.unsqueeze(-1)
     return w_NGg.view(codes_NK.shape)

@@ -123,7 +123,13 @@ static inline int zero_index(const Codes *C, long at) {
 }
 
 static inline __m512i table_of_group(const Codes *C, const Prepared *P, long at) {
-    if (!C->table) return _mm512_load_si512(P->tables[zero_index(C, at)]);
+    int z = C->table ? 0 : zero_index(C, at);
+    if (z < 0 || z > 15) {  /* a zero that is no code, as in some files */
+        bf16 values[32] __attribute__((aligned(64)));
+        for (int q = 0; q < 32; q++) values[q] = narrow(q - z);
+        return _mm512_load_si512(values);
+    }
+    if (!C->table) return _mm512_load_si512(P->tables[z]);
     return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(wide_values(C, at)));
 }
 

@@ -60,7 +60,7 @@ static void codes_of_group(const float *restrict w, long g, float s, float z, fl
 #pragma omp simd
     for (long k = 0; k < g; k++) {
         float u = has_offset ? (w[k] - o) / s : w[k] / s + z;
-        u = u < 0 ? 0 : u;
+        u = u > 0 ? u : 0;  /* a NaN becomes 0: no integer stands for it */
         u = u > top ? top : u;
         to[k] = (uint8_t)(int)nearest(u);
     }
@@ -72,7 +72,7 @@ static void levels_of_group(const float *restrict w, long g, float s, float z, f
 #pragma omp simd
     for (long k = 0; k < g; k++) {
         float u = has_offset ? (w[k] - o) / s : w[k] / s + z;
-        u = u < 0 ? 0 : u;
+        u = u > 0 ? u : 0;  /* a NaN becomes 0: no integer stands for it */
         u = u > top ? top : u;
         int n = (int)(u * unit);
         n -= nearest((n + 0.5f) / unit) != nearest(u);

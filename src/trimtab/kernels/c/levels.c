@@ -110,7 +110,10 @@ static void codes_of(const Levels *L, Tile *t, void *to, float *const more[2]) {
     (void)more;
     for (long i = 0; i < t->height; i++) {
         uint8_t *codes = (uint8_t *)to + (t->n0 + i) * L->K + t->k0;
-        for (long j = 0; j < t->count; j++) codes[j] = (uint8_t)round_clamp(t->u[i][j], L->top);
+        for (long j = 0; j < t->count; j++) {
+            float code = round_clamp(t->u[i][j], L->top);
+            codes[j] = code == code ? (uint8_t)code : 0;  /* no integer stands for a NaN */
+        }
     }
 }
 

@@ -11,8 +11,8 @@ So whatever decides one of these is an operator, on every device: its values are
     levels_of        W / s + z, or (W - o) / s
     moved_zeros      clamp(round(z - D / s), 0, top)                       straight through where it is not clipped
 
-What is left between them in `layers` is copies and single sums, which every compiler rounds alike. Gradients decide nothing,
-so they are plain torch, for a compiler to fuse. Levels to weights (`kernels.levels`) and rounded activations
+What is left between them in `layers` is copies and single sums, which every compiler rounds alike. Gradients decide
+nothing: they are plain torch, for a compiler to fuse. Levels to weights (`kernels.levels`) and rounded activations
 (`activations`) are operators made here, too; packed codes have theirs in `kernels.dequantize`.
 
 Legend: N out features, K in features, g group size, G = K / g groups in a row.

@@ -134,7 +134,10 @@ class Run:
 
     def pytest_options(self) -> list[str]:
         """How tests are collected in every child."""
-        words = ["-q -s -p no:cacheprovider -p no:xdist -p no:faulthandler", "-W ignore::pytest.PytestAssertRewriteWarning"]
+        words = [
+            "-q -s -p no:cacheprovider -p no:xdist -p no:faulthandler",
+            "-W ignore::pytest.PytestAssertRewriteWarning",
+        ]
         ignored = [f"--ignore={name}" for name in NOT_RUN]
         return [*" ".join(words).split(), "-m", "not slow", f"--rootdir={self.options.root}", *ignored]
 

@@ -1,4 +1,4 @@
-"""The tool that breaks code on purpose, on a toy: what is noticed, what is not, what no test runs, what nobody could tell."""
+"""The tool that breaks code on purpose, on a toy: noticed, not noticed, not run, and what no test could tell."""
 
 import ast
 import os

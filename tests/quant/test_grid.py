@@ -183,6 +183,11 @@ def test_a_group_of_tiny_weights_never_gets_scale_0(zero: Zero) -> None:
     assert (range_.scale_NG.abs() == 2.0**-24).all()  # the least that float16 holds
 
 
+def test_a_range_is_of_the_weight_and_not_trained_through() -> None:
+    range_ = set_range(weight().requires_grad_(), Grid(4, 32, "real"))
+    assert not any(t.requires_grad for t in range_ if t is not None)
+
+
 def test_an_integer_zero_is_a_code_whatever_its_scale_was_rounded_to() -> None:
     """Scales near the least that float16 holds are rounded by up to a third: the zero would lie beyond the codes."""
     w_NK = torch.full((2, 32), -1.4 * 2.0**-24 * 255)

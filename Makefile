@@ -2,9 +2,9 @@
 # Set-up runs again only when pyproject.toml or constraints.txt has changed: a stamp in .venv is named after both.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-serving upgrade-check lint bench clean
+.PHONY: help setup model demo test test-serving mutate upgrade-check lint bench clean
 
-# Extra words for what is run: recipe overrides for demo, options for test (pytest) and bench.
+# Extra words for what is run: recipe overrides for demo, options for test (pytest), mutate and bench.
 #   make demo ARGS="train.steps=4"     make test ARGS="-k grid -x"
 ARGS ?=
 # The Python that makes .venv: by default the first of python3.11 and python3 that is at least 3.11.
@@ -36,6 +36,7 @@ help:
 	@echo "make demo   fine-tune, save and evaluate a small model (ARGS= adds recipe overrides)"
 	@echo "make test   ruff, mypy and the tests (ARGS= adds pytest options)"
 	@echo "make test-serving  exports in the engines that read them; makes their environments first (minutes)"
+	@echo "make mutate  breaks the numerical core on purpose and lists what no test notices (ARGS= adds options; half an hour)"
 	@echo "make upgrade-check  the newest versions of all libraries, and which of our reaches into them break (minutes)"
 	@echo "make lint   ruff and mypy only"
 	@echo "make bench  time one training step (ARGS= adds options)"
@@ -58,6 +59,10 @@ test: lint
 test-serving: $(SETUP_STAMP) $(SERVING_STAMP) $(LLAMA_STAMP) $(MLX_STAMP)
 	TRIMTAB_VLLM_PYTHON=$(CURDIR)/$(SERVING)/bin/python TRIMTAB_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA)/bin/python \
 	    TRIMTAB_MLX_PYTHON=$(CURDIR)/$(MLX)/bin/python $(BIN)/python -m pytest tests/serving $(ARGS)
+
+# Bounded, and no part of `make test`: a run goes on where the last one stopped (runs/mutation).
+mutate: $(SETUP_STAMP)
+	$(BIN)/python tests/mutate.py $(ARGS)
 
 # Resolved anew each time, and past our own bounds: that is what is asked.
 upgrade-check: $(SETUP_STAMP)

@@ -10,6 +10,7 @@ mutation/equivalents.yaml, each with its reason.
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -45,7 +46,7 @@ SOURCES = tuple(f"src/trimtab/{room}" for room in ("quant", "methods", "layers",
 NOT_BROKEN = ("triton_gpu.py",)  # runs on GPUs only
 TESTS = ("tests/quant", "tests/methods", "tests/layers", "tests/kernels", "tests/models/test_gptq.py")
 NOT_RUN = ("tests/kernels/test_triton.py", "tests/layers/test_compile.py")  # a GPU's; traced, minutes
-PRELOADED = ("torch", "transformers", "peft")
+PRELOADED = ["torch", "transformers", "peft"]
 LEARNING_SECONDS = 3600
 
 
@@ -94,17 +95,18 @@ class Results:
 class Run:
     """Tries breaks, `jobs` at a time, until they or the minutes are over."""
 
-    def __init__(self, options: argparse.Namespace, results: Results, scratch: Path) -> None:
+    def __init__(self, options: argparse.Namespace, results: Results, scratch: Path, breaks: int) -> None:
         self.options, self.results, self.scratch = options, results, scratch
         self.store = scratch.parent / "reach.json"
-        self.deadline = time.monotonic() + 60 * options.minutes
+        self.breaks = breaks
 
     def try_all(self, breaks: list[Break], reach: Reach, work: Callable[[Break, list[str], Path], Verdict]) -> None:
-        """Fork a child for each."""
+        """Fork a child for each, in their share of the minutes, which learning does not count to."""
+        deadline = time.monotonic() + 60 * self.options.minutes * len(breaks) / self.breaks
         running: dict[int, tuple[Break, Path]] = {}
         queue = iter(enumerate(breaks))
         while True:
-            while len(running) < self.options.jobs and time.monotonic() < self.deadline:
+            while len(running) < self.options.jobs and time.monotonic() < deadline:
                 number, one = next(queue, (0, None))
                 if one is None:
                     break
@@ -132,7 +134,10 @@ class Run:
 
     def pytest_options(self) -> list[str]:
         """How tests are collected in every child."""
-        words = ["-q -s -p no:cacheprovider -p no:xdist", "-W ignore::pytest.PytestAssertRewriteWarning"]
+        words = [
+            "-q -s -p no:cacheprovider -p no:xdist -p no:faulthandler",
+            "-W ignore::pytest.PytestAssertRewriteWarning",
+        ]
         ignored = [f"--ignore={name}" for name in NOT_RUN]
         return [*" ".join(words).split(), "-m", "not slow", f"--rootdir={self.options.root}", *ignored]
 
@@ -162,7 +167,8 @@ class InsideFunctions:
         assert found["verdict"] == "learned", found
         items = {item.nodeid: item for item in session.items}
         live = live_functions(self._files)
-        gc_frozen()
+        gc.collect()
+        gc.freeze()  # pages of what exists stay shared between this process and its forks
 
         def work(one: Break, tests: list[str], answer: Path) -> Verdict:
             if one.path.suffix == ".c":
@@ -182,14 +188,6 @@ class InsideFunctions:
         return True
 
 
-def gc_frozen() -> None:
-    """Leave the pages of what exists shared between a process and its forks."""
-    import gc
-
-    gc.collect()
-    gc.freeze()
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,6 +201,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="breaks at a time")
     parser.add_argument("--again", action="store_true", help="try once more what survived")
     parser.add_argument("--list", action="store_true", help="only list what is known")
+    parser.add_argument("--preload", nargs="*", default=PRELOADED, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.root = options.root.resolve()
@@ -216,9 +215,9 @@ def files_of(options: argparse.Namespace) -> list[Path]:
     return sorted(p for p in set(found) if p.name not in NOT_BROKEN)
 
 
-def prepare() -> None:
+def prepare(names: list[str]) -> None:
     """Import what is never broken, once."""
-    for name in PRELOADED:
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError:
@@ -249,10 +248,8 @@ def main() -> int:
     scratch = options.root / "runs" / "mutation" / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    listed = Path(__file__).parent / "mutation" / "equivalents.yaml"
-    results = Results(
-        scratch.parent / "results.jsonl", options.root, Path(__file__).parent / "mutation" / "equivalents.yaml"
-    )
+    listed = options.root / "tests" / "mutation" / "equivalents.yaml"
+    results = Results(scratch.parent / "results.jsonl", options.root, listed)
     everything = [one for path in files_of(options) for one in breaks_of(path)]
     wanted = ("", "survived", "unreached") if options.again else ("",)
     breaks = [one for one in everything if not results.equivalent(one) and results.verdict(one) in wanted]
@@ -262,8 +259,8 @@ def main() -> int:
     breaks = breaks[: options.sample]
     if breaks and not options.list:
         os.environ["OMP_NUM_THREADS"] = "1"  # a child of a process with a pool of threads would wait for them for ever
-        prepare()
-        run = Run(options, results, scratch)
+        prepare(options.preload)
+        run = Run(options, results, scratch, len(breaks))
         inside = [one for one in breaks if not one.at_import]
         traced = argparse.Namespace(root=options.root, only=[*SOURCES, *options.only])
         plugin = InsideFunctions(run, inside, {str(p) for p in files_of(traced) if p.suffix == ".py"})

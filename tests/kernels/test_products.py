@@ -72,6 +72,13 @@ def test_a_linear_layer_and_attention_have_the_gradients_of_float64(installed: N
         assert error < 8 * torch.finfo(dtype).eps
 
 
+def test_kernels_are_replaced_once(installed: None) -> None:
+    """`install` says whether it did, so that what depends on it is done as often."""
+    assert not products.install(force=True)
+    products.uninstall()
+    assert products.install(force=True)
+
+
 def test_what_is_wrong_is_still_refused(installed: None) -> None:
     a = random(64, 64, dtype=torch.bfloat16)
     for left, right in ((a, a.float()), (a, a[:32]), (a[:, :32], a)):

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 import cases
 from cases import SOME, TRAINED, K, N
 from trimtab.layers import weights
-from trimtab.layers.linear import QuantEmbedding
+from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
-from trimtab.methods import Rtn
+from trimtab.methods import Method, QaBlora, QaHira, QaLora, Rtn
+from trimtab.quant.activations import ActivationQuantizer, Activations
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 
 GRIDS: list[AnyGrid] = [
@@ -110,3 +111,33 @@ def test_a_master_follows_its_own_scale() -> None:
             layer.adapter.scale.mul_(1.5)  # type: ignore[union-attr,operator]
         flips[name[:3]] = (layer.adapter.fold(layer.base).weight.integer_codes() != before).any().item()  # type: ignore[operator]
     assert flips == {"qat": True, "lr-": False}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_matrix_is_the_same_with_and_without_its_graph(name: str) -> None:
+    layer = cases.build(TRAINED[name])
+    cases.perturb(layer, TRAINED[name], 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad():
+            plain = layer.dequantize(dtype)
+        assert torch.equal(layer.dequantize(dtype), plain)
+
+
+@pytest.mark.parametrize("method", [QaHira(), QaLora(rank=4), QaBlora(rank=4)], ids=lambda m: m.name)
+def test_an_offset_learns_from_what_its_weight_multiplies(method: Method) -> None:
+    """Under simulated activations the gradient of a block's zero is g^T of the sums of x_hat, not of x."""
+    x, g = cases.random(10, 64, seed=1), cases.random(10, 48, seed=2)
+    layer = QuantLinear(*method.build(cases.random(48, 64, seed=0), Grid(4, 32, "real")))
+    layer.inputs = ActivationQuantizer(Activations(4))
+    assert layer.adapter is not None
+    delta = layer.adapter.delta
+    assert delta is not None
+    torch.nn.init.normal_(delta.get_parameter("M" if delta.M is not None else "B"))
+    layer(x).backward(g)
+    found = [p.grad for p in delta.parameters()]
+    of_blocks = [g.T @ seen.unflatten(1, (2, 32)).sum(2) for seen in (layer.inputs(x), x)]
+    right, wrong = (torch.autograd.grad(delta.per_group(32), tuple(delta.parameters()), block) for block in of_blocks)
+    for got, expected, unrounded in zip(found, right, wrong, strict=True):
+        assert got is not None
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(got, unrounded, rtol=1e-2)

@@ -9,6 +9,7 @@ import torch
 import cases
 from cases import CASES, TRAINED
 from trimtab import methods
+from trimtab.errors import UserError
 from trimtab.layers.adapters import DeltaOffset
 from trimtab.layers.linear import QuantLinear
 from trimtab.methods import Method, QaBlora, QaHira, QaLora
@@ -31,7 +32,9 @@ def test_an_adapter_says_what_it_does_to_the_weight(name: str) -> None:
     with torch.no_grad():
         moved = not torch.equal(layer.dequantize(torch.float32), base.dequantize(torch.float32))
     assert moved == adapter.moves_weight
-    assert adapter.folded(base.spec()) == adapter.fold(base).weight.spec()
+    fold = adapter.fold(base)
+    assert adapter.folded(base.spec()) == fold.weight.spec()
+    assert fold.error == 0 or fold.kind != "bitwise"
     assert not adapter.stays(merge=True)
     assert adapter.stays(merge=False) == (not moved)
 
@@ -73,6 +76,13 @@ def test_the_defaults_are_those_that_were_measured(method: type[Method]) -> None
     grid, lr, lr_scale, options = DEFAULTS[method.name]
     assert (method.grid, method.lr, method.lr_scale) == (grid, lr, lr_scale)
     assert asdict(method()) == {"adapter_dtype": "bfloat16", **options}
+
+
+@pytest.mark.parametrize("method", methods.ALL, ids=lambda m: m.name)
+def test_a_group_that_does_not_divide_is_refused_before_a_weight_is_there(method: type[Method]) -> None:
+    grid = CodebookGrid("nf4", 48) if method.name in ("qlora", "loftq") else Grid(4, 48, "real")
+    with pytest.raises(UserError, match=r"group 48 does not divide the 64 input features; use one of \[16, 32, 64\]"):
+        method().delta(grid, (8, 64))
 
 
 @pytest.mark.parametrize("method", [QaHira(), QaLora(), QaBlora()], ids=lambda m: m.name)

@@ -60,9 +60,10 @@ def _silent(node: ast.AST) -> bool:
     """Whether a node computes nothing: what is said, typed, imported or asserted."""
     if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
         return True
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+    said = node.value if isinstance(node, ast.Expr) else node
+    if isinstance(node, ast.Expr) and isinstance(said, ast.Constant):
         return True
-    if isinstance(node, ast.Call) and _name(node.func) in _SAID:
+    if isinstance(said, ast.Call) and _name(said.func) in _SAID:
         return True
     if isinstance(node, ast.FunctionDef) and node.name in _UNTESTED_WORDS:
         return True

@@ -78,7 +78,7 @@ def learn(items: list[pytest.Item], files: set[str], store: Path) -> None:
     caches = [
         c for c in gc.get_objects() if type(c) is _lru_cache_wrapper and c.__module__.startswith(("trimtab", "test"))
     ]
-    for item, after in zip(new, [*new[1:], None], strict=True):
+    for item, after in zip(new, [*new[1:], None], strict=False):
         for cache in caches:  # what another test had made does not hide what this one needs
             cache.cache_clear()
         item.config.pluginmanager.register(recorder, "recorder")

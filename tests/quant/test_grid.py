@@ -149,11 +149,12 @@ def test_asymmetric_ranges(bits: int, group: int | None, dtype: ScaleDtype) -> N
         assert u.max() < grid.top * 1.01 + 0.55
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_paper_range(bits: int) -> None:
+    """With one bit there is no largest positive code to divide by: the range is the absmax."""
     grid, w = Grid(bits, 32, "symmetric", "float32", "paper"), weight()
     absmax = grouped(w, grid).double().abs().amax(-1)
-    assert torch.equal(set_range(w, grid).scale_NG, (absmax / (2 ** (bits - 1) - 1)).float())
+    assert torch.equal(set_range(w, grid).scale_NG, (absmax / max(2 ** (bits - 1) - 1, 1)).float())
 
 
 @pytest.mark.parametrize("zero", get_args(Zero))
@@ -178,6 +179,26 @@ def test_a_group_of_tiny_weights_never_gets_scale_0(zero: Zero) -> None:
         range_ = set_range(weight() * size, Grid(4, 32, zero))
         assert (range_.scale_NG != 0).all()
         assert torch.isfinite(to_levels(weight() * size, range_, Grid(4, 32, zero))).all()
+    assert (range_.scale_NG.abs() == 2.0**-24).all()  # the least that float16 holds
+
+
+def test_a_range_is_of_the_weight_and_not_trained_through() -> None:
+    range_ = set_range(weight().requires_grad_(), Grid(4, 32, "real"))
+    assert not any(t.requires_grad for t in range_ if t is not None)
+
+
+def test_an_integer_zero_is_a_code_whatever_its_scale_was_rounded_to() -> None:
+    """Scales near the least that float16 holds are rounded by up to a third: the zero would lie beyond the codes."""
+    w_NK = torch.full((2, 32), -1.4 * 2.0**-24 * 255)
+    assert (set_range(w_NK, Grid(8, None, "integer")).zero_NG == 255).all()
+    assert (set_range(-w_NK, Grid(8, None, "integer")).zero_NG == 0).all()
+
+
+@pytest.mark.parametrize("zero", get_args(Zero))
+def test_a_search_reads_bfloat16_weights_as_what_they_are(zero: Zero) -> None:
+    w_NK, grid = weight(4).bfloat16(), Grid(3, 32, zero, range="lp2.4")
+    for found, exact in zip(set_range(w_NK, grid), set_range(w_NK.float(), grid), strict=True):
+        assert found is exact is None or torch.equal(found, exact)
 
 
 @pytest.mark.parametrize(("rule", "bits"), [("lp2", 2), ("lp2.4", 4), ("lp3", 2), ("lp3.5", 3), ("lp4", 2)])
@@ -387,6 +408,10 @@ def test_a_group_that_does_not_divide_says_which_would() -> None:
     assert group_size(Grid(4, 32), 96) == 32
     with pytest.raises(UserError, match=r"64.*96.*\[16, 32\]"):
         group_size(Grid(4, 64), 96)
+    with pytest.raises(UserError, match=r"\[16, 32, 64, 128, 256\] or null"):
+        group_size(Grid(4, 48), 512)
+    with pytest.raises(UserError, match=r"features; use null"):
+        group_size(Grid(4, 64), 40)
 
 
 def test_same_form_ignores_only_how_ranges_are_chosen() -> None:

@@ -243,7 +243,7 @@ def unused_keys(dataset: Dataset) -> str:
 
 
 class Place(NamedTuple):
-    """Where a row of a source stands, found when it is asked for: `alpaca.jsonl, line 3`."""
+    """A row's number, and where in its source it stands, found when asked for: `row 2 (alpaca.jsonl, line 3)`."""
 
     path: str
     split: str
@@ -252,7 +252,7 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         rows = islice(_located_rows(self.path, self.split), self.number - 1, None)
-        return next((where for where, _ in rows), f"row {self.number}")
+        return f"row {self.number}" + "".join(f" ({where})" for where, _ in islice(rows, 1))
 
 
 def conversational(dataset: Dataset) -> bool:

@@ -32,7 +32,7 @@ def text_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
         if not tokenizer.chat_template:
             remedy = 'give plain {"text"} or {"prompt", "completion"} rows, or a tokenizer with a chat template'
             raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {remedy}")
-        return (rendered(row, tokenizer, f"data, row {number}") for number, row in enumerate(dataset, start=1))
+        return (rendered(row, tokenizer, f"row {number}") for number, row in enumerate(dataset, start=1))
     if "text" in dataset.features:
         return (row["text"] for row in dataset)
     return (row["prompt"] + row["completion"] for row in dataset)

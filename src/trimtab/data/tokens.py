@@ -169,7 +169,7 @@ def render(given: _Given, tokenizer: PreTrainedTokenizerBase, where: object, *, 
     arguments = given.rendering.get("chat_template_kwargs", {})
     own = [name for name in arguments if name in inspect.signature(tokenizer.apply_chat_template).parameters]
     if own:
-        raise UserError(f"{where}: chat_template_kwargs has {own[0]!r}, which is no argument of a template; remove it")
+        raise UserError(f"data, {where}: chat_template_kwargs has {own[0]!r}, which is no argument of a template; remove it")
     try:
         text = tokenizer.apply_chat_template(
             messages[: given.asked] if asked else messages,
@@ -182,7 +182,7 @@ def render(given: _Given, tokenizer: PreTrainedTokenizerBase, where: object, *, 
         # A template is a program: it refuses what its model never saw (a system role, two users in a row), and it fails.
         what = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{where}: the tokenizer's chat template refuses it ({what}); change the row's roles, or the template"
+            f"data, {where}: the tokenizer's chat template refuses it ({what}); change the row's roles, or the template"
         ) from error
     assert isinstance(text, str)
     return text
@@ -208,7 +208,7 @@ def _check_read(given: _Given, text: str, tokenizer: PreTrainedTokenizerBase, wh
             continue
         if render(given.without(*path), tokenizer, where) == text:
             raise UserError(
-                f"{where}: the tokenizer's chat template does not render {what}, so it would be dropped; remove it, write "
+                f"data, {where}: the tokenizer's chat template does not render {what}, so it would be dropped; remove it, write "
                 "it into the messages, or use a template that does"
             )
 

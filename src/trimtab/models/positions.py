@@ -1,4 +1,4 @@
-"""How long a text a model can be shown: positions that were learned are a table, and past its end there is nothing."""
+"""How long a text a model can be shown: positions in a table end with it, computed ones do not."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def check_length(model: PreTrainedModel, tokens: int, key: str) -> str | None:
         A line where positions are computed (rotary), so that a longer text runs, on positions that were never trained.
     """
     config: Any = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if not isinstance(limit, int) or tokens <= limit:
         return None
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -34,10 +34,12 @@ def check_length(model: PreTrainedModel, tokens: int, key: str) -> str | None:
         and limit <= tensor.shape[0] <= limit + _EXTRA
         and any(n in part for part in name.lower().split(".") for n in _NAMES)
     ]
+    if config.model_type == "mpt":  # its biases are made for so many positions, in every forward
+        tables.append("max_seq_len")
     if tables:
         raise UserError(
-            f"{key}: {tokens} tokens are more than the {limit} positions that the model has learned ({tables[0]}); "
-            f"set {key} to {limit} or less"
+            f"{key}: {tokens} tokens are more than the {limit} positions that the model has ({tables[0]}); set {key} to "
+            f"{limit} or less"
         )
     return (
         f"{key}: {tokens} tokens are more than the {limit} that the model's config names; it was not trained on so long"

@@ -133,7 +133,7 @@ class _Maker:
             if found.ids and max(found.ids) >= self._vocabulary:
                 id_ = next(i for i in found.ids if i >= self._vocabulary)
                 raise UserError(
-                    f"data: {self._where(number)}: holds {tokenizer.convert_ids_to_tokens(id_)!r}, token {id_} of the "
+                    f"data, {self._where(number)}: holds {tokenizer.convert_ids_to_tokens(id_)!r}, token {id_} of the "
                     f"tokenizer, but the model's embedding has {self._vocabulary} rows; take the model's own tokenizer, or "
                     "resize the model's embeddings (`model.resize_token_embeddings`) before it is tuned"
                 )

@@ -66,6 +66,8 @@ class _RebuiltLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.source, ctx.inputs, ctx.trained = source, inputs, trained
         y = F.linear(x if inputs is None else inputs(x), source.dequantize(x.dtype, reuse=True), bias)
+        if bias is not None:  # then it is a view, which autograd lets nobody change in place (RoCBERT does)
+            y = y.detach()
         by_output = bool(trained) and source.uses_output(x.dtype)
         keeps_x = trained or (inputs is not None and ctx.needs_input_grad[0])
         ctx.save_for_backward(*((x, y) if by_output else (x,) if keeps_x else ()))
@@ -113,4 +115,5 @@ def linear(x_BK: Tensor, source: Source, bias_N: Tensor | None = None, inputs: I
 
         made: Tensor = checkpoint(product, x_BK, use_reentrant=False)
         return made
-    return _RebuiltLinear.apply(x_BK, source, bias_N, inputs, *source.weight_parameters())  # type: ignore[no-untyped-call]
+    y: Tensor = _RebuiltLinear.apply(x_BK, source, bias_N, inputs, *source.weight_parameters())  # type: ignore[no-untyped-call]
+    return y

@@ -62,8 +62,8 @@ class _Stored(nn.Module):
 
     _borrowed: tuple[Weight] | None
     base: Weight
-    marked = True
-    """Whether its state holds the marker; not while transformers reads a file into it."""
+    reading = False
+    """Whether transformers is reading a file into it: its state then holds what the file has to."""
     name = ""
     """Its name in its model, for messages."""
 
@@ -71,6 +71,10 @@ class _Stored(nn.Module):
         if name == "base" and self.__dict__.get("_borrowed"):
             return self.__dict__["_borrowed"][0]
         if name == "weight":
+            if self.reading:  # some families initialise layers of other modules by name, and pass over what was read
+                done = torch.empty(self.base.shape, device="meta")
+                done._is_hf_initialized = True  # type: ignore[attr-defined]
+                return done
             raise AttributeError(self._why_no_weight(_NO_WEIGHT))
         return super().__getattr__(name)
 
@@ -80,7 +84,7 @@ class _Stored(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        if self.marked and self._borrowed is None:
+        if not self.reading and self._borrowed is None:
             destination[f"{prefix}weight"] = marker()
 
     def _load_from_state_dict(

@@ -23,6 +23,7 @@ from trimtab.models.gptq import Gptq
 from trimtab.models.layout import tensors_of
 from trimtab.models.origin import remember
 from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
+from trimtab.models.share import tell
 from trimtab.models.sources import ModelSource, fill, fill_where, open_source, require_finite, require_shape
 from trimtab.models.transformers_bridge import untie
 from trimtab.recipe.rules import Rule, parse_rules
@@ -56,6 +57,7 @@ def load(
         model = _as_saved(found, dtype)
         if method is not None or parsed is not None:
             prepare_by(model, chosen, parsed, start)
+        tell(model)
         return model, found.tokenizer()
     model = found.layout(dtype=dtype)
     found.bind(model)
@@ -63,7 +65,9 @@ def load(
     if start is None:
         for target in todo:
             _put(model, target, found, chosen, dtype)
-        return _complete(model, found), found.tokenizer()
+        _complete(model, found)
+        tell(model)
+        return model, found.tokenizer()
 
     def put(target: Target, hessian_KK: Tensor | None) -> None:
         how = None if hessian_KK is None else partial(round_by_gptq, target=target, start=start, hessian_KK=hessian_KK)
@@ -75,7 +79,9 @@ def load(
         fill_where(model, found, lambda name: name.startswith(f"{block}.") if block else not name.startswith(blocks))
 
     place_calibrated(model, todo, chosen, start, put, enter)
-    return _complete(model, found), found.tokenizer()
+    _complete(model, found)
+    tell(model)
+    return model, found.tokenizer()
 
 
 def _put(

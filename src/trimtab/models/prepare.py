@@ -26,6 +26,7 @@ from trimtab.models.calibrate import by_block, calibrate
 from trimtab.models.decoder import embedding_scale
 from trimtab.models.gptq import Gptq
 from trimtab.models.replaceable import layers_of, refuse, refuse_model
+from trimtab.models.share import tell
 from trimtab.models.sources import require_finite
 from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
 from trimtab.quant.grid import AnyGrid, group_size, same_form
@@ -94,7 +95,8 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
         if rules is None and any_stored:  # without rules, a quantized model keeps the grids it has
             placement = _as_stored(module) if stored else None
         if kind == "tied":
-            placement = placed[next(n for n, (k, _) in layers.items() if k == "embedding")]
+            embedding = next((n for n, (k, _) in layers.items() if k == "embedding"), None)
+            placement = None if embedding is None else placed[embedding]  # it may be one that stays in float
         if placement is None:
             continue
         grid = None if placement == "float" else placement
@@ -249,6 +251,7 @@ def prepare(
         UserError: naming the layer, for what is no plain float layer (of bitsandbytes, peft, FP8), or does not fit its grid.
     """
     prepare_by(model, method, parse_rules(rules), start)
+    tell(model)
     return model
 
 

@@ -15,7 +15,7 @@ of 8-bit codes was read as one of floats.
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ def layers_of(model: Any) -> Layers:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     config = text_config(model)
     modules = dict(model.named_modules())
-    elsewhere, shared, counts = _outside(model, modules), _shared(model, head, embedding), _expert_counts(config)
+    elsewhere, shared, counts = outside_of(model), _shared(model, head, embedding), _expert_counts(config)
     offered: dict[str, tuple[Kind, nn.Module]] = {}
     left: dict[str, str] = {}
     for name, module in modules.items():
@@ -102,21 +102,29 @@ def _reason(
         return ELSEWHERE
     if _routes(name, module, modules, owner, counts):
         return ROUTER
-    if type(module) is not nn.Linear and type(module).__module__.startswith(("transformers.models.", "torch.nn.")):
+    if type(module) is not nn.Linear and type(module).__module__.startswith(("transformers.models.", "torch.nn.modules.")):
         return None if type(module).__name__ in SAME_AS_LINEAR else OTHERWISE
     if name in shared:
         return SHARED
-    return READ if last in _reads(type(owner)) and not _slow_path_only(owner, config) else None
+    if _slow_path_only(owner, config):
+        return None
+    models = (type(m) for m in modules.values() if hasattr(m, "get_input_embeddings"))
+    return READ if last in _reads(type(owner)) or any(last in _reads(kind, deep=True) for kind in models) else None
 
 
 def _routes(name: str, module: nn.Linear, modules: dict[str, nn.Module], owner: nn.Module, counts: set[int]) -> bool:
-    parts = name.split(".")
-    above = (type(modules[".".join(parts[: i + 1])]).__name__ for i in range(len(parts)))
-    if any(_ROUTERS.search(kind) for kind in above):
+    if is_router(name, modules):
         return True
     beside = any("experts" in child for child, _ in owner.named_children())
     chooses = module.out_features in counts
-    return (beside and (chooses or module.out_features == 1)) or (chooses and parts[-1] in ("gate", "router", "wg"))
+    return (beside and (chooses or module.out_features == 1)) or (chooses and name.rpartition(".")[2] in ("gate", "router", "wg"))
+
+
+def is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module or one that it is a part of says by its class that it chooses experts."""
+    parts = name.split(".")
+    above = (modules[".".join(parts[: i + 1])] for i in range(len(parts)))
+    return any(_ROUTERS.search(type(module).__name__) for module in above)
 
 
 def _expert_counts(config: Any) -> set[int]:
@@ -129,8 +137,9 @@ def _expert_counts(config: Any) -> set[int]:
     }
 
 
-def _outside(model: Any, modules: dict[str, nn.Module]) -> tuple[str, ...]:
-    """Prefixes of everything that is not of the language model."""
+def outside_of(model: Any) -> tuple[str, ...]:
+    """Prefixes of the names of everything that is not of the language model."""
+    modules = dict(model.named_modules())
     text, whole = text_config(model), getattr(model, "config", None)
     configs = {type(text), type(whole)}
     found = []
@@ -192,18 +201,23 @@ def plain_embedding(module: nn.Module) -> bool:
 
 
 @cache
-def _reads(owner: type) -> frozenset[str]:
-    """The layers `x` whose `self.x.weight` a module's class reads in what it computes."""
+def _reads(owner: type, *, deep: bool = False) -> frozenset[str]:
+    """The layers `x` whose `self.x.weight` a module's class reads in what it computes; with `deep`, any `y.x.weight`."""
     found = set[str]()
+    pattern = re.compile(r"\.(\w+)\.weight\b" if deep else r"\bself\.(\w+)\.weight\b")
     for name, function in inspect.getmembers(owner, inspect.isfunction):
-        if name in ("__init__", "_init_weights", "reset_parameters") or function.__module__ == nn.Module.__module__:
+        if name in ("__init__", "_init_weights", "reset_parameters") or function.__module__ in _GENERAL:
             continue
         try:
             source = inspect.getsource(function)
         except (OSError, TypeError):  # made at run time: nothing to read
             continue
-        found |= set(re.findall(r"\bself\.(\w+)\.weight\b", source))
+        found |= set(pattern.findall(source))
     return frozenset(found)
+
+
+_GENERAL = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation.utils")
+"""What every module and model inherits."""
 
 
 def _slow_path_only(owner: nn.Module, config: Any) -> bool:

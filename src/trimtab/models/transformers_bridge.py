@@ -113,7 +113,6 @@ class TrimtabQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Keep every stored dtype; what is not ours is cast once all is loaded."""
-        self._compute_dtype = dtype or self._compute_dtype
         return None
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -131,7 +130,7 @@ class TrimtabQuantizer(HfQuantizer):
         for name in sorted(config.layers, key=lambda n: "embedding" not in config.specs[config.layers[n]]):
             with torch.device("meta"):
                 layer = linear.from_spec(config.specs[config.layers[name]], dtype, tied_to)
-            layer.marked = False  # what is read is what it holds
+            layer.reading = True
             model.set_submodule(name, layer)
             tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
         if config.kv is not None:  # transformers keeps the name of an attention out of config.json
@@ -147,7 +146,7 @@ class TrimtabQuantizer(HfQuantizer):
             if not getattr(p, "_is_hf_initialized", False):
                 raise UserError(f"no tensor {name} in the model's safetensors; save or fetch it again")
         for layer in quant_layers(model).values():
-            layer.marked = True
+            layer.reading = False
         cast_floats(model, self._compute_dtype or torch.bfloat16)
         freeze(model)
         settle(model)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import UserError
 from trimtab.extras import require, require_library
-from trimtab.recipe.recipe import Recipe, as_recipe, read
+from trimtab.recipe.recipe import Recipe, as_recipe
 
 if TYPE_CHECKING:
     from trimtab.bit_search.searching import Search
@@ -148,17 +148,22 @@ def evaluate(
     from trimtab.evaluation.perplexity import perplexity
     from trimtab.models.load import load_as_it_is
     from trimtab.models.positions import check_length
+    from trimtab.recipe.inputs import held_out
 
+    for option, value in (("block_tokens", block_tokens), ("tokens", tokens)):
+        if value is not None and value < 2:
+            raise UserError(f"{option}: {value} tokens predict nothing; give at least 2")
     if data is None:
-        saved = Path(path) / "recipe.yaml"
-        block = read(saved).data if saved.is_file() else None
+        block = held_out(Path(path))
         if block is None or block.eval_path is None:
             raise UserError(f"{path}: its recipe names no held-out data; pass --data")
-        data, split, tokens = block.eval_path, split or block.eval_split, tokens or block.eval_tokens
-        block_tokens, ignore = block_tokens or block.block_tokens, block.ignore
-    split, block_tokens = split or "train", block_tokens or 1024
-    model, tokenizer = load_as_it_is(path)
+        data, split = block.eval_path, block.eval_split if split is None else split
+        tokens = block.eval_tokens if tokens is None else tokens
+        block_tokens = block.block_tokens if block_tokens is None else block_tokens
+        ignore = block.ignore
+    split, block_tokens = "train" if split is None else split, 1024 if block_tokens is None else block_tokens
     rows = load_rows(data, split=split, ignore=ignore)
+    model, tokenizer = load_as_it_is(path)
     windows = token_windows(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
     check_tokens(windows, tokenizer, model.config.get_text_config().vocab_size, data)
     check_length(model, block_tokens, "block_tokens")
@@ -197,6 +202,7 @@ def harness(
     """
     require("`trimtab harness`", "eval")
     from trimtab.evaluation import harness as asking
+    from trimtab.formats.manifest import add
     from trimtab.models.load import load_as_it_is
 
     asking.check_tasks(tasks, data)
@@ -207,6 +213,8 @@ def harness(
     found = [] if other is None else asking.differences(scores[path], scores[other])
     file = out or str(Path(path) / "harness.json")
     asking.write(file, scores, found)
+    if out is None:
+        add(Path(path), ("harness.json",))
     return Accuracies(scores, found, file)
 
 
@@ -263,8 +271,11 @@ def parity(
     """
     require_library("`trimtab parity`", "datasets")
     from trimtab.evaluation import serving
+    from trimtab.formats.manifest import add
 
-    return serving.parity(path, engine, python=python, trained=trained, path=data, tokens=tokens)
+    served = serving.parity(path, engine, python=python, trained=trained, path=data, tokens=tokens)
+    add(Path(path), (f"parity-{engine}.json",))
+    return served
 
 
 def verify(path: AnyPath) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.bit_search.held_out import Loss
-from trimtab.bit_search.sensitivity import divergence, float_pass, on_grids
+from trimtab.bit_search.sensitivity import divergence, on_grids
 from trimtab.models.prepare import targets
 from trimtab.quant.grid import AnyGrid, Grid
 from trimtab.recipe.recipe import Recipe
@@ -45,7 +45,13 @@ class Rounded:
         head: Any = model.get_output_embeddings()
         self._head = head.weight.data
         with torch.no_grad():
-            self._float = [float_pass(model, some).last for some in self._blocks]
+            self._float = [self._hidden(some) for some in self._blocks]
+
+    def _hidden(self, ids_BL: Tensor) -> Tensor:
+        """What enters the head: the norm before it is the model's own affair, so any family will do."""
+        ids_BL = ids_BL.to(self._head.device)
+        hidden: Tensor = self._model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        return hidden
 
     @torch.no_grad()
     def __call__(self, rules: Sequence[Rule], steps: int) -> float:
@@ -53,10 +59,10 @@ class Rounded:
         total, head = 0.0, self._model.get_output_embeddings()
         found = targets(self._model, self._method, rules)
         with on_grids(self._model, {t.name: t.grid for t in found if t.grid is not None and t.kind != "tied"}):
-            moved = [float_pass(self._model, some).last for some in self._blocks]
+            moved = [self._hidden(some) for some in self._blocks]
             rounded_head: Any = head.weight.data
             for ours, theirs in zip(self._float, moved, strict=True):
-                total += divergence(self._model, ours, theirs, heads=(self._head, rounded_head))
+                total += divergence(self._model, ours, theirs, heads=(self._head, rounded_head), normed=True)
         return total / sum(b.numel() for b in self._blocks)
 
 

@@ -142,7 +142,12 @@ def float_pass(model: "PreTrainedModel", ids_BL: Tensor) -> Stream:
 
 
 def divergence(
-    model: "PreTrainedModel", float_BLD: Tensor, moved_BLD: Tensor, heads: tuple[Tensor, Tensor] | None = None
+    model: "PreTrainedModel",
+    float_BLD: Tensor,
+    moved_BLD: Tensor,
+    heads: tuple[Tensor, Tensor] | None = None,
+    *,
+    normed: bool = False,
 ) -> float:
     """Sum over tokens of KL(p_float || p_moved), from what leaves the last layer; a window's logits at a time.
 
@@ -151,8 +156,10 @@ def divergence(
         float_BLD: of the float model.
         moved_BLD: of the other.
         heads: weights (vocabulary, D) of the two heads where they differ.
+        normed: whether they are what enters the head, behind the norm.
     """
-    norm, head, after = final_norm(model), model.get_output_embeddings(), require_after_head(model)
+    norm = nn.Identity() if normed else final_norm(model)
+    head, after = model.get_output_embeddings(), require_after_head(model)
     weights_ = heads or (head.weight, head.weight)
     total = 0.0
     for pair in zip(float_BLD, moved_BLD, strict=True):

@@ -25,7 +25,7 @@ from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.models.load import load
 from trimtab.models.sources import open_source
-from trimtab.recipe import recipe
+from trimtab.recipe.inputs import held_out
 
 _SCRIPTS = {
     "transformers": "engine_transformers.py",
@@ -148,10 +148,11 @@ def parity(
     if not (native / "config.json").is_file() or not open_source(str(native)).prepared:
         raise UserError(f"{native}: holds no model saved by trimtab to compare with; pass --trained")
     python_of(engine, python)
+    if tokens < 2:
+        raise UserError(f"--tokens: {tokens} tokens predict nothing; give at least 2")
     model, tokenizer = load(str(native))
     if path is None:
-        saved = native / "recipe.yaml"
-        block = recipe.read(saved).data if saved.is_file() else None
+        block = held_out(native)
         if block is None or block.eval_path is None:
             raise UserError(f"{native}: its recipe names no held-out data; pass --data")
         path, split, ignore = block.eval_path, block.eval_split, block.ignore
@@ -160,7 +161,7 @@ def parity(
     if tokenizer is None:
         raise UserError(f"{native}: was saved without a tokenizer; add its tokenizer files to it")
     rows = load_rows(path, split=split, ignore=ignore)
-    windows = token_windows(rows, tokenizer, block_tokens=window, limit_tokens=max(tokens, window))
+    windows = token_windows(rows, tokenizer, block_tokens=min(window, tokens), limit_tokens=tokens)
     served = engine_logprobs(folder, engine, windows, python)
     found = compare(engine, model_logprobs(model, windows), served, windows)
     (folder / f"parity-{engine}.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")

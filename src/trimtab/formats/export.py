@@ -24,17 +24,18 @@ from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get, writer
 from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals
-from trimtab.formats.directory import replacing
+from trimtab.formats.directory import check_replaceable, replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.formats.lossy import Change, make_room
-from trimtab.formats.manifest import write_json
+from trimtab.formats.manifest import MANIFEST, add, entries, write_json
+from trimtab.formats.native.write import check_not_read_from
 from trimtab.formats.written import layers_of, planned
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.load import load
 from trimtab.models.prepare import Target
 from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
-from trimtab.recipe import recipe
+from trimtab.recipe import inputs, recipe
 
 Kind = Literal["exact", "algebraic", "lossy"]
 
@@ -55,6 +56,8 @@ class Report:
     perplexity: dict[str, float]
     """Of the model and of what was exported in its place, where the export is lossy and held-out data is known."""
     disk_bytes: int
+    unmeasured: str = ""
+    """Why a lossy export was not measured, where it was not."""
 
 
 def check_exports(of: recipe.Recipe, targets: Sequence[Target]) -> None:
@@ -97,6 +100,7 @@ def write(
     options: Options = Options(),
     recipe_text: str | None = None,
     held_out: Tensor | None = None,
+    unmeasured: str = "",
 ) -> Report:
     """Write a model in memory; with `allow_lossy` its refused layers are changed in place.
 
@@ -109,6 +113,7 @@ def write(
         options: engine, losses, replacing and shards.
         recipe_text: the resolved recipe, as YAML.
         held_out: tokens (W, L) that a lossy export is measured on.
+        unmeasured: why there are none.
 
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
@@ -119,6 +124,7 @@ def write(
     if refused and not options.allow_lossy:
         _refuse(name, refused, layers)
     measured_on = held_out if refused else None
+    check_not_read_from(model, out)
     with replacing(out, "export", overwrite=options.overwrite) as folder:
         values = _measure("before", model, measured_on)
         merged = _merge_error(model) if format_.adapters == "merged" else (0.0, 0.0, 0)
@@ -144,6 +150,7 @@ def write(
             dense=_dense(format_, layers, forms),
             perplexity=values,
             disk_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+            unmeasured="" if values or not changes else unmeasured,
         )
         write_json(folder / "export.json", {k: v for k, v in asdict(report).items() if k != "out"})
     return report
@@ -231,25 +238,38 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
     found = refusals(format_, layers, compute_dtype(laid_out), options.engine)
     if found and not options.allow_lossy:
         _refuse(name, found, layers)
+    saved, target = folder / "recipe.yaml", out or folder / name
+    if saved.is_file():  # an export may lie beside that recipe, and in place of nothing that it names
+        inputs.check_apart(recipe.read(saved), (target,), but=("the recipe",), remedy="name another --out")
+    check_replaceable(target.resolve(), "export", options.overwrite)
     model, tokenizer = load(directory)
-    saved = folder / "recipe.yaml"
-    return write(
+    tokens, why = _held_out_blocks(folder, tokenizer) if found else (None, "")
+    report = write(
         model,
         tokenizer,
         name,
-        out or folder / name,
+        target,
         source=folder,
         options=options,
         recipe_text=saved.read_text(encoding="utf-8") if saved.is_file() else None,
-        held_out=held_out_blocks(folder, tokenizer) if found else None,
+        held_out=tokens,
+        unmeasured=why,
     )
+    if target.resolve().parent == folder.resolve():
+        add(folder, (f"{target.name}/{file}" for file in (MANIFEST, *entries(target))))
+    return report
 
 
-def held_out_blocks(folder: Path, tokenizer: Any) -> Tensor | None:
-    """The held-out tokens (W, L) that a saved model's recipe names; None where it names none."""
-    saved = folder / "recipe.yaml"
-    block = recipe.read(saved).data if saved.is_file() else None
-    if block is None or block.eval_path is None or tokenizer is None:
-        return None
-    rows = load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
-    return token_windows(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=block.eval_tokens)
+def _held_out_blocks(folder: Path, tokenizer: Any) -> tuple[Tensor | None, str]:
+    """The held-out tokens (W, L) that a saved model's recipe names, or why there are none: an export needs them not."""
+    try:
+        block = inputs.held_out(folder)
+        if block is None or block.eval_path is None:
+            return None, "the model's recipe names no held-out data (data.eval_path)"
+        if tokenizer is None:
+            return None, "the model was saved without a tokenizer"
+        rows = load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
+        limit = block.eval_tokens
+        return token_windows(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=limit), ""
+    except UserError as error:
+        return None, str(error)

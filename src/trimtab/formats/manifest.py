@@ -48,7 +48,7 @@ def entries(folder: Path) -> Iterator[str]:
         here = Path(above)
         for name in sorted([*files, *(f for f in folders if (here / f).is_symlink())]):
             relative = (here / name).relative_to(folder).as_posix()
-            if relative != MANIFEST:
+            if relative != MANIFEST and not relative.startswith(f".{MANIFEST}-"):  # another process is writing it
                 yield relative
 
 

@@ -1,6 +1,5 @@
 """What a run needs before any weight is read: rows, tokens, tokenizer, and every check that can be made by then."""
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -77,8 +76,10 @@ def check_apart(recipe: Recipe, overwrite: bool = False, resume: bool = False) -
         resume: whether one goes on, by a recipe that may be the one that it saved.
     """
     work = Work.of(recipe)
-    check = partial(inputs.check_apart, recipe, (work.out, work.folder))
-    check(but=("the recipe",) if resume or not overwrite else ())
+    storage = inputs.paths(recipe).get("search.storage")
+    own = ["search.storage"] if storage is not None and work.out / "search" in storage.parents else []
+    own += ["the recipe"] if resume or not overwrite else []
+    inputs.check_apart(recipe, (work.out, work.folder), but=own)
 
 
 def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) -> None:

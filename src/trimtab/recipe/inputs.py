@@ -44,13 +44,16 @@ def _file_of_storage(url: str | None) -> str | None:
     return url.partition(":///")[2] or None
 
 
-def check_apart(recipe: Recipe, folders: Iterable[Path], but: Sequence[str] = ()) -> None:
+def check_apart(
+    recipe: Recipe, folders: Iterable[Path], but: Sequence[str] = (), remedy: str = "set `output` to another one"
+) -> None:
     """Refuse to remove, or to write over, what a recipe reads.
 
     Args:
         recipe: whose inputs they are.
         folders: that are replaced or removed.
         but: keys that may lie there.
+        remedy: the end of the message.
 
     Raises:
         UserError: naming the key.
@@ -59,7 +62,7 @@ def check_apart(recipe: Recipe, folders: Iterable[Path], but: Sequence[str] = ()
         out = folder.resolve()
         for key, path in paths(recipe).items():
             if key not in but and out in (path, *path.parents):
-                raise UserError(f"{key}: {path} is in the output directory {folder}; set `output` to another one")
+                raise UserError(f"{key}: {path} is in the output directory {folder}; {remedy}")
 
 
 def mark(files: Iterable[Path], path: str | os.PathLike[str]) -> dict[str, FileMark]:

@@ -199,8 +199,8 @@ class Terminal:
         if report.perplexity:
             before, after = report.perplexity["before"], report.perplexity["after"]
             self.say(f"held-out perplexity {before:.4f} before, {after:.4f} as exported")
-        elif report.kind == "lossy":
-            self.say("held-out perplexity not measured: the model's recipe names no held-out data (data.eval_path)")
+        elif report.unmeasured:
+            self.say(f"held-out perplexity not measured: {report.unmeasured}")
 
     def search(self, search: "Search") -> None:
         """The front so far, in place on a terminal, else a line for each trial."""

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.models.sources import ModelSource, resolve
+from trimtab.models.located import files_of
+from trimtab.models.sources import ModelSource
+from trimtab.recipe.inputs import digest
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.divergence import TopTargets, chunks, top_of
 from trimtab.training.loss import IGNORED
@@ -36,6 +38,7 @@ from trimtab.training.teacher import LiveTeacher, load_teacher
 
 _FLUSH_SECONDS = 20.0
 """Time between records of how far an unfinished cache is."""
+_ARRAYS = ("first", "log_probs", "ids")
 NUMBER = "sequence"
 """Column and batch key: which of the training sequences."""
 
@@ -66,12 +69,12 @@ class Key:
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: Any, rows: Sequence[Any]) -> "Key":
-        """The key of a recipe's cache; reads the whole model once, to hash it."""
+        """The key of a recipe's cache; the whole model is hashed for it, once in a process."""
         assert recipe.distill is not None
         assert recipe.data is not None
         words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
         return cls(
-            model=_hash_of_files(resolve(recipe.model.path)),
+            model=_hash(*(digest(f).encode() for f in files_of(recipe.model.path) if _of_weights(f))),
             rows=_hash(*(json.dumps(row, sort_keys=True).encode() for row in rows)),
             tokenizer=_hash(words.encode(), str(tokenizer.chat_template).encode()),
             block_tokens=recipe.data.block_tokens,
@@ -84,19 +87,14 @@ class Key:
         )
 
 
+def _of_weights(file: Path) -> bool:
+    return file.name == "config.json" or file.suffix in (".safetensors", ".gguf")
+
+
 def _hash(*parts: bytes) -> str:
     made = hashlib.blake2b(digest_size=16)
     for part in parts:
         made.update(len(part).to_bytes(8, "little") + part)
-    return made.hexdigest()
-
-
-def _hash_of_files(path: Path) -> str:
-    files = [path] if path.is_file() else [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    made = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with file.open("rb") as stream:
-            made.update(hashlib.file_digest(stream, "blake2b").digest())
     return made.hexdigest()
 
 
@@ -112,6 +110,18 @@ def hash_of(sequences: Sequences) -> str:
 
 def _each(sequences: Sequences) -> Iterator[dict[str, Any]]:
     return (sequences[i] for i in range(len(sequences)))
+
+
+def _state(record: Path) -> dict[str, Any]:
+    """What a cache's record says."""
+    try:
+        state = json.loads(record.read_text(encoding="utf-8"))
+        known = {"key", "sequences", "count", "width", "done"} <= state.keys()
+    except (ValueError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(f"distill.cache: {record} is no record of a cache; name another directory")
+    return dict(state)
 
 
 class Cache:
@@ -130,10 +140,14 @@ class Cache:
         self._state: dict[str, Any] = {}
         if folder.exists() and not folder.is_dir():
             raise UserError(f"distill.cache: {folder} is a file; name a directory")
+        ours = {self._record.name, self._record.with_suffix(".new").name, *(f"{name}.npy" for name in _ARRAYS)}
+        foreign = [f.name for f in folder.iterdir() if f.name not in ours] if folder.is_dir() else []
         if self._record.is_file():
-            self._state = json.loads(self._record.read_text(encoding="utf-8"))
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"distill.cache: {folder} holds something that is no cache; name another directory")
+            self._state = _state(self._record)
+        elif folder.is_dir() and any(f.name.endswith(".npy") for f in folder.iterdir()):
+            foreign = sorted(f.name for f in folder.iterdir())
+        if foreign:
+            raise UserError(f"distill.cache: {folder} holds {foreign[0]}, which is no cache's; name another directory")
 
     @property
     def _record(self) -> Path:

@@ -72,7 +72,7 @@ def save(
 
 def check_not_read_from(model: PreTrainedModel, target: Path) -> None:
     """Raise a `UserError` if a model is to be written over what it was read from."""
-    if target.resolve() in read_from(model):
+    if any(target.resolve() in (path, *path.parents) for path in read_from(model)):
         raise UserError(f"{target}: the model was read from there; save it somewhere else, and remove that if you wish")
 
 

@@ -63,8 +63,12 @@ class Gguf:
     large_layers: int | None = None
     """Layers of the one size whose attention is scaled by hidden / heads instead of the head dimension; None if
     `query_pre_attn_scalar` is no key of the family."""
-    caps_attention: bool = False
-    """Whether it caps scores of attention."""
+    caps: bool = False
+    """Whether it always caps scores of attention, and logits; else it caps logits where a file says so."""
+    biases: bool = False
+    """Whether attention's output and the MLP may have biases; queries, keys and values may in every family."""
+    divided_rope: bool = False
+    """Whether its rotary frequencies may be divided one by one, as Llama 3's scaling needs."""
     tied: bool = False
     """Whether it always reads the head from the embedding."""
 
@@ -130,13 +134,13 @@ FAMILIES: Mapping[str, Architecture] = {
     for family in (
         Architecture(
             model_type="llama",
-            gguf=Gguf(architecture="llama", permuted=True),
+            gguf=Gguf(architecture="llama", permuted=True, biases=True, divided_rope=True),
             mlx=Mlx(),
         ),
         Architecture(
             model_type="mistral",
             window_everywhere=True,
-            gguf=Gguf(architecture="llama", permuted=True),
+            gguf=Gguf(architecture="llama", permuted=True, biases=True, divided_rope=True),
             mlx=Mlx(),
         ),
         Architecture(
@@ -168,7 +172,7 @@ FAMILIES: Mapping[str, Architecture] = {
                 **_GEMMA_GGUF,
                 window_every=2,
                 large_layers=46,
-                caps_attention=True,
+                caps=True,
                 tied=True,
             ),
         ),

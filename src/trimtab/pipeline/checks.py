@@ -92,7 +92,8 @@ def _check_stages(recipe: Recipe, tokenizer: Any, rows: Any, source: ModelSource
     from trimtab.training.trainer import check_training
 
     check_training(recipe, tokenizer, rows)
-    check_exports(recipe, targets(source.layout(), recipe.method, recipe.rules))  # on names and shapes
+    model = source.layout()
+    check_exports(recipe, targets(model, recipe.method, recipe.rules), model.config)  # on names and shapes
     check_teacher(recipe, source)
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate.tasks, recipe.evaluate.tasks_data)

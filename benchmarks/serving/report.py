@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.serving.serving import GROUP, MODEL, RESULTS, grids, key, others
-from trimtab.formats import ALL, declaration
+from trimtab.formats import ALL, table
 from trimtab.formats.mlx.write import packed, width
 from trimtab.layers.weights import AffineWeight
 from trimtab.quant.grid import Grid
@@ -47,9 +47,9 @@ def page() -> str:
         "8-bit codes with 8-bit inputs overflow, so that a W8A8 model is not computed as it was trained: `trimtab parity`",
         "shows it.",
         "",
-        "| " + " | ".join(declaration.HEADER) + " |",
-        "|---" * len(declaration.HEADER) + "|",
-        *("| " + " | ".join(row) + " |" for row in declaration.table(ALL)),
+        "| " + " | ".join(table.HEADER) + " |",
+        "|---" * len(table.HEADER) + "|",
+        *("| " + " | ".join(row) + " |" for row in table.table(ALL)),
         "",
         "## Method x bits x format",
         "",

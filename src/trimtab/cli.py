@@ -150,7 +150,7 @@ def formats() -> None:
     """List the formats, what they can hold, and what each engine runs of them."""
     terminal = _terminal()
     from trimtab.formats import ALL
-    from trimtab.formats.declaration import HEADER, table
+    from trimtab.formats.table import HEADER, table
 
     terminal.rows("", HEADER, table(ALL))
 

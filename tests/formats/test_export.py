@@ -18,7 +18,7 @@ import tiny
 import trimtab as tt
 from exported import EMBEDDING, everywhere, linears, logits, prepared, shake, tensors, write
 from trimtab.errors import UserError
-from trimtab.formats import ALL, declaration, directory, get, manifest
+from trimtab.formats import ALL, declaration, directory, get, manifest, table
 from trimtab.formats import export as exporting
 from trimtab.formats.declaration import Form, Layer
 from trimtab.methods import LrQat, QaHira, Qlora
@@ -256,7 +256,7 @@ def test_table_and_refusal_are_one(format_: declaration.Format) -> None:
             layer = replace(LAYER, grid=Grid(bits, 64, zero))  # type: ignore[arg-type]
             named = any(bits in f.bits and zero in f.zeros for f in format_.forms)
             assert isinstance(format_.form(layer, torch.bfloat16), Form) is named
-    row = declaration.table([format_])[0]
+    row = table.table([format_])[0]
     assert row[2].split() == [str(b) for b in sorted({b for f in format_.forms for b in f.bits})]
 
 

@@ -19,7 +19,7 @@ import tiny
 import trimtab as tt
 from exported import EMBEDDING, IDS, everywhere, linears, logits, prepared, shake, tensors, write
 from trimtab.errors import UserError
-from trimtab.formats import declaration, get
+from trimtab.formats import declaration, get, table
 from trimtab.formats.declaration import Layer
 from trimtab.methods import LrQat
 from trimtab.pipeline.run import run
@@ -110,7 +110,7 @@ def test_both_kinds_of_rounding_name_what_is_lost() -> None:
 
 
 def test_the_table_has_a_row_for_each() -> None:
-    rows = declaration.table([get("compressed-tensors")])
+    rows = table.table([get("compressed-tensors")])
     kinds = {(row[1], row[2]): row[7] for row in rows[1:] if row[7] != "float"}
     assert kinds["vllm-cpu", "4"] == "8-bit dynamic asymmetric"
     assert "8-bit static symmetric" in kinds["vllm", "8"]

@@ -125,7 +125,7 @@ class Search:
             rules = self.space.rules(configuration)
             placed = placed_targets(self._skeleton, self.recipe.method, rules)
             if placed:
-                check_exports(self.recipe.model_copy(update={"rules": rules}), placed)
+                check_exports(self.recipe.model_copy(update={"rules": rules}), placed, self._skeleton.config)
 
     # ---- what is measured on ---------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import torch
 
 from trimtab.errors import UserError
 from trimtab.layers.adapters import Adapter
-from trimtab.models.architecture import FUSED
+from trimtab.models.architecture import FUSED, Feature, features
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.quant.grid import AnyGrid, Grid, ScaleDtype, Zero
 from trimtab.recipe.rules import Kind
@@ -71,6 +71,8 @@ class Form:
     """Dtype of scales and offsets in the file: the model's, float16, or the grid's own."""
     inputs: tuple[Activations | None, ...] = (None,)
     """Roundings of a layer's inputs that are written with it; None for inputs in float."""
+    width: int | None = None
+    """Bits that a code takes in the file; None for as many as it has."""
 
 
 DENSE = Form(name="dense", bits=(), zeros=(), kinds=ALL_KINDS)
@@ -105,6 +107,8 @@ class Engine:
     rounded: tuple[Rounded, ...] = ()
     kv: tuple[str, ...] = ("float",)
     """Dtypes of the KV cache."""
+    lacks: frozenset[Feature] = frozenset()
+    """What a config may ask for that it leaves out or takes for something else."""
 
 
 class Refusal(NamedTuple):
@@ -197,6 +201,16 @@ class Format(ABC):
         """Why a model of these layers cannot be written although each layer could be."""
         return None
 
+    def require_config(self, config: Any, engine: str | None = None) -> None:
+        """Raise a `UserError` if no reader (or not this engine) computes a model of this config as it was trained."""
+        chosen = [self.engine(engine)] if engine else self.engines
+        for feature, words in features(config):
+            if chosen and all(feature in x.lacks for x in chosen):
+                raise UserError(
+                    f"export: {self.name}: {words}, which {_words(x.name for x in chosen)} would compute otherwise; "
+                    "export for another engine, or to another format"
+                )
+
     def engine(self, name: str) -> Engine:
         """The engine of this name; a `UserError` naming those that read the format if it is not among them."""
         for engine in self.engines:
@@ -251,6 +265,28 @@ def _remedy(forms: Sequence[Form], what: str, dtype: torch.dtype) -> str:
         if (dtype if f.scales == "model" else torch.float16) in dtypes
     ]
     return f"use `scale_dtype: {_words(dict.fromkeys(fits))}`"
+
+
+def widened(format_: Format, layers: Sequence[Layer], forms: dict[str, Form], dtype: torch.dtype) -> list[str]:
+    """A line for each width of codes that the format stores in more bits, with both sizes; said before it writes."""
+    counts: dict[tuple[int, int, str], int] = {}
+    for layer in layers:
+        form, grid = forms[layer.name], layer.grid
+        wide = dtype.itemsize * 8 if form is DENSE else form.width
+        if (
+            grid is not None
+            and wide is not None
+            and wide > grid.bits
+            and layer.kind != "tied"
+            and not format_.everything
+        ):
+            key = grid.bits, wide, "matrices of floats" if form is DENSE else form.name
+            counts[key] = counts.get(key, 0) + layer.shape[0] * layer.shape[1]
+    return [
+        f"{bits}-bit codes take {wide} bits each ({name}): "
+        f"{count * wide / 8e6:.4g} MB instead of {count * bits / 8e6:.4g} MB"
+        for (bits, wide, name), count in counts.items()
+    ]
 
 
 def _words(items: Iterable[Any]) -> str:
@@ -351,46 +387,3 @@ def _scheme(format_: Format, layer: Layer | None, dtype: torch.dtype) -> str:
     if layer is None or layer.grid is None or format_.form(layer, dtype) is DENSE:
         return "float"
     return layer.grid.describe() if layer.inputs is None else f"{layer.grid.describe()}, {layer.inputs.describe()}"
-
-
-HEADER = ("format", "engine", "bits", "groups", "zeros", "scales", "adapters", "activations", "KV")
-
-
-def table(formats: Sequence[Format]) -> list[tuple[str, ...]]:
-    """The capability table: a row for what each format holds, and one for what each engine runs of it."""
-    rows: list[tuple[str, ...]] = []
-    for format_ in formats:
-        rows.append((format_.name, "", *_held(format_), format_.adapters, "", ""))
-        for engine in format_.engines:
-            kv = _list(engine.kv)
-            if format_.everything:
-                rows.append(("", engine.name, "all", "all", "all", "", "", "all", kv))
-                continue
-            joins = "joined layers alike" if engine.fuses else ""
-            rows.append(("", engine.name, *_run(engine), joins, "", "float", kv))
-            for rounded in engine.rounded:
-                kinds = ", ".join(kind.describe() for kind in rounded.inputs)
-                rows.append(("", engine.name, *_run(rounded), joins, "", kinds, kv))
-    return rows
-
-
-def _run(what: Engine | Rounded) -> tuple[str, str, str]:
-    if not what.bits:
-        return "float", "", ""
-    groups = "any" if what.groups is None else _list("channel" if g is None else g for g in what.groups)
-    return _list(what.bits), groups, _list(what.zeros)
-
-
-def _held(format_: Format) -> tuple[str, str, str, str]:
-    if format_.everything:
-        return "all", "all", "all", "all"
-    if not format_.forms:
-        return "float", "", "", ""
-    bits = sorted({b for f in format_.forms for b in f.bits})
-    groups = sorted({f"of {f.group_of}" if f.group_of > 1 else "any" for f in format_.forms})
-    zeros = dict.fromkeys(z for f in format_.forms for z in f.zeros)
-    return _list(bits), _list(groups), _list(zeros), _list(dict.fromkeys(f.scales for f in format_.forms))
-
-
-def _list(items: Iterable[Any]) -> str:
-    return " ".join(str(item) for item in items)

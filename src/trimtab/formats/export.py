@@ -8,6 +8,7 @@
 dtype), algebraic (an adapter was added to a dense matrix and rounded once) or lossy, with the relative weight error.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get, writer
-from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals
+from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals, widened
 from trimtab.formats.directory import check_replaceable, replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.formats.lossy import Change, make_room
@@ -36,6 +37,8 @@ from trimtab.models.prepare import Target
 from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
 from trimtab.recipe import inputs, recipe
+
+_log = logging.getLogger("trimtab")
 
 Kind = Literal["exact", "algebraic", "lossy"]
 
@@ -60,10 +63,11 @@ class Report:
     """Why a lossy export was not measured, where it was not."""
 
 
-def check_exports(of: recipe.Recipe, targets: Sequence[Target]) -> None:
-    """Raise a `UserError` for the first layer that one of a recipe's formats cannot hold."""
+def check_exports(of: recipe.Recipe, targets: Sequence[Target], config: Any) -> None:
+    """Raise a `UserError` for the first layer, or the model's config, that one of a recipe's formats cannot hold."""
     for name in of.export:
         format_ = get(name)
+        format_.require_config(config.get_text_config())
         found = refusals(format_, planned(targets, of.method, of.merge, format_, of.activations, of.kv), of.dtype)
         if found:
             raise UserError(f"export: {name}: {found[0]}")
@@ -120,6 +124,7 @@ def write(
     """
     largest = parse_bytes(options.max_shard_size, "max_shard_size")
     format_, dtype, layers = writer(name), compute_dtype(model), layers_of(model)
+    format_.require_config(model.config.get_text_config(), options.engine)
     refused = refusals(format_, layers, dtype, options.engine)
     if refused and not options.allow_lossy:
         _refuse(name, refused, layers)
@@ -131,6 +136,8 @@ def write(
         changes = _make_room(model, format_, layers, refused, dtype, options)
         layers = layers_of(model)
         forms = _forms(format_, layers, dtype)
+        for line in widened(format_, layers, forms, dtype):
+            _log.warning("export: %s: %s", name, line)
         about: dict[str, Any] = {
             "dtype": dtype,
             "forms": forms,
@@ -234,6 +241,7 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
             f"{directory}: was not saved by trimtab; run a recipe with `method: rtn` on it, then export that"
         )
     laid_out = opened.layout()
+    format_.require_config(laid_out.config.get_text_config(), options.engine)
     layers = layers_of(laid_out)
     found = refusals(format_, layers, compute_dtype(laid_out), options.engine)
     if found and not options.allow_lossy:

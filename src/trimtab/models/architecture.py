@@ -15,9 +15,9 @@ know, and then whoever needs the fact refuses the model by its type. Keys of a c
 looked for in it, since a factor that is not noticed would make a wrong loss and no error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -45,6 +45,23 @@ _ATTENTION = Attention("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = Mlp("gate_proj", "up_proj", "down_proj")
 
 
+Feature = Literal[
+    "windows",
+    "attention cap",
+    "logit cap",
+    "attention bias",
+    "MLP bias",
+    "implied heads",
+    "partial rotary",
+    "linear",
+    "llama3",
+    "yarn",
+    "other rope",
+    "yarn's own",
+]
+"""What a config may ask for beside its sizes, and a reader may lack."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gguf:
     """How a family's models are written for llama.cpp, and what is compiled into it."""
@@ -63,8 +80,12 @@ class Gguf:
     large_layers: int | None = None
     """Layers of the one size whose attention is scaled by hidden / heads instead of the head dimension; None if
     `query_pre_attn_scalar` is no key of the family."""
-    caps_attention: bool = False
-    """Whether it caps scores of attention."""
+    caps: bool = False
+    """Whether it always caps scores of attention, and logits; else it caps logits where a file says so."""
+    biases: bool = False
+    """Whether attention's output and the MLP may have biases; queries, keys and values may in every family."""
+    divided_rope: bool = False
+    """Whether its rotary frequencies may be divided one by one, as Llama 3's scaling needs."""
     tied: bool = False
     """Whether it always reads the head from the embedding."""
 
@@ -75,6 +96,8 @@ class Mlx:
 
     periodic: bool = False
     """Whether it knows sliding windows, as a period of layers with one full layer at its end; else it leaves them out."""
+    computes: frozenset[Feature] = frozenset()
+    """Which of `features` it computes as transformers does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +144,8 @@ class Architecture:
         return next(found, (last.removesuffix("_proj"), (last,)))
 
 
+_ROPES: frozenset[Feature] = frozenset({"linear", "llama3", "yarn"})
+_BIASES: frozenset[Feature] = frozenset({"attention bias", "MLP bias"})
 _GEMMA: dict[str, Any] = {"embedding_scale": "scalar_embed_scale"}
 _CAPS: dict[str, Any] = {"softcap": "final_logit_softcapping", "attention_softcap": "attn_logit_softcapping"}
 _GEMMA_GGUF: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "norm_shift": 1.0}
@@ -130,30 +155,30 @@ FAMILIES: Mapping[str, Architecture] = {
     for family in (
         Architecture(
             model_type="llama",
-            gguf=Gguf(architecture="llama", permuted=True),
-            mlx=Mlx(),
+            gguf=Gguf(architecture="llama", permuted=True, biases=True, divided_rope=True),
+            mlx=Mlx(computes=_ROPES | _BIASES),
         ),
         Architecture(
             model_type="mistral",
             window_everywhere=True,
-            gguf=Gguf(architecture="llama", permuted=True),
-            mlx=Mlx(),
+            gguf=Gguf(architecture="llama", permuted=True, biases=True, divided_rope=True),
+            mlx=Mlx(computes=_ROPES | _BIASES),
         ),
         Architecture(
             model_type="smollm3",
             gguf=Gguf(architecture="smollm3", permuted=True, no_rope_every=4),
-            mlx=Mlx(),
+            mlx=Mlx(computes=_ROPES | _BIASES),
         ),
         Architecture(
             model_type="qwen2",
             implied_head_dim=True,
             gguf=Gguf(architecture="qwen2"),
-            mlx=Mlx(),
+            mlx=Mlx(computes=_ROPES),
         ),
         Architecture(
             model_type="qwen3",
             gguf=Gguf(architecture="qwen3"),
-            mlx=Mlx(),
+            mlx=Mlx(computes=_ROPES),
         ),
         Architecture(
             model_type="gemma",
@@ -168,7 +193,7 @@ FAMILIES: Mapping[str, Architecture] = {
                 **_GEMMA_GGUF,
                 window_every=2,
                 large_layers=46,
-                caps_attention=True,
+                caps=True,
                 tied=True,
             ),
         ),
@@ -177,7 +202,7 @@ FAMILIES: Mapping[str, Architecture] = {
             **_GEMMA,
             **_CAPS,
             gguf=Gguf(architecture="gemma3", **_GEMMA_GGUF, window_every=6, large_layers=62),
-            mlx=Mlx(periodic=True),
+            mlx=Mlx(periodic=True, computes=frozenset({"windows"})),
         ),
     )
 }
@@ -255,3 +280,37 @@ def rope(config: Any) -> Rope:
     """The rotary embeddings of a config, which has one set of parameters or one for each kind of layer."""
     parameters = config.rope_parameters
     return Rope(parameters.get("full_attention", parameters), parameters.get("sliding_attention"))
+
+
+def features(config: Any) -> Iterator[tuple[Feature, str]]:
+    """What the config of a text model asks for that one reader or another lacks, each with a word for it."""
+    family = architecture_of(config)
+    heads, d = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+    if any(windowed(config)):
+        yield "windows", f"a sliding window of {config.sliding_window} tokens"
+    caps: tuple[tuple[Feature, str | None], ...] = (
+        ("attention cap", family.attention_softcap),
+        ("logit cap", family.softcap),
+    )
+    for feature, key in caps:
+        if key is not None and getattr(config, key, None) is not None:
+            yield feature, f"{key} {getattr(config, key)}"
+    biases: tuple[tuple[Feature, str], ...] = (("attention bias", "attention_bias"), ("MLP bias", "mlp_bias"))
+    for feature, key in biases:
+        if getattr(config, key, False):
+            yield feature, key
+    if family.implied_head_dim and heads and d and heads * d != config.hidden_size:
+        yield "implied heads", f"head_dim {d} with {heads} heads of {config.hidden_size} features"
+    if getattr(config, "rope_parameters", None):
+        yield from _rope_features(rope(config).full)
+
+
+def _rope_features(full: dict[str, Any]) -> Iterator[tuple[Feature, str]]:
+    kind = full.get("rope_type", "default")
+    known: dict[str, Feature] = {"linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+    if kind != "default":
+        yield known.get(kind, "other rope"), f"rope_type {kind}"
+    if full.get("partial_rotary_factor", 1) != 1:
+        yield "partial rotary", f"partial_rotary_factor {full['partial_rotary_factor']}"
+    if kind == "yarn" and (full.get("attention_factor") is not None or not full.get("truncate", True)):
+        yield "yarn's own", "yarn with an attention_factor, or without truncate"

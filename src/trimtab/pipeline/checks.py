@@ -87,7 +87,7 @@ def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) 
     from trimtab.training.options import check_training
 
     check_training(recipe)
-    check_exports(recipe, targets(layout, recipe.method, recipe.rules))  # on names and shapes
+    check_exports(recipe, targets(layout, recipe.method, recipe.rules), layout.config)  # on names and shapes
     check_teacher(recipe, source)
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate.tasks, recipe.evaluate.tasks_data)

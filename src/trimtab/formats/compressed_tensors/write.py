@@ -166,7 +166,7 @@ class CompressedTensors(Format):
     summary = "packed codes with group or channel scales, for vLLM and transformers"
     forms = (
         Form(name=PACKED, bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),
-        Form(name=INTEGERS, bits=(2, 3, 4, 8), zeros=("symmetric", "integer"), inputs=KINDS),
+        Form(name=INTEGERS, width=8, bits=(2, 3, 4, 8), zeros=("symmetric", "integer"), inputs=KINDS),
     )
     engines = (
         Engine(
@@ -178,6 +178,7 @@ class CompressedTensors(Format):
         ),
         Engine(
             name="vllm",
+            lacks=frozenset({"implied heads"}),
             bits=(4, 8),
             zeros=("symmetric", "integer"),
             groups=(None, 32, 64, 128),
@@ -186,6 +187,7 @@ class CompressedTensors(Format):
         ),
         Engine(
             name="vllm-cpu",
+            lacks=frozenset({"implied heads"}),
             bits=(4,),
             zeros=("symmetric", "integer"),
             fuses=True,

@@ -16,7 +16,10 @@ from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
 from trimtab.formats.directory import Shards, float_tensors, write_surroundings
 from trimtab.models.transformers_bridge import quant_layers
 
-_ENGINES = tuple(Engine(name=name, bits=(), zeros=()) for name in ("transformers", "vllm"))
+_ENGINES = (
+    Engine(name="transformers", bits=(), zeros=()),
+    Engine(name="vllm", bits=(), zeros=(), lacks=frozenset({"implied heads"})),
+)
 
 
 def matrix(layer: Any, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ only imported when a file is.
 """
 
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import UserError
 from trimtab.formats.declaration import ALL_KINDS, DENSE, Engine, Form, Format, Writing
@@ -34,7 +35,15 @@ def _forms() -> tuple[Form, ...]:
             bits = tuple(b for b in range(1, 9) if _type_of(b, zero) == name)
             if bits:
                 found.append(
-                    Form(name=name, bits=bits, zeros=(zero,), kinds=ALL_KINDS, group_of=BLOCK, scales="float16")
+                    Form(
+                        name=name,
+                        width=TYPES[name].bits,
+                        bits=bits,
+                        zeros=(zero,),
+                        kinds=ALL_KINDS,
+                        group_of=BLOCK,
+                        scales="float16",
+                    )
                 )
     return tuple(found)
 
@@ -47,6 +56,12 @@ class Gguf(Format):
     summary = "one file of blocks of 32, for llama.cpp; a tuned GGUF file keeps all that was not tuned"
     forms = _forms()
     engines = (Engine(name="llama.cpp", bits=tuple(range(1, 9)), zeros=_ZEROS),)
+
+    def require_config(self, config: Any, engine: str | None = None) -> None:
+        """Raise a `UserError` for a model that llama.cpp would compute otherwise."""
+        from trimtab.formats.gguf.families import metadata
+
+        metadata(config, config.vocab_size)
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Write `model.gguf`, from the GGUF file that the model came from if there is one."""

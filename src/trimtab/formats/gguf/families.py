@@ -2,7 +2,8 @@
 
 A family's file says its sizes and rotary settings under keys of its own architecture; everything else (activation, where
 the norms stand, which layers see a window) is compiled into llama.cpp. So a config that departs from what is compiled in
-is refused here: the file would load and be another model.
+is refused here, and so is one with a field that is not known here and not at its class's default: the file would load and
+be another model. What is written is held against the model once more (`settings.require_agreement`).
 
     Llama, Mistral, SmolLM2  `llama`      rows of q and k reordered: llama.cpp rotates neighbours, transformers halves
 
@@ -20,9 +21,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimtab.errors import UserError
-from trimtab.models.architecture import FAMILIES, Gguf, architecture_of, rope
+from trimtab.formats.gguf import rotary
+from trimtab.formats.gguf.settings import attention_scalar
+from trimtab.models.architecture import FAMILIES, Gguf, architecture_of, rope, windowed
+
+_COMPUTED = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+        *("hidden_act", "hidden_activation", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+        *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "_sliding_window_pattern"),
+        *("no_rope_layers", "no_rope_layer_interval", "query_pre_attn_scalar", "use_bidirectional_attention"),
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    }
+)
+"""Fields of a config that are written, or held against what is compiled in."""
+_OF_NO_MATTER = frozenset(
+    {
+        *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout"),
+        *("pretraining_tp", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id"),
+        *("_name_or_path", "model_type", "output_hidden_states", "output_attentions", "return_dict", "problem_type"),
+        *("quantization_config", "chunk_size_feed_forward"),
+    }
+)
+"""Fields that no logit of a model in use depends on."""
 
 
 def family(config: Any) -> Gguf:
@@ -41,33 +66,49 @@ def family(config: Any) -> Gguf:
 
 
 def _departures(config: Any, found: Gguf) -> Iterator[str]:
+    architecture, d = architecture_of(config), head_dim(config)
+    usual = type(config)().to_dict()
+    for name, value in config.to_dict().items():
+        if name in usual and name not in _COMPUTED | _OF_NO_MATTER and value != usual[name]:
+            yield f"{name} {value}"
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", found.activation)
     if activation != found.activation:
         yield f"activation {activation}"
-    kinds = getattr(config, "layer_types", None) or []
-    every = found.window_every
+    yield from _attention(config, found)
+    if found.tied and not config.tie_word_embeddings:
+        yield "a head apart from the embedding"
+    if architecture.implied_head_dim and d * config.num_attention_heads != config.hidden_size:
+        yield f"head_dim {d} with {config.num_attention_heads} heads of {config.hidden_size} features"
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, False) and not found.biases:
+            yield name
+    for name in (architecture.attention_softcap, architecture.softcap):
+        if name is not None and found.caps != bool(getattr(config, name)) and (found.caps or "attn" in name):
+            yield f"{name} {getattr(config, name)}"
+    if rope(config).full.get("rope_type") == "llama3" and not found.divided_rope:
+        yield "rope_type llama3"
+
+
+def _attention(config: Any, found: Gguf) -> Iterator[str]:
+    kinds, every = getattr(config, "layer_types", None) or [], found.window_every
     wanted = [
         "full_attention" if every is None or (i + 1) % every == 0 else "sliding_attention" for i in range(len(kinds))
     ]
     if kinds != wanted:
         yield f"layer_types {kinds}"
-    rotary = [
+    if every is None and any(windowed(config)):
+        yield f"sliding_window {config.sliding_window}"
+    if every is not None and not config.sliding_window:
+        yield "no sliding_window"
+    rotated = [
         int(found.no_rope_every is None or (i + 1) % found.no_rope_every != 0) for i in range(config.num_hidden_layers)
     ]
-    if getattr(config, "no_rope_layers", rotary) != rotary:
+    if getattr(config, "no_rope_layers", rotated) != rotated:
         yield f"no_rope_layers {config.no_rope_layers}"
-    if found.tied and not config.tie_word_embeddings:
-        yield "a head apart from the embedding"
     if getattr(config, "use_bidirectional_attention", False):
         yield "bidirectional attention"
-    cap = architecture_of(config).attention_softcap
-    if cap is not None and not found.caps_attention and getattr(config, cap) is not None:
-        yield cap
-    if found.large_layers is not None:
-        large = config.num_hidden_layers == found.large_layers
-        scale = config.hidden_size // config.num_attention_heads if large else head_dim(config)
-        if config.query_pre_attn_scalar != scale:
-            yield f"query_pre_attn_scalar {config.query_pre_attn_scalar} (it takes {scale})"
+    if found.large_layers is not None and config.query_pre_attn_scalar != attention_scalar(config, found):
+        yield f"query_pre_attn_scalar {config.query_pre_attn_scalar} (it takes {attention_scalar(config, found)})"
 
 
 def head_dim(config: Any) -> int:
@@ -114,38 +155,30 @@ def _rope(config: Any) -> dict[str, Any]:
         if local.get("rope_type", "default") != "default":
             raise UserError(f"GGUF: rope_type {local['rope_type']} in layers with a window is not written")
     kind = full.get("rope_type", "default")
-    if kind == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}
-    elif kind == "yarn":
-        values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(full["factor"])}
-        values["rope.scaling.original_context_length"] = full["original_max_position_embeddings"]
-        names = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
-        values |= {f"rope.scaling.yarn_{to}": float(full[of]) for of, to in names.items() if full.get(of) is not None}
-    elif kind not in ("default", "llama3"):
+    if kind in ("linear", "yarn"):
+        values |= {"rope.scaling.type": kind, "rope.scaling.factor": float(full["factor"])}
+    if kind in ("llama3", "yarn"):
+        values["rope.scaling.original_context_length"] = int(full["original_max_position_embeddings"])
+    if kind == "yarn":
+        attention = ROPE_INIT_FUNCTIONS["yarn"](config)[1] / (1 + 0.1 * math.log(full["factor"]))
+        values |= {} if math.isclose(attention, 1) else {"rope.scaling.attn_factor": attention}
+    elif kind not in ("default", "linear", "llama3"):
         raise UserError(f"GGUF: rope_type {kind} is not written; default, linear, yarn and llama3 are")
     return values
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """What llama.cpp divides each rotary frequency by under Llama 3's scaling: float32 (d / 2,), or None.
-
-    Low frequencies are divided by `factor`, high ones by 1, those between by a blend; the equation is Llama 3's.
-    """
+    """What llama.cpp divides each rotary frequency by under Llama 3's scaling: float32 (d / 2,), or None."""
     full = rope(config).full
-    if full.get("rope_type") != "llama3":
-        return None
-    d = head_dim(config)
-    wavelength = 2 * math.pi * full["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
-    old, low, high = full["original_max_position_embeddings"], full["low_freq_factor"], full["high_freq_factor"]
-    smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / full["factor"] + smooth)).float()
+    return rotary.llama3_divisors(full, head_dim(config)).float() if full.get("rope_type") == "llama3" else None
 
 
 def row_order(config: Any, name: str, rows: int) -> Tensor | None:
     """Which row of transformers' parameter each row of the file is: int64 (rows,), or None if they are the same."""
-    if not family(config).permuted:
+    described = architecture_of(config)
+    if described.gguf is None or not described.gguf.permuted:
         return None
-    names = architecture_of(config).attention
+    names = described.attention
     heads = {names.queries: config.num_attention_heads, names.keys: config.num_key_value_heads}
     count = heads.get(name.split(".")[-2])
     if count is None:

@@ -9,8 +9,8 @@ file's own codes, any other gets them rounded anew. The rows of q and k are perm
 how to undo that for float matrices, and since rows are independent we ask it where each row goes and move rows of
 codes. gguf is imported here, to read, and in `write`, to write.
 
-What transformers leaves out of a file's config is put into it, and the model that comes of it is held against the file's keys
-and the list of its tensors (`settings`).
+What transformers leaves out of a file's config is put into it, and the model that comes of it is held against the file's
+keys and the list of its tensors (`settings`).
 
 Legend: N out features, K in features, G = K / 32 blocks in a row.
 """
@@ -117,6 +117,8 @@ class GgufSource(ModelSource):
             UserError: naming a key that may change what the model computes and that no config holds.
         """
         if "config" not in self._answers:
+            with self._named():
+                settings.require_single(self.keys())
             found = self._ask("model", AutoConfig)
             with self._named():
                 settings.complete(found, self.keys())

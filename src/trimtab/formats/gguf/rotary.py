@@ -2,15 +2,15 @@
 
 llama.cpp turns the keys of a file into d / 2 frequencies and a factor of cosine and sine,
 
-    f_i = b^(-2 i / d) / c_i          b `rope.freq_base`, c the tensor `rope_freqs.weight` (`rope_factors_short` under longrope)
+    f_i = b^(-2 i / d) / c_i        b `rope.freq_base`, c the tensor `rope_freqs.weight` (longrope: `rope_factors_short`)
     linear    f_i / s                 s `rope.scaling.factor`; linear is also what a file without a type has
     yarn      f_i ((1 - r_i) / s + r_i)       r_i = 1 - clamp((i - low) / (high - low), 0, 1)
               low, high = floor, ceil of d ln(n / (2 pi t)) / (2 ln b) at t = 32 and 1    n the original context
     factor    `rope.scaling.attn_factor`, under yarn times 1 + 0.1 ln s
 
-and transformers turns `rope_parameters` into the same. Names differ and each side has settings that the other lacks (for the
-families written here llama.cpp reads no key of yarn's but these). So nothing is trusted by its name: a config and a set of
-keys belong together if the frequencies do, in reading as in writing (`settings.require_agreement`).
+and transformers turns `rope_parameters` into the same. Names differ and each side has settings that the other lacks (for
+the families written here llama.cpp reads no key of yarn's but these). So nothing is trusted by its name: a config and a set
+of keys belong together if the frequencies do, in reading as in writing (`settings.require_agreement`).
 
 Llama 3's scaling is in a file only by its result c. Its parameters are found again from that, and are right if they give c.
 
@@ -149,20 +149,38 @@ def _llama3(divisors: Tensor, base: float, rotated: int, context: int | None) ->
     factor = float(f"{divisors.max().item():.6g}")
     usual = [n for n in (context, 8192, *(1 << i for i in range(4, 21))) if n]
     tried = [(1.0, 4.0, int(n)) for n in usual]
-    blended = (divisors > 1.0001) & (divisors < factor * 0.9999)
-    if int(blended.sum()) >= 2:
-        # The blend is a line in 1 / wavelength, old / (high - low) steep, that lies low / (high - low) below it.
-        waves = base ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)[blended] / (2 * math.pi)
-        smooth = (1 / divisors[blended] - 1 / factor) / (1 - 1 / factor)
-        line = torch.linalg.lstsq(torch.stack([waves, -torch.ones_like(waves)], 1), smooth[:, None]).solution[:, 0]
-        if bool((line > 0).all()):
-            slope, below = line.tolist()
-            for old in (*([context] if context else []), max(1, round(slope / below))):
-                step = old / slope
-                tried.append((float(f"{below * step:.6g}"), float(f"{(1 + below) * step:.6g}"), int(old)))
+    line = _blend(
+        divisors, factor, base ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated) / (2 * math.pi)
+    )
+    if line is not None:
+        slope, below = line
+        for old in (*([context] if context else []), max(1, round(slope / below))):
+            low, high = below * old / slope, (1 + below) * old / slope
+            tried += [(float(f"{low:.{n}g}"), float(f"{high:.{n}g}"), int(old)) for n in (6, 12)]
     for low, high, old in tried:
         found = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
         found["original_max_position_embeddings"] = old
         if torch.allclose(llama3_divisors({**found, "rope_theta": base}, rotated), divisors, rtol=1e-5, atol=0):
             return found
     return None
+
+
+def _blend(divisors: Tensor, factor: float, turns: Tensor) -> tuple[float, float] | None:
+    """The blend's slope and depth: it is a line in turns a position, old / (high - low) steep, low / (high - low) below 0.
+
+    One frequency inside it leaves the line free to turn about that point: the flattest is taken that keeps the others out.
+    """
+    smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)
+    inside = ((smooth > 1e-4) & (smooth < 1 - 1e-4)).nonzero().flatten().tolist()
+    if not inside:
+        return None
+    first, last = inside[0], inside[-1]
+    if first != last:
+        columns = torch.stack([turns[inside], -torch.ones(len(inside), dtype=torch.float64)], 1)
+        slope, below = torch.linalg.lstsq(columns, smooth[inside, None]).solution[:, 0].tolist()
+    else:
+        above = (1 - smooth[first]) / (turns[first - 1] - turns[first]) if first else torch.zeros(())
+        under = smooth[first] / (turns[first] - turns[first + 1]) if first + 1 < len(turns) else torch.zeros(())
+        slope = max(above.item(), under.item()) * (1 + 1e-9)
+        below = slope * turns[first].item() - smooth[first].item()
+    return (slope, below) if slope > 0 and below > 0 else None

@@ -85,13 +85,8 @@ class Keys(NamedTuple):
     """Names of all its tensors."""
 
     def get(self, key: str) -> Any:
-        """The value of a key, llama.cpp's own where the file has none, or None; one for all layers, or a `UserError`."""
-        value = self.values.get(key, _DEFAULTS.get(self.architecture, {}).get(key))
-        if not isinstance(value, list) or key == "attention.sliding_window_pattern":
-            return value
-        if not value or any(x != value[0] for x in value):
-            raise _refused(self, key, "differs from layer to layer, which is not read")
-        return value[0]
+        """The value of a key, llama.cpp's own where the file has none, or None."""
+        return self.values.get(key, _DEFAULTS.get(self.architecture, {}).get(key))
 
     @property
     def head(self) -> int:
@@ -108,6 +103,13 @@ def _refused(keys: Keys, key: str, why: str) -> UserError:
     name = f"{keys.architecture}.{key}"
     said = f" (here {keys.values[key]!r})" if key in keys.values else ""
     return UserError(f"{name}{said} {why}")
+
+
+def require_single(keys: Keys) -> None:
+    """Raise a `UserError` if a size is one for each layer, which no config of a family read here holds."""
+    for key in _DIRECT:
+        if isinstance(keys.get(key), list):
+            raise _refused(keys, key, "is one for each layer, which is not read")
 
 
 def require_known(keys: Keys) -> None:
@@ -242,7 +244,7 @@ def _require_windows(config: Any, keys: Keys) -> None:
     if every is None and pattern is not None:
         raise _refused(keys, "attention.sliding_window_pattern", "is not understood in this family")
     inside, n = bool(keys.get("attention.sliding_window")) and every is not None, config.num_hidden_layers
-    step = pattern or every
+    step: Any = pattern or every
     wanted = step if isinstance(step, list) else [bool(step) and (i + 1) % step != 0 for i in range(n)]
     found = windowed(config)
     if found != [inside and bool(seen) for seen in wanted]:
@@ -251,7 +253,9 @@ def _require_windows(config: Any, keys: Keys) -> None:
 
 def _require_rope(model: Any, config: Any, keys: Keys) -> None:
     made, own = rotary.of_model(model), keys.values.get("rope.freq_base_swa")
-    if own is not None and "sliding_attention" not in made and own != keys.values.get("rope.freq_base", 10000.0):
+    family = architecture_of(config).gguf
+    unused = "sliding_attention" in made or (family is not None and family.window_every and not any(windowed(config)))
+    if own not in (None, keys.values.get("rope.freq_base", 10000.0)) and not unused:
         raise _refused(keys, "rope.freq_base_swa", f"has no place in a {config.model_type} model")
     if not made and any(key.startswith("rope.") for key in keys.values):
         raise _refused(keys, "rope.freq_base", f"has no place in a {config.model_type} model")

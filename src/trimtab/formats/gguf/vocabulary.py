@@ -13,6 +13,7 @@ of a token's first merge orders them the same way. That holds if merges of one t
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,7 @@ class Vocabulary:
     merges: list[str] | None = None
     scores: list[float] | None = None
     ids: dict[str, int] = field(default_factory=dict)
-    """bos, eos, unknown and padding."""
+    """bos, eos, unknown and padding, and further tokens that end a text."""
     flags: dict[str, bool] = field(default_factory=dict)
     chat_template: str | list[dict[str, str]] | None = None
 
@@ -78,13 +79,14 @@ class Vocabulary:
         return {f"tokenizer.ggml.{key}": value for key, value in (found | self.flags).items()}
 
 
-def vocabulary(tokenizer: Any, size: int, config: Any) -> Vocabulary:
+def vocabulary(tokenizer: Any, size: int, config: Any, stops: Sequence[int] = ()) -> Vocabulary:
     """The vocabulary of a transformers tokenizer.
 
     Args:
         tokenizer: a fast one, the only kind that transformers 5 makes of these families.
         size: rows of the embedding; ids without a token are filled with unused ones.
         config: of the model, which knows of special tokens that the tokenizer does not name.
+        stops: tokens at which the model stops, `end_tokens`.
 
     Raises:
         UserError: if llama.cpp would cut text differently.
@@ -98,7 +100,9 @@ def vocabulary(tokenizer: Any, size: int, config: Any) -> Vocabulary:
     merges = [m.split(" ", 1) if isinstance(m, str) else m for m in spec["model"]["merges"]]
     if not merges:
         raise UserError("GGUF: a tokenizer of single characters, without merges, which llama.cpp does not load")
-    common: dict[str, Any] = {"ids": _special_ids(tokenizer, config), "chat_template": _template(tokenizer)}
+    ids = _special_ids(tokenizer, config)
+    names = {i: tokenizer.convert_ids_to_tokens(i) or "" for i in stops}
+    common: dict[str, Any] = {"ids": ids | _ends_of(ids, names), "chat_template": _template(tokenizer)}
     ends = _ends(tokenizer)
     if spec["model"].get("byte_fallback"):
         tokens, types = _tokens(tokenizer, spec, size, sentencepiece=True)
@@ -203,6 +207,61 @@ def _special_ids(tokenizer: Any, config: Any) -> dict[str, int]:
         if isinstance(found, int):
             ids[name] = found
     return ids
+
+
+_STOPS_BY_NAME = frozenset(
+    {
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>"),
+        *("<|end_of_text|>", "<end_of_utterance>"),
+    }
+)
+"""Tokens at which llama.cpp stops because of their text."""
+
+
+def end_tokens(model: Any) -> list[int]:
+    """Tokens at which a model stops, by its generation config: what it was trained to end with is among them."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = getattr(model.config.get_text_config(), "eos_token_id", None) if found is None else found
+    return [] if found is None else [found] if isinstance(found, int) else [int(i) for i in found]
+
+
+def _ends_of(ids: dict[str, int], stops: dict[int, str]) -> dict[str, int]:
+    """Keys that make llama.cpp stop at all of these tokens (ids to texts): it has three, and knows some by their text.
+
+    The key `eos` stays what it is, since that token is also what may be put behind a text.
+    """
+    held = {ids[name] for name in ("eos", "eot", "eom") if name in ids}
+    free = [name for name in ("eos", "eot", "eom") if name not in ids]
+    # A token that it knows by its text comes last: it stops there without a key, too.
+    left = sorted((i for i in stops if i not in held), key=lambda i: stops[i] in _STOPS_BY_NAME)
+    unheld = [i for i in left[len(free) :] if stops[i] not in _STOPS_BY_NAME]
+    if unheld:
+        raise UserError(
+            f"GGUF: the model stops at {len(held) + len(left)} tokens, and a file names three: token {unheld[0]} "
+            f"({stops[unheld[0]]!r}) has no place; leave those that are not used out of the generation config"
+        )
+    return dict(zip(free, left, strict=False))
+
+
+def more_ends(fields: Mapping[str, Any], stops: Sequence[int]) -> dict[str, int]:
+    """Keys to add to a file that is written anew, so that llama.cpp stops where the model does.
+
+    Args:
+        fields: of the file, gguf's.
+        stops: tokens at which the model stops; those that are no control tokens of the file are of no file.
+    """
+    ids = {n: fields[f"tokenizer.ggml.{n}_token_id"].contents() for n in ("eos", "eot", "eom") if _key(n) in fields}
+    types, tokens = (fields.get(f"tokenizer.ggml.{name}") for name in ("token_type", "tokens"))
+    if types is None or tokens is None:
+        return {}
+    kinds, size = types.contents(), len(tokens.data)
+    names = {i: tokens.contents(i) for i in stops if i < size and kinds[i] in (CONTROL, USER_DEFINED)}
+    known = {i: text for i, text in names.items() if text not in _STOPS_BY_NAME}
+    return {_key(name): i for name, i in _ends_of(ids, known).items()}
+
+
+def _key(name: str) -> str:
+    return f"tokenizer.ggml.{name}_token_id"
 
 
 def _ends(tokenizer: Any) -> dict[str, bool]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.formats.gguf import families
+from trimtab.formats.gguf import families, rotary, settings
 from trimtab.formats.gguf import vocabulary as vocabularies
 from trimtab.formats.gguf.blocks import block_type, require_exact, to_blocks
 from trimtab.formats.gguf.read import GgufSource
@@ -89,9 +89,14 @@ def save(
     parameters = list(_parameters(model, dense))
     entries = list(_entries(parameters, config, family))
     fields = families.metadata(config, model.get_input_embeddings().num_embeddings)
+    stops = vocabularies.end_tokens(model)
     if source is None:
+        vocabulary = vocabularies.vocabulary(tokenizer, fields[f"{family.architecture}.vocab_size"], config, stops)
+        names = frozenset(entry.name for entry in entries)
+        factors = families.rope_factors(config)
+        held = settings.Keys(family.architecture, {}, {} if factors is None else {rotary.FREQS: factors}, names)
+        _require_agreement(model, held, fields)
         writer = gguf.GGUFWriter(path, family.architecture)
-        vocabulary = vocabularies.vocabulary(tokenizer, fields[f"{family.architecture}.vocab_size"], config)
         general = {"type": "model", "name": name, "file_type": _file_type(entries), "quantization_version": 2}
         fields = {f"general.{key}": value for key, value in general.items()} | fields | vocabulary.fields()
         for key, value in fields.items():
@@ -99,10 +104,23 @@ def save(
         if vocabulary.chat_template:
             writer.add_chat_template(vocabulary.chat_template)
     else:
-        reader, entries, changed = _from_source(source, parameters, entries)
+        opened, entries, changed = _from_source(source, parameters, entries)
+        new = _renewed(opened.reader, fields)
+        _require_agreement(model, opened.keys(), new)
+        new |= vocabularies.more_ends(opened.reader.fields, stops)
         writer = gguf.GGUFWriter(path, family.architecture)
-        _copy_fields(reader, writer, fields, {"general.file_type": _file_type(entries)} if changed else {})
+        _copy_fields(opened.reader, writer, new | ({"general.file_type": _file_type(entries)} if changed else {}))
     _write(writer, entries)
+
+
+def _require_agreement(model: Any, held: settings.Keys, fields: dict[str, Any]) -> None:
+    """Raise a `UserError` if llama.cpp would compute another model from a file of these keys, `fields` put over them."""
+    inside = f"{held.architecture}."
+    values = {**held.values, **{n.removeprefix(inside): v for n, v in fields.items() if n.startswith(inside)}}
+    try:
+        settings.require_agreement(model, held._replace(values=values))
+    except UserError as error:
+        raise UserError(f"GGUF: {error}: llama.cpp would compute another model") from error
 
 
 def _write(writer: gguf.GGUFWriter, entries: list[_Entry]) -> None:
@@ -194,8 +212,8 @@ def _block_entry(hf_name: str, name: str, weight: Weight, order: Tensor | None) 
 
 def _from_source(
     path: Path, parameters: Sequence[tuple[str, Weight | Tensor]], ours: list[_Entry]
-) -> tuple[gguf.GGUFReader, list[_Entry], bool]:
-    """The file's tensors in its order, untouched ones as they are; and whether any type is another than there."""
+) -> tuple[GgufSource, list[_Entry], bool]:
+    """The opened file, its tensors in its order, untouched ones as they are; and whether any type is another than there."""
     source = GgufSource(path)
     layout = source.layout()
     source.bind(layout)
@@ -214,7 +232,7 @@ def _from_source(
             entries.append(by_name.pop(name))
     entries += by_name.values()
     changed = any(e.name not in tensors or tensors[e.name].tensor_type != e.kind for e in entries)
-    return source.reader, entries, changed
+    return source, entries, changed
 
 
 def _untouched(parameters: Sequence[tuple[str, Weight | Tensor]], source: GgufSource) -> set[str | None]:
@@ -247,20 +265,20 @@ def _add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_key_value(key, value, _SCALARS[type(value)])
 
 
-def _copy_fields(
-    reader: gguf.GGUFReader, writer: gguf.GGUFWriter, computed: dict[str, Any], other: dict[str, Any]
-) -> None:
-    """Every field of a file as it stands there, but for `other` and for sizes that the model no longer has.
+def _fields(reader: gguf.GGUFReader) -> dict[str, Any]:
+    return {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
 
-    Args:
-        reader: of the file.
-        writer: of the new one.
-        computed: what the model's config says of its architecture.
-        other: fields to write anew.
-    """
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+
+def _renewed(reader: gguf.GGUFReader, computed: dict[str, Any]) -> dict[str, Any]:
+    """What the model's config says of its architecture, where it has other sizes than the file; else nothing."""
+    fields = _fields(reader)
     resized = any(key in fields and not _same(fields[key].contents(), value) for key, value in computed.items())
-    new = (computed if resized else {}) | other
+    return dict(computed) if resized else {}
+
+
+def _copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, new: dict[str, Any]) -> None:
+    """Every field of a file as it stands there, but for those that are `new`."""
+    fields, new = _fields(reader), dict(new)
     for name, field in fields.items():
         if name in new and not _same(field.contents(), new[name]):
             _add_field(writer, name, new.pop(name))

@@ -60,8 +60,15 @@ class Gptq(Format):
     forms = (Form(name="gptq_v2", bits=(2, 3, 4, 8), zeros=("symmetric", "integer"), scales="float16"),)
     engines = (
         Engine(name="gptqmodel", bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),
-        Engine(name="vllm", bits=(4, 8), zeros=("symmetric",), groups=(None, 32, 64, 128), fuses=True),
-        Engine(name="vllm-cpu", bits=(4,), zeros=("symmetric",), fuses=True),
+        Engine(
+            name="vllm",
+            bits=(4, 8),
+            zeros=("symmetric",),
+            groups=(None, 32, 64, 128),
+            fuses=True,
+            lacks=frozenset({"implied heads"}),
+        ),
+        Engine(name="vllm-cpu", bits=(4,), zeros=("symmetric",), fuses=True, lacks=frozenset({"implied heads"})),
     )
 
     def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:

@@ -38,7 +38,7 @@ from trimtab.formats.dense.write import add_dense
 from trimtab.formats.directory import Shards, float_tensors, write_surroundings
 from trimtab.formats.manifest import write_json
 from trimtab.layers.weights import AffineWeight
-from trimtab.models.architecture import FAMILIES, architecture_of, rope, windowed
+from trimtab.models.architecture import FAMILIES, architecture_of, features, rope, windowed
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid, Range, Zero
 from trimtab.quant.int32_packing import pack_int32
@@ -97,6 +97,9 @@ def config_keys(config: Any) -> dict[str, Any]:
             f"export: mlx: model type {config.model_type!r} was not compared with mlx-lm; tested are {tested}"
         )
     parameters = rope(config)
+    for feature, words in features(config):
+        if feature not in family.computes and feature != "windows":
+            raise UserError(f"export: mlx: {config.model_type} with {words}, which mlx-lm leaves out; export to gguf")
     if family.periodic:
         assert parameters.windowed is not None, "layers with a window have rotary embeddings of their own"
         kinds = list(config.layer_types)
@@ -121,7 +124,7 @@ def _forms() -> tuple[Form, ...]:
     """A form for each width and zero."""
     held = {(w, zero): tuple(b for b in range(1, 9) if width(b, zero) == w) for w in WIDTHS for zero in _ZEROS}
     return tuple(
-        Form(name=f"{w} bits", bits=bits, zeros=(zero,), kinds=ALL_KINDS, group_of=GROUPS[-1])
+        Form(name=f"{w} bits", width=w, bits=bits, zeros=(zero,), kinds=ALL_KINDS, group_of=GROUPS[-1])
         for (w, zero), bits in held.items()
         if bits
     )
@@ -134,6 +137,10 @@ class Mlx(Format):
     summary = "packed codes with scales and biases, for MLX on Apple's processors"
     forms = _forms()
     engines = (Engine(name="mlx", bits=tuple(range(1, 9)), zeros=_ZEROS),)
+
+    def require_config(self, config: Any, engine: str | None = None) -> None:
+        """Raise a `UserError` for a model that mlx-lm would compute otherwise, or that was not compared with it."""
+        config_keys(config)
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Packed codes where a form took the layer, float matrices elsewhere."""

@@ -40,7 +40,10 @@ class PeftLora(Format):
     forms = ()
     dense = ALL_KINDS
     adapters = "kept"
-    engines = (Engine(name="transformers", bits=(), zeros=()), Engine(name="vllm", bits=(), zeros=()))
+    engines = (
+        Engine(name="transformers", bits=(), zeros=()),
+        Engine(name="vllm", bits=(), zeros=(), lacks=frozenset({"implied heads"})),
+    )
 
     def adapter_refusal(self, layer: Layer) -> Refusal | None:
         """Only what is an ordinary LoRA."""

@@ -136,6 +136,14 @@ REACHES = (
     ),
     Reach(
         library="torch",
+        what="`torch._assert_async`, an assertion that a GPU makes by itself",
+        why="an id outside the vocabulary must not be read, nor the GPU waited for to know it",
+        where=("kernels/arguments.py::_within_on_device",),
+        test="tests/kernels/test_arguments.py::test_on_a_gpu_ids_are_asserted_there",
+        names=("_assert_async",),
+    ),
+    Reach(
+        library="torch",
         what="`_get_current_dispatch_mode`, asked before a table is kept",
         why="a fake table must not be handed out later",
         where=("quant/codebook.py::_tensor",),

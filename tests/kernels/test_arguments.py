@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.kernels import arguments, channel, cpu, dequantize, triton_gpu
+from trimtab.kernels import arguments, cpu, dequantize, triton_gpu
 from trimtab.kernels.arguments import OPERATORS
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
@@ -170,6 +170,14 @@ def test_ids(kind: str, torch_only: bool, monkeypatch: pytest.MonkeyPatch) -> No
                 layer(ids.to(dtype))
 
 
+def test_on_a_gpu_ids_are_asserted_there() -> None:
+    """Without waiting for their values, by torch's own assertion, which the CPU has, too."""
+    arguments._within_on_device(torch.tensor([0, 7]), 8)
+    for bad in (-1, 8):
+        with pytest.raises(RuntimeError, match="a row outside 0 to 7 of a stored weight: a token id beyond"):
+            arguments._within_on_device(torch.tensor([0, bad]), 8)
+
+
 @pytest.mark.parametrize("batch", [(0,), (0, 4), (2, 0), (1,), (1, 1), (3, 1)])
 @pytest.mark.parametrize("shape", [(1, 32), (1, 1), (9, 1), (5, 7)])
 def test_small_and_empty_batches_and_layers(batch: tuple[int, ...], shape: tuple[int, int]) -> None:
@@ -245,4 +253,3 @@ def test_one_place_takes_pointers_and_every_backend_is_checked() -> None:
     assert pointers("def f(t):\n    return t.data_ptr()") == [2]
     for name in dequantize._OPERATORS:
         assert all(hasattr(f, "__wrapped__") for _, f in backends(name) if not isinstance(f, torch._ops.OpOverload))
-    assert channel.FEW < 1

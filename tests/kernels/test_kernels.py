@@ -248,7 +248,7 @@ def test_gradients_where_more_levels_clip_than_one_chunk_holds() -> None:
     """As above, through the gradients of a layer."""
     grid = Grid(3, None, "integer")
     weight = AffineWeight.quantize(random(40, 70, seed=0), grid, "fixed8")
-    about = weight.described(weight.range(), (random(4, 70, seed=1), random(40, 4, seed=2)), 0.5)
+    about = weight.described(weight.range(), (random(4, 70, seed=1), random(40, 4, seed=2)), 3.0)
     clipped = channel.clipped_levels(about, 70)
     assert len(clipped[0]) > 512
     assert len(clipped[0]) % 512

@@ -25,7 +25,6 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from trimtab.errors import UserError
 from trimtab.quant.codebook import DOUBLE_BLOCK
@@ -224,15 +223,11 @@ def within(indices: Tensor, size: int) -> None:
 
     On a GPU, whose numbers are not waited for, it is torch's own assertion on the device that fails.
     """
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise UserError(f"rows are asked for by {described(indices)}; give int64 or int32 ids")
+    _ids(indices)
     if not indices.numel() or indices.is_meta:
         return
     if indices.is_cuda:
-        inside = ((indices >= 0) & (indices < size)).all()
-        torch._assert_async(
-            inside, f"a row outside 0 to {size - 1} of a stored weight: a token id beyond the vocabulary?"
-        )
+        _within_on_device(indices, size)
         return
     least, most = (int(t) for t in torch.aminmax(indices))
     if least < 0 or most >= size:
@@ -242,13 +237,26 @@ def within(indices: Tensor, size: int) -> None:
         )
 
 
+def _ids(indices: Tensor) -> None:
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"rows are asked for by {described(indices)}; give int64 or int32 ids")
+
+
+def _within_on_device(indices: Tensor, size: int) -> None:
+    inside = ((indices >= 0) & (indices < size)).all()
+    torch._assert_async(inside, f"a row outside 0 to {size - 1} of a stored weight: a token id beyond the vocabulary?")
+
+
 def rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows that are asked for, checked; the tensor itself where none are."""
+    """The rows that are asked for, by name if one is not there; the tensor itself where none are."""
     if rows is None:
         return tensor
-    if not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None:
+    _ids(rows)
+    try:  # unlike `tensor[rows]`, it takes no row from the end for an id of -1
+        return F.embedding(rows, tensor)
+    except IndexError:
         within(rows, len(tensor))
-    return F.embedding(rows, tensor)  # unlike `tensor[rows]`, it takes no row from the end for an id of -1
+        raise
 
 
 # ---- in use -----------------------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ parameters of any module. What that does depends on the tensor:
               float type is taken as it is; another shape or device is refused.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -20,16 +18,16 @@ Kept = dict[str, tuple[torch.dtype, torch.Size]]
 """Dtype and shape that each stored tensor was made with."""
 
 
-def kept(tensors: Mapping[str, Tensor | None]) -> Kept:
-    """What `stored` holds these tensors to."""
-    return {name: (t.dtype, t.shape) for name, t in tensors.items() if t is not None}
+def kept(weight: nn.Module) -> Kept:
+    """What `stored` holds the parameters of a weight to."""
+    return {name: (p.dtype, p.shape) for name, p in weight.named_parameters(recurse=False)}
 
 
-def stored(whose: str, expected: Kept, tensors: Mapping[str, Tensor | None]) -> None:
+def stored(whose: str, expected: Kept, weight: nn.Module) -> None:
     """A `UserError` unless every tensor has its dtype and shape, is contiguous, and all are on one device."""
     first: tuple[str, torch.device] | None = None
     for name, (dtype, shape) in expected.items():
-        t = tensors[name]
+        t = getattr(weight, name)
         if t is None or t.dtype != dtype or t.shape != shape or not t.is_contiguous():
             wanted = f"contiguous {str(dtype).removeprefix('torch.')} {tuple(shape)}"
             raise UserError(f"{whose}: {name} is {described(t)} and should be {wanted}; {CAST}")

@@ -55,7 +55,7 @@ class Weight(nn.Module, ABC):
     def intact(self) -> Self:
         """This weight; a `UserError` that names the tensor if one is no longer as it was stored."""
         whose = f"{type(self).__name__} of {self.shape[0]} x {self.shape[1]}"
-        intact.stored(whose, self._kept, self._parameters)
+        intact.stored(whose, self._kept, self)
         return self
 
     @property
@@ -138,7 +138,7 @@ class AffineWeight(Weight):
         self.scale = _frozen(range_.scale_NG.to(grid.storage))
         self.zero = None if range_.zero_NG is None else _frozen(range_.zero_NG.to(torch.uint8))
         self.offset = None if range_.offset_NG is None else _frozen(range_.offset_NG.to(grid.storage))
-        self._kept = intact.kept(self._parameters)
+        self._kept = intact.kept(self)
 
     @property
     def grid(self) -> Grid:
@@ -280,7 +280,7 @@ class CodebookWeight(Weight):
         self.absmax_scale = _frozen(absmax[1]) if grid.double_quant else None
         self.absmax_mean = _frozen(absmax[2]) if grid.double_quant else None
         self.offset = None if offset_NG is None else _frozen(offset_NG.float())
-        self._kept = intact.kept(self._parameters)
+        self._kept = intact.kept(self)
 
     @property
     def grid(self) -> CodebookGrid:

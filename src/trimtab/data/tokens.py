@@ -157,7 +157,7 @@ class _Given(NamedTuple):
         for key in path[:-1]:
             block = block[key]
         del block[path[-1]]
-        return self._replace(rendering=rendering)
+        return _Given(self.messages, self.asked, rendering)
 
 
 def render(given: _Given, tokenizer: PreTrainedTokenizerBase, where: object, *, asked: bool = False) -> str:

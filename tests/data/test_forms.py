@@ -79,7 +79,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [USER, {**ANSWER, "weight": 0}]},
         "'weight' of message 2 is 0, but the answer at the end is trained whole",
     ),
-    "a question as a completion": ({"prompt": [USER], "completion": [USER, ANSWER]}, r"'completion\[0\]' has the role 'user'"),
+    "a question as a completion": (
+        {"prompt": [USER], "completion": [USER, ANSWER]},
+        r"'completion\[0\]' has the role 'user'",
+    ),
 }
 
 
@@ -128,7 +131,9 @@ def test_what_a_template_is_given(tmp_path: Path) -> None:
 
 def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     for row in ('{"text": "a", "text": "b"}', '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'):
-        with pytest.raises(UserError, match=r"rows\.jsonl, line 2: the key '(text|content)' stands in one object twice"):
+        with pytest.raises(
+            UserError, match=r"rows\.jsonl, line 2: the key '(text|content)' stands in one object twice"
+        ):
             rows_of(tmp_path, {"text": "fine"}, row)
 
 

@@ -24,12 +24,15 @@ THINKING = (
     "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
     "{% for m in messages %}{{ m.role }}: "
     "{% if m.reasoning_content and (loop.last or keep_thoughts) %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}"
     "\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 
-def tokenizer(template: str | None = tiny.TEMPLATE, *, begins: bool = True, ends: bool = False) -> PreTrainedTokenizerFast:
+def tokenizer(
+    template: str | None = tiny.TEMPLATE, *, begins: bool = True, ends: bool = False
+) -> PreTrainedTokenizerFast:
     """tiny's byte tokenizer with a beginning-of-sequence token, which it puts before a text or not."""
     made = tiny.tokenizer(template)
     made.add_special_tokens({"bos_token": "<s>"})
@@ -48,7 +51,9 @@ def chat(asked: str, answer: str, **keys: Any) -> dict[str, Any]:
 
 
 def ids_of(rows: Any, made: Any) -> list[list[int]]:
-    texts = [rendered(row, made, "row") if "text" not in row and isinstance(row["prompt"], list) else None for row in rows]
+    texts = [
+        rendered(row, made, "row") if "text" not in row and isinstance(row["prompt"], list) else None for row in rows
+    ]
     head = head_of(made)
     return [tokens_of_row(row, made, "row", head, text).ids for row, text in zip(rows, texts, strict=True)]
 
@@ -77,7 +82,9 @@ def test_a_conversation_begins_as_its_template_says(tmp_path: Path, begins: bool
     none, written = tokenizer("{{ messages[0].content }}x", begins=begins), tokenizer(begins=begins)
     written.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     rows = loaded(tmp_path, chat("a", "b"), chat("<s>a", "b"))
-    assert [made[:2] for made in ids_of(rows, written)] == [[BOS, written("a", add_special_tokens=False)["input_ids"][0]]] * 2
+    assert [made[:2] for made in ids_of(rows, written)] == [
+        [BOS, written("a", add_special_tokens=False)["input_ids"][0]]
+    ] * 2
     assert BOS not in ids_of(rows, none)[0]
 
 
@@ -114,7 +121,9 @@ def test_what_is_learned_of_a_row(tmp_path: Path) -> None:
     assert [found.learned(n) for n in (None, 99, 7, 6, 5, 4, 1)] == [3, 3, 3, 2, 1, 0, 0]
     [row] = loaded(tmp_path, {"text": "ab"})
     assert tokens_of_row(row, made, "row", head_of(made)).learned() == 3
-    assert tokens_of_row(row, tokenizer(None, begins=False), "row", []).learned() == 2  # nothing stands before the first
+    assert (
+        tokens_of_row(row, tokenizer(None, begins=False), "row", []).learned() == 2
+    )  # nothing stands before the first
 
 
 def given(row: dict[str, Any], folder: Path, **more: Any) -> Any:
@@ -128,7 +137,9 @@ def test_what_a_template_reads_is_used(tmp_path: Path) -> None:
     row = given(chat("a", "b"), tmp_path, tools=tools, chat_template_kwargs={"keep_thoughts": False})
     text = rendered(row, made, "row 1")
     assert "look_up" in text
-    assert list(text_of(loaded(tmp_path, {**chat("a", "b"), "tools": tools}), made)) == [text]  # measured as it is trained
+    assert list(text_of(loaded(tmp_path, {**chat("a", "b"), "tools": tools}), made)) == [
+        text
+    ]  # measured as it is trained
     found = tokens_of_row(row, made, "row 1", head_of(made), text)
     assert "look_up" in made.decode(found.ids[: found.learned_from])
     earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hm"}]
@@ -151,7 +162,9 @@ def test_what_a_template_does_not_read_is_refused(tmp_path: Path, more: dict[str
         rendered(given(chat("a", "b"), tmp_path, **more), tokenizer(CHATML), "row 1")
 
 
-@pytest.mark.parametrize("template", ["{{ messages[9].content }}", "{{ 1 + 'a' }}", "{{ raise_exception('no') }}", "{% for %}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[9].content }}", "{{ 1 + 'a' }}", "{{ raise_exception('no') }}", "{% for %}"]
+)
 def test_a_template_that_fails(tmp_path: Path, template: str) -> None:
     with pytest.raises(UserError, match="data, row 1: the tokenizer's chat template refuses it"):
         rendered(given(chat("a", "b"), tmp_path), tokenizer(template), "row 1")

@@ -1,4 +1,4 @@
-"""What is left to learn of the rows: refused where it is nothing, counted where it is less, and exactly what TRL trains on."""
+"""What is left to learn of the rows: refused where it is nothing, counted where it is less; exactly what TRL trains on."""
 
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ def test_no_label_left_in_any_sequence(tmp_path: Path, packing: str) -> None:
     """Training on nothing: prompts longer than block_tokens gave a loss of 0.000 and a saved model, or a traceback."""
     rows = [{"prompt": "word " * 60, "completion": " answer"}] * 7 + asked((40, 3))
     said = (
-        r"nothing to learn in 8 rows: of 8 the prompt alone fills data.block_tokens = 32 \(40 to 300 tokens; the first is row "
-        r"1 \(.*rows\.jsonl, line 1\)\); raise"
+        r"nothing to learn in 8 rows: of 8 the prompt alone fills data.block_tokens = 32 \(40 to 300 tokens; the first is "
+        r"row 1 \(.*rows\.jsonl, line 1\)\); raise"
     )
     with pytest.raises(UserError, match=said):
         made(tmp_path, *rows, packing=packing, block_tokens=32)
@@ -122,7 +122,9 @@ def test_what_is_said_before_training(tmp_path: Path) -> None:
     found = made(tmp_path, *rows, tokenizer=long, ignore=["grade"], block_tokens=64).notes
     assert found[0] == "data: keys of rows that are not used: grade, id"
     assert "have an answer of which the chat template leaves something out, which is then not learned" in found[1]
-    merging = tiny.tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}")
+    merging = tiny.tokenizer(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    )
     [merged, endless] = made(tmp_path, {"instruction": "a", "output": "b"}, tokenizer=merging).notes
     assert "have a prompt whose last tokens are other ones when an answer follows" in merged
     assert "ends an answer with '', in which there is no token of its own" in endless
@@ -145,7 +147,7 @@ def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:
     tokenizer.eos_token = tokenizer.pad_token = None
     chat = {"instruction": "a", "output": "b"}
     for row in ({"text": "a"}, {"prompt": "a", "completion": "b"}, chat):
-        with pytest.raises(UserError, match="no end-of-sequence token, .*name one of its tokens as `eos_token`"):
+        with pytest.raises(UserError, match=r"no end-of-sequence token, .*name one of its tokens as `eos_token`"):
             made(tmp_path, row, tokenizer=tokenizer)
     tokenizer.pad_token = "a"
     assert made(tmp_path, chat, tokenizer=tokenizer, block_tokens=64).end is None

@@ -157,7 +157,7 @@ class _Given(NamedTuple):
         for key in path[:-1]:
             block = block[key]
         del block[path[-1]]
-        return self._replace(rendering=rendering)
+        return _Given(self.messages, self.asked, rendering)
 
 
 def render(given: _Given, tokenizer: PreTrainedTokenizerBase, where: object, *, asked: bool = False) -> str:
@@ -169,7 +169,9 @@ def render(given: _Given, tokenizer: PreTrainedTokenizerBase, where: object, *, 
     arguments = given.rendering.get("chat_template_kwargs", {})
     own = [name for name in arguments if name in inspect.signature(tokenizer.apply_chat_template).parameters]
     if own:
-        raise UserError(f"data, {where}: chat_template_kwargs has {own[0]!r}, which is no argument of a template; remove it")
+        raise UserError(
+            f"data, {where}: chat_template_kwargs has {own[0]!r}, which is no argument of a template; remove it"
+        )
     try:
         text = tokenizer.apply_chat_template(
             messages[: given.asked] if asked else messages,
@@ -208,8 +210,8 @@ def _check_read(given: _Given, text: str, tokenizer: PreTrainedTokenizerBase, wh
             continue
         if render(given.without(*path), tokenizer, where) == text:
             raise UserError(
-                f"data, {where}: the tokenizer's chat template does not render {what}, so it would be dropped; remove it, write "
-                "it into the messages, or use a template that does"
+                f"data, {where}: the tokenizer's chat template does not render {what}, so it would be dropped; remove it, "
+                "write it into the messages, or use a template that does"
             )
 
 
@@ -235,7 +237,7 @@ def left_out(row: Mapping[str, Any], text: str) -> tuple[bool, bool]:
 
 
 def end_of_turns(row: Mapping[str, Any], text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str]:
-    """The token by which a template ends an answer, if it is one that a text cannot hold; and what follows the answer.
+    """The token by which a template ends an answer, if it has one of its own; and what follows the answer.
 
     Args:
         row: a conversation.

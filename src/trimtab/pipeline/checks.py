@@ -40,6 +40,7 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     rows, held_out = _rows(recipe)
     source = open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
+    _check_padding(recipe, source)
     layout = source.layout()
     _check_stages(recipe, source, layout)
     vocabulary, notes = layout.config.get_text_config().vocab_size, _check_length(recipe, layout)
@@ -91,6 +92,17 @@ def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) 
     check_teacher(recipe, source)
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
+
+
+def _check_padding(recipe: Recipe, source: ModelSource) -> None:
+    """Refuse a padding token that the embedding has no row for: the model could not be made."""
+    config = source.config().get_text_config()
+    pad, vocabulary = getattr(config, "pad_token_id", None), config.vocab_size
+    if isinstance(pad, int) and pad >= vocabulary:
+        raise UserError(
+            f"model.path: {recipe.model.path}: pad_token_id is {pad}, but the model has {vocabulary} tokens; correct its "
+            "config.json"
+        )
 
 
 def _check_length(recipe: Recipe, layout: PreTrainedModel) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ class Results:
     def equivalent(self, a_break: Break) -> bool:
         """Whether the list says, with a reason, that no test could tell."""
         path = a_break.path.relative_to(self._root).as_posix()
-        return bool({(path, a_break.source, change) for change in (a_break.change, "*")} & self._equivalents)
+        return (path, a_break.source, a_break.change) in self._equivalents
 
     def verdict(self, a_break: Break) -> str:
         """killed, survived, unreached, invalid, or nothing yet."""

@@ -177,8 +177,8 @@ def test_lora_is_that_of_peft() -> None:
     ("wrong", "said"),
     [
         ({"rank": 0}, "rank 0"),
-        ({"pool": 5}, "pool 5 does not divide the 32 input features"),
-        ({"repeat": 5}, "repeat 5 does not divide the 12 output features"),
+        ({"pool": 5}, r"pool 5 does not divide the 32 input features; use one of \[1, 2, 4, 8, 16, 32\]"),
+        ({"repeat": 5}, r"repeat 5 does not divide the 12 output features; use one of \[1, 2, 4\]"),
         ({"pool": 0}, "pool 0"),
         ({"repeat": -1}, "repeat -1"),
     ],

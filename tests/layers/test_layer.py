@@ -113,6 +113,16 @@ def test_a_master_follows_its_own_scale() -> None:
     assert flips == {"qat": True, "lr-": False}
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_a_weight_is_laid_out_in_the_dtypes_that_it_is_stored_in(name: str) -> None:
+    """Loading fills what was laid out: levels kept in float32 would be read into bfloat16 without a word."""
+    base = cases.build(SOME[name]).base
+    with torch.device("meta"):
+        laid_out = tensors(weights.from_spec(base.spec()))
+    about = {n: (t.shape, t.dtype) for n, t in tensors(base).items()}
+    assert {n: (t.shape, t.dtype) for n, t in laid_out.items()} == about
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_matrix_is_the_same_with_and_without_its_graph(name: str) -> None:
     layer = cases.build(TRAINED[name])

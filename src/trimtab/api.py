@@ -208,10 +208,11 @@ def harness(
     asking.check_tasks(tasks, data)
     if out is None and not Path(path).is_dir():
         raise UserError(f"{path}: is no directory to write harness.json into; pass --out")
+    file = out or str(Path(path) / "harness.json")
+    asking.check_out(file)
     paths = (path,) if other is None else (path, other)
     scores = {name: asking.run(*load_as_it_is(name), tasks, data or "", limit=limit) for name in paths}
     found = [] if other is None else asking.differences(scores[path], scores[other])
-    file = out or str(Path(path) / "harness.json")
     asking.write(file, scores, found)
     if out is None:
         add(Path(path), ("harness.json",))

@@ -150,11 +150,11 @@ def _check_journal(path: Path) -> None:
 
 def busy(url: str, name: str) -> bool:
     """Whether somebody alive is at work on a study."""
-    for study in _storage(url).get_all_studies():
-        if study.study_name == name:
-            running = _storage(url).get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,))
-            return any(_at_work(trial.user_attrs) for trial in running)
-    return False
+    if not begun(url, name):
+        return False
+    storage = _storage(url)
+    running = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False, states=(TrialState.RUNNING,))
+    return any(_at_work(trial.user_attrs) for trial in running)
 
 
 def _at_work(about: dict[str, Any]) -> bool:

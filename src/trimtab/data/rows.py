@@ -168,7 +168,7 @@ def _hub_rows(path: str, split: str) -> Iterator[Located]:
 
     repo, _, commit = path.partition("@")
     try:
-        dataset = load_dataset(repo, split=split, revision=commit or None)
+        dataset = load_dataset(repo, split=split, **({"revision": commit} if commit else {}))
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # unknown, offline, bad split, needs a script
         raise UserError(
             f"{path}: not a local file, and the hub did not give the split {split!r} of it ({_one_line(error)}); check "

@@ -249,6 +249,17 @@ def _coin(a: int, b: int) -> float:
     return min(1.0, 2 * tail)
 
 
+def check_out(path: str | Path) -> None:
+    """Raise a `UserError` for a file that is there and holds no scores: `write` would replace it."""
+    file = Path(path)
+    if not file.exists():
+        return
+    try:
+        read(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: is there already and holds no scores; pass another --out") from error
+
+
 def write(path: str | Path, scores: Mapping[str, Sequence[Score]], found: Sequence[Difference] = ()) -> None:
     """Scores of each model, with their items, and differences between them, as JSON."""
     models = {name: [asdict(score) for score in some] for name, some in scores.items()}

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
+from trimtab.formats.holding import holding
 from trimtab.models.located import files_of
 from trimtab.models.sources import ModelSource
 from trimtab.recipe.inputs import digest
@@ -303,21 +304,24 @@ def ask(
         say: told what happens.
 
     Raises:
-        UserError: for a directory that holds something else, or a model that is no float model.
+        UserError: for a directory that holds something else or that another process fills, or a model that is no float
+            model.
     """
     folder = recipe.teacher_cache
     if folder is None or not recipe.train.steps:
         return
-    cache = Cache(folder, Key.of(recipe, tokenizer, rows))
-    if cache.complete:
+    key = Key.of(recipe, tokenizer, rows)
+    if Cache(folder, key).complete:
         say(f"learning from the float model's predictions in {folder}")
         return
-    if cache.differs:
-        say(f"{folder}: was made with another {', '.join(cache.differs)}; made anew")
-    say(f"asking the float model about the training sequences, into {folder}")
-    model = load_teacher(recipe, source)
-    sequences, collate = packed(model, tokenizer, recipe, rows)
-    cache.fill(LiveTeacher(model), sequences, collate, at_once=recipe.train.micro_batch)
+    with holding(folder):
+        cache = Cache(folder, key)
+        if cache.differs:
+            say(f"{folder}: was made with another {', '.join(cache.differs)}; made anew")
+        say(f"asking the float model about the training sequences, into {folder}")
+        model = load_teacher(recipe, source)
+        sequences, collate = packed(model, tokenizer, recipe, rows)
+        cache.fill(LiveTeacher(model), sequences, collate, at_once=recipe.train.micro_batch)
 
 
 def attach(trainer: Any, recipe: Recipe, tokenizer: Any, rows: Any) -> None:

@@ -325,6 +325,22 @@ REACHES = (
     ),
     Reach(
         library="transformers",
+        what="rotary modules made anew from their config, and the buffers and factors that they keep",
+        why="what a GGUF file's keys say is held against the frequencies that transformers computes",
+        where=("formats/gguf/rotary.py::of_model", "formats/gguf/families.py::_rope"),
+        test="tests/formats/test_gguf_settings.py::test_a_written_file_computes_what_was_trained",
+        names=("compute_default_rope_parameters", "inv_freq", "attention_scaling", "ROPE_INIT_FUNCTIONS"),
+    ),
+    Reach(
+        library="transformers",
+        what="`head_dim` and `scaling` of attention modules; all fields of the configs of the families that are written",
+        why="llama.cpp computes them from a file's keys, or has them compiled in",
+        where=("formats/gguf/settings.py::_require_attention", "formats/gguf/families.py::_COMPUTED"),
+        test="tests/formats/test_gguf_settings.py::test_a_field_of_a_config_that_is_not_known_is_refused",
+        names=("head_dim", "scaling", "query_pre_attn_scalar"),
+    ),
+    Reach(
+        library="transformers",
         what="`scalar_embed_scale` of Gemma's embedding",
         why="our embedding multiplies rows by it, too; a tied head does not",
         where=("models/architecture.py::Architecture", "models/decoder.py::embedding_scale"),
@@ -678,7 +694,13 @@ REACHES = (
         library="llama-cpp-python",
         what="metadata, order of rows and names of pre-tokenizers that are compiled into llama.cpp",
         why="a file that says otherwise loads, and is another model",
-        where=("models/architecture.py::Gguf", "formats/gguf/vocabulary.py::PRE_TOKENIZERS"),
+        where=(
+            "models/architecture.py::Gguf",
+            "formats/gguf/vocabulary.py::PRE_TOKENIZERS",
+            "formats/gguf/vocabulary.py::_STOPS_BY_NAME",
+            "formats/gguf/settings.py::_DEFAULTS",
+            "formats/gguf/rotary.py::of_keys",
+        ),
         test="tests/serving/test_llama_cpp.py::test_llama_cpp_cuts_text_into_the_same_tokens",
     ),
     Reach(

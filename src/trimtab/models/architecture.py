@@ -202,7 +202,7 @@ FAMILIES: Mapping[str, Architecture] = {
             **_GEMMA,
             **_CAPS,
             gguf=Gguf(architecture="gemma3", **_GEMMA_GGUF, window_every=6, large_layers=62),
-            mlx=Mlx(periodic=True, computes=frozenset({"windows"})),
+            mlx=Mlx(periodic=True, computes=frozenset({"windows", "linear"})),
         ),
     )
 }

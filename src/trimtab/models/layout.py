@@ -93,10 +93,11 @@ def _empty(model: PreTrainedModel, passing: set[str]) -> None:
 
     Some constructors make tensors in ways that the meta device does not see: what is not read would keep those numbers.
     """
-    kept = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
+    dtype: Any = model.config.dtype or torch.get_default_dtype()
+    kept = model._get_dtype_plan(dtype)
     pattern, by_group, _ = build_glob_alternation(list(kept))
     for name, module, last, tensor in list(tensors_of(model)):
         found = pattern.search(name) if kept else None
-        dtype = tensor.dtype if found is None else kept[by_group[str(found.lastgroup)]]
+        own = tensor.dtype if found is None else kept[by_group[str(found.lastgroup)]]
         if name not in passing:
-            put(module, last, tensor.to("meta", dtype))
+            put(module, last, tensor.to("meta", own))

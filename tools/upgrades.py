@@ -256,7 +256,7 @@ REACHES = (
         library="transformers",
         what="`AutoModelForCausalLM._model_mapping`, asked whether it holds a config's class",
         why="a model of another kind is named, instead of a list of all that there are",
-        where=("models/layout.py::_refusal",),
+        where=("models/layout.py::_refusal", "models/layout.py::require_lasting"),
         test="tests/models/test_checkpoint.py::test_a_class_that_is_no_causal_model_is_named",
         names=("_model_mapping",),
     ),

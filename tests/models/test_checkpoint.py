@@ -276,6 +276,43 @@ def test_loading_is_preparing_in_every_layout(model_type: str, made: Callable[[s
     assert not [n for n in one if "adapter" not in n and not torch.equal(one[n], two[n])]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "match"),
+    [
+        ("gpt_neox", "*"),
+        ("mixtral", "*"),
+        ("qwen3_5", "*"),
+        ("gemma3", "model.language_model.*"),
+        ("got_ocr2", "model.language_model.*"),
+    ],
+)
+def test_what_is_saved_is_loaded_again(
+    model_type: str, match: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A vision-language model was trained, folded and saved, and could not be loaded again."""
+    rules = [{"match": match, "grid": {"bits": 4}}, {"match": "*", "grid": None}]
+    model, tokenizer = load(str(made(model_type)), Rtn(), rules, dtype=torch.float32)
+    expected = families.logits(model)
+    tt.save(model, tmp_path / "saved", tokenizer)
+    again, _ = load(str(tmp_path / "saved"), dtype=torch.float32)
+    assert torch.equal(families.logits(again), expected)
+    file = tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(file)
+    for changed, said in (
+        (dict(list(tensors.items())[1:]), "no tensor"),
+        (tensors | {"stray": torch.ones(2)}, "stray"),
+    ):
+        save_file(changed, file, {"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            load(str(tmp_path / "saved"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("model_type", ["emu3", "mllama"])
+def test_what_could_not_be_loaded_again_is_refused(model_type: str, made: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match="what is saved of it could not be loaded again"):
+        load(str(made(model_type)), Rtn(), GRID)
+
+
 # ---- whose it is ----------------------------------------------------------------------------------------------------
 
 

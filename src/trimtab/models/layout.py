@@ -50,6 +50,18 @@ def _refusal(config: Any, error: ValueError) -> str:
     )
 
 
+def require_lasting(path: str, model: PreTrainedModel) -> None:
+    """Raise a `UserError` if what is saved of a model could not be loaded again.
+
+    Of some families AutoModelForCausalLM takes the config of the whole, but not that of the part which it makes of it.
+    """
+    if type(model.config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"model.path: {path}: transformers makes a {type(model).__name__} of it, whose own config (model_type "
+            f"{model.config.model_type}) AutoModelForCausalLM does not take: what is saved of it could not be loaded again"
+        )
+
+
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """All that modules hold themselves, parameters and buffers: full name, module, name in it, tensor."""
     for prefix, module in model.named_modules():

@@ -20,10 +20,6 @@ _NAMES = {
         hidden_size n_embd d_model dim n_embed emb_dim embed_dim embedding_size attention_hidden_size d_embed
         word_embed_proj_dim embedding_dim lru_width hidden_dim
     """,
-    48: """
-        intermediate_size ffn_dim n_inner d_ff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim d_inner dff
-        shared_intermediate_size feed_forward_size dim_ff
-    """,
     16: """
         moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size
         expert_ffn_hidden_size intermediate_size_mlp qk_head_dim q_lora_rank kv_lora_rank lora_rank o_lora_rank
@@ -49,15 +45,21 @@ _NAMES = {
         ssm_state_size
     """,
     1: """
-        n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_groups
+        n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_groups num_expert_group
+        first_k_dense_replace num_dense_layers moe_layer_start_index
     """,
     64: """
+        intermediate_size ffn_dim n_inner d_ff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim d_inner dff
+        shared_intermediate_size feed_forward_size dim_ff
         max_position_embeddings n_positions n_ctx max_target_positions max_source_positions max_seq_len
         model_max_length
     """,
 }
 SMALL = {name: size for size, names in _NAMES.items() for name in names.split()}
 """Sizes by the names that configs give them."""
+
+KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
+"""Keys of what each layer is."""
 
 ALWAYS = {"head_dim", "num_key_value_heads"}
 """Set even where the default is None."""
@@ -101,7 +103,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": DOTS3,
     "gemma3n_text": {
-        "intermediate_size": 48,
+        "intermediate_size": 64,
         "activation_sparsity_pattern": None,
         "num_kv_shared_layers": 0,
         "num_hidden_layers": 2,
@@ -113,7 +115,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": GEMMA4,
     "falcon_h1": {"mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "got_ocr2": {"vision_config": {"output_channels": 16, "mlp_dim": 48}},
+    "got_ocr2": {"vision_config": {"output_channels": 16, "mlp_dim": 64}},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
@@ -162,6 +164,7 @@ def _values(kind: type[PreTrainedConfig], extra: dict[str, Any]) -> dict[str, An
     keys = {getattr(kind, "attribute_map", {}).get(key, key) for key in default.to_dict()}
     latent = "kv_lora_rank" in keys and "per_layer_config" not in keys
     found: dict[str, Any] = {}
+    kinds: dict[str, list[str]] = {}
     for key in sorted(keys - extra.keys()):
         value = _default(default, key)
         if value is _VARYING:
@@ -170,11 +173,11 @@ def _values(kind: type[PreTrainedConfig], extra: dict[str, Any]) -> dict[str, An
             found[key] = SMALL[key]
         elif key.endswith("_token_id") and isinstance(value, int):
             found[key] = min(value, VOCABULARY - 1)
-        elif key in ("layer_types", "layers_block_type") and value:  # one layer of each kind
-            kinds = list(dict.fromkeys(value))
-            found[key] = (kinds * LAYERS)[: max(LAYERS, len(kinds))]
-    if depth := next((len(found[key]) for key in ("layer_types", "layers_block_type") if key in found), None):
-        found["num_hidden_layers"] = depth
+        elif key in KINDS and value:
+            kinds[key] = list(dict.fromkeys(value))
+    if kinds:  # a layer of each kind
+        depth = max(LAYERS, *map(len, kinds.values()))
+        found |= {key: (some * depth)[:depth] for key, some in kinds.items()} | {"num_hidden_layers": depth}
     if latent:  # keys and values of every head come out of one latent vector
         found.pop("head_dim", None)
         if "num_key_value_heads" in found:
@@ -224,8 +227,11 @@ def write(model_type: str, path: Path) -> Path:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    """Of twelve tokens."""
+    """Of twelve tokens. The last bit of a product depends on where its factors lie, and those that transformers read lie
+    in the mapped file: so they are moved."""
     torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         found: Tensor = model(input_ids=torch.arange(12)[None] * 5 % 90, use_cache=False).logits
     return found

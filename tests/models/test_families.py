@@ -43,3 +43,14 @@ def test_loading_is_exactly_transformers(model_type: str, tmp_path: Path) -> Non
 
 def test_no_family_is_left_out() -> None:
     assert families.NOT_BUILT.keys() | families.EXCEPTIONS.keys() <= set(families.families())
+
+
+def test_the_page_has_a_row_for_every_family() -> None:
+    """docs/families.md, written by `tools/families.py` from the same models."""
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = dict(line.strip("| ").split(" | ", 1) for line in page.splitlines() if line.startswith("| "))
+    del rows["family"]
+    assert list(rows) == families.families(), "run: python tools/families.py"
+    assert rows == {
+        name: f"not tried: {families.NOT_BUILT[name]}" if name in families.NOT_BUILT else "yes" for name in rows
+    }

@@ -1,8 +1,8 @@
 """The safetensors of a folder, by the names that stand in them: which files count, and what each tensor is.
 
 transformers reads the file that config.json names, else `model.safetensors`, else all files that the index names; whatever
-else lies in the folder is not the model's. Where it would find nothing, all files together are taken, if no tensor stands in
-two of them. Only headers are read here; a tensor is mapped when it is asked for.
+else lies in the folder is not the model's. Where it would find nothing, all files are taken together, if no tensor stands
+in two of them. Only headers are read here; a tensor is mapped when it is asked for.
 """
 
 import json

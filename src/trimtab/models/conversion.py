@@ -35,7 +35,7 @@ class _Made:
 
     first: str
     """The first tensor of the model that comes out; its dtype is the dtype of what goes in."""
-    rule: WeightTransform
+    rule: WeightRenaming | WeightConverter
     parts: list[tuple[str, str]] = field(default_factory=list)
     """What goes in: the rule's pattern, and the name in the checkpoint."""
 
@@ -46,7 +46,7 @@ class _Made:
         rule = copy.deepcopy(self.rule)
         for pattern, name in self.parts:
             rule.add_tensor(self.first, name, pattern, tensors[name])  # type: ignore[arg-type]
-        made = rule.convert(self.first, model=shapes, config=shapes.config)  # type: ignore[arg-type]
+        made = rule.convert(self.first, model=shapes, config=shapes.config)
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
 
@@ -90,7 +90,7 @@ class Conversion:
         self._report(model, unexpected)
         self._tie(model)
         # What `save_pretrained` undoes.
-        model._weight_conversions = [rule for rule in mapping if rule.was_used()]
+        model._weight_conversions = [rule for rule in mapping if rule.was_used()]  # type: ignore[assignment]
 
     def _assigned(
         self, model: PreTrainedModel, mapping: list[WeightTransform]

@@ -50,6 +50,18 @@ def _refusal(config: Any, error: ValueError) -> str:
     )
 
 
+def require_lasting(path: str, model: PreTrainedModel) -> None:
+    """Raise a `UserError` if what is saved of a model could not be loaded again.
+
+    Of some families AutoModelForCausalLM takes the config of the whole, but not that of the part which it makes of it.
+    """
+    if type(model.config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"model.path: {path}: transformers makes a {type(model).__name__} of it, whose own config (model_type "
+            f"{model.config.model_type}) AutoModelForCausalLM does not take: what is saved of it could not be loaded again"
+        )
+
+
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """All that modules hold themselves, parameters and buffers: full name, module, name in it, tensor."""
     for prefix, module in model.named_modules():
@@ -93,10 +105,11 @@ def _empty(model: PreTrainedModel, passing: set[str]) -> None:
 
     Some constructors make tensors in ways that the meta device does not see: what is not read would keep those numbers.
     """
-    kept = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
+    dtype: Any = model.config.dtype or torch.get_default_dtype()
+    kept = model._get_dtype_plan(dtype)
     pattern, by_group, _ = build_glob_alternation(list(kept))
     for name, module, last, tensor in list(tensors_of(model)):
         found = pattern.search(name) if kept else None
-        dtype = tensor.dtype if found is None else kept[by_group[str(found.lastgroup)]]
+        own = tensor.dtype if found is None else kept[by_group[str(found.lastgroup)]]
         if name not in passing:
-            put(module, last, tensor.to("meta", dtype))
+            put(module, last, tensor.to("meta", own))

@@ -20,7 +20,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
 from trimtab.models.decoder import block_names
 from trimtab.models.gptq import Gptq
-from trimtab.models.layout import tensors_of
+from trimtab.models.layout import require_lasting, tensors_of
 from trimtab.models.origin import remember
 from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
 from trimtab.models.share import tell
@@ -60,6 +60,7 @@ def load(
         tell(model)
         return model, found.tokenizer()
     model = found.layout(dtype=dtype)
+    require_lasting(path, model)
     found.bind(model)
     todo = targets(model, chosen, parsed)
     if start is None:

@@ -218,7 +218,7 @@ def perturb(layer: QuantLinear, case: Case, seed: int) -> None:
 
 def expected(layer: QuantLinear, case: Case, x: Tensor, g: Tensor) -> reference.Result:
     """What the equations give for the layer's numbers, in float64."""
-    base, adapter, grid = layer.base, layer.adapter, case.grid
+    base, adapter, grid, columns = layer.base, layer.adapter, case.grid, layer.base.shape[1]
     x, g = x.double(), g.double()
     values = {} if adapter is None else {n: p.detach().double() for n, p in adapter.named_parameters()}
     update = None
@@ -226,13 +226,14 @@ def expected(layer: QuantLinear, case: Case, x: Tensor, g: Tensor) -> reference.
         factors = {n.removeprefix("delta."): reference.stored(values[n], "bfloat16") for n in case.factors}
         update = reference.Update(factors, case.scaling, case.pool, case.repeat, case.mean)
     if isinstance(base, CodebookWeight):
-        codes = reference.unpacked(base.codes, 4, K).long()
+        codes = reference.unpacked(base.codes, base.grid.bits, columns).long()
         table = codebook.table(base.grid).double()[codes]
-        weight = table * reference.spread(base.read_absmax().double(), K)
+        absmax = base.read_absmax().double()
+        weight = table * reference.spread(absmax, columns)
         assert update is not None
         if case.place == "output":
             return _with_bias(reference.output_place(x, g, weight, update), layer)
-        zeros = torch.zeros(N, K // case.group, dtype=torch.float64)
+        zeros = torch.zeros_like(absmax)
         return _with_bias(reference.offset_real(x, g, weight, zeros, update, "float32"), layer)
     if not isinstance(base, AffineWeight):
         assert update is not None
@@ -240,7 +241,7 @@ def expected(layer: QuantLinear, case: Case, x: Tensor, g: Tensor) -> reference.
     assert isinstance(grid, Grid)
     center = torch.full(base.scale.shape, 2.0 ** (grid.bits - 1), dtype=torch.float64)
     middle = center if base.zero is None else base.zero.double()
-    phi = reference.phi(base.codes, base.storage, grid.bits, middle, K)
+    phi = reference.phi(base.codes, base.storage, grid.bits, middle, columns)
     zero = torch.zeros_like(center) if grid.zero == "real" else middle
     scale = reference.stored(values.get("scale", base.scale.double()), grid.scale_dtype)
     offset = None if base.offset is None else base.offset.double()
@@ -252,9 +253,9 @@ def expected(layer: QuantLinear, case: Case, x: Tensor, g: Tensor) -> reference.
         result = reference.master_place(x, g, values["master"], scale, zero, offset, grid.bits)
     else:
         assert update is not None
-        plain = reference.spread(scale, K) * (phi - reference.spread(zero, K))
+        plain = reference.spread(scale, columns) * (phi - reference.spread(zero, columns))
         if case.place == "output":
-            weight = plain + (0 if offset is None else reference.spread(offset, K))
+            weight = plain + (0 if offset is None else reference.spread(offset, columns))
             result = reference.output_place(x, g, weight, update)
         elif offset is not None:
             result = reference.offset_real(x, g, plain, offset, update, grid.scale_dtype)

@@ -25,7 +25,7 @@ from trimtab.kernels.levels import from_levels
 from trimtab.layers import intact
 from trimtab.layers.adapter import Adapter, Fold, FoldKind
 from trimtab.layers.deltas import DeltaShape, PooledDelta
-from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Spec, Weight
+from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Spec, Weight, owned
 from trimtab.quant.grid import AnyGrid, Grid, Range, round_clamp, stored, to_levels
 from trimtab.quant.opaque import moved_zeros
 
@@ -243,7 +243,7 @@ class MasterLevels(Adapter):
     def __init__(self, weight_NK: Tensor, base: AffineWeight) -> None:
         super().__init__()
         self.delta = None
-        self.master = nn.Parameter(weight_NK.detach().float())
+        self.master = nn.Parameter(owned(weight_NK.detach().float()))
         self.scale, self.offset = _masters(base)
 
     def weight_parameters(self) -> tuple[nn.Parameter, ...]:

@@ -206,4 +206,5 @@ def _tile(x: Tensor, rows: int, columns: int) -> Tensor:
     if rows == columns == 1:
         return x
     n, k = x.shape
-    return x.view(n, 1, k, 1).expand(n, rows, k, columns).reshape(n * rows, k * columns)
+    # Of one row or one column `reshape` makes a view that has no memory of its own, which no kernel reads.
+    return x.view(n, 1, k, 1).expand(n, rows, k, columns).reshape(n * rows, k * columns).contiguous()

@@ -120,13 +120,15 @@ def resolve(
     for i, rule in enumerate(rules):
         # A rule is only useless if nothing matches it at all: an earlier rule may well take what it matches.
         if i not in used and not any(fnmatchcase(name, rule.match) for name in layers):
-            stays = next((f"{name} ({why})" for name, why in (left or {}).items() if fnmatchcase(name, rule.match)), None)
+            stays = next(
+                (f"{name} ({why})" for name, why in (left or {}).items() if fnmatchcase(name, rule.match)), None
+            )
             if stays is None:
                 raise UserError(f"rules[{i}].match: {rule.match!r} matches no layer of the model{_hint(rule, layers)}")
             if rule.grid is not None:
                 raise UserError(
-                    f"rules[{i}].match: {rule.match!r} matches only layers that stay in float: {stays}; leave the rule out, "
-                    "or write `grid: null`"
+                    f"rules[{i}].match: {rule.match!r} matches only layers that stay in float: {stays}; "
+                    "leave the rule out, or write `grid: null`"
                 )
     return placed
 

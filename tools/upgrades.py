@@ -88,6 +88,32 @@ REACHES = (
     ),
     Reach(
         library="torch",
+        what="`Module._save_to_state_dict` and `_load_from_state_dict` overridden; `_fqn_modifiers`, by which "
+        "`torch.distributed.checkpoint` looks up a name of a state",
+        why="every state holds a tensor that a plain load fails at, under a name that is no attribute",
+        where=("layers/linear.py::_Stored._save_to_state_dict", "layers/linear.py::_Stored._fqn_modifiers"),
+        test="tests/models/test_prepared.py::test_no_way_to_write_a_model_gives_a_stranger_random_weights",
+        names=("_save_to_state_dict", "_load_from_state_dict", "_fqn_modifiers"),
+    ),
+    Reach(
+        library="torch",
+        what="`Module._apply` replaced on the instance; `_buffers`, `_modules`, `_parameters` and "
+        "`_non_persistent_buffers_set`",
+        why="casts leave float buffers whole, some are saved, and a model that could not be prepared is put back",
+        where=("models/buffers.py::guard", "models/buffers.py::keep_with_state", "models/atomic.py::put_back_on_failure"),
+        test="tests/models/test_prepared.py::test_what_is_saved_was_computed_whatever_the_cast",
+        names=("_apply", "_buffers", "_modules", "_parameters", "_non_persistent_buffers_set"),
+    ),
+    Reach(
+        library="torch",
+        what="`Module._parameters`, and the tables of hooks",
+        why="a layer is replaced only if its weight is a parameter and nobody waits for it to be called",
+        where=("models/replaceable.py::refuse", "models/replaceable.py::_attached"),
+        test="tests/models/test_replaced.py::test_other_libraries_layers_are_refused_by_name",
+        names=("_parameters", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    ),
+    Reach(
+        library="torch",
         what="`forward` of decoder layers replaced on the instance, to hand their input on",
         why="one pass records what every block is called with, and computes none",
         where=("models/calibrate.py::_first_inputs",),
@@ -161,6 +187,38 @@ REACHES = (
     # ---- transformers ----
     Reach(
         library="transformers",
+        what="`dtype`, `half`, `float`, `resize_token_embeddings`, `save_pretrained` and "
+        "`gather_sharded_state_dict_for_save` of a model overridden, in a subclass of its class and of the same name",
+        why="they would answer from codes and scales, and drop the state that was gathered",
+        where=("models/prepared.py::Prepared", "models/prepared.py::become_prepared"),
+        test="tests/models/test_prepared.py::test_it_stays_what_it_was",
+    ),
+    Reach(
+        library="transformers",
+        what="`_from_config`, which makes a model of a class from its config",
+        why="what a reload will make of buffers is compared with what there is",
+        where=("models/buffers.py::_made_anew",),
+        test="tests/models/test_prepared.py::test_a_cast_before_preparing_is_saved_and_said",
+        names=("_from_config",),
+    ),
+    Reach(
+        library="transformers",
+        what="`_is_hf_initialized` on a tensor, which its initialisation passes over",
+        why="some families initialise layers by name while a file is read",
+        where=("layers/linear.py::_Stored.__getattr__",),
+        test="tests/models/test_replaced.py::test_a_family_is_prepared_trained_folded_saved_and_reloaded",
+        names=("_is_hf_initialized",),
+    ),
+    Reach(
+        library="peft",
+        what="`hqq_quantized` of a model, which `prepare_model_for_kbit_training` asks before it freezes all",
+        why="it would leave nothing to train, without a word",
+        where=("models/prepared.py::Prepared.hqq_quantized",),
+        test="tests/models/test_prepared.py::test_kbit_preparation_is_refused_by_name",
+        names=("hqq_quantized",),
+    ),
+    Reach(
+        library="transformers",
         what="an import hook waits for `transformers.quantizers.auto`, which is imported before any model is read",
         why="`import trimtab` must be quick, and quantizers take over a second to import",
         where=("models/registration.py::_Hook", "models/registration.py::install"),
@@ -201,7 +259,7 @@ REACHES = (
         library="transformers",
         what="a tensor of another shape in the file makes `from_pretrained` raise",
         why="a process without trimtab must not get random weights",
-        where=("models/transformers_bridge.py::marker_name",),
+        where=("layers/linear.py::marker",),
         test="tests/models/test_reload.py::test_a_process_without_trimtab_never_gets_a_model",
     ),
     Reach(
@@ -277,7 +335,7 @@ REACHES = (
             "models/sources.py::fill_where",
             "models/conversion.py::_tied",
             "models/load.py::_complete",
-            "models/prepare.py::_layers",
+            "models/replaceable.py::layers_of",
             "formats/directory.py::float_tensors",
             "formats/file_size.py::file_size",
         ),

@@ -294,7 +294,7 @@ def test_kbit_preparation_is_refused_by_name() -> None:
     """The habit of QLoRA users freezes every adapter, and leaves nothing to train."""
     model = prepared(method=Lora(rank=2))
     before = {n: (p.requires_grad, p.dtype) for n, p in model.named_parameters()}
-    with pytest.raises(UserError, match="prepare_model_for_kbit_training: .*leave the call out"):
+    with pytest.raises(UserError, match=r"prepare_model_for_kbit_training: .*leave the call out"):
         prepare_model_for_kbit_training(model)
     assert {n: (p.requires_grad, p.dtype) for n, p in model.named_parameters()} == before
 
@@ -306,7 +306,9 @@ def test_a_low_bit_embedding_is_not_resized(name: str) -> None:
     assert isinstance(model.resize_token_embeddings(96), QuantEmbedding)
     assert isinstance(model.resize_token_embeddings(), QuantEmbedding)
     for options in ({"new_num_tokens": 100}, {"new_num_tokens": 96, "pad_to_multiple_of": 64}):
-        with pytest.raises(UserError, match=r"^model\.embed_tokens: is stored in few bits with 96 rows.*before it is prep"):
+        with pytest.raises(
+            UserError, match=r"^model\.embed_tokens: is stored in few bits with 96 rows.*before it is prep"
+        ):
             model.resize_token_embeddings(**options)
     head_only = tt.prepare(made("untied"), Rtn(), [HEAD])
     with pytest.raises(UserError, match=r"^lm_head: is stored in few bits"):

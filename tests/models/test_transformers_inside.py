@@ -23,7 +23,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_the_marker_is_no_unexpected_tensor(saved: Path) -> None:
-    model, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    _, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert "model.layers.0.mlp.up_proj.weight" in load_file(saved / "model.safetensors")
     wrong = {key: found for key, found in info.items() if found}
     assert not wrong, f"transformers no longer reads _keys_to_ignore_on_load_unexpected: {wrong}"

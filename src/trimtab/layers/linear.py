@@ -12,8 +12,8 @@ reads x_hat, as W does.
 
 There is deliberately no `.weight`: a computed one lets other libraries "merge" into a temporary and drop the adapter
 silently. Asking for it raises, with advice. Only a head without an adapter has one, computed for whoever asks: losses that
-never make all logits at once multiply by it themselves (TRL's). Stored dtypes survive `.to(dtype)`: a cast moves tensors and changes what is
-computed in, never what is stored.
+never make all logits at once multiply by it themselves (TRL's). Stored dtypes survive `.to(dtype)`: a cast moves tensors
+and changes what is computed in, never what is stored.
 
 Legend: B batch rows (leading dims), N out features, K in features.
 """
@@ -83,14 +83,14 @@ class _Stored(nn.Module):
         return said.format(name=name, kind=type(self.base).__name__, rule=f"*.{self.name.rpartition('.')[2]}")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.reading and self._borrowed is None:
             destination[f"{prefix}weight"] = marker()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         key = f"{prefix}weight"
         found = state_dict.get(key)
         if found is None:

@@ -21,19 +21,20 @@ def put_back_on_failure(model: nn.Module) -> Iterator[None]:
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     config: Any = getattr(model, "config", None)
     values = None if config is None else dict(vars(config))
+    whole = False
     try:
         yield
-    except BaseException:  # Ctrl-C, too
-        for module, kind, attributes, tables in modules:
+        whole = True
+    finally:  # Ctrl-C, too
+        for module, kind, attributes, tables in [] if whole else modules:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
             for table, kept in zip(_TABLES, tables, strict=True):
                 attributes[table].clear()
                 attributes[table].update(kept)
-        for p, requires_grad in wanted:
+        for p, requires_grad in [] if whole else wanted:
             p.requires_grad_(requires_grad)
-        if values is not None:
+        if values is not None and not whole:
             vars(config).clear()
             vars(config).update(values)
-        raise

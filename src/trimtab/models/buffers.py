@@ -1,12 +1,12 @@
-"""Float buffers that no file holds (rotary frequencies, embedding scales): a cast leaves them whole, or is saved.
+"""Float buffers that no file holds (rotary frequencies, scales of embeddings): a cast leaves them whole, or is saved.
 
-transformers makes such buffers anew whenever a model is loaded, whole in float32. A cast of the model, `model.to(bfloat16)`,
-rounds them on the way, so that the model that was trained and the model that is reloaded would turn by other angles: 0.2
+transformers makes such buffers anew whenever a model is loaded, whole in float32. A cast, `model.to(bfloat16)`, rounds them
+on the way, so that the model that was trained and the model that is reloaded would turn by other angles: 0.2
 in the logits of a small Llama. So
 
     casts         leave float buffers as they were made (`guard`), as transformers' own loader does
-    saving        compares them with those that a reload will make (`not_remade`), and stores what differs: buffers that were
-                  cast before the model was prepared, or past modules by `buffer.data = ...`
+    saving        compares them with those that a reload will make (`not_remade`), and stores what differs: buffers that
+                  were cast before the model was prepared, or past modules by `buffer.data = ...`
 """
 
 import copy
@@ -48,11 +48,11 @@ def not_remade(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, Tensor
     if not ours:
         return {}
     made = _unsaved(_made_anew(model, dtype))
-    found = {}
-    for name, buffer in ours.items():
-        if name in made and not _same(buffer, made[name]) and not _moves_while_used(name, ours, made):
-            found[name] = buffer
-    return found
+    return {
+        name: buffer
+        for name, buffer in ours.items()
+        if name in made and not _same(buffer, made[name]) and not _moves_while_used(name, ours, made)
+    }
 
 
 def _same(ours: Tensor, made: Tensor) -> bool:
@@ -74,7 +74,7 @@ def _unsaved(model: nn.Module) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         for key in module._non_persistent_buffers_set
         if module._buffers.get(key) is not None
-    }  # type: ignore[return-value]
+    }
 
 
 def _made_anew(model: "PreTrainedModel", dtype: torch.dtype) -> nn.Module:

@@ -244,11 +244,11 @@ def prepare(
         start: how the layers in the decoder blocks find their codes: `trimtab.Gptq(tokens=...)`; None rounds to nearest.
 
     Returns:
-        The model itself. Its float layers are kept until the last of ours is in place, so that a failure leaves the model as
-        it was; to quantize while reading, so that the float model never exists, use `trimtab.load`.
+        The model itself. Its float layers are kept until the last of ours is in place, so that a failure leaves the model
+        as it was; to quantize while reading, so that the float model never exists, use `trimtab.load`.
 
     Raises:
-        UserError: naming the layer, for what is no plain float layer (of bitsandbytes, peft, FP8), or does not fit its grid.
+        UserError: naming the layer, for what is no plain float layer (of bitsandbytes, peft, FP8), or does not fit.
     """
     prepare_by(model, method, parse_rules(rules), start)
     tell(model)

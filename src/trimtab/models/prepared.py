@@ -58,13 +58,13 @@ class Prepared(_Base):
 
     def half(self, *_: Any) -> "Self":
         """To float16, which leaves what is stored as it is."""
-        return self.to(torch.float16)
+        return self.to(dtype=torch.float16)  # type: ignore[call-arg]
 
     def float(self, *_: Any) -> "Self":
         """To float32, which leaves what is stored as it is."""
-        return self.to(torch.float32)
+        return self.to(dtype=torch.float32)  # type: ignore[call-arg]
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers does, if the embedding and the head are float.
 
         Raises:
@@ -113,13 +113,13 @@ def mark(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @cache
-def _class_for(kind: type) -> type:
+def _class_for(kind: Any) -> type:
     about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (Prepared, kind), about)
 
 
 def _empty(kind: type) -> nn.Module:
-    made = _class_for(kind)
+    made: Any = _class_for(kind)
     model: nn.Module = made.__new__(made)
     return model
 

@@ -83,7 +83,7 @@ def layers_of(model: Any) -> Layers:
 
 def text_config(model: Any) -> Any:
     """The config of the language model in a model that may also see or hear."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -102,14 +102,17 @@ def _reason(
         return ELSEWHERE
     if _routes(name, module, modules, owner, counts):
         return ROUTER
-    if type(module) is not nn.Linear and type(module).__module__.startswith(("transformers.models.", "torch.nn.modules.")):
+    if type(module) is not nn.Linear and type(module).__module__.startswith(
+        ("transformers.models.", "torch.nn.modules.")
+    ):
         return None if type(module).__name__ in SAME_AS_LINEAR else OTHERWISE
     if name in shared:
         return SHARED
     if _slow_path_only(owner, config):
         return None
-    models = (type(m) for m in modules.values() if hasattr(m, "get_input_embeddings"))
-    return READ if last in _reads(type(owner)) or any(last in _reads(kind, deep=True) for kind in models) else None
+    owner_kind: Any = type(owner)
+    models: Iterator[Any] = (type(m) for m in modules.values() if hasattr(m, "get_input_embeddings"))
+    return READ if last in _reads(owner_kind) or any(last in _reads(kind, deep=True) for kind in models) else None
 
 
 def _routes(name: str, module: nn.Linear, modules: dict[str, nn.Module], owner: nn.Module, counts: set[int]) -> bool:
@@ -117,7 +120,9 @@ def _routes(name: str, module: nn.Linear, modules: dict[str, nn.Module], owner: 
         return True
     beside = any("experts" in child for child, _ in owner.named_children())
     chooses = module.out_features in counts
-    return (beside and (chooses or module.out_features == 1)) or (chooses and name.rpartition(".")[2] in ("gate", "router", "wg"))
+    return (beside and (chooses or module.out_features == 1)) or (
+        chooses and name.rpartition(".")[2] in ("gate", "router", "wg")
+    )
 
 
 def is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -145,9 +150,7 @@ def outside_of(model: Any) -> tuple[str, ...]:
     found = []
     for name, module in modules.items():
         theirs = getattr(module, "config", None) if hasattr(module, "get_input_embeddings") else None
-        if name and theirs is not None and type(theirs) not in configs:
-            found.append(f"{name}.")
-        elif _SEES_OR_HEARS.search(name.rpartition(".")[2]):
+        if (name and theirs is not None and type(theirs) not in configs) or _SEES_OR_HEARS.search(name.rpartition(".")[2]):
             found.append(f"{name}.")
     if text is not whole and hasattr(model, "get_decoder"):
         decoder = model.get_decoder()

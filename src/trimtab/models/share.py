@@ -1,4 +1,4 @@
-"""What share of a model's parameters is in how many bits, what stayed in float, and why: one line after `prepare` and `load`.
+"""What share of a model's parameters is in how many bits, what stayed in float, and why: a line after `prepare` and `load`.
 
     92.1 % of 134 M parameters in 4 bits; float: embedding 7.2 % (no rule gives it a grid), norms and biases 0.7 %
 

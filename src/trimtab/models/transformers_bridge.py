@@ -222,10 +222,11 @@ def freeze(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """What holds for a model of ours from now on: its class answers for it, buffers outlive casts, layers know their names."""
+    """What holds for a model of ours from now on: its class answers for it, buffers outlive casts, layers have names."""
     become_prepared(model)
     guard(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    whole: Any = model
+    head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, layer in quant_layers(model).items():
         layer.name = name
         if layer is head and isinstance(layer, QuantLinear):
@@ -250,6 +251,6 @@ def attach(model: "PreTrainedModel", buffers: Sequence[str] = ()) -> None:
 
 
 __all__ = [
-    "FORMAT_VERSION", "QUANT_METHOD", "TrimtabConfig", "TrimtabQuantizer", "attach", "cast_floats", "compute_dtype", "freeze",
-    "quant_layers", "settle", "untie",
+    "FORMAT_VERSION", "QUANT_METHOD", "TrimtabConfig", "TrimtabQuantizer", "attach", "cast_floats", "compute_dtype",
+    "freeze", "quant_layers", "settle", "untie",
 ]  # fmt: skip

@@ -127,8 +127,8 @@ def resolve(
                 raise UserError(f"rules[{i}].match: {rule.match!r} matches no layer of the model{_hint(rule, layers)}")
             if rule.grid is not None:
                 raise UserError(
-                    f"rules[{i}].match: {rule.match!r} matches only layers that stay in float: {stays}; leave the rule out, "
-                    "or write `grid: null`"
+                    f"rules[{i}].match: {rule.match!r} matches only layers that stay in float: {stays}; "
+                    "leave the rule out, or write `grid: null`"
                 )
     return placed
 

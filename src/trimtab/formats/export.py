@@ -103,8 +103,7 @@ def write(
     source: Path,
     options: Options = Options(),
     recipe_text: str | None = None,
-    held_out: Tensor | None = None,
-    unmeasured: str = "",
+    held_out: Tensor | str | None = None,
 ) -> Report:
     """Write a model in memory; with `allow_lossy` its refused layers are changed in place.
 
@@ -116,8 +115,7 @@ def write(
         source: what the model was read from.
         options: engine, losses, replacing and shards.
         recipe_text: the resolved recipe, as YAML.
-        held_out: tokens (W, L) that a lossy export is measured on.
-        unmeasured: why there are none.
+        held_out: tokens (W, L) that a lossy export is measured on, or why there are none.
 
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
@@ -128,7 +126,7 @@ def write(
     refused = refusals(format_, layers, dtype, options.engine)
     if refused and not options.allow_lossy:
         _refuse(name, refused, layers)
-    measured_on = held_out if refused else None
+    measured_on = held_out if refused and isinstance(held_out, Tensor) else None
     check_not_read_from(model, out)
     with replacing(out, "export", overwrite=options.overwrite) as folder:
         values = _measure("before", model, measured_on)
@@ -157,7 +155,7 @@ def write(
             dense=_dense(format_, layers, forms),
             perplexity=values,
             disk_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
-            unmeasured="" if values or not changes else unmeasured,
+            unmeasured=held_out if changes and isinstance(held_out, str) else "",
         )
         write_json(folder / "export.json", {k: v for k, v in asdict(report).items() if k != "out"})
     return report
@@ -251,7 +249,6 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
         inputs.check_apart(recipe.read(saved), (target,), but=("the recipe",), remedy="name another --out")
     check_replaceable(target.resolve(), "export", options.overwrite)
     model, tokenizer = load(directory)
-    tokens, why = _held_out_blocks(folder, tokenizer) if found else (None, "")
     report = write(
         model,
         tokenizer,
@@ -260,24 +257,23 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
         source=folder,
         options=options,
         recipe_text=saved.read_text(encoding="utf-8") if saved.is_file() else None,
-        held_out=tokens,
-        unmeasured=why,
+        held_out=_held_out_blocks(folder, tokenizer) if found else None,
     )
     if target.resolve().parent == folder.resolve():
         add(folder, (f"{target.name}/{file}" for file in (MANIFEST, *entries(target))))
     return report
 
 
-def _held_out_blocks(folder: Path, tokenizer: Any) -> tuple[Tensor | None, str]:
+def _held_out_blocks(folder: Path, tokenizer: Any) -> Tensor | str:
     """The held-out tokens (W, L) that a saved model's recipe names, or why there are none: an export needs them not."""
     try:
         block = inputs.held_out(folder)
         if block is None or block.eval_path is None:
-            return None, "the model's recipe names no held-out data (data.eval_path)"
+            return "the model's recipe names no held-out data (data.eval_path)"
         if tokenizer is None:
-            return None, "the model was saved without a tokenizer"
+            return "the model was saved without a tokenizer"
         rows = load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
         limit = block.eval_tokens
-        return token_windows(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=limit), ""
+        return token_windows(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=limit)
     except UserError as error:
-        return None, str(error)
+        return str(error)

@@ -44,7 +44,10 @@ from mutation.trial import (
 
 SOURCES = tuple(f"src/trimtab/{room}" for room in ("quant", "methods", "layers", "kernels"))
 NOT_BROKEN = ("triton_gpu.py",)  # runs on GPUs only
-TESTS = ("tests/quant", "tests/methods", "tests/layers", "tests/kernels", "tests/models/test_gptq.py")
+TESTS = (
+    "tests/quant", "tests/methods", "tests/layers", "tests/kernels", "tests/recipe", "tests/memory/test_memory.py",
+    "tests/models/test_gptq.py", "tests/models/test_prepare.py", "tests/formats/test_export_gptq.py",
+)  # fmt: skip
 NOT_RUN = ("tests/kernels/test_triton.py", "tests/layers/test_compile.py")  # a GPU's; traced, minutes
 PRELOADED = ["torch", "transformers", "peft"]
 LEARNING_SECONDS = 3600
@@ -184,7 +187,8 @@ class InsideFunctions:
             session.config.pluginmanager.register(first)
             return run_items([items[n] for n in tests], first)
 
-        run.try_all(self._breaks, run.reach(), work)
+        reach = run.reach()
+        run.try_all([one for one in self._breaks if reach.runs(one)], reach, work)
         return True
 
 
@@ -261,13 +265,13 @@ def main() -> int:
         os.environ["OMP_NUM_THREADS"] = "1"  # a child of a process with a pool of threads would wait for them for ever
         prepare(options.preload)
         run = Run(options, results, scratch, len(breaks))
-        inside = [one for one in breaks if not one.at_import]
         traced = argparse.Namespace(root=options.root, only=[*SOURCES, *options.only])
-        plugin = InsideFunctions(run, inside, {str(p) for p in files_of(traced) if p.suffix == ".py"})
+        plugin = InsideFunctions(run, breaks, {str(p) for p in files_of(traced) if p.suffix == ".py"})
         collect([*run.pytest_options(), *options.tests], plugin)
         results = run.results = Results(scratch.parent / "results.jsonl", options.root, listed)
-        at_import = [one for one in breaks if one.at_import]
-        run.try_all(at_import, run.reach(), lambda one, tests, _: fresh(one, tests, run.pytest_options()))
+        reach = run.reach()
+        at_import = [one for one in breaks if not reach.runs(one)]
+        run.try_all(at_import, reach, lambda one, tests, _: fresh(one, tests, run.pytest_options()))
         shutil.rmtree(scratch)
     return 1 if results.report(everything) else 0
 

@@ -120,11 +120,17 @@ class Reach:
         if by in self._known and by not in killers[:3]:
             killers.insert(0, by)
 
+    def runs(self, a_break: Break) -> bool:
+        """Whether a test runs it: no constant, and no function that makes one at import."""
+        lines = range(a_break.span[0], a_break.span[1] + 1)
+        in_python = not a_break.at_import and any(self._at.get((str(a_break.path), line)) for line in lines)
+        return in_python or a_break.path.suffix == ".c"
+
     def _touching(self, a_break: Break) -> set[str]:
         file = str(a_break.path)
         if a_break.path.suffix == ".c":
             return self._touching_c(a_break.path)
-        if not a_break.at_import:
+        if self.runs(a_break):
             return set().union(*(self._at[file, line] for line in range(a_break.span[0], a_break.span[1] + 1)))
         # What runs at import has run before any test: tests that run some of the file, or name something of it.
         names = re.findall(r"^(?:def|class) (\w+)|^(\w+)(?=\s*[:=])", a_break.path.read_text(), re.M)

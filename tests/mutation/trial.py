@@ -199,4 +199,4 @@ def fresh(a_break: Break, nodeids: list[str], options: list[str]) -> Verdict:
     code = pytest.main([*options, "-x", *nodeids], plugins=[first, Patient()])
     if first.nodeid is not None or code not in (0, 1):
         return {"verdict": "killed", "by": first.nodeid or "cannot be imported"}
-    return {"verdict": "survived", "tests": len(nodeids)}
+    return {"verdict": "survived" if a_break.at_import else "unreached", "tests": len(nodeids)}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
-from trimtab.models.meta import parameters_on_meta
+from trimtab.models.layout import laid_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,12 +78,11 @@ def _unsaved(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _made_anew(model: "PreTrainedModel", dtype: torch.dtype) -> nn.Module:
-    """The float model that the config describes: its buffers are real, its parameters on the meta device."""
+    """The float model that the config describes, as a reload lays it out."""
     config: Any = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
-    with torch.random.fork_rng(devices=[]), parameters_on_meta():
-        made: nn.Module = type(model)._from_config(config, dtype=dtype)
-    return made
+    with torch.random.fork_rng(devices=[]):
+        return laid_out(partial(type(model)._from_config, config, dtype=dtype))
 
 
 def keep_with_state(model: nn.Module, names: list[str]) -> None:

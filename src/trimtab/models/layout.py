@@ -5,8 +5,9 @@ What no file holds (rotary frequencies, masks) is made, by the model's own `_ini
 made in another precision.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,13 +24,18 @@ from trimtab.kernels import tuning
 def layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
     """The model on the meta device; `path` is for the error message, `options` are those of `from_config`."""
     tuning.for_models()
+    try:
+        return laid_out(partial(AutoModelForCausalLM.from_config, config, **options))
+    except ValueError as error:
+        raise UserError(f"model.path: {path}: {_refusal(config, error)}") from error
+
+
+def laid_out(construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model that a constructor makes, with parameters and stored buffers on the meta device and all others made."""
     with ExitStack() as stack:
         for context in (torch.device("meta"), init.no_tie_weights(), init.meta_device_safe_creation_ops()):
             stack.enter_context(context)
-        try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
-        except ValueError as error:
-            raise UserError(f"model.path: {path}: {_refusal(config, error)}") from error
+        model = construct()
     passing = {name for name, _ in model.named_non_persistent_buffers()}
     _empty(model, passing)
     make(model, passing)

@@ -150,7 +150,9 @@ def outside_of(model: Any) -> tuple[str, ...]:
     found = []
     for name, module in modules.items():
         theirs = getattr(module, "config", None) if hasattr(module, "get_input_embeddings") else None
-        if (name and theirs is not None and type(theirs) not in configs) or _SEES_OR_HEARS.search(name.rpartition(".")[2]):
+        if (name and theirs is not None and type(theirs) not in configs) or _SEES_OR_HEARS.search(
+            name.rpartition(".")[2]
+        ):
             found.append(f"{name}.")
     if text is not whole and hasattr(model, "get_decoder"):
         decoder = model.get_decoder()

@@ -30,8 +30,8 @@ from trimtab.layers import linear
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models.buffers import guard, keep_with_state, not_remade
 from trimtab.models.kv_cache import current, install
-from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
 from trimtab.models.origin import remember
+from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
 from trimtab.quant import packing
 from trimtab.quant.activations import KvCache
 

@@ -130,4 +130,5 @@ def become_prepared(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, Prepared) and quant_layers(module):
-            module.__class__ = _class_for(type(module))
+            kind: Any = type(module)
+            module.__class__ = _class_for(kind)

@@ -150,7 +150,9 @@ def outside_of(model: Any) -> tuple[str, ...]:
     found = []
     for name, module in modules.items():
         theirs = getattr(module, "config", None) if hasattr(module, "get_input_embeddings") else None
-        if (name and theirs is not None and type(theirs) not in configs) or _SEES_OR_HEARS.search(name.rpartition(".")[2]):
+        if (name and theirs is not None and type(theirs) not in configs) or _SEES_OR_HEARS.search(
+            name.rpartition(".")[2]
+        ):
             found.append(f"{name}.")
     if text is not whole and hasattr(model, "get_decoder"):
         decoder = model.get_decoder()
@@ -276,7 +278,8 @@ def refuse(name: str, module: nn.Module, *, loaded: bool) -> None:
     kind = type(module)
     if isinstance(module, nn.Linear) and kind is not nn.Linear and kind.__name__ not in SAME_AS_LINEAR:
         raise UserError(
-            f"{name}: is a {kind.__module__.partition('.')[0]} {kind.__name__}, not a plain nn.Linear; load the float model, "
+            f"{name}: is a {kind.__module__.partition('.')[0]} {kind.__name__}, not a plain nn.Linear; load the float "
+            "model, "
             "or keep the layer as it is with a rule (`grid: null`)"
         )
     weight: Any = module._parameters.get("weight")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import cases
 from cases import SOME, TRAINED, K, N
-from trimtab.layers import weights
+from trimtab.layers import specs, weights
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
 from trimtab.methods import Method, QaBlora, QaHira, QaLora, Rtn
@@ -118,7 +118,7 @@ def test_a_weight_is_laid_out_in_the_dtypes_that_it_is_stored_in(name: str) -> N
     """Loading fills what was laid out: levels kept in float32 would be read into bfloat16 without a word."""
     base = cases.build(SOME[name]).base
     with torch.device("meta"):
-        laid_out = tensors(weights.from_spec(base.spec()))
+        laid_out = tensors(specs.from_spec(base.spec()))
     about = {n: (t.shape, t.dtype) for n, t in tensors(base).items()}
     assert {n: (t.shape, t.dtype) for n, t in laid_out.items()} == about
 

@@ -249,10 +249,10 @@ def hqq(_: nn.Linear) -> nn.Module:
 
 UP = r"model\.layers\.1\.mlp\.up_proj: "
 OTHERS: dict[str, tuple[Any, str]] = {
-    "bitsandbytes 8": (lambda x: Linear8bitLt(32, 64, bias=False, has_fp16_weights=False), UP + "is a bitsandbytes Linear8bitLt.*float model"),
+    "bitsandbytes 8": (lambda x: Linear8bitLt(32, 64, bias=False, has_fp16_weights=False), UP + "is a bitsandbytes Linear8"),
     "bitsandbytes 4": (lambda x: Linear4bit(32, 64, bias=False), UP + "is a bitsandbytes Linear4bit"),
     "a subclass": (lambda x: Fp8(32, 64, bias=False), UP + "is a .*Fp8, not a plain nn.Linear"),
-    "float8": (lambda x: cast(x, torch.float8_e4m3fn), UP + "its weight is float8_e4m3fn, which means nothing without its scale"),
+    "float8": (lambda x: cast(x, torch.float8_e4m3fn), UP + "its weight is float8_e4m3fn"),
     "int8": (lambda x: cast(x, torch.int8), UP + "its weight is int8"),
     "meta": (lambda x: x.to("meta"), UP + "its weight is on the meta device"),
     "a tensor subclass": (subclassed, UP + "its weight is a Sharded"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trimtab.formats.declaration import Format, Layer
-from trimtab.layers import weights
+from trimtab.layers import specs, weights
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
@@ -81,7 +81,7 @@ def folded(layer: QuantLinear, merge: bool) -> QuantLinear:
     if layer.adapter is None or layer.adapter.stays(merge):
         return layer
     with torch.device("meta"):
-        base = weights.from_spec(layer.adapter.folded(layer.base.spec()))
+        base = specs.from_spec(layer.adapter.folded(layer.base.spec()))
     return QuantLinear(base, None, layer.bias, inputs=layer.inputs)
 
 

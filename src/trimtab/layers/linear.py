@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.kernels import recompute
-from trimtab.layers import adapters, intact, weights
+from trimtab.layers import adapters, intact, specs
 from trimtab.layers.adapters import Adapter
 from trimtab.layers.weights import Weight
 from trimtab.quant import activations
@@ -313,11 +313,11 @@ def from_spec(
         tied_to: the embedding whose weight a tied head borrows.
     """
     if "embedding" in spec:
-        return QuantEmbedding(weights.from_spec(spec["weight"]), dtype, **spec["embedding"])
+        return QuantEmbedding(specs.from_spec(spec["weight"]), dtype, **spec["embedding"])
     if spec["weight"] is None:
         assert tied_to is not None, "a tied head needs its embedding"
         return QuantLinear(tied_to.base, tied=True)
-    base = weights.from_spec(spec["weight"])
+    base = specs.from_spec(spec["weight"])
     adapter = None if spec["adapter"] is None else adapters.from_spec(spec["adapter"], base)
     bias = None if spec["bias"] is None else torch.empty(base.shape[0], dtype=getattr(torch, spec["bias"]))
     inputs = None if spec.get("inputs") is None else activations.from_spec(spec["inputs"])

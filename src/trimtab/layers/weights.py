@@ -372,36 +372,4 @@ def quantize(weight_NK: Tensor, grid: AnyGrid, storage: Storage = "int") -> Affi
     return AffineWeight.quantize(weight_NK, grid, storage)
 
 
-def from_spec(spec: Spec) -> Weight:
-    """A weight laid out by its spec, with no data yet (make it under `torch.device("meta")`)."""
-    n, k = spec["shape"]
-    if spec["kind"] == "dense":
-        return DenseWeight(torch.empty(n, k, dtype=getattr(torch, spec["dtype"])))
-    if spec["kind"] == "codebook":
-        return _empty_codebook(spec, n, k)
-    grid, storage = Grid(**spec["grid"]), spec["storage"]
-    shape = (n, k // group_size(grid, k))
-    range_ = Range(
-        torch.empty(shape),
-        torch.empty(shape) if grid.zero == "integer" else None,
-        torch.empty(shape) if grid.zero == "real" else None,
-    )
-    if storage == "int":
-        codes = torch.empty(n, packing.row_bytes(grid.bits, k), dtype=torch.uint8)
-    else:
-        codes = torch.empty(n, k, dtype={"fixed8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}[storage])
-    return AffineWeight(codes, range_, grid, k, storage)
-
-
-def _empty_codebook(spec: Spec, n: int, k: int) -> CodebookWeight:
-    grid = CodebookGrid(**spec["grid"])
-    shape = (n, k // group_size(grid, k))
-    absmax: tuple[Tensor, ...] = (torch.empty(shape),)
-    if grid.double_quant:
-        blocks = -(-shape[0] * shape[1] // codebook.DOUBLE_BLOCK)
-        absmax = (torch.empty(shape, dtype=torch.uint8), torch.empty(blocks), torch.empty(1))
-    codes = torch.empty(n, packing.row_bytes(grid.bits, k), dtype=torch.uint8)
-    return CodebookWeight(codes, absmax, grid, k, torch.empty(shape) if spec["offset"] else None)
-
-
-__all__ = ["AffineWeight", "CodebookWeight", "DenseWeight", "Spec", "Storage", "Weight", "from_spec", "quantize"]
+__all__ = ["AffineWeight", "CodebookWeight", "DenseWeight", "Spec", "Storage", "Weight", "quantize"]

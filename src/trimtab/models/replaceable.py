@@ -278,7 +278,8 @@ def refuse(name: str, module: nn.Module, *, loaded: bool) -> None:
     kind = type(module)
     if isinstance(module, nn.Linear) and kind is not nn.Linear and kind.__name__ not in SAME_AS_LINEAR:
         raise UserError(
-            f"{name}: is a {kind.__module__.partition('.')[0]} {kind.__name__}, not a plain nn.Linear; load the float model, "
+            f"{name}: is a {kind.__module__.partition('.')[0]} {kind.__name__}, not a plain nn.Linear; load the float "
+            "model, "
             "or keep the layer as it is with a rule (`grid: null`)"
         )
     weight: Any = module._parameters.get("weight")

@@ -249,7 +249,7 @@ def hqq(_: nn.Linear) -> nn.Module:
 
 UP = r"model\.layers\.1\.mlp\.up_proj: "
 OTHERS: dict[str, tuple[Any, str]] = {
-    "bitsandbytes 8": (lambda x: Linear8bitLt(32, 64, bias=False, has_fp16_weights=False), UP + "is a bitsandbytes Linear8"),
+    "bitsandbytes 8": (lambda x: Linear8bitLt(32, 64, bias=False, has_fp16_weights=False), UP + "is a bitsandbytes L"),
     "bitsandbytes 4": (lambda x: Linear4bit(32, 64, bias=False), UP + "is a bitsandbytes Linear4bit"),
     "a subclass": (lambda x: Fp8(32, 64, bias=False), UP + "is a .*Fp8, not a plain nn.Linear"),
     "float8": (lambda x: cast(x, torch.float8_e4m3fn), UP + "its weight is float8_e4m3fn"),

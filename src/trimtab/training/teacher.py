@@ -17,6 +17,7 @@ from trimtab.errors import UserError
 from trimtab.methods.rtn import Rtn
 from trimtab.models.head import Head
 from trimtab.models.load import load, load_float
+from trimtab.models.replaceable import layers_of
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.quant.grid import Grid
 from trimtab.recipe.recipe import Recipe
@@ -66,10 +67,12 @@ def kind_of(recipe: Recipe) -> str:
 
 
 def int8_rules(skeleton: PreTrainedModel) -> list[Rule]:
-    """8 bits everywhere: an embedding has to be named."""
-    embedding = skeleton.get_input_embeddings()
-    name = next(name for name, module in skeleton.named_modules() if module is embedding)
-    return [Rule(name, _INT8), Rule("*", _INT8)]
+    """8 bits everywhere: an embedding and a head of its own have to be named."""
+    layers = layers_of(skeleton).offered
+    return [
+        *(Rule(name, _INT8) for name, (kind, _) in layers.items() if kind in ("embedding", "head")),
+        Rule("*", _INT8),
+    ]
 
 
 class LiveTeacher:

@@ -126,7 +126,7 @@ def test_nothing_is_read_or_written_beyond_its_end(tmp_path: Path) -> None:
     }  # fmt: skip
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert " passed" in done.stdout or "100%" in done.stdout, done.stdout
+    assert done.stdout.count(".") > 100, done.stdout  # the tests did run
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def _main() -> int:
     assert _notices(), "an error passes unseen"
     _sweep()
     kernels = str(Path(__file__).with_name("test_kernels.py"))
-    return int(pytest.main(["-q", "-x", "-n", "0", "-p", "no:cacheprovider", kernels, "-k", TESTS]))
+    return int(pytest.main(["-q", "-x", "-s", "-n", "0", "-p", "no:cacheprovider", kernels, "-k", TESTS]))
 
 
 # ---- the test proper --------------------------------------------------------------------------------------------
@@ -114,18 +114,19 @@ def _library(name: str) -> str | None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sanitizers are preloaded as on Linux")
 def test_nothing_is_read_or_written_beyond_its_end(tmp_path: Path) -> None:
-    asan, ubsan = _library("libasan.so"), _library("libubsan.so")
+    # With the C++ library beside it, or the sanitizer finds nobody to hand a C++ exception on to.
+    asan, ubsan, cpp = (_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"))
     if asan is None or ubsan is None:
         pytest.skip(
             f"{shutil.which('cc') or 'no C compiler'}: has no libasan.so and libubsan.so, the sanitizers' libraries"
         )
     environment = {
-        **os.environ, "LD_PRELOAD": asan, "ASAN_OPTIONS": OPTIONS, "UBSAN_OPTIONS": "print_stacktrace=1",
+        **os.environ, "LD_PRELOAD": f"{asan} {cpp or ''}", "ASAN_OPTIONS": OPTIONS, "UBSAN_OPTIONS": "print_stacktrace=1",
         "TRIMTAB_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "TRIMTAB_KERNELS": "",
     }  # fmt: skip
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert " passed" in done.stdout or "100%" in done.stdout, done.stdout
+    assert done.stdout.count(".") > 100, done.stdout  # the tests did run
 
 
 if __name__ == "__main__":

@@ -71,7 +71,6 @@ INDUCTOR = {
             "lr-qat-fixed8-int3-channel-symmetric",
             "lr-qat-bf16-int3-g32-integer",
             "lr-qat-fp32-int4-g32-real",
-            "lr-qat-k2-int3-g32-real",
             "qat-int3-channel-symmetric",
             "qat-int4-g32-real",
             "peqa-int3-channel-symmetric",

@@ -19,9 +19,9 @@ from cases import Case
 from trimtab.errors import UserError
 from trimtab.layers import linear
 from trimtab.layers.linear import QuantLinear
-from trimtab.layers.weights import owned
 from trimtab.methods import Loftq, Lora, LrQat, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
+from trimtab.quant.packing import owned
 
 SIZES = [(1, 1), (1, 8), (8, 1), (15, 17), (17, 15), (33, 31)]
 ALPHA = 2.0

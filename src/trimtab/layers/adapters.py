@@ -25,9 +25,10 @@ from trimtab.kernels.levels import from_levels
 from trimtab.layers import intact
 from trimtab.layers.adapter import Adapter, Fold, FoldKind
 from trimtab.layers.deltas import DeltaShape, PooledDelta
-from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Spec, Weight, owned
+from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Spec, Weight
 from trimtab.quant.grid import AnyGrid, Grid, Range, round_clamp, stored, to_levels
 from trimtab.quant.opaque import moved_zeros
+from trimtab.quant.packing import owned
 
 
 class DeltaOutput(Adapter):

@@ -40,17 +40,8 @@ Storage = Literal["int", "fixed8", "bf16", "fp32"]
 Spec = dict[str, Any]
 
 
-def owned(tensor: Tensor) -> Tensor:
-    """The tensor, laid out row by row in memory of its own: kernels read it by its address, and files hold all of it.
-
-    A number spread over a row by `expand` is neither, and a piece of a larger tensor would keep all of that alive.
-    """
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
 def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(owned(tensor.detach()), requires_grad=False)
+    return nn.Parameter(packing.owned(tensor.detach()), requires_grad=False)
 
 
 class Weight(nn.Module, ABC):

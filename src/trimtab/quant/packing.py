@@ -1,4 +1,4 @@
-"""Codes to bytes and back, for 1 to 8 bits: the only two functions that know the layout.
+"""Codes to bytes and back, for 1 to 8 bits: `pack` and `unpack` alone know the layout.
 
 A row of K codes is split into *parts* of 8, 4, 2 and 1 bits (3 = 2 + 1, 5 = 4 + 1, ...: the low bits first). A part of
 w bits cuts the row into 8 / w equal segments and lays them over one another, segment i in bits i*w .. (i+1)*w of the
@@ -92,3 +92,12 @@ def _spread(part: Tensor, width: int, segments: int) -> Tensor:
     out[:, : segments - 1] &= mask
     torch.bitwise_right_shift(part, (segments - 1) * width, out=out[:, segments - 1])
     return out
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """The tensor, laid out row by row in memory of its own: kernels read it by its address, and files hold all of it.
+
+    A number spread over a row by `expand` is neither, and a piece of a larger tensor would keep all of that alive.
+    """
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -116,7 +116,6 @@ def write(
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
     """
-    largest = parse_bytes(options.max_shard_size, "max_shard_size")
     format_, dtype, layers = writer(name), compute_dtype(model), layers_of(model)
     format_.require_config(model.config.get_text_config(), options.engine)
     refused = refusals(format_, layers, dtype, options.engine)
@@ -129,12 +128,10 @@ def write(
         changes = _make_room(model, format_, layers, refused, dtype, options)
         layers = layers_of(model)
         forms = _forms(format_, layers, dtype)
-        for line in widened(format_, layers, forms, dtype):
-            _log.warning("export: %s: %s", name, line)
         about: dict[str, Any] = {
             "dtype": dtype,
             "forms": forms,
-            "max_shard_bytes": largest,
+            "max_shard_bytes": parse_bytes(options.max_shard_size, "max_shard_size"),
             "source": source,
             "recipe": recipe_text,
         }
@@ -188,11 +185,14 @@ def _dense(format_: Format, layers: Sequence[Layer], forms: dict[str, Form]) -> 
 
 
 def _forms(format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> dict[str, Form]:
+    """The form of each layer; says which of them take more bits than the codes have."""
     found = {}
     for layer in layers:
         form = format_.form(layer, dtype)
         assert not isinstance(form, Refusal), form
         found[layer.name] = form
+    for line in widened(format_, layers, found, dtype):
+        _log.warning("export: %s: %s", format_.name, line)
     return found
 
 
@@ -238,7 +238,7 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
     found = refusals(format_, layers, compute_dtype(laid_out), options.engine)
     if found and not options.allow_lossy:
         _refuse(name, found, layers)
-    model, tokenizer = load(directory)
+    model, tokenizer = load(directory, dtype=compute_dtype(laid_out))
     saved = folder / "recipe.yaml"
     return write(
         model,

@@ -83,7 +83,10 @@ class Options:
     """Size of a safetensors file, for example `5GB`."""
 
 
-def _refuse(name: str, found: Sequence[Refusal], layers: Sequence[Layer]) -> None:
+def _require_none(name: str, found: Sequence[Refusal], layers: Sequence[Layer], options: Options) -> None:
+    """Raise a `UserError` if anything is refused, unless it may be changed."""
+    if not found or options.allow_lossy:
+        return
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     mendable = all(r.layer in {layer.name for layer in layers} for r in found)
     lossy = "; --allow-lossy rounds to the nearest that it holds" if mendable else ""
@@ -116,11 +119,11 @@ def write(
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
     """
+    largest = parse_bytes(options.max_shard_size, "max_shard_size")
     format_, dtype, layers = writer(name), compute_dtype(model), layers_of(model)
     format_.require_config(model.config.get_text_config(), options.engine)
     refused = refusals(format_, layers, dtype, options.engine)
-    if refused and not options.allow_lossy:
-        _refuse(name, refused, layers)
+    _require_none(name, refused, layers, options)
     measured_on = held_out if refused else None
     with replacing(out, overwrite=options.overwrite) as folder:
         values = _measure("before", model, measured_on)
@@ -131,7 +134,7 @@ def write(
         about: dict[str, Any] = {
             "dtype": dtype,
             "forms": forms,
-            "max_shard_bytes": parse_bytes(options.max_shard_size, "max_shard_size"),
+            "max_shard_bytes": largest,
             "source": source,
             "recipe": recipe_text,
         }
@@ -236,8 +239,7 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
     format_.require_config(laid_out.config.get_text_config(), options.engine)
     layers = layers_of(laid_out)
     found = refusals(format_, layers, compute_dtype(laid_out), options.engine)
-    if found and not options.allow_lossy:
-        _refuse(name, found, layers)
+    _require_none(name, found, layers, options)
     model, tokenizer = load(directory, dtype=compute_dtype(laid_out))
     saved = folder / "recipe.yaml"
     return write(

@@ -18,7 +18,7 @@ from transformers import (
 
 import tiny
 import trimtab as tt
-from exported import EMBEDDING, everywhere, prepared, write
+from exported import EMBEDDING, everywhere, prepared, tensors, write
 from gguf_models import GEMMA, QWEN2, SIZES, random_model
 from trimtab.errors import UserError
 from trimtab.formats import ALL, export, get
@@ -127,3 +127,14 @@ def test_ends_template_and_dtype_come_along(name: str, tmp_path: Path) -> None:
     assert made["eos_token_id"] == [2, 7]
     assert config["dtype"] == "bfloat16"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+def test_a_saved_model_is_exported_in_the_dtype_that_it_computes_in(tmp_path: Path) -> None:
+    """A float32 model came out in bfloat16, and was called exact."""
+    model = prepared(everywhere(bits=4, group=32), dtype=torch.float32)
+    tt.save(model, str(tmp_path / "saved"))
+    assert export.export(str(tmp_path / "saved"), "dense").kind == "exact"
+    made = tensors(tmp_path / "saved/dense")
+    assert all(torch.equal(made[n], p) for n, p in model.named_parameters() if n in made and "norm" in n)
+    assert {t.dtype for t in made.values()} == {torch.float32}
+    assert json.loads((tmp_path / "saved/dense/config.json").read_text())["dtype"] == "float32"

@@ -87,7 +87,10 @@ class Options:
     """Size of a safetensors file, for example `5GB`."""
 
 
-def _refuse(name: str, found: Sequence[Refusal], layers: Sequence[Layer]) -> None:
+def _require_none(name: str, found: Sequence[Refusal], layers: Sequence[Layer], options: Options) -> None:
+    """Raise a `UserError` if anything is refused, unless it may be changed."""
+    if not found or options.allow_lossy:
+        return
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     mendable = all(r.layer in {layer.name for layer in layers} for r in found)
     lossy = "; --allow-lossy rounds to the nearest that it holds" if mendable else ""
@@ -124,8 +127,7 @@ def write(
     format_, dtype, layers = writer(name), compute_dtype(model), layers_of(model)
     format_.require_config(model.config.get_text_config(), options.engine)
     refused = refusals(format_, layers, dtype, options.engine)
-    if refused and not options.allow_lossy:
-        _refuse(name, refused, layers)
+    _require_none(name, refused, layers, options)
     measured_on = held_out if refused and isinstance(held_out, Tensor) else None
     check_not_read_from(model, out)
     with replacing(out, "export", overwrite=options.overwrite) as folder:
@@ -134,8 +136,6 @@ def write(
         changes = _make_room(model, format_, layers, refused, dtype, options)
         layers = layers_of(model)
         forms = _forms(format_, layers, dtype)
-        for line in widened(format_, layers, forms, dtype):
-            _log.warning("export: %s: %s", name, line)
         about: dict[str, Any] = {
             "dtype": dtype,
             "forms": forms,
@@ -194,11 +194,14 @@ def _dense(format_: Format, layers: Sequence[Layer], forms: dict[str, Form]) -> 
 
 
 def _forms(format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> dict[str, Form]:
+    """The form of each layer; says which of them take more bits than the codes have."""
     found = {}
     for layer in layers:
         form = format_.form(layer, dtype)
         assert not isinstance(form, Refusal), form
         found[layer.name] = form
+    for line in widened(format_, layers, found, dtype):
+        _log.warning("export: %s: %s", format_.name, line)
     return found
 
 
@@ -242,13 +245,12 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
     format_.require_config(laid_out.config.get_text_config(), options.engine)
     layers = layers_of(laid_out)
     found = refusals(format_, layers, compute_dtype(laid_out), options.engine)
-    if found and not options.allow_lossy:
-        _refuse(name, found, layers)
+    _require_none(name, found, layers, options)
     saved, target = folder / "recipe.yaml", out or folder / name
     if saved.is_file():  # an export may lie beside that recipe, and in place of nothing that it names
         inputs.check_apart(recipe.read(saved), (target,), but=("the recipe",), remedy="name another --out")
     check_replaceable(target.resolve(), "export", options.overwrite)
-    model, tokenizer = load(directory)
+    model, tokenizer = load(directory, dtype=compute_dtype(laid_out))
     report = write(
         model,
         tokenizer,

@@ -580,7 +580,7 @@ REACHES = (
     ),
     Reach(
         library="trl",
-        what="rows that have `input_ids` and `labels` are only cut, packed and ordered, by `pack_dataset` where they are packed",
+        what="rows that have `input_ids` and `labels` are only cut, ordered and packed (`pack_dataset`)",
         why="token ids and labels are ours, so that what is left to learn is counted before a model is loaded",
         where=("training/labelled.py::_parted", "data/tokens.py::dataset_of"),
         test="tests/training/test_labelled.py::test_rows_that_are_cut_are_counted",

@@ -509,7 +509,7 @@ REACHES = (
         library="transformers",
         what="trainer_state.json is the last file of a checkpoint",
         why="a checkpoint that was cut off is told by its absence",
-        where=("training/trainer.py::whole_checkpoint",),
+        where=("training/checkpoints.py::whole_checkpoint",),
         test="tests/training/test_trainer_inside.py::test_the_state_of_the_trainer_comes_last",
         names=("trainer_state.json",),
     ),

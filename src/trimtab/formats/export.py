@@ -136,14 +136,8 @@ def write(
         changes = _make_room(model, format_, layers, refused, dtype, options)
         layers = layers_of(model)
         forms = _forms(format_, layers, dtype)
-        about: dict[str, Any] = {
-            "dtype": dtype,
-            "forms": forms,
-            "max_shard_bytes": largest,
-            "source": source,
-            "recipe": recipe_text,
-        }
-        format_.write(folder, Writing(model=model, tokenizer=tokenizer, **about))
+        about: dict[str, Any] = {"dtype": dtype, "forms": forms, "source": source, "recipe": recipe_text}
+        format_.write(folder, Writing(model=model, tokenizer=tokenizer, max_shard_bytes=largest, **about))
         values |= _measure("after", model, measured_on)
         squared, squares = _moved(model, changes, merged)
         report = Report(

@@ -1,4 +1,4 @@
-"""A weight laid out by its spec alone: what is read from a file is then put into it, and what is planned is counted in it."""
+"""A weight laid out by its spec alone: what is read from a file is put into it, and what is planned is counted in it."""
 
 import torch
 from torch import Tensor

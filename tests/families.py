@@ -146,8 +146,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 NOT_BUILT: dict[str, str] = {
     "gemma3n": "its vision tower needs timm",
-    "gemma4_assistant": "drafts for another model, with whose keys and values it is called",
-    "gemma4_unified_assistant": "drafts for another model, with whose keys and values it is called",
+    "gemma4_assistant": "it drafts for another model, and the rules here make no config of it that transformers accepts",
+    "gemma4_unified_assistant": "it drafts for another model, and the rules here make no config of it that transformers accepts",
     "musicgen": "its decoder takes another config than AutoModelForCausalLM gives it",
     "musicgen_melody": "its decoder takes another config than AutoModelForCausalLM gives it",
 }

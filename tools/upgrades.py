@@ -272,14 +272,6 @@ REACHES = (
     ),
     Reach(
         library="transformers",
-        what="`_keep_in_fp32_modules` of a model, by parts of names",
-        why="what transformers would keep in float32 we do, too",
-        where=("models/transformers_bridge.py::cast_floats",),
-        test="tests/models/test_transformers_inside.py::test_modules_that_stay_in_float32",
-        names=("_keep_in_fp32_modules",),
-    ),
-    Reach(
-        library="transformers",
         what="the steps of `convert_and_load_state_dict_in_model`: renamings, converters, and their `convert`",
         why="names and layouts of checkpoints are transformers' own, but only one tensor of the model is read at a time",
         where=("models/conversion.py::Conversion", "models/conversion.py::_Made", "models/conversion.py::_Shapes"),
@@ -314,7 +306,7 @@ REACHES = (
         library="transformers",
         what="`_get_dtype_plan` of a model, and `build_glob_alternation`",
         why="what a model keeps in float32, and at which dtypes, is its own",
-        where=("models/layout.py::_empty",),
+        where=("models/layout.py::kept_in",),
         test="tests/models/test_checkpoint.py::test_what_a_model_keeps_in_float32_is_kept_as_transformers_keeps_it",
         names=("_get_dtype_plan", "build_glob_alternation"),
     ),

@@ -45,17 +45,23 @@ class Careful(LlamaForCausalLM):
     """A model that declares what stays in float32."""
 
     _keep_in_fp32_modules = ["norm"]  # noqa: RUF012 - as transformers' own models do
+    _keep_in_fp32_modules_strict = ["k_proj"]  # noqa: RUF012
 
 
-def test_modules_that_stay_in_float32() -> None:
-    message = "transformers no longer declares modules that stay in float32 by _keep_in_fp32_modules"
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_modules_that_stay_in_float32(dtype: torch.dtype) -> None:
+    """Those of the one list in float16 alone, those of the strict list in bfloat16, too."""
+    message = (
+        "transformers no longer declares modules that stay in float32 by _keep_in_fp32_modules and its strict list"
+    )
     assert PreTrainedModel._keep_in_fp32_modules is None, message
+    assert PreTrainedModel._keep_in_fp32_modules_strict is None, message
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     model = Careful(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    assert "norm" in model._keep_in_fp32_modules, message
-    cast_floats(model, torch.bfloat16)
+    cast_floats(model, dtype)
     kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert kept == {name for name, _ in model.named_parameters() if "norm" in name}
+    parts = ("norm", "k_proj") if dtype == torch.float16 else ("k_proj",)
+    assert kept == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}, message
     assert kept
 
 

@@ -112,10 +112,19 @@ def _empty(model: PreTrainedModel, passing: set[str]) -> None:
     Some constructors make tensors in ways that the meta device does not see: what is not read would keep those numbers.
     """
     dtype: Any = model.config.dtype or torch.get_default_dtype()
-    kept = model._get_dtype_plan(dtype)
-    pattern, by_group, _ = build_glob_alternation(list(kept))
+    kept = kept_in(model, dtype)
     for name, module, last, tensor in list(tensors_of(model)):
-        found = pattern.search(name) if kept else None
-        own = tensor.dtype if found is None else kept[by_group[str(found.lastgroup)]]
         if name not in passing:
-            put(module, last, tensor.to("meta", own))
+            put(module, last, tensor.to("meta", kept(name) or tensor.dtype))
+
+
+def kept_in(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """Which dtype a model that is loaded in `dtype` keeps a tensor of this name in; None where in `dtype` itself."""
+    plan = model._get_dtype_plan(dtype)
+    pattern, by_group, _ = build_glob_alternation(list(plan))
+
+    def of(name: str) -> torch.dtype | None:
+        found = pattern.search(name) if plan else None
+        return None if found is None else plan[by_group[str(found.lastgroup)]]
+
+    return of

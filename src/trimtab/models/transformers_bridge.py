@@ -30,6 +30,7 @@ from trimtab.layers import linear
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models.buffers import guard, keep_with_state, not_remade
 from trimtab.models.kv_cache import current, install
+from trimtab.models.layout import kept_in
 from trimtab.models.origin import remember
 from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
 from trimtab.quant import packing
@@ -189,16 +190,16 @@ class TrimtabQuantizer(HfQuantizer):
         return True
 
 
-def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the float parameters outside our layers; buffers (rotary frequencies) keep the dtype they were made in."""
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+def cast_floats(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Cast the float parameters outside our layers, as transformers would; buffers keep the dtype they were made in."""
+    kept = kept_in(model, dtype)
     ours = {id(p) for layer in quant_layers(model).values() for p in layer.parameters()}
     for layer in quant_layers(model).values():
         if isinstance(layer, QuantEmbedding):
             layer.dtype = dtype
     for name, p in model.named_parameters():
-        if p.is_floating_point() and id(p) not in ours and not any(part in name for part in kept):
-            p.data = p.data.to(dtype)
+        if p.is_floating_point() and id(p) not in ours:
+            p.data = p.data.to(kept(name) or dtype)
 
 
 def untie(model: "PreTrainedModel") -> None:

@@ -7,6 +7,7 @@ import torch
 
 import trimtab as tt
 from tests.exported import llama
+from trimtab.errors import UserError
 from trimtab.layers.movement import Movement
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import Lora, LrQat, Peqa, QaHira, QBara, Qlora
@@ -102,3 +103,19 @@ def test_folding_tells_transformers_that_the_model_changed() -> None:
     assert any("adapter" in spec and spec["adapter"] for spec in before)
     assert [spec for spec in after.specs if spec.get("adapter")] == []
     assert set(after.layers) == set(quant_layers(model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("method", "grid"), [(LrQat(rank=2), "integer"), (QaHira(), "nf4"), (Peqa(), "real"), (Qlora(rank=2), "nf4")]
+)
+def test_what_diverged_is_not_folded(method: Any, grid: str, value: float) -> None:
+    """Codes could be made of it, and nobody would see; of the layers before it, none is folded either."""
+    model = prepared(method, grid)
+    last = [n for n, layer in quant_layers(model).items() if getattr(layer, "adapter", None) is not None][-1]
+    part, parameter = next(iter(model.get_submodule(last).adapter.named_parameters()))
+    with torch.no_grad():
+        parameter.view(-1)[0] = value
+    with pytest.raises(UserError, match=rf"{last}: {part} holds NaN or infinite values.* earlier checkpoint"):
+        tt.fold(model)
+    assert all(layer.adapter is not None for layer in quant_layers(model).values() if hasattr(layer, "adapter"))

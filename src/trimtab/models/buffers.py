@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
-from trimtab.models.layout import laid_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +78,8 @@ def _unsaved(model: nn.Module) -> dict[str, Tensor]:
 
 def _made_anew(model: "PreTrainedModel", dtype: torch.dtype) -> nn.Module:
     """The float model that the config describes, as a reload lays it out."""
+    from trimtab.models.layout import laid_out  # which imports models, and those import quantizers, and so this file
+
     config: Any = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import UserError
 from trimtab.kernels import tuning
-from trimtab.layers.adapters import FoldKind
+from trimtab.layers.adapter import Adapter, FoldKind
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.movement import Movement, movement
 from trimtab.layers.weights import Weight
@@ -312,18 +312,18 @@ def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
     low-bit weight: they stay adapters, or with `merge` become part of a dense copy of the weight (`algebraic`).
 
     Raises:
-        UserError: where an adapter beside rounded inputs is to be merged.
+        UserError: where an adapter beside rounded inputs is to be merged, or what was trained is not finite; nothing is
+            folded then.
     """
+    todo = [
+        (n, x, x.adapter)
+        for n, x in quant_layers(model).items()
+        if isinstance(x, QuantLinear) and x.adapter is not None
+    ]
+    for name, layer, adapter in todo:
+        _check_fold(name, layer, adapter, merge)
     report = []
-    for name, layer in quant_layers(model).items():
-        if not isinstance(layer, QuantLinear) or layer.adapter is None:
-            continue
-        adapter = layer.adapter
-        if merge and not adapter.moves_weight and layer.inputs is not None:
-            raise UserError(
-                f"{name}: its adapter reads inputs that its weight sees rounded, so no weight equals the two together; "
-                "keep it (`merge: false`)"
-            )
+    for name, layer, adapter in todo:
         folded = adapter.fold(layer.base)
         if adapter.stays(merge):
             still = movement(layer.base, layer.base)
@@ -338,3 +338,17 @@ def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
         layer.base, layer.adapter = folded.weight, None
     attach(model)
     return report
+
+
+def _check_fold(name: str, layer: QuantLinear, adapter: Adapter, merge: bool) -> None:
+    if merge and not adapter.moves_weight and layer.inputs is not None:
+        raise UserError(
+            f"{name}: its adapter reads inputs that its weight sees rounded, so no weight equals the two together; "
+            "keep it (`merge: false`)"
+        )
+    for part, p in adapter.named_parameters():
+        if not p.isfinite().all():  # a code is made of any number, of NaN, too
+            raise UserError(
+                f"{name}: {part} holds NaN or infinite values, so its training diverged; go back to an earlier checkpoint, "
+                "and lower the learning rate"
+            )

@@ -30,7 +30,6 @@ from trimtab.layers import linear
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models.buffers import guard, keep_with_state, not_remade
 from trimtab.models.kv_cache import current, install
-from trimtab.models.layout import kept_in
 from trimtab.models.origin import remember
 from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
 from trimtab.quant import packing
@@ -192,6 +191,8 @@ class TrimtabQuantizer(HfQuantizer):
 
 def cast_floats(model: "PreTrainedModel", dtype: torch.dtype) -> None:
     """Cast the float parameters outside our layers, as transformers would; buffers keep the dtype they were made in."""
+    from trimtab.models.layout import kept_in  # which imports models, and those import quantizers, and so this file
+
     kept = kept_in(model, dtype)
     ours = {id(p) for layer in quant_layers(model).values() for p in layer.parameters()}
     for layer in quant_layers(model).values():

@@ -1,5 +1,6 @@
 """Folders of ours: what a manifest lets go of, one writer at a time, and nothing lost that somebody else put there."""
 
+import json
 import os
 import signal
 import time
@@ -63,6 +64,24 @@ def test_what_is_not_ours_stays(tmp_path: Path, spoil: object, complaint: str) -
     with pytest.raises(UserError, match=complaint):
         written(out)
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize("where", ["files", "also"])
+@pytest.mark.parametrize("name", ["../mine.txt", "in/../../mine.txt", "/mine.txt", ""])
+def test_a_manifest_lists_nothing_outside_its_folder(tmp_path: Path, name: str, where: str) -> None:
+    """It may come from anywhere, with a model that somebody made, and what it lists is removed."""
+    out, mine = written(tmp_path / "out"), put(tmp_path / "mine.txt")
+    name = str(mine) if name.startswith("/") else name
+    values = json.loads((out / manifest.MANIFEST).read_text(encoding="utf-8"))
+    values[where] = (
+        {**values["files"], name: {"bytes": 4, "sha256": ""}} if where == "files" else [*values["also"], name]
+    )
+    manifest.write_json(out / manifest.MANIFEST, values)
+    for touch in (lambda: written(out), lambda: manifest.verify(out), lambda: manifest.remove(out)):
+        with pytest.raises(UserError, match="outside its folder"):
+            touch()
+    assert mine.read_text() == "mine"
+    assert (out / "a.txt").read_text() == "ours"
 
 
 def test_a_file_that_comes_while_a_folder_is_written(tmp_path: Path) -> None:

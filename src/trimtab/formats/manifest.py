@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from trimtab.errors import UserError
@@ -92,10 +92,18 @@ def _read(folder: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         for file in values["files"].values():
             int(file["bytes"]), str(file["sha256"])
-        list(values.get("also", ()))
+        for name in (*values["files"], *values.get("also", ())):
+            _require_inside(manifest, str(name))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{manifest}: not a manifest ({error!r}); save or export the model again") from error
     return values
+
+
+def _require_inside(manifest: Path, name: str) -> None:
+    """A manifest may come from anywhere, and what it lists is removed: only names in its own folder are listed."""
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise UserError(f"{manifest}: lists {name!r}, which is outside its folder; save or export the model again")
 
 
 def listed(folder: Path) -> dict[str, tuple[int, str]]:

@@ -409,7 +409,7 @@ REACHES = (
         library="transformers",
         what="how Llama 3's rotary frequencies are scaled",
         why="llama.cpp wants a factor for each of them",
-        where=("formats/gguf/families.py::rope_factors",),
+        where=("formats/gguf/rotary.py::llama3_divisors",),
         test="tests/formats/test_gguf_export.py::test_llama3_rope_factors_are_those_that_transformers_uses",
         names=("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     ),

@@ -62,6 +62,11 @@ def everywhere(**grid: Any) -> dict[str, Any]:
     return {"match": "*", "grid": grid}
 
 
+def head_too(rule: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rule, and the head by name: `*` does not mean it."""
+    return [{**rule, "match": "lm_head"}, rule]
+
+
 INTEGER, REAL, NF4 = (
     everywhere(bits=3, group=32, zero="integer"),
     everywhere(bits=4, group=32, zero="real"),
@@ -72,18 +77,18 @@ PLANS: dict[str, tuple[Method, list[dict[str, Any]] | None, PreTrainedConfig]] =
     "rtn": (Rtn(), [EMBEDDING, INTEGER], TIED),
     "lora": (Lora(rank=4), None, LLAMA),
     "lora, some layers": (Lora(rank=4), [FLOAT_DOWN, {"match": "*", "grid": "float"}], QWEN),
-    "qlora": (Qlora(rank=4), [NF4], LLAMA),
-    "qa-lora": (QaLora(rank=4), [REAL], LLAMA),
+    "qlora": (Qlora(rank=4), head_too(NF4), LLAMA),
+    "qa-lora": (QaLora(rank=4), head_too(REAL), LLAMA),
     "loftq": (Loftq(rank=4), [NF4], LLAMA),
     "q-bara": (QBara(rank=4), [EMBEDDING, NF4], TIED),
     "qa-hira": (QaHira(), [FLOAT_DOWN, REAL], LLAMA),
     "qa-hira, integer": (QaHira(repeat=2), [INTEGER], QWEN),
     "qa-blora": (QaBlora(rank=4), [EMBEDDING, NF4], TIED),
-    "peqa": (Peqa(), [everywhere(bits=2, zero="real", scale_dtype="float32")], LLAMA),
+    "peqa": (Peqa(), head_too(everywhere(bits=2, zero="real", scale_dtype="float32")), LLAMA),
     "lr-qat": (LrQat(rank=4), [EMBEDDING, INTEGER], TIED),
-    "lr-qat, head": (LrQat(rank=4, k=2, storage="bf16"), [EMBEDDING, FLOAT_DOWN, everywhere(bits=4)], LLAMA),
+    "lr-qat, head": (LrQat(rank=4, k=2, storage="bf16"), [EMBEDDING, FLOAT_DOWN, *head_too(everywhere(bits=4))], LLAMA),
     "lr-qat, gemma": (LrQat(rank=4, storage="int"), [EMBEDDING, INTEGER], GEMMA),
-    "qat": (Qat(), [REAL], LLAMA),
+    "qat": (Qat(), head_too(REAL), LLAMA),
 }
 
 

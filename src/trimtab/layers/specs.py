@@ -18,9 +18,9 @@ def from_spec(spec: Spec) -> Weight:
     grid, storage = Grid(**spec["grid"]), spec["storage"]
     shape = (n, k // group_size(grid, k))
     range_ = Range(
-        torch.empty(shape),
-        torch.empty(shape) if grid.zero == "integer" else None,
-        torch.empty(shape) if grid.zero == "real" else None,
+        _floats(shape),
+        _floats(shape) if grid.zero == "integer" else None,
+        _floats(shape) if grid.zero == "real" else None,
     )
     if storage == "int":
         codes = torch.empty(n, packing.row_bytes(grid.bits, k), dtype=torch.uint8)
@@ -32,9 +32,14 @@ def from_spec(spec: Spec) -> Weight:
 def _empty_codebook(spec: Spec, n: int, k: int) -> CodebookWeight:
     grid = CodebookGrid(**spec["grid"])
     shape = (n, k // group_size(grid, k))
-    absmax: tuple[Tensor, ...] = (torch.empty(shape),)
+    absmax: tuple[Tensor, ...] = (_floats(shape),)
     if grid.double_quant:
         blocks = -(-shape[0] * shape[1] // codebook.DOUBLE_BLOCK)
-        absmax = (torch.empty(shape, dtype=torch.uint8), torch.empty(blocks), torch.empty(1))
+        absmax = (torch.empty(shape, dtype=torch.uint8), _floats((blocks,)), _floats((1,)))
     codes = torch.empty(n, packing.row_bytes(grid.bits, k), dtype=torch.uint8)
-    return CodebookWeight(codes, absmax, grid, k, torch.empty(shape) if spec["offset"] else None)
+    return CodebookWeight(codes, absmax, grid, k, _floats(shape) if spec["offset"] else None)
+
+
+def _floats(shape: tuple[int, ...]) -> Tensor:
+    """In float32, whatever torch's default is: transformers sets it to the model's dtype while it lays a model out."""
+    return torch.empty(shape, dtype=torch.float32)

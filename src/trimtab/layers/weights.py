@@ -104,7 +104,7 @@ class DenseWeight(Weight):
 
     def __init__(self, weight_NK: Tensor) -> None:
         super().__init__((weight_NK.shape[0], weight_NK.shape[1]))
-        self.weight = nn.Parameter(weight_NK.detach(), requires_grad=False)
+        self.weight = _frozen(weight_NK)
 
     @property
     def grid(self) -> None:

@@ -60,7 +60,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, Stored] = {}
-        files, listed = _files(path)
+        files, listed = files_of(path)
         for file in files:
             for name, stored in _header(file):
                 if name in self.tensors:
@@ -85,8 +85,8 @@ class Checkpoint:
         return found
 
 
-def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files that are read, and which tensors are said to be in which."""
+def files_of(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files of a folder that are read, and which tensors are said to be in which."""
     named = _named(path)
     if named is None and (path / _WHOLE).is_file():
         named = _WHOLE

@@ -77,15 +77,14 @@ class Conversion:
         self._checkpoint, self._shapes = checkpoint, _Shapes(model)
         self._by_target: dict[str, _Made] = {}
         self._stands_for: dict[str, str] = {}
-        self._model = model
         self.absent: set[str] = set()
         """Tensors of the model that no file holds, and of which transformers says that none need hold them."""
         mapping = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
         made, unexpected = self._assigned(model, mapping)
         for one in made:
             self._check_kinds(one)
-            for name, result in self._tried(one).items():
-                self._check_shape(one, name, result)
+            for name, result in self._tried(one, model).items():
+                self._check_shape(one, name, result, model)
                 self._by_target[name] = one
         self._report(model, unexpected)
         self._tie(model)
@@ -131,7 +130,7 @@ class Conversion:
             if stored.dtype is None:
                 raise UserError(f"{stored.file}: {name} is stored as {stored.kind}; start from the float model")
 
-    def _tried(self, made: _Made) -> dict[str, Tensor]:
+    def _tried(self, made: _Made, model: PreTrainedModel) -> dict[str, Tensor]:
         """What comes out, on the meta device."""
         dtype = self._shapes.tensors[made.first].dtype
         inputs = {
@@ -148,18 +147,18 @@ class Conversion:
         try:
             return made.convert(inputs, self._shapes)
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
-            self._require_parts(made)
+            self._require_parts(made, model)
             names = ", ".join(name for _, name in made.parts[:3])
             raise UserError(
                 f"{self._checkpoint.path}: no {made.first} can be made of {names} ({error}); "
                 "the checkpoint is incomplete or of another model, fetch or save it again"
             ) from error
 
-    def _require_parts(self, made: _Made) -> None:
+    def _require_parts(self, made: _Made, model: PreTrainedModel) -> None:
         """Raise for the first tensor that transformers would save this one as, and that no file holds."""
         if isinstance(made.rule, WeightRenaming):
             return
-        saved = revert_weight_conversion(self._model, {made.first: self._shapes.tensors[made.first]})
+        saved = revert_weight_conversion(model, {made.first: self._shapes.tensors[made.first]})
         for name in sorted(saved.keys() - self._checkpoint.tensors.keys(), key=dot_natural_key):
             raise self.lacking(name)
 
@@ -170,10 +169,10 @@ class Conversion:
             "fetch or save it again"
         )
 
-    def _check_shape(self, made: _Made, name: str, result: Tensor) -> None:
+    def _check_shape(self, made: _Made, name: str, result: Tensor, model: PreTrainedModel) -> None:
         wanted = self._shapes.tensors.get(name)
         if wanted is not None and wanted.shape != result.shape:
-            self._require_parts(made)
+            self._require_parts(made, model)
         if wanted is not None and wanted.shape != result.shape:
             raise UserError(
                 f"{self._checkpoint.path}: {name} has shape {tuple(result.shape)}, the config says {tuple(wanted.shape)}; "
@@ -229,10 +228,10 @@ class Conversion:
         mapped = self._checkpoint.mapped(part for _, part in made.parts)
         tensors = mapped if dtype is None else {part: t.to(dtype) for part, t in mapped.items()}
         found = made.convert(tensors, self._shapes)[name]
-        storage = found.untyped_storage()
-        whole = storage.nbytes() == found.numel() * found.element_size()
-        held = storage.data_ptr() in {t.untyped_storage().data_ptr() for t in mapped.values()}
-        return found if whole and not held else found.clone()
+        # What is mapped would change with its file, and a part of something larger would keep all of it.
+        alone = all(tensors[part] is not mapped[part] for part in mapped)
+        whole = found.untyped_storage().nbytes() == found.numel() * found.element_size()
+        return found if alone and whole else found.clone()
 
 
 def _tied(model: PreTrainedModel) -> list[list[str]]:

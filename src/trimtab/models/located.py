@@ -1,12 +1,12 @@
 """Where a model lies: the files behind a path, and the path as it is found from any directory."""
 
-import json
 from pathlib import Path
 
+from trimtab.models import checkpoint
 from trimtab.models.sources import resolve
 
 _BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-           "vocab.*", "merges.txt", "*.jinja", "*.model")  # fmt: skip
+           "vocab.*", "merges.txt", "*.jinja", "*.model", "*.safetensors.index.json")  # fmt: skip
 """Files of a directory that say what its tensors mean."""
 
 
@@ -15,14 +15,11 @@ def files_of(path: str) -> list[Path]:
     found = resolve(path)
     if found.is_file():
         return [found]
-    index = found / "model.safetensors.index.json"
-    if index.is_file():
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        tensors = [index, *(found / name for name in sorted(set(named)))]
-    else:
-        tensors = sorted(found.glob("*.safetensors"))
-    beside = {file for pattern in _BESIDE for file in found.glob(pattern) if file.is_file()}
-    return [*sorted(beside), *tensors]
+    tensors, _ = checkpoint.files_of(found)
+    beside = {file for pattern in _BESIDE for file in found.glob(pattern)}
+    return sorted(
+        file for file in {*beside, *tensors} if file.is_file()
+    )  # one that is missing is named by who reads it
 
 
 def pinned(path: str) -> str:

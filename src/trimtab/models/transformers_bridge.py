@@ -123,7 +123,7 @@ class TrimtabQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         tuning.for_models()
         config = self.quantization_config
-        dtype = kwargs.get("dtype") or getattr(torch, config.compute_dtype)
+        dtype = kwargs.get("dtype") or self._compute_dtype or getattr(torch, config.compute_dtype)
         self._compute_dtype = dtype
         tied_to: QuantEmbedding | None = None
         # Embeddings come before their tied heads in every model we know, but nothing promises it.

@@ -97,8 +97,8 @@ def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) 
 def _check_padding(recipe: Recipe, source: ModelSource) -> None:
     """Refuse a padding token that the embedding has no row for: the model could not be made."""
     config = source.config().get_text_config()
-    pad, vocabulary = getattr(config, "pad_token_id", None), config.vocab_size
-    if isinstance(pad, int) and pad >= vocabulary:
+    pad, vocabulary = (getattr(config, key, None) for key in ("pad_token_id", "vocab_size"))
+    if isinstance(pad, int) and isinstance(vocabulary, int) and pad >= vocabulary:
         raise UserError(
             f"model.path: {recipe.model.path}: pad_token_id is {pad}, but the model has {vocabulary} tokens; correct its "
             "config.json"

@@ -118,7 +118,7 @@ def _require_agreement(model: Any, held: settings.Keys, fields: dict[str, Any]) 
     inside = f"{held.architecture}."
     values = {**held.values, **{n.removeprefix(inside): v for n, v in fields.items() if n.startswith(inside)}}
     try:
-        settings.require_agreement(model, held._replace(values=values))
+        settings.require_agreement(model, settings.Keys(**{**held._asdict(), "values": values}))
     except UserError as error:
         raise UserError(f"GGUF: {error}: llama.cpp would compute another model") from error
 

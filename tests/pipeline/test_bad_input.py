@@ -222,6 +222,16 @@ def poisoned(name: str, value: float = float("nan")) -> Callable[[Path], None]:
     return tensors(lambda held: held[name].view(-1)[5:6].fill_(value))
 
 
+def indexed(text: str) -> Callable[[Path], Any]:
+    """Puts an index in place of the one file, which would go before it."""
+
+    def spoil(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return spoil
+
+
 MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("model.path", "no such file or directory", "check the path")),
     "no config": (without("config.json"), ("model.path", "no config.json in it")),
@@ -247,10 +257,10 @@ MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         (UP_PROJ, "(128, 32), the config says (128, 64)", "fetch it again"),
     ),
     "missing shard": (
-        written("model.safetensors.index.json", '{"weight_map": {"a.weight": "model-2.safetensors"}}'),
+        indexed('{"weight_map": {"a.weight": "model-2.safetensors"}}'),
         ("a.weight", "model-2.safetensors", "fetch it again"),
     ),
-    "index cut off": (written("model.safetensors.index.json", '{"weig'), ("index.json", "fetch it again")),
+    "index cut off": (indexed('{"weig'), ("index.json", "fetch it again")),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), ("no usable tokenizer", "add the model's")),
     "NaN": (poisoned(UP_PROJ), (UP_PROJ, "NaN", "fetch or convert it again")),
     "NaN in the embedding": (poisoned("model.embed_tokens.weight"), ("model.embed_tokens.weight", "NaN")),

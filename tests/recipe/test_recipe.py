@@ -51,7 +51,8 @@ def test_yaml_there_and_back(tmp_path: Path, values: dict[str, Any]) -> None:
     second = read(file)
     assert second.model_dump() == resolved(first).model_dump()
     assert second.to_yaml() == first.to_yaml()
-    assert list(yaml.safe_load(first.to_yaml())) == list(Recipe.model_fields)
+    # What a run read is written by the run, where there is something to write.
+    assert list(yaml.safe_load(first.to_yaml())) == [name for name in Recipe.model_fields if name != "inputs"]
 
 
 def test_what_a_full_recipe_holds() -> None:

@@ -30,6 +30,7 @@ from trimtab.layers.movement import Movement
 from trimtab.memory.process import peak_bytes, reset_peak
 from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
+from trimtab.models.share import shares
 from trimtab.pipeline import checks
 from trimtab.pipeline.output import Work
 from trimtab.pipeline.reading import written_down
@@ -171,7 +172,7 @@ def _load(recipe: Recipe, given: RunContext, metrics: dict[str, Any], watch: Obs
     model = build(recipe, given)
     metrics["load_peak_memory_bytes"] = peak_bytes()
     _announce(watch)
-    for line in fitted_starts(model):
+    for line in (shares(model).line(), *fitted_starts(model)):
         watch.say(line)
     return model
 

@@ -150,7 +150,7 @@ def parity(
     python_of(engine, python)
     if tokens < 2:
         raise UserError(f"--tokens: {tokens} tokens predict nothing; give at least 2")
-    model, tokenizer = load(str(native))
+    model, tokenizer = load(str(native), quiet=True)
     if path is None:
         block = held_out(native)
         if block is None or block.eval_path is None:

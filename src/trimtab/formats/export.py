@@ -244,7 +244,7 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
     if saved.is_file():  # an export may lie beside that recipe, and in place of nothing that it names
         inputs.check_apart(recipe.read(saved), (target,), but=("the recipe",), remedy="name another --out")
     check_replaceable(target.resolve(), "export", options.overwrite)
-    model, tokenizer = load(directory, dtype=compute_dtype(laid_out))
+    model, tokenizer = load(directory, dtype=compute_dtype(laid_out), quiet=True)
     report = write(
         model,
         tokenizer,

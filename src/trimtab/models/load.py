@@ -37,6 +37,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     source: ModelSource | None = None,
     start: Gptq | None = None,
+    quiet: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """A prepared model and its tokenizer.
 
@@ -47,18 +48,32 @@ def load(
         dtype: dtype to compute in, and of everything that stays float.
         source: an already opened source of this path, to save parsing it again.
         start: how layers find their codes, see `prepare`; GPTQ has one decoder block in float at a time.
+        quiet: whether to log no line about what share of the parameters is in few bits (`share`).
 
     Raises:
         UserError: naming the file, tensor or layer that is wrong.
     """
-    chosen, parsed = method or Rtn(), parse_rules(rules)
     found = source or open_source(path)
+    model = _prepared(path, found, method, parse_rules(rules), dtype, start)
+    if not quiet:
+        tell(model)
+    return model, found.tokenizer()
+
+
+def _prepared(
+    path: str,
+    found: ModelSource,
+    method: Method | None,
+    parsed: Sequence[Rule] | None,
+    dtype: torch.dtype,
+    start: Gptq | None,
+) -> PreTrainedModel:
+    chosen = method or Rtn()
     if found.prepared:
         model = _as_saved(found, dtype)
         if method is not None or parsed is not None:
             prepare_by(model, chosen, parsed, start)
-        tell(model)
-        return model, found.tokenizer()
+        return model
     model = found.layout(dtype=dtype)
     require_lasting(path, model)
     found.bind(model)
@@ -66,9 +81,7 @@ def load(
     if start is None:
         for target in todo:
             _put(model, target, found, chosen, dtype)
-        _complete(model, found)
-        tell(model)
-        return model, found.tokenizer()
+        return _complete(model, found)
 
     def put(target: Target, hessian_KK: Tensor | None) -> None:
         how = None if hessian_KK is None else partial(round_by_gptq, target=target, start=start, hessian_KK=hessian_KK)
@@ -80,9 +93,7 @@ def load(
         fill_where(model, found, lambda name: name.startswith(f"{block}.") if block else not name.startswith(blocks))
 
     place_calibrated(model, todo, chosen, start, put, enter)
-    _complete(model, found)
-    tell(model)
-    return model, found.tokenizer()
+    return _complete(model, found)
 
 
 def _put(

@@ -57,7 +57,13 @@ def build(recipe: Recipe, given: RunContext) -> PreTrainedModel:
     """Load the model quantized, from the recipe's start, with fresh adapters or those of `model.adapter`."""
     torch.manual_seed(recipe.train.seed)
     model, _ = load(
-        recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype, source=given.source, start=given.start
+        recipe.model.path,
+        recipe.method,
+        recipe.rules,
+        dtype=recipe.dtype,
+        source=given.source,
+        start=given.start,
+        quiet=True,
     )
     if recipe.model.adapter is not None:
         start_from(model, recipe.model.adapter)

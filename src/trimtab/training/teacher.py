@@ -42,7 +42,7 @@ def load_teacher(recipe: Recipe, source: ModelSource | None = None) -> PreTraine
     check_teacher(recipe, opened)
     path, kind = recipe.model.path, kind_of(recipe)
     if kind == "int8":
-        model, _ = load(path, Rtn(), int8_rules(opened.layout()), dtype=recipe.dtype, source=opened)
+        model, _ = load(path, Rtn(), int8_rules(opened.layout()), dtype=recipe.dtype, source=opened, quiet=True)
         return model
     dtype = torch.bfloat16 if kind == "bfloat16" else recipe.dtype
     model = load_float(path, dtype=dtype, source=opened)

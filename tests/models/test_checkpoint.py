@@ -352,3 +352,16 @@ def test_a_class_that_is_no_causal_model_is_named(copied: Callable[..., Path]) -
     path = copied("llama")
     configure(path, model_type="llava", architectures=["LlavaForConditionalGeneration"])
     refused(path, r"does not take LlavaForConditionalGeneration \(model_type llava\)")
+
+
+def test_a_layer_whose_name_would_not_last_is_refused(tmp_path: Path) -> None:
+    """Of one called `weight_proj` transformers saves `weight_proj.weight` as `weight_proj`; ours was not found again."""
+    model = families.random_model("inkling2_text")
+    before = dict(model.named_modules())
+    with pytest.raises(UserError, match=r"weight_proj: transformers renames it while saving .*grid: null"):
+        tt.prepare(model, Rtn(), [{"match": "*", "grid": {"bits": 4}}])
+    assert dict(model.named_modules()) == before
+    rules = [{"match": "*.weight_proj", "grid": None}, {"match": "*", "grid": {"bits": 4}}]
+    expected = families.logits(tt.prepare(model, Rtn(), rules))
+    tt.save(model, tmp_path / "saved")
+    assert torch.equal(families.logits(tt.load(str(tmp_path / "saved"), dtype=model.dtype)[0]), expected)

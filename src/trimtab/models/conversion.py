@@ -234,6 +234,35 @@ class Conversion:
         return found if alone and whole else found.clone()
 
 
+def require_names_that_last(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Raise a `UserError` for a layer of ours whose tensors would be saved under names that do not lead back to it.
+
+    Saving undoes a family's renamings, and some of these end in a name that ours begin with.
+    """
+    starts = tuple(f"{name}." for name in layers)
+    wanted = {name: t.to("meta") for name, t in model.state_dict().items() if name.startswith(starts)}
+    wanted = {name: t for name, t in wanted.items() if name.removesuffix("weight") not in starts}  # the markers
+    mapping = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    prefix = model.base_model_prefix
+    reached = {
+        target
+        for name in revert_weight_conversion(model, dict(wanted))
+        for target in (
+            rename_source_key(name, renamings, converters, prefix, wanted)[0],
+            rename_source_key(name, [], [], prefix, wanted)[0],
+        )
+    }
+    for name in sorted(wanted.keys() - reached, key=dot_natural_key):
+        layer = next(start for start in starts if name.startswith(start)).removesuffix(".")
+        raise UserError(
+            f"{layer}: transformers renames it while saving ({type(model).__name__}), and what is saved could not be "
+            f"loaded again; keep it in float with a rule, before the others: "
+            f"{{match: '*.{layer.rpartition('.')[2]}', grid: null}}"
+        )
+
+
 def _tied(model: PreTrainedModel) -> list[list[str]]:
     """Names that stand for one parameter, first the one that the others are said to be tied to."""
     groups: dict[str, list[str]] = {}

@@ -23,6 +23,7 @@ from trimtab.methods.base import Method, Source, base_weight
 from trimtab.models import gptq
 from trimtab.models.atomic import put_back_on_failure
 from trimtab.models.calibrate import by_block, calibrate
+from trimtab.models.conversion import require_names_that_last
 from trimtab.models.decoder import embedding_scale
 from trimtab.models.gptq import Gptq
 from trimtab.models.replaceable import layers_of, refuse, refuse_model
@@ -173,8 +174,9 @@ def fitted_starts(model: "PreTrainedModel") -> list[str]:
 
 
 def finish(model: "PreTrainedModel") -> None:
-    """After the last layer: freeze all but adapters, and tell transformers."""
+    """After the last layer: see that it can be saved, freeze all but adapters, and tell transformers."""
     untie(model)
+    require_names_that_last(model, quant_layers(model))
     freeze(model)
     attach(model)
 

@@ -460,9 +460,9 @@ REACHES = (
     ),
     Reach(
         library="transformers",
-        what="`save_pretrained` writes the dtype of the first parameter, and the metadata that the quantizer gives",
-        why="that parameter is some scale; the config must say what is computed in, and sizes are predicted to the byte",
-        where=("formats/native/write.py::_set_dtype", "formats/file_size.py::_METADATA"),
+        what="`save_pretrained` writes the dtype that a model answers with, and the metadata that the quantizer gives",
+        why="by itself it is that of some scale, by ours what is computed in; and sizes are predicted to the byte",
+        where=("models/prepared.py::Prepared", "formats/file_size.py::_METADATA"),
         test="tests/models/test_reload.py::test_a_tied_head_is_stored_once",
     ),
     Reach(

@@ -16,6 +16,7 @@ from trimtab.errors import UserError
 from trimtab.formats import manifest
 from trimtab.formats.holding import holding
 from trimtab.pipeline import run as running
+from trimtab.recipe import inputs
 from trimtab.recipe.recipe import Recipe, as_recipe, read
 from trimtab.training import teacher_cache
 
@@ -224,7 +225,7 @@ def test_the_saved_recipe_reads_the_same_from_anywhere(given: Path, monkeypatch:
     assert saved.inputs is not None
     assert set(saved.inputs) == {"model.path", "data.path", "data.eval_path"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved.inputs["model.path"].keys()
-    listed = manifest.digest(given / "data.jsonl"), (given / "data.jsonl").stat().st_size
+    listed = inputs.sha256(given / "data.jsonl"), (given / "data.jsonl").stat().st_size
     found = saved.inputs["data.path"]["data.jsonl"]
     assert (found.sha256, found.bytes) == listed
     here = tt.evaluate("out")
@@ -295,3 +296,32 @@ def test_a_recipe_keeps_its_file_and_its_teacher(given: Path) -> None:
     recipe = as_recipe("recipe.yaml", ["distill={}"])
     assert recipe.file == str(given / "recipe.yaml")
     assert recipe.moved(given / "x").teacher_cache == recipe.teacher_cache == Path("out-teacher")
+
+
+def test_a_file_that_comes_into_a_run_that_is_made(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes that somebody keeps beside the checkpoints while a run goes on: they stay where they are."""
+    notes = given / "new.unfinished/notes.txt"
+    made_by_now = running.Work.finish
+
+    def finish(work: Any) -> None:
+        notes.write_text("mine")
+        made_by_now(work)
+
+    monkeypatch.setattr(running.Work, "finish", finish)
+    tt.run("recipe.yaml", ["output=new"])
+    assert (given / "new/model.safetensors").is_file()
+    assert listing(notes.parent) == {"notes.txt": b"mine"}
+    with pytest.raises(UserError, match=r"new\.unfinished is in the way, and trimtab did not write it"):
+        tt.run("recipe.yaml", ["output=new"], overwrite=True)
+
+
+def test_an_earlier_run_is_read_once_to_see_that_nobody_changed_it(
+    given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be many gigabytes, and is looked at again until the moment in which it goes."""
+    read: list[Path] = []
+    real = inputs.sha256
+    monkeypatch.setattr(inputs, "sha256", lambda file: (read.append(file), real(file))[1])
+    tt.run("recipe.yaml", overwrite=True)
+    weights = [file for file in read if file == (given / "out/model.safetensors").resolve()]
+    assert len(weights) == 1

@@ -8,7 +8,6 @@ A folder may be replaced by one of its own kind, and only if every file in it is
 that somebody put there, or edited, is theirs.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from trimtab.errors import UserError
+from trimtab.recipe.inputs import digest, sha256
 
 MANIFEST = "manifest.json"
 Kind = Literal["run", "model", "export", "pruned", "search", "unfinished"]
@@ -29,12 +29,6 @@ _CALLED = {
 }
 _NAMED = 3
 """Files of somebody else that a message names; more are counted."""
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(file: Path, values: Any) -> None:
@@ -65,7 +59,7 @@ def write_manifest(folder: Path, kind: Kind, also: Iterable[str] = ()) -> None:
         if "/" in name:
             also = {*also, name}
         else:
-            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
+            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     _write(folder, {"version": 2, "kind": kind, "files": files, "also": sorted(also)})
 
 
@@ -130,20 +124,16 @@ def verify(folder: Path) -> int:
         UserError: naming the first file that is missing, changed or foreign.
     """
     whole = listed(folder)
-    for name, (size, sha256) in whole.items():
+    for name, (size, expected) in whole.items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file}: is missing; save, export or copy the model again")
-        if not _same(file, size, sha256):
+        if file.stat().st_size != size or sha256(file) != expected:
             raise UserError(f"{file}: is not what was written (its SHA-256 differs); save, export or copy it again")
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in whole:
             raise UserError(f"{file}: does not belong to this model, and readers would take it for a part; remove it")
     return len(whole)
-
-
-def _same(file: Path, size: int, sha256: str) -> bool:
-    return file.stat().st_size == size and digest(file) == sha256
 
 
 def keeps(folder: Path, kind: Kind) -> str:
@@ -158,10 +148,8 @@ def keeps(folder: Path, kind: Kind) -> str:
     foreign = [name for name in found if name not in values["files"] and name not in values["also"]]
     if foreign:
         return f"holds {some(foreign)}, which trimtab did not write"
-    changed = [
-        name for name, (size, sha256) in listed(folder).items()
-        if (folder / name).is_file() and not _same(folder / name, size, sha256)
-    ]  # fmt: skip
+    there = ((name, folder / name, *about) for name, about in listed(folder).items() if (folder / name).is_file())
+    changed = [name for name, file, size, known in there if file.stat().st_size != size or digest(file) != known]
     return f"holds {some(changed)}, which somebody changed since trimtab wrote it" if changed else ""
 
 

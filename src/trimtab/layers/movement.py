@@ -3,6 +3,7 @@
 A run reports it beside what folding changed, which is nothing: of the two, only this says whether training did anything.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,10 @@ class Movement(NamedTuple):
     """Groups whose scale, zero or offset is another one, as stored."""
     of_groups: int = 0
 
-    def __add__(self, other: tuple[int, ...]) -> "Movement":  # type: ignore[override]
-        """Of two layers together."""
-        return Movement(*(a + b for a, b in zip(self, other, strict=True)))
+
+def total(movements: Iterable[Movement]) -> Movement:
+    """Of several layers together."""
+    return Movement(*map(sum, zip(*movements, strict=True)))
 
 
 def movement(before: Weight, after: Weight) -> Movement:

@@ -17,10 +17,12 @@ from pathlib import Path
 
 from trimtab.errors import UserError
 from trimtab.formats.directory import check_replaceable, put_in_place, to_oneself
-from trimtab.formats.manifest import entries, kind_of, some, write_manifest
+from trimtab.formats.manifest import add, entries, kind_of, remove, some, write_manifest
 from trimtab.recipe.recipe import Recipe, read
 from trimtab.training.checkpoints import whole_checkpoint
 
+_OURS = ("recipe.yaml", "model/", "checkpoints/checkpoint-", "checkpoints/runs/")
+"""What names begin with that a run writes into its folder."""
 _REMEDY = "move or remove it yourself, or set `output`"
 
 
@@ -87,8 +89,7 @@ class Work:
             return
         if any(self.folder.iterdir()) and kind_of(self.folder) != "unfinished":
             raise UserError(f"output: {self.folder} is in the way, and trimtab did not write it; {_REMEDY}")
-        ours = ("recipe.yaml", "model/", "checkpoints/checkpoint-", "checkpoints/runs/")
-        foreign = [name for name in entries(self.folder) if not name.startswith(ours)]
+        foreign = [name for name in entries(self.folder) if not name.startswith(_OURS)]
         if foreign:
             raise UserError(f"output: {self.folder} holds {some(foreign)}, which trimtab did not write; {_REMEDY}")
         if self.stopped_at is not None and not (overwrite or resume):
@@ -109,13 +110,19 @@ class Work:
         with to_oneself(self.out):
             self.check(overwrite, resume)
             if not resume:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self._clear()
             self._make(recipe, resume)
             try:
                 yield
             finally:
                 if self.stopped_at is None:
-                    shutil.rmtree(self.folder, ignore_errors=True)
+                    self._clear()
+
+    def _clear(self) -> None:
+        """Remove what a run made in its folder; a file that somebody put there meanwhile stays."""
+        if self.folder.exists():
+            add(self.folder, (name for name in entries(self.folder) if name.startswith(_OURS)))
+            remove(self.folder)
 
     def _make(self, recipe: Recipe, resume: bool) -> None:
         if not self.folder.exists():

@@ -26,7 +26,7 @@ from trimtab.formats import get
 from trimtab.formats.export import write
 from trimtab.formats.native.write import disk_bytes, write_into
 from trimtab.kernels import tuning
-from trimtab.layers.movement import Movement
+from trimtab.layers.movement import total
 from trimtab.memory.process import peak_bytes, reset_peak
 from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
@@ -226,7 +226,7 @@ def _fold_and_save(
     folded = fold(model, merge=recipe.merge)
     metrics["fold"] = _summary(folded)
     metrics["weights_changed_by_fold"] = sum(layer.differing for layer in folded)
-    metrics["moved_by_training"] = sum((layer.moved for layer in folded), Movement())._asdict()
+    metrics["moved_by_training"] = total(layer.moved for layer in folded)._asdict()
     metrics["fold_error"] = max((layer.error for layer in folded if layer.action == "merged"), default=0.0)
     write_into(work.model, model, given.tokenizer, text)
     metrics["disk_bytes"] = disk_bytes(work.model)

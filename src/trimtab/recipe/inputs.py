@@ -85,6 +85,11 @@ def digest(file: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _digest(file: Path, *_: int) -> str:
+    return sha256(file)
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, read now."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -105,7 +105,7 @@ class _Maker:
         kept = [t for t in tokens if t.learned(length)]
         if not kept:
             raise self._nothing(tokens)
-        sequences = dataset_of([(t.ids, t.labels(IGNORED)) for t in kept])
+        sequences = dataset_of((t.ids, t.labels(IGNORED)) for t in kept)
         if self._packing == "wrapped" and "prompt" in self._rows.column_names:
             self._found["parted"] = _parted(kept, self._block.block_tokens, self._seed)
         return Labelled(self._rows, sequences, self._end, tuple(self._notes(tokens)))
@@ -139,7 +139,7 @@ class _Maker:
                 )
             if found.merged:
                 self._note("merged", number)
-            yield found
+            yield found.compact()
 
     def _look_at(self, row: Any, text: str, number: int) -> None:
         """Note what becomes of a conversation in its template."""

@@ -18,7 +18,6 @@ from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
 from trimtab.formats.directory import replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.models.origin import read_from
-from trimtab.models.transformers_bridge import compute_dtype
 
 
 class Native(Format):
@@ -80,22 +79,11 @@ def write_into(
     folder: Path, model: PreTrainedModel, tokenizer: Any, recipe: str | None, largest: int = SHARD_BYTES
 ) -> None:
     """Write a model's files into a folder that is staged."""
-    dtype = compute_dtype(model)
     model.save_pretrained(folder, max_shard_size=largest)
-    _set_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if recipe is not None:
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
-
-
-def _set_dtype(config: Path, dtype: str) -> None:
-    """transformers writes the dtype of the first parameter, which here is that of some scale."""
-    import json
-
-    values = json.loads(config.read_text(encoding="utf-8"))
-    values["dtype"] = dtype
-    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def disk_bytes(path: str | os.PathLike[str]) -> int:

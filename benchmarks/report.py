@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.files import DOCS, RESULTS
 from benchmarks.memory.report import memory, seven
+from benchmarks.quality import rates_report as rates
 from benchmarks.quality import report as quality
 from benchmarks.search import report as search
 from benchmarks.serving import report as serving
@@ -94,6 +95,7 @@ PAGES = {
     "results": _results,
     "performance": _performance,
     "quality": quality.page,
+    "rates": lambda: _page("Rates", rates.page()),
     "search": search.page,
     "formats": serving.page,
 }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trimtab.errors import UserError
     from trimtab.formats.native.write import save
     from trimtab.kernels.tuning import tune
+    from trimtab.layers.rates import param_groups
     from trimtab.models.gptq import Gptq
     from trimtab.models.load import load
     from trimtab.models.prepare import fold, prepare
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "parity", "plan", "prepare", "prune", "run",
-    "save", "search", "simulate", "tune", "verify",
+    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "param_groups", "parity", "plan", "prepare",
+    "prune", "run", "save", "search", "simulate", "tune", "verify",
 ]  # fmt: skip
 
 _HOME = {
@@ -49,6 +50,7 @@ _HOME = {
     "UserError": "errors",
     "fold": "models.prepare",
     "load": "models.load",
+    "param_groups": "layers.rates",
     "prepare": "models.prepare",
     "save": "formats.native.write",
     "simulate": "models.simulate",

@@ -10,7 +10,8 @@ import yaml
 
 from trimtab import methods
 from trimtab.errors import UserError
-from trimtab.methods import LrQat, Method, Peqa, QaHira, Rtn
+from trimtab.layers import rates
+from trimtab.methods import LrQat, Method, QaHira, Rtn
 from trimtab.quant.grid import CodebookGrid, Grid
 from trimtab.recipe import explain, recipe
 from trimtab.recipe.recipe import Recipe, from_dict, read
@@ -38,7 +39,7 @@ FULL: dict[str, Any] = {
 
 def resolved(parsed: Recipe) -> Recipe:
     """As it reads when its defaults are written out."""
-    rates = {"lr": parsed.lr, "lr_scale": parsed.lr_scale}
+    rates = {"lr": parsed.rates.delta, "lr_scale": parsed.rates.scale, "parametrization": parsed.parametrization}
     train = parsed.train.model_copy(update=rates)
     return parsed.model_copy(update={"train": train, "output": str(parsed.out)})
 
@@ -65,7 +66,7 @@ def test_what_a_full_recipe_holds() -> None:
         Rule("*.q_proj", CodebookGrid("nf3", 64, True)),
         Rule("*", Grid(3, 32, "integer", range="lp2.4")),
     ]
-    assert (full.dtype, full.out, full.lr, full.lr_scale) == (torch.float32, Path("somewhere/else"), 0.003, 0)
+    assert (full.dtype, full.out, *full.rates) == (torch.float32, Path("somewhere/else"), 0.003, 0)
     assert full.train.betas == (0.8, 0.9)
 
 
@@ -74,7 +75,9 @@ def test_every_method_there_and_back(tmp_path: Path, method: type[Method]) -> No
     """By its name alone it has the dataclass's defaults, and its own learning rates."""
     parsed = from_dict({**SHORT, "method": method.name, "train": {"steps": 0 if method is Rtn else 8}})
     assert parsed.method == method()
-    assert (parsed.lr, parsed.lr_scale) == (method.lr, method.lr_scale)
+    assert parsed.rates == rates.default(method.kind, parsed.train.steps)
+    paper = from_dict({**SHORT, "method": method.name, "train": {"steps": 0, "parametrization": "paper"}})
+    assert tuple(paper.rates) == (method.lr, method.lr_scale)
     file = tmp_path / "r.yaml"
     file.write_text(parsed.to_yaml())
     assert read(file).method == method()
@@ -85,11 +88,14 @@ def test_every_method_there_and_back(tmp_path: Path, method: type[Method]) -> No
 def test_defaults() -> None:
     short = from_dict(SHORT)
     assert (short.method, short.rules, short.out) == (LrQat(rank=32, alpha=1.0), None, Path("runs/run"))
-    assert (short.lr, short.lr_scale, short.train.clip, short.train.warmup) == (1e-3, 1e-5, 1.0, 0.1)
-    assert from_dict({**SHORT, "method": "peqa"}).lr_scale == Peqa.lr_scale
+    assert (short.parametrization, short.train.clip, short.train.warmup) == ("relative", 1.0, 0.1)
     assert from_dict({**SHORT, "method": QaHira(repeat=2)}).method == QaHira(repeat=2)
     own = from_dict({**SHORT, "train": {"lr": 0.5, "lr_scale": 0.25}})
-    assert (own.lr, own.lr_scale) == (0.5, 0.25)
+    assert (*own.rates, own.parametrization) == (0.5, 0.25, "paper")
+    half = from_dict({**SHORT, "train": {"lr_scale": 0.25}})
+    assert (*half.rates, half.parametrization) == (LrQat.lr, 0.25, "paper")
+    share = from_dict({**SHORT, "train": {"lr": 0.5, "parametrization": "relative"}})
+    assert share.rates == (0.5, rates.default("levels", share.train.steps).scale)
 
 
 def test_name_is_the_file(tmp_path: Path) -> None:

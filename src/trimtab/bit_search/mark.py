@@ -73,7 +73,7 @@ def _weights(folder: Path) -> Any:
 
 def _training(recipe: Recipe) -> dict[str, Any]:
     """With rates resolved, as a recipe read back has them."""
-    rates = {"lr": recipe.lr, "lr_scale": recipe.lr_scale}
+    rates = {"lr": recipe.rates.delta, "lr_scale": recipe.rates.scale, "parametrization": recipe.parametrization}
     return recipe.train.model_dump(mode="json", exclude=_OWN_LENGTH) | rates
 
 

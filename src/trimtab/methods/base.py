@@ -15,6 +15,7 @@ from trimtab.errors import UserError
 from trimtab.layers import weights
 from trimtab.layers.adapters import Adapter
 from trimtab.layers.deltas import AdapterDtype, DeltaShape, PooledDelta
+from trimtab.layers.rates import Kind
 from trimtab.layers.weights import AffineWeight, DenseWeight, Storage, Weight
 from trimtab.quant.grid import AnyGrid, Grid, group_size, same_form
 
@@ -33,9 +34,11 @@ class Method(ABC):
     grid: ClassVar[AnyGrid | None]
     """Grid of every linear layer but the head where a recipe has no rules; None keeps weights in float."""
     lr: ClassVar[float] = 2e-4
-    """Learning rate of deltas (of the master weight, for QAT) where a recipe names none."""
+    """Adam's rate of deltas (of the master weight, for QAT) as its paper has it: for `parametrization: paper`."""
     lr_scale: ClassVar[float] = 1e-5
-    """Learning rate of scales and offsets where a recipe names none."""
+    """The same of scales and offsets."""
+    kind: ClassVar[Kind] = "output"
+    """What it trains, which decides the default rates (`layers.rates`)."""
     rounds_itself: ClassVar[bool] = False
     """Whether the method finds its own codes, so that it cannot start from another's."""
     trains: ClassVar[bool] = True

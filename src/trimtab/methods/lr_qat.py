@@ -45,6 +45,7 @@ class LrQat(Method):
     summary = "low-rank shift inside the rounding, folds into plain integers"
     grid = Grid(4, 64)
     adapter = DeltaLevels
+    kind = "levels"
     lr = 1e-3
 
     rank: int = 32

@@ -19,6 +19,7 @@ class Peqa(Method):
     summary = "scales (and real offsets) only"
     grid = Grid(4, 64)
     adapter = DeltaLevels
+    kind = "scales"
     lr_scale = 5e-5
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:

@@ -20,6 +20,7 @@ class QaBlora(Method):
     summary = "low-rank update of pooled inputs and repeated outputs, folds into the zeros"
     grid = Grid(4, 32, "real")
     adapter = DeltaOffset
+    kind = "offset"
 
     rank: int = 16
     """r."""

@@ -23,6 +23,7 @@ class QaHira(Method):
     summary = "one matrix, constant on quantization blocks, folds into the zeros"
     grid = Grid(4, 32, "real")
     adapter = DeltaOffset
+    kind = "blocks"
     lr = 1e-4
 
     alpha: float = 1.0

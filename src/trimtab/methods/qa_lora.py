@@ -22,6 +22,7 @@ class QaLora(Method):
     summary = "low-rank update of pooled inputs, folds into the zeros"
     grid = Grid(4, 32, "real")
     adapter = DeltaOffset
+    kind = "offset"
 
     rank: int = 16
     """r."""

@@ -23,6 +23,7 @@ class Qat(Method):
     summary = "every weight trained through the rounding (LSQ)"
     grid = Grid(4, 64)
     adapter = MasterLevels
+    kind = "master"
     lr = 5e-5
 
     def delta(self, grid: AnyGrid | None, shape: tuple[int, int]) -> None:

@@ -85,9 +85,13 @@ class TrainBlock(Block):
     micro_batch: int = Field(default=4, ge=1)
     """Sequences in one forward pass; batch_tokens is reached by accumulating gradients."""
     lr: float | None = Field(default=None, gt=0)
-    """Learning rate of deltas (and of QAT's master weight); null is the method's own."""
+    """Learning rate of deltas (and of QAT's master weight); null is the default for this many steps."""
     lr_scale: float | None = Field(default=None, ge=0)
-    """Learning rate of scales and offsets; null is the method's own."""
+    """Learning rate of scales and offsets; null is the default for this many steps."""
+    parametrization: Literal["relative", "paper"] | None = None
+    """What rates mean. relative: the share of a step of the grid that a weight may move in an optimizer step, so that one
+    rate serves every width, rank and layer; paper: Adam's own rates, as peft's and the papers'. null: paper where lr or
+    lr_scale is given, else relative."""
     lr_scale_bits: int | None = Field(default=None, ge=1, le=8)
     """For mixed widths: the width that lr_scale is meant for. A scale of 8 bits is a seventeenth of one of 4, and so is its
     rate then; a search sets it to the width of its rules. Null: every width gets lr_scale."""

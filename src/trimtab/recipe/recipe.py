@@ -18,6 +18,8 @@ from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, field_val
 
 from trimtab import methods
 from trimtab.errors import UserError, nearest
+from trimtab.layers import rates
+from trimtab.layers.rates import Parametrization, Rates
 from trimtab.methods.base import Method
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.recipe.fields import (
@@ -122,14 +124,23 @@ class Recipe(Block):
         return dtype
 
     @property
-    def lr(self) -> float:
-        """Learning rate of deltas."""
-        return self.train.lr if self.train.lr is not None else self.method.lr
+    def parametrization(self) -> Parametrization:
+        """What its rates mean: shares, or the rates that Adam is given."""
+        if self.train.parametrization is not None:
+            return self.train.parametrization
+        return "relative" if self.train.lr is None and self.train.lr_scale is None else "paper"
 
     @property
-    def lr_scale(self) -> float:
-        """Learning rate of scales and offsets."""
-        return self.train.lr_scale if self.train.lr_scale is not None else self.method.lr_scale
+    def rates(self) -> Rates:
+        """Learning rates of deltas, and of scales and offsets."""
+        if self.parametrization == "relative":
+            default = rates.default(self.method.kind, self.train.steps)
+        else:
+            default = Rates(self.method.lr, self.method.lr_scale)
+        given = self.train
+        return Rates(
+            default.delta if given.lr is None else given.lr, default.scale if given.lr_scale is None else given.lr_scale
+        )
 
     def to_yaml(self) -> str:
         """The resolved recipe: every field with the value it has, runnable as it stands."""
@@ -137,7 +148,11 @@ class Recipe(Block):
         values["method"] = {"name": self.method.name, **asdict(self.method)}
         values["rules"] = None if self.rules is None else [_plain(rule) for rule in self.rules]
         values["output"] = str(self.out)
-        values["train"]["lr"], values["train"]["lr_scale"] = self.lr, self.lr_scale
+        values["train"] |= {
+            "lr": self.rates.delta,
+            "lr_scale": self.rates.scale,
+            "parametrization": self.parametrization,
+        }
         if self.inputs is None:
             del values["inputs"]
         return yaml.safe_dump({key: values[key] for key in Recipe.model_fields if key in values}, sort_keys=False)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trimtab.data.rows import load_rows
 from trimtab.errors import Diverged, UserError
 from trimtab.kernels import tuning, workspace
+from trimtab.layers.rates import param_groups
 from trimtab.models.transformers_bridge import attach
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
@@ -35,13 +36,13 @@ from trimtab.training.loss import IGNORED, loss_of_logits, summed_loss
 from trimtab.training.stopping import stop_at
 from trimtab.training.teacher import LiveTeacher
 from trimtab.training.teacher_cache import NUMBER, CachedTeacher
+from trimtab.training.watch import LossWatch
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl import SFTConfig, SFTTrainer
 
 CHECKPOINT = "trainable.safetensors"
 """Trainable tensors of a checkpoint, by parameter name."""
-_SCALES = ("adapter.scale", "adapter.offset")
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw-8bit": "adamw_bnb_8bit",
@@ -85,39 +86,16 @@ class _Trainer(SFTTrainer):
 
     model: Any
     args: Any
-    lr_scale: float = 0.0
-    lr_scale_bits: int | None = None
+    groups: list[dict[str, Any]]
     teacher: LiveTeacher | CachedTeacher | None = None
     distill: DistillBlock | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over groups: deltas and master weights; scales and offsets, by width where widths are mixed."""
+        """AdamW over the groups of `layers.rates`."""
         if self.optimizer is None:
-            named, args = trainable(self.model), self.args
-            others = [p for name, p in named.items() if not name.endswith(_SCALES)]
-            groups = [{"params": others, "lr": args.learning_rate, "weight_decay": args.weight_decay}]
-            groups += [
-                {"params": some, "lr": self.lr_scale * factor, "weight_decay": 0.0}
-                for factor, some in self._scales(named).items()
-            ]
-            kind, options = self.get_optimizer_cls_and_kwargs(args, self.model)
-            self.optimizer = kind([g for g in groups if g["params"]], **options)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(self.groups, **options)
         return self.optimizer
-
-    def _scales(self, named: dict[str, nn.Parameter]) -> dict[float, list[nn.Parameter]]:
-        """Scales and offsets by what multiplies their rate.
-
-        The largest weight of b bits moves by (2^b - 1) ds, so one absolute rate, as Adam's is, suits one width only.
-        """
-        found: dict[float, list[nn.Parameter]] = {}
-        for name, p in named.items():
-            if name.endswith(_SCALES):
-                factor = 1.0
-                if self.lr_scale_bits is not None and name.endswith(".scale"):
-                    layer = self.model.get_submodule(name.removesuffix(".adapter.scale"))
-                    factor = (2**self.lr_scale_bits - 1) / layer.base.grid.top
-                found.setdefault(factor, []).append(p)
-        return found
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -251,6 +229,18 @@ class _Meter(TrainerCallback):
             self.on_step(Step(state.global_step, state.max_steps, loss, tokens, seconds))
 
 
+def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameter groups with a recipe's rates."""
+    block = recipe.train
+    return param_groups(
+        model,
+        *recipe.rates,
+        parametrization=recipe.parametrization,
+        weight_decay=block.weight_decay,
+        scale_bits=block.lr_scale_bits,
+    )
+
+
 def _config(recipe: Recipe, checkpoints: Path, packing: str) -> SFTConfig:
     block = recipe.train
     assert recipe.data is not None
@@ -260,7 +250,7 @@ def _config(recipe: Recipe, checkpoints: Path, packing: str) -> SFTConfig:
         max_steps=block.steps,
         per_device_train_batch_size=block.micro_batch,
         gradient_accumulation_steps=block.batch_tokens // micro_tokens,
-        learning_rate=recipe.lr,
+        learning_rate=recipe.rates.delta,
         lr_scheduler_type="constant_with_warmup" if block.schedule == "constant" else block.schedule,
         warmup_steps=round(block.warmup * block.steps),
         adam_beta1=block.betas[0],
@@ -326,8 +316,8 @@ def fit(
     meter = _Meter(on_step, slot)
     attach(model)
     model.config.use_cache = False
-    trainer = _trainer(model, tokenizer, recipe, given, [meter])
-    trainer.lr_scale, trainer.lr_scale_bits = recipe.lr_scale, recipe.train.lr_scale_bits
+    trainer = _trainer(model, tokenizer, recipe, given, [meter, LossWatch(recipe, say)])
+    trainer.groups = groups_of(model, recipe)
     slot.append(trainer)
     teacher_cache.attach(trainer, recipe, tokenizer, given.rows)
     tuning.for_training()

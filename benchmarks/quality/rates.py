@@ -1,0 +1,173 @@
+"""Whether the default rates are near the best: every trained method, at several widths, ranks and lengths of training.
+
+A cell is a method on a grid, with a rank and a number of steps. It is trained with the default rates, and with each of them
+a factor of three away, the other kept; while the best stands at an end, one more is tried there. The value is the loss on
+held-out text. The model is stories260K, trained on TinyStories in float32, 4 x 64 tokens a step, scheduled as by
+`trimtab run`.
+
+    python benchmarks/quality/rates.py --data DIR [--steps 30 100 300] [--methods lr-qat ...] [--minutes 60]
+    python benchmarks/report.py rates                             docs/rates.md
+
+Every run is a line of benchmarks/results/rates.jsonl; what stands there is not run again. DIR holds stories260k and
+tinystories.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from torch import Tensor
+
+from benchmarks.files import RESULTS, add, read, say
+from trimtab import methods
+from trimtab.layers.rates import Rates, default, param_groups
+from trimtab.models.load import load, open_source
+
+OUT = RESULTS / "rates.jsonl"
+STEPS, BITS, RANKS = (30, 100, 300), (2, 3, 4, 8), (4, 32)
+BATCH, LENGTH, HELD = 4, 64, 48
+WARMUP, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0
+APART = 3.0
+FURTHER = 2
+"""Runs beyond the first neighbours, at most, for each rate."""
+METHODS = ("lr-qat", "peqa", "qat", "qlora", "loftq", "q-bara", "qa-lora", "qa-blora", "qa-hira")
+GROUP, DOWN_GROUP = 32, 43
+"""stories260K's MLP is 172 wide: 4 x 43."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained."""
+
+    method: str
+    bits: int
+    rank: int | None
+    steps: int
+
+    @property
+    def moves(self) -> tuple[str, ...]:
+        """The rates that act."""
+        kind = methods.make(self.method).kind
+        return {"scales": ("scale",), "levels": ("delta", "scale"), "master": ("delta", "scale")}.get(kind, ("delta",))
+
+    def default(self) -> Rates:
+        """The library's own."""
+        return default(methods.make(self.method).kind, self.steps)
+
+
+def cells(steps: tuple[int, ...], names: tuple[str, ...]) -> Iterator[Cell]:
+    """Short runs first."""
+    for length in steps:
+        for name in names:
+            ranks = RANKS if hasattr(methods.make(name), "rank") else (None,)
+            for bits in BITS:
+                yield from (Cell(name, bits, rank, length) for rank in ranks)
+
+
+class Study:
+    """Model and data, read once."""
+
+    def __init__(self, data: Path) -> None:
+        self.model = str(data / "stories260k")
+        tokenizer = open_source(self.model).tokenizer()
+        self.train, held = (self._tokens(data / "tinystories" / f"{n}.jsonl", tokenizer) for n in ("train", "valid"))
+        self.held = held[:HELD]
+
+    @staticmethod
+    def _tokens(file: Path, tokenizer: Any) -> Tensor:
+        ids: list[int] = []
+        for line in file.read_text().splitlines():
+            text = json.loads(line)["text"]
+            ids += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        return torch.tensor(ids[: len(ids) // (2 * LENGTH) * 2 * LENGTH]).view(-1, 2 * LENGTH)
+
+    def run(self, cell: Cell, rates: Rates) -> float:
+        """The held-out loss after training; infinite where it left the numbers."""
+        torch.manual_seed(0)
+        options = {} if cell.rank is None else {"rank": cell.rank}
+        method = methods.make(cell.method, **options)
+        zero = "integer" if method.kind in ("levels", "scales", "master") else "real"
+        grid = {"bits": cell.bits, "group": GROUP, "zero": zero}
+        rules = [{"match": "*.down_proj", "grid": {**grid, "group": DOWN_GROUP}}, {"match": "*", "grid": grid}]
+        model, _ = load(self.model, method, rules, dtype=torch.float32, quiet=True)
+        optimizer = torch.optim.AdamW(param_groups(model, *rates), betas=BETAS, weight_decay=0.0)
+        warm = round(WARMUP * cell.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: s / max(1, warm) if s < warm else (cell.steps - s) / max(1, cell.steps - warm)
+        )
+        order = torch.Generator().manual_seed(0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for _ in range(cell.steps):
+            rows = torch.randint(len(self.train), (BATCH,), generator=order)
+            loss = self._loss(model, self.train[rows, :LENGTH])
+            if not torch.isfinite(loss):
+                return math.inf
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(trained, CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            return sum(self._loss(model, part).item() for part in self.held.split(24)) / (HELD // 24)
+
+    @staticmethod
+    def _loss(model: Any, ids: Tensor) -> Tensor:
+        logits = model(input_ids=ids).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def fill(study: Study, cell: Cell, deadline: float) -> None:
+    """Run what is missing of a cell: the default, its neighbours, and on where an end is the best."""
+    own = cell.default()
+
+    def value(rates: Rates) -> float:
+        about = asdict(cell) | {"lr": rates.delta, "lr_scale": rates.scale}
+        for row in read(OUT):
+            if all(row[k] == v for k, v in about.items()):
+                return float(row["loss"])
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        loss = study.run(cell, rates)
+        add(OUT, about | {"loss": loss, "default": rates == own})
+        say(f"{cell} {rates.delta:.3g} {rates.scale:.3g}: {loss:.4f}")
+        return loss
+
+    value(own)
+    for name in cell.moves:
+        found = {e: value(own._replace(**{name: getattr(own, name) * APART**e})) for e in (-1, 0, 1)}
+        for _ in range(FURTHER):
+            best = min(found, key=lambda e: found[e])
+            if best not in (min(found), max(found)):
+                break
+            beyond = best + (1 if best > 0 else -1)
+            found[beyond] = value(own._replace(**{name: getattr(own, name) * APART**beyond}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--minutes", type=float, default=600)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    study, deadline = Study(given.data), time.monotonic() + 60 * given.minutes
+    for cell in cells(tuple(given.steps), tuple(given.methods)):
+        try:
+            fill(study, cell, deadline)
+        except TimeoutError:
+            say("out of time; run it again to go on")
+            return
+
+
+if __name__ == "__main__":
+    main()

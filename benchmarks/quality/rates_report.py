@@ -1,0 +1,78 @@
+"""docs/rates.md: the rule of the default rates, and how far each cell of the study is from the best rate that was tried."""
+
+import math
+from typing import Any
+
+from benchmarks.files import RESULTS, read
+from benchmarks.quality.rates import APART, METHODS, RANKS, STEPS, Cell, cells
+from benchmarks.tables import table
+from trimtab import methods
+from trimtab.layers.rates import default
+
+NEAR = 0.02
+"""A default's loss may be above the best one's by this share."""
+ABOUT = (
+    "A learning rate is the share of a step of the grid that a weight may move in one optimizer step, so that one number",
+    "serves every width, rank and layer (the formulas stand in `src/trimtab/layers/rates.py`). Without `train.lr` and",
+    "`train.lr_scale` a run takes these defaults, which fall with the square root of its length:",
+)
+STUDY = (
+    "stories260K on TinyStories, groups of 32 (43 in the MLP's second matrix), 4 x 64 tokens a step, one seed. Each cell",
+    f"is trained with the default rates and with each rate a factor of {APART:g} away, on while an end is the best. The",
+    "number is the share by which the default's held-out loss lies above the best one's; in bold where that is more than",
+    f"{NEAR:.0%}, with what the best run multiplied (lr, lr_scale) by. `python benchmarks/quality/rates.py --data DIR`.",
+)
+
+
+def _cell(rows: list[dict[str, Any]], cell: Cell) -> tuple[float, str] | None:
+    """(share above the best, words), or None where it was not run to the end."""
+    own = cell.default()
+    runs = [r for r in rows if all(r[k] == getattr(cell, k) for k in ("method", "bits", "rank", "steps"))]
+    mine = next(
+        (r["loss"] for r in runs if math.isclose(r["lr"], own.delta) and math.isclose(r["lr_scale"], own.scale)), None
+    )
+    if mine is None or len(runs) < 1 + 2 * len(cell.moves):
+        return None
+    best = min(runs, key=lambda r: r["loss"])
+    above = mine / best["loss"] - 1
+    if above <= NEAR:
+        return above, f"{above:.1%}"
+    return above, f"**{above:.1%}** (x {best['lr'] / own.delta:.2g}, {best['lr_scale'] / own.scale:.2g})"
+
+
+def page() -> list[list[str]]:
+    """The sections of docs/rates.md."""
+    rows = read(RESULTS / "rates.jsonl")
+    kinds: dict[str, list[str]] = {}
+    for name in METHODS:
+        kinds.setdefault(methods.make(name).kind, []).append(name)
+    shares = []
+    for kind, names in kinds.items():
+        rates = [default(kind, steps) for steps in STEPS]  # type: ignore[arg-type]
+        moves = Cell(names[0], 4, None, STEPS[0]).moves
+        for key, name in (("delta", "lr"), ("scale", "lr_scale")):
+            if key in moves:
+                shares.append([", ".join(names), name, *(f"{getattr(r, key):.3g}" for r in rates)])
+    lengths = "|".join(f"{steps} steps" for steps in STEPS)
+    found, missed, open_ = [], [], 0
+    for name in METHODS:
+        for rank in RANKS if hasattr(methods.make(name), "rank") else (None,):
+            for bits in (2, 3, 4, 8):
+                line = [name, str(rank or "-"), str(bits)]
+                for cell in (Cell(name, bits, rank, steps) for steps in STEPS):
+                    result = _cell(rows, cell)
+                    open_ += result is None
+                    line.append("not run" if result is None else result[1])
+                    if result is not None and result[0] > NEAR:
+                        missed.append(f"{name}{f' of rank {rank}' if rank else ''} at {bits} bits, {cell.steps} steps")
+                found.append(line)
+    total = len(list(cells(STEPS, METHODS)))
+    verdict = [
+        f"{total - open_} of {total} cells were run; in {total - open_ - len(missed)} of them the default is within "
+        f"{NEAR:.0%} of the best rate.",
+        *([f"It is not in: {'; '.join(missed)}."] if missed else []),
+    ]
+    return [
+        [*ABOUT, "", *table(f"methods | rate | {lengths}", shares)],
+        ["## The study", "", *STUDY, "", *table(f"method | rank | bits | {lengths}", found), "", *verdict],
+    ]

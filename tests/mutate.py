@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ import yaml
 from mutation.reach import Reach, learn
 from mutation.trial import (
     Break,
+    Compiler,
     FirstFailure,
     Patient,
     Verdict,
@@ -37,7 +38,6 @@ from mutation.trial import (
     fresh,
     live_functions,
     put_in_place,
-    put_into_c,
     run_items,
     verdict_of,
 )  # fmt: skip
@@ -49,6 +49,7 @@ TESTS = (
     "tests/models/test_gptq.py", "tests/models/test_prepare.py", "tests/formats/test_export_gptq.py",
 )  # fmt: skip
 NOT_RUN = ("tests/kernels/test_triton.py", "tests/layers/test_compile.py")  # a GPU's; traced, minutes
+_ENDINGS = ("*.py", "*.c", "*.h")
 PRELOADED = ["torch", "transformers", "peft"]
 LEARNING_SECONDS = 3600
 
@@ -72,8 +73,15 @@ class Results:
         return (path, a_break.source, a_break.change) in self._equivalents
 
     def verdict(self, a_break: Break) -> str:
-        """killed, survived, unreached, invalid, or nothing yet."""
+        """killed, survived, unreached, unchanged, invalid, or nothing yet."""
         return str(self._rows.get(a_break.key(self._root), {}).get("verdict", ""))
+
+    def killers(self) -> Iterator[tuple[Path, str, str]]:
+        """File, function and test of every break that was noticed."""
+        for key, row in self._rows.items():
+            if row["verdict"] == "killed":
+                path, scope, *_ = key.split(" | ")
+                yield self._root / path, scope, row["by"]
 
     def add(self, a_break: Break, verdict: Verdict) -> None:
         """Write a row."""
@@ -90,7 +98,7 @@ class Results:
             counts[verdict] += 1
             if verdict in ("survived", "unreached"):
                 print(f"{one.path.relative_to(self._root)}:{one.line}: {verdict}: {one.change}\n    {one.source}")
-        order = ("killed", "survived", "unreached", "equivalent", "invalid", "not tried")
+        order = ("killed", "survived", "unreached", "equivalent", "unchanged", "invalid", "not tried")
         print(f"{counts.total()} breaks: " + ", ".join(f"{counts[v]} {v}" for v in order if counts[v]))
         return counts["survived"] + counts["unreached"]
 
@@ -118,7 +126,7 @@ class Run:
                     self.results.add(one, {"verdict": "unreached"})
                     continue
                 answer = self.scratch / f"{os.getpid()}-{number}.json"
-                limit = 30 + 4 * reach.seconds(tests)
+                limit = 15 + 3 * reach.seconds(tests)
                 running[fork(lambda b=one, t=tests, a=answer: work(b, t, a), answer, limit)] = one, answer  # type: ignore[misc]
             if not running:
                 return
@@ -133,7 +141,10 @@ class Run:
 
     def reach(self) -> Reach:
         """What has been learned of the tests."""
-        return Reach(self.options.root, self.store, self.options.each, self.options.seed)
+        reach = Reach(self.options.root, self.store, self.options.each, self.options.seed)
+        for path, scope, by in self.results.killers():
+            reach.remember(path, scope, by)
+        return reach
 
     def pytest_options(self) -> list[str]:
         """How tests are collected in every child."""
@@ -156,7 +167,8 @@ class InsideFunctions:
         for item in items:
             cases[item.nodeid.partition("[")[0]].append(item)
         most = self._run.options.cases
-        items[:] = [item for some in cases.values() for item in some[:: max(1, -(-len(some) // most))]]
+        chance = random.Random(0)  # at even distances some parameters would always have the same value
+        items[:] = [item for some in cases.values() for item in chance.sample(some, min(most, len(some)))]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -170,22 +182,27 @@ class InsideFunctions:
         assert found["verdict"] == "learned", found
         items = {item.nodeid: item for item in session.items}
         live = live_functions(self._files)
+        if any(one.path.suffix in (".c", ".h") for one in self._breaks):
+            compiler = Compiler(run.scratch / "builds")
+            compiler.start()
         gc.collect()
         gc.freeze()  # pages of what exists stay shared between this process and its forks
 
         def work(one: Break, tests: list[str], answer: Path) -> Verdict:
-            if one.path.suffix == ".c":
-                placed = put_into_c(one, answer.with_suffix(""))
+            if one.path.suffix in (".c", ".h"):
+                against = compiler.put_in(one, answer.with_suffix(""))
             else:
                 try:
-                    placed = put_in_place(one, live)
+                    against = "" if put_in_place(one, live) else "invalid"
                 except ValueError:  # it closes over another number of variables
-                    placed = False
-            if not placed:
-                return {"verdict": "invalid"}
+                    against = "invalid"
+            if against:
+                return {"verdict": against}
             first = FirstFailure()
             session.config.pluginmanager.register(first)
-            return run_items([items[n] for n in tests], first)
+            found = run_items([items[n] for n in tests], first)
+            in_c = one.path.suffix in (".c", ".h") and found["verdict"] == "survived"
+            return {"verdict": "unchanged"} if in_c and compiler.same(one, answer.with_suffix("")) else found
 
         reach = run.reach()
         run.try_all([one for one in self._breaks if reach.runs(one)], reach, work)
@@ -215,7 +232,7 @@ def arguments() -> argparse.Namespace:
 def files_of(options: argparse.Namespace) -> list[Path]:
     """The files that are broken."""
     named = [options.root / name for name in options.only]
-    found = [p for n in named for p in ([n] if n.is_file() else [*n.rglob("*.py"), *n.rglob("*.c")])]
+    found = [p for n in named for p in ([n] if n.is_file() else [q for e in _ENDINGS for q in n.rglob(e)])]
     return sorted(p for p in set(found) if p.name not in NOT_BROKEN)
 
 

@@ -79,6 +79,35 @@ def test_kernels_are_replaced_once(installed: None) -> None:
     assert products.install(force=True)
 
 
+def test_which_products_are_taken() -> None:
+    """In half precision, of eight rows and more, of shapes that fit; all others are torch's own, its errors, too."""
+
+    class Original:
+        def call_boxed(self, keys: object, *args: Tensor, **kwargs: Tensor) -> str:
+            return "torch"
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    a, b, single = zeros(8, 3), zeros(3, 5), zeros(8, 3, dtype=torch.float32)
+    mm, addmm = (products._product(lambda *args, **kwargs: "ours", first)(Original()) for first in (0, 1))  # type: ignore[arg-type,return-value]
+    taken = [
+        (a, b), (a.half(), b.half()), (zeros(9, 3), b), (zeros(2, 8, 3), zeros(2, 3, 5)),
+        (zeros(8, 3), zeros(3, 1)), (zeros(8, 1), zeros(1, 5)),
+    ]  # fmt: skip
+    left = [
+        (single, b.float()), (a, b.float()), (single, b), (a, b.half()), (zeros(7, 3), b), (a, zeros(3, 0)),
+        (a, zeros(4, 5)), (a, zeros(5, 3)), (zeros(8, 0), zeros(0, 5)), (zeros(2, 8, 3), zeros(3, 3, 5)),
+        (zeros(1, 8, 3), zeros(2, 3, 5)),
+    ]  # fmt: skip
+    assert [mm(None, *pair) for pair in taken] == ["ours"] * len(taken)
+    assert [mm(None, *pair) for pair in left] == ["torch"] * len(left)
+    assert [addmm(None, zeros(5), *pair) for pair in (taken[0], left[0])] == ["ours", "torch"]
+    assert mm(None, a, b, out=zeros(8, 5)) == "ours"
+    outs = (zeros(8, 5, dtype=torch.float32), zeros(8, 4), zeros(7, 5), zeros(40), zeros(8, 3))
+    assert [mm(None, a, b, out=out) for out in outs] == ["torch"] * len(outs)
+
+
 def test_what_is_wrong_is_still_refused(installed: None) -> None:
     a = random(64, 64, dtype=torch.bfloat16)
     for left, right in ((a, a.float()), (a, a[:32]), (a[:, :32], a)):

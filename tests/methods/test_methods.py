@@ -10,10 +10,11 @@ import cases
 from cases import CASES, TRAINED
 from trimtab import methods
 from trimtab.errors import UserError
-from trimtab.layers.adapters import DeltaOffset
+from trimtab.layers.adapters import DeltaOffset, MasterLevels
 from trimtab.layers.linear import QuantLinear
-from trimtab.methods import Method, QaBlora, QaHira, QaLora
-from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
+from trimtab.layers.weights import AffineWeight
+from trimtab.methods import Method, QaBlora, QaHira, QaLora, Qat, Rtn
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, set_range, to_levels
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,3 +98,18 @@ def test_pooling_is_a_sum_over_the_group_by_default(method: Method) -> None:
         moved = layer.dequantize(torch.float32) - layer.base.dequantize(torch.float32)
     expected = 0.5 if isinstance(method, QaHira) else 0.25 * 16
     torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=0, atol=0.02)
+
+@pytest.mark.parametrize("grid", [Grid(3, 32, "integer"), Grid(2, None, "real"), Grid(4, 32)])
+def test_a_master_starts_at_the_levels_that_a_start_gave(grid: Grid) -> None:
+    """GPTQ's levels have a fraction: a master at their codes would have lost it."""
+    levels = cases.random(8, 64, seed=1).mul(2).add(grid.center).clamp(0, grid.top)
+    range_ = set_range(cases.random(8, 64, seed=0), grid)
+    source = AffineWeight.of_levels(levels, range_, grid, "fp32")
+    base, adapter = Qat().build(source, grid)
+    assert isinstance(adapter, MasterLevels)
+    torch.testing.assert_close(to_levels(adapter.master, range_, grid), levels, rtol=1e-5, atol=1e-5)
+    assert isinstance(base, AffineWeight)
+    assert torch.equal(base.integer_codes(), levels.round().to(torch.uint8))
+    packed, _ = Rtn().build(cases.random(8, 64, seed=0), grid)
+    _, adapter = Qat().build(packed, grid)
+    assert torch.equal(adapter.master, packed.dequantize(torch.float32))  # type: ignore[union-attr]

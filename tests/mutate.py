@@ -37,6 +37,7 @@ from mutation.trial import (
     fork,
     fresh,
     live_functions,
+    overruns,
     put_in_place,
     run_items,
     verdict_of,
@@ -48,7 +49,12 @@ TESTS = (
     "tests/quant", "tests/methods", "tests/layers", "tests/kernels", "tests/recipe", "tests/memory/test_memory.py",
     "tests/models/test_gptq.py", "tests/models/test_prepare.py", "tests/formats/test_export_gptq.py",
 )  # fmt: skip
-NOT_RUN = ("tests/kernels/test_triton.py", "tests/layers/test_compile.py")  # a GPU's; traced, minutes
+SANITIZERS = "tests/kernels/test_sanitizers.py"
+NOT_RUN = (
+    "tests/kernels/test_triton.py",
+    "tests/layers/test_compile.py",
+    SANITIZERS,
+)  # a GPU's; traced, minutes; apart
 _ENDINGS = ("*.py", "*.c", "*.h")
 PRELOADED = ["torch", "transformers", "peft"]
 LEARNING_SECONDS = 3600
@@ -126,7 +132,7 @@ class Run:
                     self.results.add(one, {"verdict": "unreached"})
                     continue
                 answer = self.scratch / f"{os.getpid()}-{number}.json"
-                limit = 15 + 3 * reach.seconds(tests)
+                limit = (15 if one.path.suffix == ".py" else 60) + 3 * reach.seconds(tests)  # C: another process sweeps
                 running[fork(lambda b=one, t=tests, a=answer: work(b, t, a), answer, limit)] = one, answer  # type: ignore[misc]
             if not running:
                 return
@@ -201,8 +207,12 @@ class InsideFunctions:
             first = FirstFailure()
             session.config.pluginmanager.register(first)
             found = run_items([items[n] for n in tests], first)
-            in_c = one.path.suffix in (".c", ".h") and found["verdict"] == "survived"
-            return {"verdict": "unchanged"} if in_c and compiler.same(one, answer.with_suffix("")) else found
+            if one.path.suffix == ".py" or found["verdict"] == "killed":
+                return found
+            folder = answer.with_suffix("")
+            if compiler.same(one, folder):
+                return {"verdict": "unchanged"}
+            return {"verdict": "killed", "by": SANITIZERS} if overruns(folder / "c") else found
 
         reach = run.reach()
         run.try_all([one for one in self._breaks if reach.runs(one)], reach, work)

@@ -152,6 +152,7 @@ def test_an_offset_learns_from_what_its_weight_multiplies(method: Method) -> Non
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(got, unrounded, rtol=1e-2)
 
+
 @pytest.mark.parametrize("name", [n for n, case in TRAINED.items() if case.place in ("levels", "master")])
 def test_the_matrix_has_the_gradients_of_the_equations(name: str) -> None:
     """Asked for as a tensor, as a compiled layer asks: its own graph, not the one of the layer's product."""

@@ -99,6 +99,7 @@ def test_pooling_is_a_sum_over_the_group_by_default(method: Method) -> None:
     expected = 0.5 if isinstance(method, QaHira) else 0.25 * 16
     torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=0, atol=0.02)
 
+
 @pytest.mark.parametrize("grid", [Grid(3, 32, "integer"), Grid(2, None, "real"), Grid(4, 32)])
 def test_a_master_starts_at_the_levels_that_a_start_gave(grid: Grid) -> None:
     """GPTQ's levels have a fraction: a master at their codes would have lost it."""

@@ -7,6 +7,7 @@ a default, the body of a class) gets a fork of a process that has not imported t
 
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import resource
@@ -180,7 +181,7 @@ def put_before_import(a_break: Break) -> None:
 
 
 class Compiler:
-    """Builds of the C kernels, the unbroken one first: a break is noticed by the same objects, and only its file compiled."""
+    """Builds of the C kernels: the unbroken one, kept as objects, and broken ones, of which one file is compiled."""
 
     def __init__(self, folder: Path) -> None:
         self._cpu = importlib.import_module("trimtab.kernels.cpu")
@@ -243,6 +244,20 @@ class Compiler:
     def same(self, a_break: Break, folder: Path) -> bool:
         """Whether what is shipped, built with -O3, is the same with the break in it."""
         return not self.broken(a_break, folder / "c", "-O3")
+
+
+def overruns(sources: Path) -> bool:
+    """Whether the sanitizers, of addresses and undefined behaviour, stop a sweep over kernels of these sources."""
+    script = Path(__file__).parents[1] / "kernels" / "test_sanitizers.py"
+    found = importlib.util.spec_from_file_location("sanitizers", script)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    around = module.environment(sources.parent / "built")
+    if sys.platform != "linux" or around is None:
+        return False
+    return bool(subprocess.run([sys.executable, script, sources], env=around, capture_output=True).returncode)
 
 
 def fresh(a_break: Break, nodeids: list[str], options: list[str]) -> Verdict:

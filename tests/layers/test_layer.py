@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 import cases
 from cases import SOME, TRAINED, K, N
+from trimtab.kernels import encode
 from trimtab.layers import specs, weights
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
-from trimtab.methods import Method, QaBlora, QaHira, QaLora, Rtn
+from trimtab.methods import Method, Peqa, QaBlora, QaHira, QaLora, Rtn
 from trimtab.quant.activations import ActivationQuantizer, Activations
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 
@@ -162,3 +163,65 @@ def test_the_matrix_has_the_gradients_of_the_equations(name: str) -> None:
         found = layer.get_parameter(f"adapter.{parameter}").grad
         assert found is not None, parameter
         assert (found.double() - grad).norm() < 1e-4 * grad.norm(), parameter
+
+
+def test_features_are_named_as_in_a_linear_layer() -> None:
+    layer = cases.build(cases.CASES["rtn-int4-g32-integer"])
+    assert (layer.in_features, layer.out_features) == (K, N)
+
+
+@pytest.mark.parametrize("columns", [1, 64])
+def test_which_inputs_go_by_the_way_of_one_token(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(B, 1, K) with B up to 8 and no gradients; all others make W, and where W moves so do those."""
+    seen: list[torch.Size] = []
+    real = AffineWeight.product_of_few
+    monkeypatch.setattr(AffineWeight, "product_of_few", lambda self, x: (seen.append(x.shape), real(self, x))[1])
+    weight = cases.random(N, columns, seed=0)
+    layer = QuantLinear(Rtn().build(weight, Grid(4, None))[0])
+    for shape, few in (
+        ((8, 1), True), ((1, 1), True), ((9, 1), False), ((8, 2), False), ((8,), False), ((1,), False), ((), False),
+        ((2, 1, 1), False),
+    ):  # fmt: skip
+        x = cases.random(*shape, columns, seed=1)
+        seen.clear()
+        with torch.no_grad():
+            y = layer(x)
+        assert seen == ([(shape[0], columns)] if few else []), shape
+        torch.testing.assert_close(y, F.linear(x, layer.dequantize(torch.float32)), rtol=1e-5, atol=1e-5)
+        layer(x)
+        assert len(seen) == few
+    moving = QuantLinear(*Peqa().build(weight, Grid(4, None)))
+    seen.clear()
+    with torch.no_grad():
+        moving(cases.random(2, 1, columns, seed=1))
+    assert not seen
+
+
+@grids
+def test_what_no_kernel_reads_is_quantized_alike(grid: AnyGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed weight, one in float64: through torch, in pieces, to the same tensors as by the kernels."""
+    w = cases.random(N, K, seed=0, scale=0.05)
+    expected = tensors(weights.quantize(w, grid))
+    others = {"transposed": w.t().contiguous().t(), "float64": w.double()}
+    for rows in (N, 7):
+        monkeypatch.setattr(weights, "_rows_at_once", lambda _, rows=rows: rows)
+        for name, other in others.items():
+            assert not encode.fits(other)
+            found = weights.quantize(other, grid)
+            assert found.shape == (N, K)
+            assert tensors(found).keys() == expected.keys()
+            for key, tensor in tensors(found).items():
+                assert tensor.dtype == expected[key].dtype
+                assert torch.equal(tensor, expected[key]), (name, key)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_bytes_of_the_graph_that_makes_a_weight(name: str) -> None:
+    """What a plan counts for an entry of W: three float32 tensors, a bool and four in the dtype; a master's gradients."""
+    layer, place = cases.build(SOME[name]), SOME[name].place
+    if layer.adapter is None:
+        return
+    floats = place == "levels" and getattr(SOME[name].method, "storage", "int") in ("bf16", "fp32")
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        wanted = 13 + 4 * size if floats or place == "master" else 0
+        assert layer.adapter.graph_bytes(layer.base, dtype) == wanted + 4 * (place == "master")

@@ -13,7 +13,7 @@ from trimtab.errors import UserError
 from trimtab.layers.adapters import DeltaOffset, MasterLevels
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
-from trimtab.methods import Method, QaBlora, QaHira, QaLora, Qat, Rtn
+from trimtab.methods import Method, QaBlora, QaHira, QaLora, Qat, QBara, Rtn
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, set_range, to_levels
 
 
@@ -114,3 +114,33 @@ def test_a_master_starts_at_the_levels_that_a_start_gave(grid: Grid) -> None:
     packed, _ = Rtn().build(cases.random(8, 64, seed=0), grid)
     _, adapter = Qat().build(packed, grid)
     assert torch.equal(adapter.master, packed.dequantize(torch.float32))  # type: ignore[union-attr]
+
+
+def test_the_table_of_methods() -> None:
+    """One row each: its names, its own grid, what it is and what may be set."""
+    rows = {names.split(", ")[0]: (names, grid, options) for names, grid, _, options in methods.table()}
+    assert [*rows] == [m.name for m in methods.ALL] == [*DEFAULTS]
+    for name, (grid, *_, options) in DEFAULTS.items():
+        said = {"adapter_dtype": "bfloat16", **options}
+        assert rows[name][1] == ("float" if grid is None else grid.describe())
+        assert rows[name][2] == ", ".join(f"{option}={value}" for option, value in said.items())
+    assert all(names.split(", ")[1:] == [*methods.get(name).aliases] for name, (names, *_) in rows.items())
+
+
+def test_a_balance_that_does_not_divide_says_which_would() -> None:
+    for shape, said in (((12, 16), "3 does not divide the 16 input features"), ((16, 12), "3 .* 16 output features")):
+        with pytest.raises(UserError, match=rf"q-bara: k {said}; use one of \[1, 2, 4\]"):
+            QBara(k=3).delta(Grid(4, 4), shape)
+    with pytest.raises(UserError, match=r"k 0 does not divide the 16 input features; use one of \[1, 2, 4, 8, 16\]"):
+        QBara(k=0).delta(Grid(4, 4), (16, 16))
+
+
+def test_an_unknown_method_or_option_is_named_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no method 'lr-qta'.*lr-qat"):
+        methods.get("lr-qta")
+    with pytest.raises(
+        UserError, match=r"method.rnak: lora has no such option.*rank.*it has adapter_dtype, rank, alpha"
+    ):
+        methods.make("lora", rnak=4)
+    assert methods.make("lora", rank=4) == methods.Lora(rank=4)
+    assert all(methods.get(alias) is m for m in methods.ALL for alias in (m.name, *m.aliases))

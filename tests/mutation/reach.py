@@ -152,7 +152,7 @@ class Reach:
         return {n for n, k in self._known.items() if file in k["lines"] or n.partition("::")[0] in naming}
 
     def _touching_c(self, a_break: Break) -> set[str]:
-        """Tests that call an entry point which reaches the function (a header: any), by the lines of cpu.py that name it."""
+        """Tests that call an entry point which reaches the function (a header: any), by lines of cpu.py that name it."""
         files = [a_break.path] if a_break.path.suffix == ".c" else sorted(a_break.path.parent.glob("*.c"))
         reached = [c_breaks.entries_of(file.read_text()) for file in files]
         here = set().union(*(r.get(a_break.scope, ()) for r in reached))

@@ -23,7 +23,15 @@ from trimtab.errors import UserError
 from trimtab.layers import linear
 from trimtab.layers.linear import QuantLinear
 from trimtab.methods import Rtn
-from trimtab.quant.activations import ActivationQuantizer, Activations, Range, range_of, round_to_grid, token_range
+from trimtab.quant.activations import (
+    ActivationQuantizer,
+    Activations,
+    KvCache,
+    Range,
+    range_of,
+    round_to_grid,
+    token_range,
+)
 
 bits_and_zeros = pytest.mark.parametrize(("bits", "symmetric"), [(8, False), (8, True), (4, False), (4, True)])
 KINDS = {
@@ -156,6 +164,8 @@ def test_a_number_that_is_none_stays_loud() -> None:
 def test_bad_kinds_say_so() -> None:
     with pytest.raises(UserError, match=r"activations.bits: 5 is neither 4 nor 8"):
         Activations(5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"kv.bits: 16 is neither 4 nor 8"):
+        KvCache(16)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"activations.mode: 'live' is neither"):
         Activations(8, False, "live")  # type: ignore[arg-type]
 

@@ -71,12 +71,14 @@ class Results:
                 row = json.loads(line)
                 self._rows[row.pop("break")] = row
         listed = yaml.safe_load(equivalents.read_text()) if equivalents.exists() else None
-        self._equivalents = {(e["path"], e["source"].strip(), e["change"].strip()) for e in listed or ()}
+        self._equivalents = {
+            (e["path"], e["source"].strip(), e["change"].strip(), e.get("scope", "")) for e in listed or ()
+        }
 
     def equivalent(self, a_break: Break) -> bool:
         """Whether the list says, with a reason, that no test could tell."""
         path = a_break.path.relative_to(self._root).as_posix()
-        return (path, a_break.source, a_break.change) in self._equivalents
+        return any((path, a_break.source, a_break.change, s) in self._equivalents for s in ("", a_break.scope))
 
     def verdict(self, a_break: Break) -> str:
         """killed, survived, unreached, unchanged, invalid, or nothing yet."""
@@ -276,9 +278,7 @@ def main() -> int:
     """Try, then list."""
     options = arguments()
     os.chdir(options.root)
-    scratch = options.root / "runs" / "mutation" / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch = options.root / "runs" / "mutation" / f"scratch-{os.getpid()}"  # what is known is listed while a run goes on
     listed = options.root / "tests" / "mutation" / "equivalents.yaml"
     results = Results(scratch.parent / "results.jsonl", options.root, listed)
     everything = [one for path in files_of(options) for one in breaks_of(path)]
@@ -289,6 +289,7 @@ def main() -> int:
     random.Random(options.seed).shuffle(breaks)
     breaks = breaks[: options.sample]
     if breaks and not options.list:
+        scratch.mkdir(parents=True)
         os.environ["OMP_NUM_THREADS"] = "1"  # a child of a process with a pool of threads would wait for them for ever
         prepare(options.preload)
         run = Run(options, results, scratch, len(breaks))

@@ -244,6 +244,15 @@ def test_entries_of_a_product_to_the_last_chunk(count: int) -> None:
     torch.testing.assert_close(found, (a.double() * b.double()).sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("power", [2, 2.4, 3, 3.5, 4])
+def test_distances_are_raised_to_a_few_units_in_the_last_place(power: float) -> None:
+    """Groups of one weight that lies beyond the largest code, by 1e-4 to 1000 steps."""
+    w = 7 + torch.logspace(-4, 3, 300).unsqueeze(1)
+    out = torch.empty(300, 1)
+    cpu.range_errors(out, w, torch.ones(300, 1), torch.zeros(300, 1), None, 0.0, 3, power)
+    torch.testing.assert_close(out.double(), (w.double() - 7) ** power, rtol=6e-7, atol=0)
+
+
 def test_gradients_where_more_levels_clip_than_one_chunk_holds() -> None:
     """As above, through the gradients of a layer."""
     grid = Grid(3, None, "integer")

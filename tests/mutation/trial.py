@@ -90,6 +90,8 @@ def fork(work: Callable[[], Verdict], answer: Path, seconds: float) -> int:
         folder.mkdir()
         os.environ["PYTEST_DEBUG_TEMPROOT"] = str(folder)
         answer.write_text(json.dumps(work()))
+    except (OSError, subprocess.CalledProcessError) as error:  # of this tool, which says nothing about the break
+        answer.write_text(json.dumps({"verdict": "", "by": f"{error}"}))
     except BaseException as error:  # noqa: BLE001  (a child must never return into its parent's loop)
         answer.write_text(json.dumps({"verdict": "killed", "by": f"{type(error).__name__}: {error}"[:200]}))
     finally:

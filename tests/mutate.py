@@ -278,7 +278,9 @@ def main() -> int:
     """Try, then list."""
     options = arguments()
     os.chdir(options.root)
-    scratch = options.root / "runs" / "mutation" / f"scratch-{os.getpid()}"  # what is known is listed while a run goes on
+    scratch = (
+        options.root / "runs" / "mutation" / f"scratch-{os.getpid()}"
+    )  # what is known is listed while a run goes on
     listed = options.root / "tests" / "mutation" / "equivalents.yaml"
     results = Results(scratch.parent / "results.jsonl", options.root, listed)
     everything = [one for path in files_of(options) for one in breaks_of(path)]

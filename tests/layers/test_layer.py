@@ -225,3 +225,31 @@ def test_bytes_of_the_graph_that_makes_a_weight(name: str) -> None:
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         wanted = 13 + 4 * size if floats or place == "master" else 0
         assert layer.adapter.graph_bytes(layer.base, dtype) == wanted + 4 * (place == "master")
+
+
+@pytest.mark.parametrize("name", [n for n in SOME if n in TRAINED])
+def test_merged_is_base_and_adapter_together(name: str) -> None:
+    layer, case = cases.build(TRAINED[name]), TRAINED[name]
+    cases.perturb(layer, case, 3)
+    adapter = layer.adapter
+    assert adapter is not None
+    for dtype in (torch.float32, torch.bfloat16):
+        merged = adapter.merged(layer.base, dtype)
+        assert merged.dtype == dtype
+        if case.place == "output":
+            exact = layer.base.dequantize(torch.float32) + adapter.delta.dense()  # type: ignore[union-attr,operator]
+            assert torch.equal(merged, exact.to(dtype))
+        else:
+            assert torch.equal(merged, layer.dequantize(dtype))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_layer_gives_may_be_changed_in_place(bias: bool) -> None:
+    """Some families add to it in place (RoCBERT), which autograd forbids for a view."""
+    layer, x = cases.build(cases.CASES["lora-int4-g32-integer"], bias=bias), cases.random(4, K, seed=1).requires_grad_()
+    layer.adapter = None
+    y = layer(x)
+    y.add_(1)
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, layer.dequantize(torch.float32).sum(0).expand(4, K), atol=1e-5)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels import channel, cpu, dequantize, encode, shifted, workspace
+from trimtab.layers.adapters import DeltaLevels
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight
 from trimtab.methods import LrQat
@@ -251,6 +252,26 @@ def test_distances_are_raised_to_a_few_units_in_the_last_place(power: float) -> 
     out = torch.empty(300, 1)
     cpu.range_errors(out, w, torch.ones(300, 1), torch.zeros(300, 1), None, 0.0, 3, power)
     torch.testing.assert_close(out.double(), (w.double() - 7) ** power, rtol=6e-7, atol=0)
+
+
+@pytest.mark.parametrize(("clipped", "by_output"), [(0, True), (256, True), (257, False)])
+def test_the_output_serves_while_one_level_in_128_is_clipped(clipped: int, by_output: bool) -> None:
+    """Beyond that the sums over single levels cost more than dL/dW."""
+    levels = torch.full((128, 256), 3.0)
+    levels.view(-1)[:clipped] = 7.0  # moved by a step it lies beyond the codes
+    range_ = set_range(random(128, 256, seed=0), Grid(3))
+    base, adapter = LrQat(rank=1, storage="int").build(AffineWeight.of_levels(levels, range_, Grid(3)), Grid(3))
+    assert isinstance(adapter, DeltaLevels)
+    assert adapter.delta is not None
+    with torch.no_grad():
+        for p in adapter.delta.parameters():
+            p.fill_(1)
+    assert adapter.uses_output(base, torch.bfloat16)
+    x, g = random(4, 256, seed=1).bfloat16(), random(4, 128, seed=2).bfloat16()
+    wanted = adapter.weight_parameters()
+    weight, found = adapter.gradients_from_output(base, g, x, x @ adapter.weight(base, torch.bfloat16).t(), wanted)
+    assert torch.equal(weight, adapter.weight(base, torch.bfloat16))
+    assert (found is not None) == by_output
 
 
 def test_gradients_where_more_levels_clip_than_one_chunk_holds() -> None:

@@ -108,6 +108,45 @@ def test_which_products_are_taken() -> None:
     assert [mm(None, a, b, out=out) for out in outs] == ["torch"] * len(outs)
 
 
+@pytest.mark.parametrize("mask", [None, "one", "wide", "each", "each wide", "shared"])
+def test_attention_goes_backward_a_sequence_at_a_time_in_float32(mask: str | None) -> None:
+    """Torch's own kernel is asked once for each sequence, with that sequence's mask; in float32 once, as it stands."""
+    calls: list[tuple[list[torch.dtype], list[int], Tensor | None, tuple[object, ...]]] = []
+
+    class Original:
+        def call_boxed(self, keys: object, *args: Tensor, attn_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+            calls.append(([t.dtype for t in args[:5]], [len(t) for t in args[:6]], attn_mask, args[6:]))
+            return args[1] * 1, args[2] * 2, args[3] * 3
+
+    kernel = products._attention_backward(Original())
+    grad, q, k, v, y, sums = (random(3, 2, 5, 4, dtype=torch.float32) + i for i in range(6))
+    masks = {
+        None: None, "one": torch.ones(5, 5), "wide": torch.ones(5, 5, dtype=torch.bfloat16),
+        "each": torch.arange(3.0).view(3, 1, 1, 1), "each wide": torch.arange(3).view(3, 1, 1, 1).bfloat16(),
+        "shared": torch.ones(1, 1, 5, 5),
+    }  # fmt: skip
+    given = masks[mask]
+    wide = kernel(None, grad, q, k, v, y, sums, 0.5, False, attn_mask=given)
+    assert [c[:2] for c in calls] == [([torch.float32] * 5, [3] * 6)]
+    assert calls[0][2] is given
+    assert torch.equal(wide[2], v * 3)
+    calls.clear()
+    halves = [t.half() for t in (grad, q, k, v, y)]
+    found = kernel(None, *halves, sums, 0.5, False, attn_mask=given)
+    assert [c[:2] for c in calls] == [([torch.float32] * 5, [1] * 6)] * 3
+    assert all(c[3] == (0.5, False) for c in calls)
+    for i, times in enumerate((1, 2, 3)):
+        assert found[i].dtype == torch.float16
+        assert torch.equal(found[i], (halves[i + 1].float() * times).half())
+    for i, (*_, seen, _) in enumerate(calls):
+        if given is None:
+            assert seen is None
+        else:
+            assert seen is not None
+            assert seen.dtype == torch.float32
+            assert torch.equal(seen, (given[i : i + 1] if given.ndim == 4 and len(given) > 1 else given).float())
+
+
 def test_what_is_wrong_is_still_refused(installed: None) -> None:
     a = random(64, 64, dtype=torch.bfloat16)
     for left, right in ((a, a.float()), (a, a[:32]), (a[:, :32], a)):

@@ -1,6 +1,6 @@
 """The pooled delta: its elementwise formula in float64, its ways to be read, its size, and peft's LoRA as oracle."""
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -187,3 +187,12 @@ def test_a_shape_is_checked_when_it_is_made(wrong: dict[str, int], said: str) ->
     options = {"out_features": N, "in_features": K, "rank": 2, **wrong}
     with pytest.raises(UserError, match=said):
         DeltaShape(scaling=1.0, **options)
+
+
+def test_a_shape_by_default() -> None:
+    shape = DeltaShape(out_features=4, in_features=8, rank=2, scaling=1.0)
+    assert (shape.pool, shape.repeat, shape.mean, shape.dtype) == (1, 1, False, "bfloat16")
+    with pytest.raises(FrozenInstanceError):
+        shape.rank = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        DeltaShape(4, 8, 2, 1.0)  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """What a method and its adapter say of themselves before a weight is there, against what they then do."""
 
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
 import pytest
@@ -77,6 +77,10 @@ def test_the_defaults_are_those_that_were_measured(method: type[Method]) -> None
     grid, lr, lr_scale, options = DEFAULTS[method.name]
     assert (method.grid, method.lr, method.lr_scale) == (grid, lr, lr_scale)
     assert asdict(method()) == {"adapter_dtype": "bfloat16", **options}
+    with pytest.raises(FrozenInstanceError):
+        method().adapter_dtype = "float32"  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        method("bfloat16")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("method", methods.ALL, ids=lambda m: m.name)

@@ -5,6 +5,7 @@ The layers' contracts (start, fold, copies, bytes kept, compiling) run again ove
 
 import copy
 import pickle
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,14 @@ def test_a_number_that_is_none_stays_loud() -> None:
     y = round_to_grid(x, token_range(x, 8, False), 8)
     assert y[1, 1].isnan().any()
     assert not y[1, 2].isnan().any()
+
+
+def test_what_is_rounded_by_default() -> None:
+    assert Activations() == Activations(bits=8, symmetric=False, mode="dynamic")
+    assert KvCache() == KvCache(bits=8, symmetric=False)
+    for kind in (Activations(), KvCache()):
+        with pytest.raises(FrozenInstanceError):
+            kind.bits = 4  # type: ignore[misc]
 
 
 def test_bad_kinds_say_so() -> None:
@@ -343,7 +352,9 @@ def test_compiles_as_one_graph(name: str, kind: str) -> None:
 
 
 def test_a_range_of_one_number_is_saved() -> None:
-    inputs = ActivationQuantizer(KINDS["a4-static"], Range(torch.tensor(0.5), torch.tensor(-3.0)))
+    wide = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    inputs = ActivationQuantizer(KINDS["a4-static"], Range(wide, torch.tensor(-3.0)))
+    assert not any(p.requires_grad for p in inputs.parameters())
     state = inputs.state_dict()
     assert {n: (t.dtype, tuple(t.shape)) for n, t in state.items()} == {
         "scale": (torch.float32, (1,)),

@@ -1,6 +1,7 @@
 """Grids: torch's own fake quantization as oracle, and the equations of docs/design.md, section 1, in float64."""
 
 import math
+from dataclasses import FrozenInstanceError
 from typing import get_args
 
 import pytest
@@ -13,6 +14,7 @@ import reference
 from trimtab.errors import UserError
 from trimtab.kernels import cpu, encode
 from trimtab.quant.grid import (
+    CodebookGrid,
     Grid,
     Range,
     RangeRule,
@@ -420,3 +422,21 @@ def test_same_form_ignores_only_how_ranges_are_chosen() -> None:
         assert not same_form(Grid(4, 32), other)
     assert math.isclose(Grid(3).center, 4)
     assert Grid(3).top == 7
+
+
+def test_a_grid_by_default() -> None:
+    """What a recipe that says nothing gets, and that no one changes it in place."""
+    assert Grid() == Grid(bits=4, group=None, zero="symmetric", scale_dtype="portable", range="minmax")
+    assert CodebookGrid() == CodebookGrid(codebook="nf4", group=64, double_quant=False)
+    for grid in (Grid(), CodebookGrid()):
+        with pytest.raises(FrozenInstanceError):
+            grid.group = 32  # type: ignore[misc]
+    said = [Grid(3, 32, "real"), Grid(8), CodebookGrid("nf3", None), CodebookGrid(double_quant=True)]
+    assert [g.describe() for g in said] == ["int3 g32 real", "int8 channel symmetric", "nf3 channel", "nf4 g64 double"]
+    stores = {
+        "portable": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float32": torch.float32,
+    }
+    assert {d: Grid(scale_dtype=d).storage for d in SCALE_DTYPES} == stores

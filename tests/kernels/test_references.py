@@ -44,6 +44,10 @@ def test_folded_is_trained(plain: None, name: str) -> None:
     if fold.kind != "bitwise":
         return
     after = QuantLinear(fold.weight, None, layer.bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # takes no part in what decides codes
+        assert torch.equal(layer.dequantize(torch.float32), after.dequantize(torch.float32))
+        inside = layer.adapter.fold(layer.base).weight  # type: ignore[union-attr]
+        assert torch.equal(inside.dequantize(torch.float32), after.dequantize(torch.float32))
     for dtype in DTYPES:
         assert torch.equal(layer(x.to(dtype)), after(x.to(dtype)))
 

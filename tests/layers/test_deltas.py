@@ -145,6 +145,32 @@ def test_numbers_and_start(name: str) -> None:
     assert start.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", [n for n, s in SHAPES.items() if s.rank])
+def test_the_input_side_starts_as_a_linear_layer_does(name: str) -> None:
+    """Kaiming-uniform(sqrt 5) over K / p inputs, as torch's own layers."""
+    shape = SHAPES[name]
+    torch.manual_seed(5)
+    theirs = nn.Linear(K // shape.pool, shape.rank or 0, bias=False)
+    torch.manual_seed(5)
+    ours = PooledDelta(shape).A
+    assert ours is not None
+    assert torch.equal(ours, theirs.weight)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_approached_update_is_shared_out_evenly(name: str) -> None:
+    """What the factors hold has equal norms on both sides, each singular value for itself, and a rank that is free is 0."""
+    delta, shape = trained(name, "float32"), SHAPES[name]
+    tile = torch.outer(torch.arange(1.0, N // shape.repeat + 1), torch.arange(2.0, K // shape.pool + 2))
+    update = tile.repeat_interleave(shape.repeat, 0).repeat_interleave(shape.pool, 1)
+    delta.approach(update)
+    torch.testing.assert_close(delta.dense(), update, rtol=1e-4, atol=1e-3)
+    if delta.A is not None and delta.B is not None:
+        torch.testing.assert_close(delta.A.norm(dim=1), delta.B.norm(dim=0), rtol=1e-4, atol=1e-2)
+    delta.approach(torch.zeros(N, K))
+    assert all((p == 0).all() for p in delta.parameters())
+
+
 def test_balanced_deltas_have_the_rank_they_pay_for() -> None:
     rank = {name: torch.linalg.matrix_rank(elementwise(trained(name))).item() for name in ("lora", "q-bara")}
     assert rank == {"lora": 3, "q-bara": 6}

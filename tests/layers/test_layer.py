@@ -10,7 +10,7 @@ from trimtab.kernels import encode
 from trimtab.layers import specs, weights
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
-from trimtab.methods import Method, Peqa, QaBlora, QaHira, QaLora, Rtn
+from trimtab.methods import LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, Rtn
 from trimtab.quant.activations import ActivationQuantizer, Activations
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 
@@ -253,3 +253,22 @@ def test_what_a_layer_gives_may_be_changed_in_place(bias: bool) -> None:
     y.sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, layer.dequantize(torch.float32).sum(0).expand(4, K), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["portable", "float16", "float32"])
+@pytest.mark.parametrize("method", [Peqa(), LrQat(rank=2), Qat()], ids=lambda m: m.name)
+def test_masters_are_copies_of_their_own(method: Method, dtype: str) -> None:
+    """Trained in float32, in memory that neither the stored weight nor the caller's has a share in."""
+    w = cases.random(N, K, seed=0)
+    base, adapter = method.build(w, Grid(4, 32, "real", dtype))  # type: ignore[arg-type]
+    assert adapter is not None
+    kept = {t.untyped_storage().data_ptr() for t in base.parameters()}
+    before = {n: t.clone() for n, t in tensors(base).items()}
+    for name in ("scale", "offset"):
+        master = adapter.get_parameter(name)
+        assert master.dtype == torch.float32
+        assert master.is_leaf
+        assert torch.equal(master, before[name].float())
+        assert master.untyped_storage().data_ptr() not in kept
+    if isinstance(method, Qat):
+        assert torch.equal(adapter.get_parameter("master"), w)

@@ -100,6 +100,7 @@ def f(x: Literal[1, 2], *, of: int | None = None) -> int | float:
     if x > 2:
         raise UserError(f"{x - 1} is more than {2}")
     warnings.warn("3" + "4")
+    pairs = zip(x, x, strict=True)
 '''
     sites = python_breaks.sites(ast.parse(source))
     changes = [python_breaks.words(site, new) for site in sites for new in python_breaks.variants(site)]

@@ -25,6 +25,7 @@ from trimtab.kernels.arguments import OPERATORS, checked
 from trimtab.quant import fixed8, packing
 from trimtab.quant.codebook import expand_absmax, from_codebook
 from trimtab.quant.grid import Grid, Range, Zero, from_codes
+from trimtab.quant.opaque import exact
 
 _AFFINE = "Tensor scale, Tensor? zero, Tensor? offset, int bits, float center"
 _CODEBOOK = (
@@ -112,7 +113,8 @@ def level_values(about: Levels, columns: int) -> Tensor:
     u = fixed8.read(phi, bits) if about.fixed else packing.unpack(phi, bits, columns).float()
     if about.a_RK is None or about.b_NR is None:
         return u
-    return torch.addmm(u, about.b_NR.to(u.dtype), about.a_RK.to(u.dtype), alpha=about.gain)
+    with exact(u):  # levels decide codes: folding under autocast gives those of training
+        return torch.addmm(u, about.b_NR.to(u.dtype), about.a_RK.to(u.dtype), alpha=about.gain)
 
 
 @checked("torch")

@@ -207,6 +207,22 @@ def test_a_tensor_without_data_is_not_read() -> None:
     assert arguments.address(None) is None
 
 
+def test_what_was_checked_is_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor checked again: a model calls with few combinations."""
+    monkeypatch.setattr(arguments, "_REMEMBERED", 3)
+    operator, checks = OPERATORS["extremes"], []
+    monkeypatch.setattr(operator, "_seen", {})
+    real = operator._check
+    monkeypatch.setattr(operator, "_check", lambda *given: (checks.append(given), real(*given))[1])
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+        for _ in range(2):
+            w, low, high = random(rows, 4), torch.empty(rows, 2), torch.empty(rows, 2)
+            cpu.extremes(w, low, high)
+            assert torch.equal(high, w.unflatten(1, (2, 2)).amax(-1))
+        assert len(operator._seen) <= 4
+    assert len(checks) == 9
+
+
 def test_compiled_calls_are_checked_too() -> None:
     """With tensors that have no data the operators check what can be known: all but the values of ids."""
     out, codes, *rest = sample("affine")

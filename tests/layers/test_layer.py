@@ -203,7 +203,7 @@ def test_what_no_kernel_reads_is_quantized_alike(grid: AnyGrid, monkeypatch: pyt
     w = cases.random(N, K, seed=0, scale=0.05)
     expected = tensors(weights.quantize(w, grid))
     others = {"transposed": w.t().contiguous().t(), "float64": w.double()}
-    for rows in (N, 7):
+    for rows in (N, N // 2, 7):
         monkeypatch.setattr(weights, "_rows_at_once", lambda _, rows=rows: rows)
         for name, other in others.items():
             assert not encode.fits(other)
@@ -272,3 +272,34 @@ def test_masters_are_copies_of_their_own(method: Method, dtype: str) -> None:
         assert master.untyped_storage().data_ptr() not in kept
     if isinstance(method, Qat):
         assert torch.equal(adapter.get_parameter("master"), w)
+
+
+@pytest.mark.parametrize("zero", ["symmetric", "integer", "real"])
+@pytest.mark.parametrize("storage", ["bf16", "fp32"])
+def test_levels_in_float_are_those_of_a_weight_in_float32(zero: str, storage: str) -> None:
+    """Whatever the weight's own dtype: of the same numbers, the same levels."""
+    w, grid = cases.random(N, K, seed=0).bfloat16(), Grid(4, 32, zero)  # type: ignore[arg-type]
+    expected = tensors(weights.quantize(w.float(), grid, storage))  # type: ignore[arg-type]
+    for other in (w, w.double()):
+        found = tensors(weights.quantize(other, grid, storage))  # type: ignore[arg-type]
+        assert all(torch.equal(t, expected[n]) for n, t in found.items())
+
+
+def test_a_large_weight_is_taken_in_pieces_of_four_million_numbers() -> None:
+    for columns, rows in ((1 << 10, 1 << 12), (3 << 10, 1365), (1 << 22, 1), (1 << 23, 1)):
+        assert weights._rows_at_once(torch.empty(1).expand(5000, columns)) == rows
+    assert weights._rows_at_once(torch.empty(5000, 1 << 23, device="meta")) == 5000
+
+
+def test_what_is_computed_in_float64_stays_so_for_one_token() -> None:
+    layer, x = cases.build(cases.CASES["rtn-int4-g32-integer"]), cases.random(2, 1, K, seed=1).double()
+    assert layer.base.product_of_few(x[:, 0]) is None
+    with torch.no_grad():
+        exact = x @ layer.base.dequantize(torch.float64).t() + layer.bias.double()  # type: ignore[union-attr]
+        torch.testing.assert_close(layer(x), exact, rtol=1e-12, atol=1e-12)
+
+
+def test_factors_are_not_scaled_unless_asked() -> None:
+    base = cases.build(cases.CASES["lr-qat-fixed8-int4-g32-integer"]).base
+    assert isinstance(base, AffineWeight)
+    assert base.described(base.range(), (torch.ones(1, K), torch.ones(N, 1))).gain == 1

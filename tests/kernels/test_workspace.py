@@ -8,7 +8,7 @@ import torch
 
 import cases
 from cases import CASES, K, N
-from trimtab.kernels import workspace
+from trimtab.kernels import cpu, workspace
 
 CPU = torch.device("cpu")
 
@@ -91,3 +91,12 @@ def test_a_layer_makes_its_matrices_there(name: str, slots: list[str], monkeypat
     monkeypatch.setattr(workspace, "take", lambda slot, *rest: (seen.append((slot, rest[0])), real(slot, *rest))[1])
     layer(cases.random(3, K, seed=0).requires_grad_()).sum().backward()
     assert seen == [(slot, (N, K)) for slot in slots]
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C kernels")
+def test_a_layer_whose_output_serves_makes_its_matrix_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per channel in bfloat16 dL/dW is not formed."""
+    layer, real, seen = cases.build(CASES["lr-qat-fixed8-int4-channel-integer"], bias=False), workspace.take, []
+    monkeypatch.setattr(workspace, "take", lambda slot, *rest: (seen.append(slot), real(slot, *rest))[1])
+    layer(cases.random(3, K, seed=0).bfloat16().requires_grad_()).sum().backward()
+    assert seen == ["weight", "weight"]

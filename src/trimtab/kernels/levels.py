@@ -36,7 +36,7 @@ def _fake(levels: Tensor, *rest: Any) -> Tensor:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     levels, scale, zero, offset, ctx.bits, _, _ = inputs
     ctx.save_for_backward(levels, scale, zero)
-    ctx.center = 0.0 if offset is not None else float(1 << (ctx.bits - 1))
+    ctx.center = 0 if offset is not None else 1 << (ctx.bits - 1)
 
 
 def _backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor | None, ...]:

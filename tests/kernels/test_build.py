@@ -79,6 +79,14 @@ def test_a_source_that_does_not_compile_leaves_nothing(cache: Path) -> None:
     assert [*cache.iterdir()] == []
 
 
+def test_a_compiler_that_cannot_name_itself_is_none(cache: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(subprocess.CalledProcessError):
+        built(str(broken))
+
+
 def test_without_a_folder_of_ones_own_builds_are_kept_in_the_users(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,3 +153,4 @@ def test_what_is_said_where_there_are_no_kernels(cache: Path, monkeypatch: pytes
     found, said = library()
     assert found is None
     assert len(said) == 1
+    assert os.devnull in said[0]

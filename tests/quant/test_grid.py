@@ -440,3 +440,25 @@ def test_a_grid_by_default() -> None:
         "float32": torch.float32,
     }
     assert {d: Grid(scale_dtype=d).storage for d in SCALE_DTYPES} == stores
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "taken"), [(300, 1024, [256, 44]), (2, 1 << 19, [1, 1]), (2, 1 << 17, [2])]
+)
+def test_a_search_looks_at_some_rows_at_a_time(rows: int, columns: int, taken: list[int]) -> None:
+    """262144 weights together, or one row: what it needs beside the weight stays small."""
+    seen: list[int] = []
+
+    def errors(w_NK: Tensor, tried: Range, grid: Grid, p: float) -> Tensor:
+        assert (w_NK.shape[0], p) == (tried.scale_NG.shape[0], 2.4)
+        seen.append(w_NK.shape[0])
+        return torch.zeros_like(tried.scale_NG)
+
+    w, grid = torch.ones(1, 1).expand(rows, columns), Grid(3, None, range="lp2.4")
+    found = set_range(w, grid, (torch.ones(rows, 1), torch.ones(rows, 1)), errors)
+    assert seen == [n for n in taken for _ in range(100)]
+    assert torch.equal(found.scale_NG, set_range(w[:, :1], Grid(3, None)).scale_NG)  # of equals the first
+    seen.clear()
+    lows = torch.ones(rows, 1, device="meta")
+    set_range(torch.empty(rows, columns, device="meta"), grid, (lows, lows), errors)
+    assert seen == [rows] * 100

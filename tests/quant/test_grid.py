@@ -263,6 +263,10 @@ def test_the_searching_kernel_finds_the_same_ranges(rule: RangeRule, zero: Zero)
         torch.testing.assert_close(encode._errors(w, range_, grid, p).double(), exact, rtol=1e-5, atol=1e-30)
         ours, plain = encode.ranges(w, grid), set_range(w, grid)
         assert (ours.scale_NG == plain.scale_NG).float().mean() > 0.98
+        for found, same in zip(
+            encode.ranges(w.bfloat16(), grid), encode.ranges(w.bfloat16().float(), grid), strict=True
+        ):
+            assert found is same is None or torch.equal(found, same)
 
 
 def test_relative_error_of_the_signed_extreme_and_of_paper() -> None:

@@ -67,10 +67,14 @@ class Results:
     def __init__(self, file: Path, root: Path, equivalents: Path) -> None:
         self._file, self._root = file, root
         self._rows: dict[str, Verdict] = {}
+        self._once: set[str] = set()
+        """What no test noticed at first."""
         if file.exists():
             for line in file.read_text().splitlines():
                 row = json.loads(line)
-                self._rows[row.pop("break")] = row
+                self._rows[key := row.pop("break")] = row
+                if row["verdict"] in ("survived", "unreached"):
+                    self._once.add(key)
         listed = yaml.safe_load(equivalents.read_text()) if equivalents.exists() else None
         self._equivalents = {
             (e["path"], e["source"].strip(), e["change"].strip(), e.get("scope", "")) for e in listed or ()
@@ -102,11 +106,14 @@ class Results:
     def report(self, breaks: Iterable[Break]) -> int:
         """Print what no test noticed and the counts; returns the number of survivors."""
         counts: Counter[str] = Counter()
+        mended = 0
         for one in sorted(breaks, key=lambda b: (b.path, b.line)):
             verdict = "equivalent" if self.equivalent(one) else self.verdict(one) or "not tried"
             counts[verdict] += 1
+            mended += verdict == "killed" and one.key(self._root) in self._once
             if verdict in ("survived", "unreached"):
                 print(f"{one.path.relative_to(self._root)}:{one.line}: {verdict}: {one.change}\n    {one.source}")
+        print(f"{mended} that are killed now had survived before")
         order = ("killed", "survived", "unreached", "equivalent", "unchanged", "invalid", "not tried")
         print(f"{counts.total()} breaks: " + ", ".join(f"{counts[v]} {v}" for v in order if counts[v]))
         return counts["survived"] + counts["unreached"]

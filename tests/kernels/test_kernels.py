@@ -378,6 +378,9 @@ def test_what_is_not_a_number_stays_so(bits: int) -> None:
         out = torch.empty(8, 64, dtype=dtype)
         dequantize.levels(out, *weight.described(weight.range(), shift))
         assert out.isnan().all()
+    codes = torch.full((8, 64), 3, dtype=torch.uint8)
+    dequantize.levels(codes, *weight.described(weight.range(), shift))
+    assert (codes == 0).all()  # no integer stands for it, and what a cast gives is anything
 
 
 def test_operators_keep_the_rules_of_torch() -> None:

@@ -215,6 +215,14 @@ def test_a_shape_is_checked_when_it_is_made(wrong: dict[str, int], said: str) ->
         DeltaShape(scaling=1.0, **options)
 
 
+def test_a_tile_that_does_not_fit_says_which_would() -> None:
+    with pytest.raises(
+        UserError, match=r"pool 5 does not divide the 192 input .*; use one of \[1, 2, 4, 8, 16, 32, 64\]"
+    ):
+        DeltaShape(out_features=1, in_features=192, rank=1, scaling=1.0, pool=5)
+    assert DeltaShape(out_features=1, in_features=192, rank=1, scaling=1.0, pool=192, repeat=1).parameters == 2
+
+
 def test_a_shape_by_default() -> None:
     shape = DeltaShape(out_features=4, in_features=8, rank=2, scaling=1.0)
     assert (shape.pool, shape.repeat, shape.mean, shape.dtype) == (1, 1, False, "bfloat16")

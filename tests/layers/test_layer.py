@@ -303,3 +303,15 @@ def test_factors_are_not_scaled_unless_asked() -> None:
     base = cases.build(cases.CASES["lr-qat-fixed8-int4-g32-integer"]).base
     assert isinstance(base, AffineWeight)
     assert base.described(base.range(), (torch.ones(1, K), torch.ones(N, 1))).gain == 1
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINED if n.startswith("lr-qat-") and "-channel-" in n])
+def test_gradients_from_the_output_are_close_to_the_equations(name: str) -> None:
+    """Per channel, without a bias and in bfloat16, as a model's layers are."""
+    layer, x, g, exact = cases.trained(TRAINED[name])
+    layer.bias = None
+    layer(x.bfloat16().requires_grad_()).backward(g.bfloat16())
+    for parameter, grad in exact.grads.items():
+        ours = layer.get_parameter(f"adapter.{parameter}").grad
+        assert ours is not None
+        assert (ours.double() - grad).norm() < 2e-2 * grad.norm(), parameter

@@ -435,6 +435,7 @@ def test_a_grid_by_default() -> None:
     for grid in (Grid(), CodebookGrid()):
         with pytest.raises(FrozenInstanceError):
             grid.group = 32  # type: ignore[misc]
+    assert Grid(1, 1).group == CodebookGrid("nf4", 1).group == 1
     said = [Grid(3, 32, "real"), Grid(8), CodebookGrid("nf3", None), CodebookGrid(double_quant=True)]
     assert [g.describe() for g in said] == ["int3 g32 real", "int8 channel symmetric", "nf3 channel", "nf4 g64 double"]
     stores = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.quant.grid import Grid, Range, ScaleDtype, Zero, from_codes
+from trimtab.quant.grid import Grid, Range, ScaleDtype, from_codes
 from trimtab.quant.opaque import operator
 
 
@@ -24,8 +24,7 @@ def _from_levels(
     levels: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, bits: int, scale_dtype: ScaleDtype,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    kind: Zero = "real" if offset is not None else "symmetric" if zero is None else "integer"
-    grid = Grid(bits, zero=kind, scale_dtype=scale_dtype)
+    grid = Grid(bits, scale_dtype=scale_dtype)  # which kind of zero it is, the range says
     return from_codes(levels.round().clamp_(0, grid.top), Range(scale, zero, offset), grid, dtype)
 
 

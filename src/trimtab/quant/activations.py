@@ -152,7 +152,7 @@ def _round(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, keep: bool)
 
 
 def _round_fake(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, keep: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape if keep else 0, dtype=torch.bool)
+    return x.new_empty(x.shape), x.new_empty(x.shape if keep else 0, dtype=torch.bool)
 
 
 def _keep_outside(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ import yaml
 from mutation.reach import Reach, learn
 from mutation.trial import (
     Break,
+    Compiler,
     FirstFailure,
     Patient,
     Verdict,
@@ -36,8 +37,8 @@ from mutation.trial import (
     fork,
     fresh,
     live_functions,
+    overruns,
     put_in_place,
-    put_into_c,
     run_items,
     verdict_of,
 )  # fmt: skip
@@ -48,7 +49,14 @@ TESTS = (
     "tests/quant", "tests/methods", "tests/layers", "tests/kernels", "tests/recipe", "tests/memory/test_memory.py",
     "tests/models/test_gptq.py", "tests/models/test_prepare.py", "tests/formats/test_export_gptq.py",
 )  # fmt: skip
-NOT_RUN = ("tests/kernels/test_triton.py", "tests/layers/test_compile.py")  # a GPU's; traced, minutes
+SANITIZERS = "tests/kernels/test_sanitizers.py"
+NOT_RUN = ("tests/kernels/test_triton.py", "tests/layers/test_compile.py", SANITIZERS)  # a GPU's; minutes; apart
+IN_OTHER_PROCESSES = (  # which import what is not broken
+    "tests/memory/test_memory.py::test_a_plan_is_what_training_takes",
+    "tests/memory/test_memory.py::test_peak_memory_is_the_packed_model_and_one_float_layer",
+    "tests/kernels/test_kernels.py::test_without_a_compiler_one_warning_and_the_same_values",
+)
+_ENDINGS = ("*.py", "*.c", "*.h")
 PRELOADED = ["torch", "transformers", "peft"]
 LEARNING_SECONDS = 3600
 
@@ -59,21 +67,34 @@ class Results:
     def __init__(self, file: Path, root: Path, equivalents: Path) -> None:
         self._file, self._root = file, root
         self._rows: dict[str, Verdict] = {}
+        self._once: set[str] = set()
+        """What no test noticed at first."""
         if file.exists():
             for line in file.read_text().splitlines():
                 row = json.loads(line)
-                self._rows[row.pop("break")] = row
+                self._rows[key := row.pop("break")] = row
+                if row["verdict"] in ("survived", "unreached"):
+                    self._once.add(key)
         listed = yaml.safe_load(equivalents.read_text()) if equivalents.exists() else None
-        self._equivalents = {(e["path"], e["source"].strip(), e["change"].strip()) for e in listed or ()}
+        self._equivalents = {
+            (e["path"], e["source"].strip(), e["change"].strip(), e.get("scope", "")) for e in listed or ()
+        }
 
     def equivalent(self, a_break: Break) -> bool:
         """Whether the list says, with a reason, that no test could tell."""
         path = a_break.path.relative_to(self._root).as_posix()
-        return (path, a_break.source, a_break.change) in self._equivalents
+        return any((path, a_break.source, a_break.change, s) in self._equivalents for s in ("", a_break.scope))
 
     def verdict(self, a_break: Break) -> str:
-        """killed, survived, unreached, invalid, or nothing yet."""
+        """killed, survived, unreached, unchanged, invalid, or nothing yet."""
         return str(self._rows.get(a_break.key(self._root), {}).get("verdict", ""))
+
+    def killers(self) -> Iterator[tuple[Path, str, str]]:
+        """File, function and test of every break that was noticed."""
+        for key, row in self._rows.items():
+            if row["verdict"] == "killed":
+                path, scope, *_ = key.split(" | ")
+                yield self._root / path, scope, row["by"]
 
     def add(self, a_break: Break, verdict: Verdict) -> None:
         """Write a row."""
@@ -85,12 +106,15 @@ class Results:
     def report(self, breaks: Iterable[Break]) -> int:
         """Print what no test noticed and the counts; returns the number of survivors."""
         counts: Counter[str] = Counter()
+        mended = 0
         for one in sorted(breaks, key=lambda b: (b.path, b.line)):
             verdict = "equivalent" if self.equivalent(one) else self.verdict(one) or "not tried"
             counts[verdict] += 1
+            mended += verdict == "killed" and one.key(self._root) in self._once
             if verdict in ("survived", "unreached"):
                 print(f"{one.path.relative_to(self._root)}:{one.line}: {verdict}: {one.change}\n    {one.source}")
-        order = ("killed", "survived", "unreached", "equivalent", "invalid", "not tried")
+        print(f"{mended} that are killed now had survived before")
+        order = ("killed", "survived", "unreached", "equivalent", "unchanged", "invalid", "not tried")
         print(f"{counts.total()} breaks: " + ", ".join(f"{counts[v]} {v}" for v in order if counts[v]))
         return counts["survived"] + counts["unreached"]
 
@@ -118,7 +142,7 @@ class Run:
                     self.results.add(one, {"verdict": "unreached"})
                     continue
                 answer = self.scratch / f"{os.getpid()}-{number}.json"
-                limit = 30 + 4 * reach.seconds(tests)
+                limit = (15 if one.path.suffix == ".py" else 60) + 3 * reach.seconds(tests)  # C: another process sweeps
                 running[fork(lambda b=one, t=tests, a=answer: work(b, t, a), answer, limit)] = one, answer  # type: ignore[misc]
             if not running:
                 return
@@ -133,7 +157,10 @@ class Run:
 
     def reach(self) -> Reach:
         """What has been learned of the tests."""
-        return Reach(self.options.root, self.store, self.options.each, self.options.seed)
+        reach = Reach(self.options.root, self.store, self.options.each, self.options.seed)
+        for path, scope, by in self.results.killers():
+            reach.remember(path, scope, by)
+        return reach
 
     def pytest_options(self) -> list[str]:
         """How tests are collected in every child."""
@@ -141,7 +168,7 @@ class Run:
             "-q -s -p no:cacheprovider -p no:xdist -p no:faulthandler",
             "-W ignore::pytest.PytestAssertRewriteWarning",
         ]
-        ignored = [f"--ignore={name}" for name in NOT_RUN]
+        ignored = [*(f"--ignore={name}" for name in NOT_RUN), *(f"--deselect={name}" for name in IN_OTHER_PROCESSES)]
         return [*" ".join(words).split(), "-m", "not slow", f"--rootdir={self.options.root}", *ignored]
 
 
@@ -156,7 +183,8 @@ class InsideFunctions:
         for item in items:
             cases[item.nodeid.partition("[")[0]].append(item)
         most = self._run.options.cases
-        items[:] = [item for some in cases.values() for item in some[:: max(1, -(-len(some) // most))]]
+        chance = random.Random(0)  # at even distances some parameters would always have the same value
+        items[:] = [item for some in cases.values() for item in chance.sample(some, min(most, len(some)))]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -170,22 +198,31 @@ class InsideFunctions:
         assert found["verdict"] == "learned", found
         items = {item.nodeid: item for item in session.items}
         live = live_functions(self._files)
+        if any(one.path.suffix in (".c", ".h") for one in self._breaks):
+            compiler = Compiler(run.scratch / "builds")
+            compiler.start()
         gc.collect()
         gc.freeze()  # pages of what exists stay shared between this process and its forks
 
         def work(one: Break, tests: list[str], answer: Path) -> Verdict:
-            if one.path.suffix == ".c":
-                placed = put_into_c(one, answer.with_suffix(""))
+            if one.path.suffix in (".c", ".h"):
+                against = compiler.put_in(one, answer.with_suffix(""))
             else:
                 try:
-                    placed = put_in_place(one, live)
+                    against = "" if put_in_place(one, live) else "invalid"
                 except ValueError:  # it closes over another number of variables
-                    placed = False
-            if not placed:
-                return {"verdict": "invalid"}
+                    against = "invalid"
+            if against:
+                return {"verdict": against}
             first = FirstFailure()
             session.config.pluginmanager.register(first)
-            return run_items([items[n] for n in tests], first)
+            found = run_items([items[n] for n in tests], first)
+            if one.path.suffix == ".py" or found["verdict"] == "killed":
+                return found
+            folder = answer.with_suffix("")
+            if compiler.same(one, folder):
+                return {"verdict": "unchanged"}
+            return {"verdict": "killed", "by": SANITIZERS} if overruns(folder / "c") else found
 
         reach = run.reach()
         run.try_all([one for one in self._breaks if reach.runs(one)], reach, work)
@@ -215,7 +252,7 @@ def arguments() -> argparse.Namespace:
 def files_of(options: argparse.Namespace) -> list[Path]:
     """The files that are broken."""
     named = [options.root / name for name in options.only]
-    found = [p for n in named for p in ([n] if n.is_file() else [*n.rglob("*.py"), *n.rglob("*.c")])]
+    found = [p for n in named for p in ([n] if n.is_file() else [q for e in _ENDINGS for q in n.rglob(e)])]
     return sorted(p for p in set(found) if p.name not in NOT_BROKEN)
 
 
@@ -249,9 +286,9 @@ def main() -> int:
     """Try, then list."""
     options = arguments()
     os.chdir(options.root)
-    scratch = options.root / "runs" / "mutation" / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch = (
+        options.root / "runs" / "mutation" / f"scratch-{os.getpid()}"
+    )  # what is known is listed while a run goes on
     listed = options.root / "tests" / "mutation" / "equivalents.yaml"
     results = Results(scratch.parent / "results.jsonl", options.root, listed)
     everything = [one for path in files_of(options) for one in breaks_of(path)]
@@ -262,6 +299,7 @@ def main() -> int:
     random.Random(options.seed).shuffle(breaks)
     breaks = breaks[: options.sample]
     if breaks and not options.list:
+        scratch.mkdir(parents=True)
         os.environ["OMP_NUM_THREADS"] = "1"  # a child of a process with a pool of threads would wait for them for ever
         prepare(options.preload)
         run = Run(options, results, scratch, len(breaks))

@@ -140,6 +140,32 @@ def test_numbers_and_pairs_that_do_not_go_together() -> None:
             dequantize.levels(out, phi, bits, fixed, *pair, *rest)
 
 
+def test_what_may_be_left_out() -> None:
+    optional = {a.name for operator in OPERATORS.values() for _, a in operator.arguments if a.optional}
+    assert optional == {"rows", "zero", "offset", "dynamic_map", "block_scale", "mean", "a", "b", "of_offset"}
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_a_table_has_at_most_five_bits(bits: int) -> None:
+    """C keeps the 32 values of a group in registers or on the stack."""
+    width = {5: K // 2 + K // 8, 6: K // 2 + K // 4}[bits]
+    out, codes = torch.empty(N, K), torch.zeros(N, width, dtype=torch.uint8)
+    given = (out, codes, None, torch.full((2**bits,), 3.0), torch.full((N, 2), 2.0), None, None, None, None, bits)
+    if bits == 5:
+        dequantize.codebook(*given)
+        assert (out == 6).all()
+    else:
+        with pytest.raises(UserError, match="codebook: a table has at most 5 bits, not 6"):
+            dequantize.codebook(*given)
+
+
+def test_boundaries_part_no_more_entries_than_there_are_codes() -> None:
+    weight, out, absmax, _, bits = sample("encode_table")
+    cpu.encode_table(weight, out, absmax, random(15).sort().values, bits)
+    with pytest.raises(UserError, match="encode_table: 16 boundaries part more entries than 4 bits can name"):
+        cpu.encode_table(weight, out, absmax, random(16).sort().values, bits)
+
+
 def weights() -> dict[str, Weight]:
     w = random(8, K)
     affine = {s: AffineWeight.quantize(w, Grid(4, 32), s) for s in ("int", "fixed8", "bf16", "fp32")}  # type: ignore[arg-type]
@@ -205,6 +231,22 @@ def test_a_tensor_without_data_is_not_read() -> None:
         arguments.address(torch.empty(2, device="meta"))
     assert arguments.address(torch.empty(0)) == 0
     assert arguments.address(None) is None
+
+
+def test_what_was_checked_is_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor checked again: a model calls with few combinations."""
+    monkeypatch.setattr(arguments, "_REMEMBERED", 3)
+    operator, checks = OPERATORS["extremes"], []
+    monkeypatch.setattr(operator, "_seen", {})
+    real = operator._check
+    monkeypatch.setattr(operator, "_check", lambda *given: (checks.append(given), real(*given))[1])
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9):
+        for _ in range(2):
+            w, low, high = random(rows, 4), torch.empty(rows, 2), torch.empty(rows, 2)
+            cpu.extremes(w, low, high)
+            assert torch.equal(high, w.unflatten(1, (2, 2)).amax(-1))
+        assert len(operator._seen) <= 4
+    assert len(checks) == 9
 
 
 def test_compiled_calls_are_checked_too() -> None:

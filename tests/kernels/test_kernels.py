@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels import channel, cpu, dequantize, encode, shifted, workspace
+from trimtab.layers.adapters import DeltaLevels
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight
 from trimtab.methods import LrQat
@@ -244,6 +245,35 @@ def test_entries_of_a_product_to_the_last_chunk(count: int) -> None:
     torch.testing.assert_close(found, (a.double() * b.double()).sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("power", [2, 2.4, 3, 3.5, 4])
+def test_distances_are_raised_to_a_few_units_in_the_last_place(power: float) -> None:
+    """Groups of one weight that lies beyond the largest code, by 1e-4 to 1000 steps."""
+    w = 7 + torch.logspace(-4, 3, 300).unsqueeze(1)
+    out = torch.empty(300, 1)
+    cpu.range_errors(out, w, torch.ones(300, 1), torch.zeros(300, 1), None, 0.0, 3, power)
+    torch.testing.assert_close(out.double(), (w.double() - 7) ** power, rtol=6e-7, atol=0)
+
+
+@pytest.mark.parametrize(("clipped", "by_output"), [(0, True), (256, True), (257, False)])
+def test_the_output_serves_while_one_level_in_128_is_clipped(clipped: int, by_output: bool) -> None:
+    """Beyond that the sums over single levels cost more than dL/dW."""
+    levels = torch.full((128, 256), 3.0)
+    levels.view(-1)[:clipped] = 7.0  # moved by a step it lies beyond the codes
+    range_ = set_range(random(128, 256, seed=0), Grid(3))
+    base, adapter = LrQat(rank=1, storage="int").build(AffineWeight.of_levels(levels, range_, Grid(3)), Grid(3))
+    assert isinstance(adapter, DeltaLevels)
+    assert adapter.delta is not None
+    with torch.no_grad():
+        for p in adapter.delta.parameters():
+            p.fill_(1)
+    assert adapter.uses_output(base, torch.bfloat16)
+    x, g = random(4, 256, seed=1).bfloat16(), random(4, 128, seed=2).bfloat16()
+    wanted = adapter.weight_parameters()
+    weight, found = adapter.gradients_from_output(base, g, x, x @ adapter.weight(base, torch.bfloat16).t(), wanted)
+    assert torch.equal(weight, adapter.weight(base, torch.bfloat16))
+    assert (found is not None) == by_output
+
+
 def test_gradients_where_more_levels_clip_than_one_chunk_holds() -> None:
     """As above, through the gradients of a layer."""
     grid = Grid(3, None, "integer")
@@ -348,6 +378,9 @@ def test_what_is_not_a_number_stays_so(bits: int) -> None:
         out = torch.empty(8, 64, dtype=dtype)
         dequantize.levels(out, *weight.described(weight.range(), shift))
         assert out.isnan().all()
+    codes = torch.full((8, 64), 3, dtype=torch.uint8)
+    dequantize.levels(codes, *weight.described(weight.range(), shift))
+    assert (codes == 0).all()  # no integer stands for it, and what a cast gives is anything
 
 
 def test_operators_keep_the_rules_of_torch() -> None:

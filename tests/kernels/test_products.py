@@ -79,6 +79,74 @@ def test_kernels_are_replaced_once(installed: None) -> None:
     assert products.install(force=True)
 
 
+def test_which_products_are_taken() -> None:
+    """In half precision, of eight rows and more, of shapes that fit; all others are torch's own, its errors, too."""
+
+    class Original:
+        def call_boxed(self, keys: object, *args: Tensor, **kwargs: Tensor) -> str:
+            return "torch"
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    a, b, single = zeros(8, 3), zeros(3, 5), zeros(8, 3, dtype=torch.float32)
+    mm, addmm = (products._product(lambda *args, **kwargs: "ours", first)(Original()) for first in (0, 1))  # type: ignore[arg-type,return-value]
+    taken = [
+        (a, b), (a.half(), b.half()), (zeros(9, 3), b), (zeros(2, 8, 3), zeros(2, 3, 5)),
+        (zeros(8, 3), zeros(3, 1)), (zeros(8, 1), zeros(1, 5)),
+    ]  # fmt: skip
+    left = [
+        (single, b.float()), (a, b.float()), (single, b), (a, b.half()), (zeros(7, 3), b), (a, zeros(3, 0)),
+        (a, zeros(4, 5)), (a, zeros(5, 3)), (zeros(8, 0), zeros(0, 5)), (zeros(2, 8, 3), zeros(3, 3, 5)),
+        (zeros(1, 8, 3), zeros(2, 3, 5)),
+    ]  # fmt: skip
+    assert [mm(None, *pair) for pair in taken] == ["ours"] * len(taken)
+    assert [mm(None, *pair) for pair in left] == ["torch"] * len(left)
+    assert [addmm(None, zeros(5), *pair) for pair in (taken[0], left[0])] == ["ours", "torch"]
+    assert mm(None, a, b, out=zeros(8, 5)) == "ours"
+    outs = (zeros(8, 5, dtype=torch.float32), zeros(8, 4), zeros(7, 5), zeros(40), zeros(8, 3))
+    assert [mm(None, a, b, out=out) for out in outs] == ["torch"] * len(outs)
+
+
+@pytest.mark.parametrize("mask", [None, "one", "wide", "each", "each wide", "shared"])
+def test_attention_goes_backward_a_sequence_at_a_time_in_float32(mask: str | None) -> None:
+    """Torch's own kernel is asked once for each sequence, with that sequence's mask; in float32 once, as it stands."""
+    calls: list[tuple[list[torch.dtype], list[int], Tensor | None, tuple[object, ...]]] = []
+
+    class Original:
+        def call_boxed(self, keys: object, *args: Tensor, attn_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+            calls.append(([t.dtype for t in args[:5]], [len(t) for t in args[:6]], attn_mask, args[6:]))
+            return args[1] * 1, args[2] * 2, args[3] * 3
+
+    kernel = products._attention_backward(Original())
+    grad, q, k, v, y, sums = (random(3, 2, 5, 4, dtype=torch.float32) + i for i in range(6))
+    masks = {
+        None: None, "one": torch.ones(5, 5), "wide": torch.ones(5, 5, dtype=torch.bfloat16),
+        "each": torch.arange(3.0).view(3, 1, 1, 1), "each wide": torch.arange(3).view(3, 1, 1, 1).bfloat16(),
+        "shared": torch.ones(1, 1, 5, 5),
+    }  # fmt: skip
+    given = masks[mask]
+    wide = kernel(None, grad, q, k, v, y, sums, 0.5, False, attn_mask=given)
+    assert [c[:2] for c in calls] == [([torch.float32] * 5, [3] * 6)]
+    assert calls[0][2] is given
+    assert torch.equal(wide[2], v * 3)
+    calls.clear()
+    halves = [t.half() for t in (grad, q, k, v, y)]
+    found = kernel(None, *halves, sums, 0.5, False, attn_mask=given)
+    assert [c[:2] for c in calls] == [([torch.float32] * 5, [1] * 6)] * 3
+    assert all(c[3] == (0.5, False) for c in calls)
+    for i, times in enumerate((1, 2, 3)):
+        assert found[i].dtype == torch.float16
+        assert torch.equal(found[i], (halves[i + 1].float() * times).half())
+    for i, (*_, seen, _) in enumerate(calls):
+        if given is None:
+            assert seen is None
+        else:
+            assert seen is not None
+            assert seen.dtype == torch.float32
+            assert torch.equal(seen, (given[i : i + 1] if given.ndim == 4 and len(given) > 1 else given).float())
+
+
 def test_what_is_wrong_is_still_refused(installed: None) -> None:
     a = random(64, 64, dtype=torch.bfloat16)
     for left, right in ((a, a.float()), (a, a[:32]), (a[:, :32], a)):

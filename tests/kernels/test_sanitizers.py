@@ -2,7 +2,7 @@
 
 The sanitizers' library has to be loaded before anything else, so all runs in one process of its own, this file as a script:
 a sweep over edges (2^k - 1, 2^k, 2^k + 1 columns, one row, one column, every group, ranks of 1 and beyond the layer), then
-the kernels' tests that have small shapes.
+the kernels' tests that have small shapes. With a folder of other C sources it sweeps over those (`tests/mutate.py`).
 """
 
 import ctypes
@@ -89,13 +89,17 @@ def _notices() -> bool:
     return os.waitpid(child, 0)[1] != 0
 
 
-def _main() -> int:
+def _main(sources: list[str]) -> int:
     torch.set_num_threads(1)
+    if sources:
+        cpu._SOURCES = tuple(sorted(Path(sources[0]).glob("*.[ch]")))
     optimised = [flag for flag in cpu._FLAGS if flag != "-O3"]
     cpu._FLAGS = (*optimised, "-O1", *SANITIZE)  # type: ignore[assignment]
     assert cpu.library() is not None
     assert _notices(), "an error passes unseen"
     _sweep()
+    if sources:
+        return 0
     kernels = str(Path(__file__).with_name("test_kernels.py"))
     return int(pytest.main(["-q", "-x", "-s", "-n", "0", "-p", "no:cacheprovider", kernels, "-k", TESTS]))
 
@@ -112,22 +116,29 @@ def _library(name: str) -> str | None:
     return found if Path(found).is_absolute() and Path(found).exists() else None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sanitizers are preloaded as on Linux")
-def test_nothing_is_read_or_written_beyond_its_end(tmp_path: Path) -> None:
+def environment(cache: Path) -> dict[str, str] | None:
+    """Of a process that sanitizers watch over; None where the compiler has none."""
     # With the C++ library beside it, or the sanitizer finds nobody to hand a C++ exception on to.
     asan, ubsan, cpp = (_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"))
     if asan is None or ubsan is None:
+        return None
+    return {
+        **os.environ, "LD_PRELOAD": f"{asan} {cpp or ''}", "ASAN_OPTIONS": OPTIONS, "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TRIMTAB_CACHE": str(cache), "OMP_NUM_THREADS": "1", "TRIMTAB_KERNELS": "",
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sanitizers are preloaded as on Linux")
+def test_nothing_is_read_or_written_beyond_its_end(tmp_path: Path) -> None:
+    around = environment(tmp_path)
+    if around is None:
         pytest.skip(
             f"{shutil.which('cc') or 'no C compiler'}: has no libasan.so and libubsan.so, the sanitizers' libraries"
         )
-    environment = {
-        **os.environ, "LD_PRELOAD": f"{asan} {cpp or ''}", "ASAN_OPTIONS": OPTIONS, "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TRIMTAB_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "TRIMTAB_KERNELS": "",
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, __file__], env=around, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert done.stdout.count(".") > 100, done.stdout  # the tests did run
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    sys.exit(_main(sys.argv[1:]))

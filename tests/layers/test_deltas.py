@@ -1,6 +1,6 @@
 """The pooled delta: its elementwise formula in float64, its ways to be read, its size, and peft's LoRA as oracle."""
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -145,6 +145,32 @@ def test_numbers_and_start(name: str) -> None:
     assert start.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", [n for n, s in SHAPES.items() if s.rank])
+def test_the_input_side_starts_as_a_linear_layer_does(name: str) -> None:
+    """Kaiming-uniform(sqrt 5) over K / p inputs, as torch's own layers."""
+    shape = SHAPES[name]
+    torch.manual_seed(5)
+    theirs = nn.Linear(K // shape.pool, shape.rank or 0, bias=False)
+    torch.manual_seed(5)
+    ours = PooledDelta(shape).A
+    assert ours is not None
+    assert torch.equal(ours, theirs.weight)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_approached_update_is_shared_out_evenly(name: str) -> None:
+    """What the factors hold has equal norms on both sides, each singular value for itself, and a rank that is free is 0."""
+    delta, shape = trained(name, "float32"), SHAPES[name]
+    tile = torch.outer(torch.arange(1.0, N // shape.repeat + 1), torch.arange(2.0, K // shape.pool + 2))
+    update = tile.repeat_interleave(shape.repeat, 0).repeat_interleave(shape.pool, 1)
+    delta.approach(update)
+    torch.testing.assert_close(delta.dense(), update, rtol=1e-4, atol=1e-3)
+    if delta.A is not None and delta.B is not None:
+        torch.testing.assert_close(delta.A.norm(dim=1), delta.B.norm(dim=0), rtol=1e-4, atol=1e-2)
+    delta.approach(torch.zeros(N, K))
+    assert all((p == 0).all() for p in delta.parameters())
+
+
 def test_balanced_deltas_have_the_rank_they_pay_for() -> None:
     rank = {name: torch.linalg.matrix_rank(elementwise(trained(name))).item() for name in ("lora", "q-bara")}
     assert rank == {"lora": 3, "q-bara": 6}
@@ -187,3 +213,20 @@ def test_a_shape_is_checked_when_it_is_made(wrong: dict[str, int], said: str) ->
     options = {"out_features": N, "in_features": K, "rank": 2, **wrong}
     with pytest.raises(UserError, match=said):
         DeltaShape(scaling=1.0, **options)
+
+
+def test_a_tile_that_does_not_fit_says_which_would() -> None:
+    with pytest.raises(
+        UserError, match=r"pool 5 does not divide the 192 input .*; use one of \[1, 2, 4, 8, 16, 32, 64\]"
+    ):
+        DeltaShape(out_features=1, in_features=192, rank=1, scaling=1.0, pool=5)
+    assert DeltaShape(out_features=1, in_features=192, rank=1, scaling=1.0, pool=192, repeat=1).parameters == 2
+
+
+def test_a_shape_by_default() -> None:
+    shape = DeltaShape(out_features=4, in_features=8, rank=2, scaling=1.0)
+    assert (shape.pool, shape.repeat, shape.mean, shape.dtype) == (1, 1, False, "bfloat16")
+    with pytest.raises(FrozenInstanceError):
+        shape.rank = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        DeltaShape(4, 8, 2, 1.0)  # type: ignore[misc]

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 import cases
 from cases import SOME, TRAINED, K, N
+from trimtab.kernels import encode
 from trimtab.layers import specs, weights
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
-from trimtab.methods import Method, QaBlora, QaHira, QaLora, Rtn
+from trimtab.methods import LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, Rtn
 from trimtab.quant.activations import ActivationQuantizer, Activations
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 
@@ -151,3 +152,166 @@ def test_an_offset_learns_from_what_its_weight_multiplies(method: Method) -> Non
         assert got is not None
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(got, unrounded, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", [n for n, case in TRAINED.items() if case.place in ("levels", "master")])
+def test_the_matrix_has_the_gradients_of_the_equations(name: str) -> None:
+    """Asked for as a tensor, as a compiled layer asks: its own graph, not the one of the layer's product."""
+    layer, x, g, exact = cases.trained(TRAINED[name])
+    layer.dequantize(torch.float32).t().backward(x.t() @ g)  # dL/dW, laid out by columns
+    for parameter, grad in exact.grads.items():
+        found = layer.get_parameter(f"adapter.{parameter}").grad
+        assert found is not None, parameter
+        assert (found.double() - grad).norm() < 1e-4 * grad.norm(), parameter
+
+
+def test_features_are_named_as_in_a_linear_layer() -> None:
+    layer = cases.build(cases.CASES["rtn-int4-g32-integer"])
+    assert (layer.in_features, layer.out_features) == (K, N)
+
+
+@pytest.mark.parametrize("columns", [1, 64])
+def test_which_inputs_go_by_the_way_of_one_token(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(B, 1, K) with B up to 8 and no gradients; all others make W, and where W moves so do those."""
+    seen: list[torch.Size] = []
+    real = AffineWeight.product_of_few
+    monkeypatch.setattr(AffineWeight, "product_of_few", lambda self, x: (seen.append(x.shape), real(self, x))[1])
+    weight = cases.random(N, columns, seed=0)
+    layer = QuantLinear(Rtn().build(weight, Grid(4, None))[0])
+    for shape, few in (
+        ((8, 1), True), ((1, 1), True), ((9, 1), False), ((8, 2), False), ((8,), False), ((1,), False), ((), False),
+        ((2, 1, 1), False),
+    ):  # fmt: skip
+        x = cases.random(*shape, columns, seed=1)
+        seen.clear()
+        with torch.no_grad():
+            y = layer(x)
+        assert seen == ([(shape[0], columns)] if few else []), shape
+        torch.testing.assert_close(y, F.linear(x, layer.dequantize(torch.float32)), rtol=1e-5, atol=1e-5)
+        layer(x)
+        assert len(seen) == few
+    moving = QuantLinear(*Peqa().build(weight, Grid(4, None)))
+    seen.clear()
+    with torch.no_grad():
+        moving(cases.random(2, 1, columns, seed=1))
+    assert not seen
+
+
+@grids
+def test_what_no_kernel_reads_is_quantized_alike(grid: AnyGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed weight, one in float64: through torch, in pieces, to the same tensors as by the kernels."""
+    w = cases.random(N, K, seed=0, scale=0.05)
+    expected = tensors(weights.quantize(w, grid))
+    others = {"transposed": w.t().contiguous().t(), "float64": w.double()}
+    for rows in (N, N // 2, 7):
+        monkeypatch.setattr(weights, "_rows_at_once", lambda _, rows=rows: rows)
+        for name, other in others.items():
+            assert not encode.fits(other)
+            found = weights.quantize(other, grid)
+            assert found.shape == (N, K)
+            assert tensors(found).keys() == expected.keys()
+            for key, tensor in tensors(found).items():
+                assert tensor.dtype == expected[key].dtype
+                assert torch.equal(tensor, expected[key]), (name, key)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_bytes_of_the_graph_that_makes_a_weight(name: str) -> None:
+    """What a plan counts for an entry of W: three float32 tensors, a bool and four in the dtype; a master's gradients."""
+    layer, place = cases.build(SOME[name]), SOME[name].place
+    if layer.adapter is None:
+        return
+    floats = place == "levels" and getattr(SOME[name].method, "storage", "int") in ("bf16", "fp32")
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        wanted = 13 + 4 * size if floats or place == "master" else 0
+        assert layer.adapter.graph_bytes(layer.base, dtype) == wanted + 4 * (place == "master")
+
+
+@pytest.mark.parametrize("name", [n for n in SOME if n in TRAINED])
+def test_merged_is_base_and_adapter_together(name: str) -> None:
+    layer, case = cases.build(TRAINED[name]), TRAINED[name]
+    cases.perturb(layer, case, 3)
+    adapter = layer.adapter
+    assert adapter is not None
+    for dtype in (torch.float32, torch.bfloat16):
+        merged = adapter.merged(layer.base, dtype)
+        assert merged.dtype == dtype
+        if case.place == "output":
+            exact = layer.base.dequantize(torch.float32) + adapter.delta.dense()  # type: ignore[union-attr,operator]
+            assert torch.equal(merged, exact.to(dtype))
+        else:
+            assert torch.equal(merged, layer.dequantize(dtype))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_layer_gives_may_be_changed_in_place(bias: bool) -> None:
+    """Some families add to it in place (RoCBERT), which autograd forbids for a view."""
+    layer, x = cases.build(cases.CASES["lora-int4-g32-integer"], bias=bias), cases.random(4, K, seed=1).requires_grad_()
+    layer.adapter = None
+    y = layer(x)
+    y.add_(1)
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, layer.dequantize(torch.float32).sum(0).expand(4, K), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["portable", "float16", "float32"])
+@pytest.mark.parametrize("method", [Peqa(), LrQat(rank=2), Qat()], ids=lambda m: m.name)
+def test_masters_are_copies_of_their_own(method: Method, dtype: str) -> None:
+    """Trained in float32, in memory that neither the stored weight nor the caller's has a share in."""
+    w = cases.random(N, K, seed=0)
+    base, adapter = method.build(w, Grid(4, 32, "real", dtype))  # type: ignore[arg-type]
+    assert adapter is not None
+    kept = {t.untyped_storage().data_ptr() for t in base.parameters()}
+    before = {n: t.clone() for n, t in tensors(base).items()}
+    for name in ("scale", "offset"):
+        master = adapter.get_parameter(name)
+        assert master.dtype == torch.float32
+        assert master.is_leaf
+        assert torch.equal(master, before[name].float())
+        assert master.untyped_storage().data_ptr() not in kept
+    if isinstance(method, Qat):
+        assert torch.equal(adapter.get_parameter("master"), w)
+
+
+@pytest.mark.parametrize("zero", ["symmetric", "integer", "real"])
+@pytest.mark.parametrize("storage", ["bf16", "fp32"])
+def test_levels_in_float_are_those_of_a_weight_in_float32(zero: str, storage: str) -> None:
+    """Whatever the weight's own dtype: of the same numbers, the same levels."""
+    w, grid = cases.random(N, K, seed=0).bfloat16(), Grid(4, 32, zero)  # type: ignore[arg-type]
+    expected = tensors(weights.quantize(w.float(), grid, storage))  # type: ignore[arg-type]
+    for other in (w, w.double()):
+        found = tensors(weights.quantize(other, grid, storage))  # type: ignore[arg-type]
+        assert all(torch.equal(t, expected[n]) for n, t in found.items())
+
+
+def test_a_large_weight_is_taken_in_pieces_of_four_million_numbers() -> None:
+    for columns, rows in ((1 << 10, 1 << 12), (3 << 10, 1365), (1 << 22, 1), (1 << 23, 1)):
+        assert weights._rows_at_once(torch.empty(1).expand(5000, columns)) == rows
+    assert weights._rows_at_once(torch.empty(5000, 1 << 23, device="meta")) == 5000
+
+
+def test_what_is_computed_in_float64_stays_so_for_one_token() -> None:
+    layer, x = cases.build(cases.CASES["rtn-int4-g32-integer"]), cases.random(2, 1, K, seed=1).double()
+    assert layer.base.product_of_few(x[:, 0]) is None
+    with torch.no_grad():
+        exact = x @ layer.base.dequantize(torch.float64).t() + layer.bias.double()  # type: ignore[union-attr]
+        torch.testing.assert_close(layer(x), exact, rtol=1e-12, atol=1e-12)
+
+
+def test_factors_are_not_scaled_unless_asked() -> None:
+    base = cases.build(cases.CASES["lr-qat-fixed8-int4-g32-integer"]).base
+    assert isinstance(base, AffineWeight)
+    assert base.described(base.range(), (torch.ones(1, K), torch.ones(N, 1))).gain == 1
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINED if n.startswith("lr-qat-") and "-channel-" in n])
+def test_gradients_from_the_output_are_close_to_the_equations(name: str) -> None:
+    """Per channel, without a bias and in bfloat16, as a model's layers are."""
+    layer, x, g, exact = cases.trained(TRAINED[name])
+    layer.bias = None
+    layer(x.bfloat16().requires_grad_()).backward(g.bfloat16())
+    for parameter, grad in exact.grads.items():
+        ours = layer.get_parameter(f"adapter.{parameter}").grad
+        assert ours is not None
+        assert (ours.double() - grad).norm() < 2e-2 * grad.norm(), parameter

@@ -1,6 +1,6 @@
 """What a method and its adapter say of themselves before a weight is there, against what they then do."""
 
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
 import pytest
@@ -10,10 +10,11 @@ import cases
 from cases import CASES, TRAINED
 from trimtab import methods
 from trimtab.errors import UserError
-from trimtab.layers.adapters import DeltaOffset
+from trimtab.layers.adapters import DeltaOffset, MasterLevels
 from trimtab.layers.linear import QuantLinear
-from trimtab.methods import Method, QaBlora, QaHira, QaLora
-from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
+from trimtab.layers.weights import AffineWeight
+from trimtab.methods import Method, QaBlora, QaHira, QaLora, Qat, QBara, Rtn
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, set_range, to_levels
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,6 +77,10 @@ def test_the_defaults_are_those_that_were_measured(method: type[Method]) -> None
     grid, lr, lr_scale, options = DEFAULTS[method.name]
     assert (method.grid, method.lr, method.lr_scale) == (grid, lr, lr_scale)
     assert asdict(method()) == {"adapter_dtype": "bfloat16", **options}
+    with pytest.raises(FrozenInstanceError):
+        method().adapter_dtype = "float32"  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        method("bfloat16")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("method", methods.ALL, ids=lambda m: m.name)
@@ -97,3 +102,49 @@ def test_pooling_is_a_sum_over_the_group_by_default(method: Method) -> None:
         moved = layer.dequantize(torch.float32) - layer.base.dequantize(torch.float32)
     expected = 0.5 if isinstance(method, QaHira) else 0.25 * 16
     torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("grid", [Grid(3, 32, "integer"), Grid(2, None, "real"), Grid(4, 32)])
+def test_a_master_starts_at_the_levels_that_a_start_gave(grid: Grid) -> None:
+    """GPTQ's levels have a fraction: a master at their codes would have lost it."""
+    levels = cases.random(8, 64, seed=1).mul(2).add(grid.center).clamp(0, grid.top)
+    range_ = set_range(cases.random(8, 64, seed=0), grid)
+    source = AffineWeight.of_levels(levels, range_, grid, "fp32")
+    base, adapter = Qat().build(source, grid)
+    assert isinstance(adapter, MasterLevels)
+    torch.testing.assert_close(to_levels(adapter.master, range_, grid), levels, rtol=1e-5, atol=1e-5)
+    assert isinstance(base, AffineWeight)
+    assert torch.equal(base.integer_codes(), levels.round().to(torch.uint8))
+    packed, _ = Rtn().build(cases.random(8, 64, seed=0), grid)
+    _, adapter = Qat().build(packed, grid)
+    assert torch.equal(adapter.master, packed.dequantize(torch.float32))  # type: ignore[union-attr]
+
+
+def test_the_table_of_methods() -> None:
+    """One row each: its names, its own grid, what it is and what may be set."""
+    rows = {names.split(", ")[0]: (names, grid, options) for names, grid, _, options in methods.table()}
+    assert [*rows] == [m.name for m in methods.ALL] == [*DEFAULTS]
+    for name, (grid, *_, options) in DEFAULTS.items():
+        said = {"adapter_dtype": "bfloat16", **options}
+        assert rows[name][1] == ("float" if grid is None else grid.describe())
+        assert rows[name][2] == ", ".join(f"{option}={value}" for option, value in said.items())
+    assert all(names.split(", ")[1:] == [*methods.get(name).aliases] for name, (names, *_) in rows.items())
+
+
+def test_a_balance_that_does_not_divide_says_which_would() -> None:
+    for shape, said in (((12, 16), "3 does not divide the 16 input features"), ((16, 12), "3 .* 16 output features")):
+        with pytest.raises(UserError, match=rf"q-bara: k {said}; use one of \[1, 2, 4\]"):
+            QBara(k=3).delta(Grid(4, 4), shape)
+    with pytest.raises(UserError, match=r"k 0 does not divide the 16 input features; use one of \[1, 2, 4, 8, 16\]"):
+        QBara(k=0).delta(Grid(4, 4), (16, 16))
+
+
+def test_an_unknown_method_or_option_is_named_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no method 'lr-qta'.*lr-qat"):
+        methods.get("lr-qta")
+    with pytest.raises(
+        UserError, match=r"method.rnak: lora has no such option.*rank.*it has adapter_dtype, rank, alpha"
+    ):
+        methods.make("lora", rnak=4)
+    assert methods.make("lora", rank=4) == methods.Lora(rank=4)
+    assert all(methods.get(alias) is m for m in methods.ALL for alias in (m.name, *m.aliases))

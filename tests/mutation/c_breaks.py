@@ -16,10 +16,36 @@ _CHANGES: tuple[tuple[str, tuple[str, ...]], ...] = (
 _NUMBER = re.compile(r"(?<![\w.\]])\d+(?:\.\d+)?f?(?![\w.])")
 
 
-def _blanked(source: str) -> str:
+def _blanked(source: str, preprocessed: bool = True) -> str:
     """The source with comments, strings and preprocessor lines as spaces, so that positions stay."""
-    pattern = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\])*"|^[ \t]*#[^\n]*(?:\\\n[^\n]*)*', re.S | re.M)
-    return pattern.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), source)
+    pattern = r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\])*"' + (r"|^[ \t]*#[^\n]*(?:\\\n[^\n]*)*" if preprocessed else "")
+    return re.sub(pattern, lambda m: re.sub(r"[^\n]", " ", m.group()), source, flags=re.S | re.M)
+
+
+def function_at(source: str, line: int) -> str:
+    """The function that a line stands in, or the last one before it."""
+    head = re.compile(r"(?:#define |\w[^(;]*?)(\w+)\(")  # a macro with arguments counts as one
+    heads = (head.match(text) for text in source.splitlines()[:line] if not text.endswith(";"))
+    return next((found.group(1) for found in reversed([*heads]) if found), "")
+
+
+def entries_of(source: str) -> dict[str, set[str]]:
+    """Functions of a file, and for each the entry points (not static) from which it can be reached."""
+    blank = _blanked(source, preprocessed=False)
+    bodies: dict[str, str] = {}
+    for number, text in enumerate(blank.splitlines(), 1):
+        name = function_at(blank, number)
+        bodies[name] = bodies.get(name, "") + text + "\n"
+    entries = set(re.findall(r"^void (\w+)\(", blank, re.M))
+    reached: dict[str, set[str]] = {name: set() for name in bodies}
+    for entry in entries:
+        ahead = [entry]
+        while ahead:
+            name = ahead.pop()
+            if entry not in reached[name]:
+                reached[name].add(entry)
+                ahead += [n for n in re.findall(r"\w+", bodies[name]) if n in bodies]
+    return reached
 
 
 def breaks(source: str) -> Iterator[tuple[int, str, str]]:

@@ -17,7 +17,12 @@ from typing import Any
 
 import pytest
 
+from mutation import c_breaks
 from mutation.trial import Break, FirstFailure
+
+_KILLERS = 6
+"""Tests that noticed earlier breaks of the same function, tried first."""
+_C = (".c", ".h")
 
 Lines = dict[str, list[int]]
 """Lines that ran, by file."""
@@ -74,7 +79,7 @@ def learn(items: list[pytest.Item], files: set[str], store: Path) -> None:
     known = read(store)
     stamps = {item.nodeid: _stamp(item, files) for item in items}
     new = [item for item in items if known.get(item.nodeid, {}).get("stamp") != stamps[item.nodeid]]
-    recorder, first = Recorder(files), FirstFailure()
+    recorder, first, saved = Recorder(files), FirstFailure(), time.monotonic()
     caches = [
         c for c in gc.get_objects() if type(c) is _lru_cache_wrapper and c.__module__.startswith(("trimtab", "test"))
     ]
@@ -93,6 +98,9 @@ def learn(items: list[pytest.Item], files: set[str], store: Path) -> None:
         first.nodeid = None
         item.config.pluginmanager.unregister(name="recorder")
         item.config.pluginmanager.unregister(name="first")
+        if time.monotonic() - saved > 60:  # what is learned is kept where a run is stopped
+            store.write_text(json.dumps(known))
+            saved = time.monotonic()
     store.write_text(json.dumps({nodeid: known[nodeid] for nodeid in stamps}))
 
 
@@ -116,20 +124,24 @@ class Reach:
 
     def killed(self, a_break: Break, by: str) -> None:
         """A test that noticed one break of a function is the first to be tried on the next."""
-        killers = self._killers[a_break.path, a_break.scope]
-        if by in self._known and by not in killers[:3]:
+        self.remember(a_break.path, a_break.scope, by)
+
+    def remember(self, path: Path, scope: str, by: str) -> None:
+        """The same of an earlier run."""
+        killers = self._killers[path, scope]
+        if by in self._known and by not in killers[:_KILLERS]:
             killers.insert(0, by)
 
     def runs(self, a_break: Break) -> bool:
         """Whether a test runs it: no constant, and no function that makes one at import."""
         lines = range(a_break.span[0], a_break.span[1] + 1)
         in_python = not a_break.at_import and any(self._at.get((str(a_break.path), line)) for line in lines)
-        return in_python or a_break.path.suffix == ".c"
+        return in_python or a_break.path.suffix in _C
 
     def _touching(self, a_break: Break) -> set[str]:
         file = str(a_break.path)
-        if a_break.path.suffix == ".c":
-            return self._touching_c(a_break.path)
+        if a_break.path.suffix in _C:
+            return self._touching_c(a_break)
         if self.runs(a_break):
             return set().union(*(self._at[file, line] for line in range(a_break.span[0], a_break.span[1] + 1)))
         # What runs at import has run before any test: tests that run some of the file, or name something of it.
@@ -139,16 +151,22 @@ class Reach:
         naming = {name for name in files if named.search((self._root / name).read_text())}
         return {n for n, k in self._known.items() if file in k["lines"] or n.partition("::")[0] in naming}
 
-    def _touching_c(self, path: Path) -> set[str]:
-        """Tests that call one of the file's entry points, by the lines of cpu.py that name it."""
-        entries = re.findall(r"^void (\w+)\(", path.read_text(), re.M)
-        caller = path.parents[1] / "cpu.py"
+    def _touching_c(self, a_break: Break) -> set[str]:
+        """Tests that call an entry point which reaches the function (a header: any), by lines of cpu.py that name it."""
+        files = [a_break.path] if a_break.path.suffix == ".c" else sorted(a_break.path.parent.glob("*.c"))
+        reached = [c_breaks.entries_of(file.read_text()) for file in files]
+        here = set().union(*(r.get(a_break.scope, ()) for r in reached))
+        entries = here or set().union(*(entries for r in reached for entries in r.values()))
+        caller = a_break.path.parents[1] / "cpu.py"
         calls = re.compile(r"lib\.(" + "|".join(entries) + r")\b")
         at = [i for i, line in enumerate(caller.read_text().splitlines(), 1) if calls.search(line)]
         return set().union(*(self._at[str(caller), line] for line in at))
 
     def tests(self, a_break: Break) -> list[str]:
-        """Tests in the order to run them: last killers, then one case of each test function by turns, quickest first."""
+        """Tests in the order to run them: last killers, then one case of each test function by turns, quickest first.
+
+        Those of the same room (tests/quant for quant/) come before all others.
+        """
         touching = self._touching(a_break)
         groups: dict[str, list[str]] = defaultdict(list)
         for nodeid in sorted(touching):
@@ -157,8 +175,12 @@ class Reach:
         for cases in groups.values():
             chance.shuffle(cases)
         ordered = sorted(groups.values(), key=lambda cases: min(self.seconds([c]) for c in cases))
-        turns = (n for turn in zip_longest(*ordered) for n in turn if n is not None)
-        first = [n for n in self._killers[a_break.path, a_break.scope][:3] if n in touching]
+        rooms = set(a_break.path.relative_to(self._root).parts[:-1])
+        at_home: dict[bool, list[list[str]]] = {True: [], False: []}
+        for cases in ordered:
+            at_home[not rooms.isdisjoint(cases[0].partition("::")[0].split("/"))].append(cases)
+        turns = (n for part in (True, False) for turn in zip_longest(*at_home[part]) for n in turn if n is not None)
+        first = [n for n in self._killers[a_break.path, a_break.scope][:_KILLERS] if n in touching]
         chosen, left = [], self._each
         for nodeid in dict.fromkeys([*first, *turns]):
             seconds = self.seconds([nodeid])

@@ -5,6 +5,7 @@ The layers' contracts (start, fold, copies, bytes kept, compiling) run again ove
 
 import copy
 import pickle
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,15 @@ from trimtab.errors import UserError
 from trimtab.layers import linear
 from trimtab.layers.linear import QuantLinear
 from trimtab.methods import Rtn
-from trimtab.quant.activations import ActivationQuantizer, Activations, Range, range_of, round_to_grid, token_range
+from trimtab.quant.activations import (
+    ActivationQuantizer,
+    Activations,
+    KvCache,
+    Range,
+    range_of,
+    round_to_grid,
+    token_range,
+)
 
 bits_and_zeros = pytest.mark.parametrize(("bits", "symmetric"), [(8, False), (8, True), (4, False), (4, True)])
 KINDS = {
@@ -153,9 +162,19 @@ def test_a_number_that_is_none_stays_loud() -> None:
     assert not y[1, 2].isnan().any()
 
 
+def test_what_is_rounded_by_default() -> None:
+    assert Activations() == Activations(bits=8, symmetric=False, mode="dynamic")
+    assert KvCache() == KvCache(bits=8, symmetric=False)
+    for kind in (Activations(), KvCache()):
+        with pytest.raises(FrozenInstanceError):
+            kind.bits = 4  # type: ignore[misc]
+
+
 def test_bad_kinds_say_so() -> None:
     with pytest.raises(UserError, match=r"activations.bits: 5 is neither 4 nor 8"):
         Activations(5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"kv.bits: 16 is neither 4 nor 8"):
+        KvCache(16)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"activations.mode: 'live' is neither"):
         Activations(8, False, "live")  # type: ignore[arg-type]
 
@@ -333,7 +352,9 @@ def test_compiles_as_one_graph(name: str, kind: str) -> None:
 
 
 def test_a_range_of_one_number_is_saved() -> None:
-    inputs = ActivationQuantizer(KINDS["a4-static"], Range(torch.tensor(0.5), torch.tensor(-3.0)))
+    wide = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    inputs = ActivationQuantizer(KINDS["a4-static"], Range(wide, torch.tensor(-3.0)))
+    assert not any(p.requires_grad for p in inputs.parameters())
     state = inputs.state_dict()
     assert {n: (t.dtype, tuple(t.shape)) for n, t in state.items()} == {
         "scale": (torch.float32, (1,)),

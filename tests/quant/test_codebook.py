@@ -144,6 +144,8 @@ def test_normal_float_tables_are_normal_quantiles(bits: int) -> None:
     grid = CodebookGrid(f"nf{bits}", 64)  # type: ignore[arg-type]
     values = codebook.table(grid).tolist()
     assert values == pytest.approx(expected, abs=2e-7)
+    if bits < 4:  # nobody else's constants: the quantiles to the last bit, on which stored files rest
+        assert values == torch.tensor(expected, dtype=torch.float32).tolist()
     assert grid.bits == bits
     assert len(values) == 2**bits
     assert values == sorted(set(values))
@@ -188,6 +190,25 @@ def test_a_codebook_grid_is_checked_when_it_is_made() -> None:
         CodebookGrid("nf4", 0)
     with pytest.raises(UserError, match="64 does not divide the 96"):
         CodebookWeight.quantize(weight(0, 4, 96), CodebookGrid("nf4", 64))
+
+
+def test_a_table_is_made_once_and_serves_training_too() -> None:
+    codebook._tensors.clear()
+    with torch.inference_mode():
+        made = codebook.table(CodebookGrid("nf4"))
+    assert not made.is_inference()
+    assert codebook.table(CodebookGrid("nf4")) is made is codebook.table(CodebookGrid("nf4", 32), torch.device("cpu"))
+    assert codebook.dynamic_map() is codebook.dynamic_map()
+    assert codebook.entries(CodebookGrid("nf4")) is made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert codebook.table(CodebookGrid("nf4")) is not made
+
+
+def test_what_is_coded_is_no_part_of_a_graph() -> None:
+    codes, absmax = codebook.to_codebook(weight(0, 4, 64).requires_grad_(), CodebookGrid("nf4", 32))
+    assert not codes.requires_grad
+    assert not absmax.requires_grad
 
 
 def test_a_fake_table_is_not_kept() -> None:

@@ -1,6 +1,7 @@
 """Grids: torch's own fake quantization as oracle, and the equations of docs/design.md, section 1, in float64."""
 
 import math
+from dataclasses import FrozenInstanceError
 from typing import get_args
 
 import pytest
@@ -13,11 +14,13 @@ import reference
 from trimtab.errors import UserError
 from trimtab.kernels import cpu, encode
 from trimtab.quant.grid import (
+    CodebookGrid,
     Grid,
     Range,
     RangeRule,
     ScaleDtype,
     Zero,
+    _errors,
     from_codes,
     group_size,
     round_clamp,
@@ -258,9 +261,14 @@ def test_the_searching_kernel_finds_the_same_ranges(rule: RangeRule, zero: Zero)
         range_, p = set_range(w, Grid(3, group, zero)), float(rule.removeprefix("lp"))
         values = from_codes(round_clamp(to_levels(w, range_, grid), grid.top), range_, grid)
         exact = grouped((values.double() - w.double()).abs() ** p, grid).sum(-1)
-        torch.testing.assert_close(encode._errors(w, range_, grid, p).double(), exact, rtol=1e-5, atol=1e-30)
+        for found in (encode._errors(w, range_, grid, p), _errors(w, range_, grid, p)):
+            torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-30)
         ours, plain = encode.ranges(w, grid), set_range(w, grid)
         assert (ours.scale_NG == plain.scale_NG).float().mean() > 0.98
+        for found, same in zip(
+            encode.ranges(w.bfloat16(), grid), encode.ranges(w.bfloat16().float(), grid), strict=True
+        ):
+            assert found is same is None or torch.equal(found, same)
 
 
 def test_relative_error_of_the_signed_extreme_and_of_paper() -> None:
@@ -420,3 +428,44 @@ def test_same_form_ignores_only_how_ranges_are_chosen() -> None:
         assert not same_form(Grid(4, 32), other)
     assert math.isclose(Grid(3).center, 4)
     assert Grid(3).top == 7
+
+
+def test_a_grid_by_default() -> None:
+    """What a recipe that says nothing gets, and that no one changes it in place."""
+    assert Grid() == Grid(bits=4, group=None, zero="symmetric", scale_dtype="portable", range="minmax")
+    assert CodebookGrid() == CodebookGrid(codebook="nf4", group=64, double_quant=False)
+    for grid in (Grid(), CodebookGrid()):
+        with pytest.raises(FrozenInstanceError):
+            grid.group = 32  # type: ignore[misc]
+    assert Grid(1, 1).group == CodebookGrid("nf4", 1).group == 1
+    said = [Grid(3, 32, "real"), Grid(8), CodebookGrid("nf3", None), CodebookGrid(double_quant=True)]
+    assert [g.describe() for g in said] == ["int3 g32 real", "int8 channel symmetric", "nf3 channel", "nf4 g64 double"]
+    stores = {
+        "portable": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float32": torch.float32,
+    }
+    assert {d: Grid(scale_dtype=d).storage for d in SCALE_DTYPES} == stores
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "taken"), [(300, 1024, [256, 44]), (2, 1 << 19, [1, 1]), (2, 1 << 17, [2])]
+)
+def test_a_search_looks_at_some_rows_at_a_time(rows: int, columns: int, taken: list[int]) -> None:
+    """262144 weights together, or one row: what it needs beside the weight stays small."""
+    seen: list[int] = []
+
+    def errors(w_NK: Tensor, tried: Range, grid: Grid, p: float) -> Tensor:
+        assert (w_NK.shape[0], p) == (tried.scale_NG.shape[0], 2.4)
+        seen.append(w_NK.shape[0])
+        return torch.zeros_like(tried.scale_NG)
+
+    w, grid = torch.ones(1, 1).expand(rows, columns), Grid(3, None, range="lp2.4")
+    found = set_range(w, grid, (torch.ones(rows, 1), torch.ones(rows, 1)), errors)
+    assert seen == [n for n in taken for _ in range(100)]
+    assert torch.equal(found.scale_NG, set_range(w[:, :1], Grid(3, None)).scale_NG)  # of equals the first
+    seen.clear()
+    lows = torch.ones(rows, 1, device="meta")
+    set_range(torch.empty(rows, columns, device="meta"), grid, (lows, lows), errors)
+    assert seen == [rows] * 100

@@ -1,11 +1,14 @@
 """Packing: every width and awkward row lengths, against a layout written bit by bit from its description."""
 
+import struct
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trimtab.quant.int32_packing import pack_int32
 from trimtab.quant.packing import pack, row_bytes, unpack
 
 WIDTHS = range(1, 9)
@@ -105,3 +108,18 @@ def test_unpacking_leaves_the_bytes_alone() -> None:
         before = packed.clone()
         unpack(packed, bits, 9)
         assert torch.equal(packed, before)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("length", [1, 5, 10, 11, 31, 32, 33, 64, 96, 100])
+def test_dense_words_are_one_long_number(bits: int, length: int) -> None:
+    """A row is the integer whose digits to the base 2^bits are its codes; its words are signed as int32 has them."""
+    codes = random_codes(bits, 4, length)
+    codes[0], codes[1] = 0, (1 << bits) - 1
+    words = -(-length * bits // 32)
+    rows = [sum(code << (i * bits) for i, code in enumerate(row)) for row in codes.tolist()]
+    expected = [list(struct.unpack(f"<{words}i", row.to_bytes(4 * words, "little"))) for row in rows]
+    for dtype in (torch.uint8, torch.int32, torch.int64):
+        packed = pack_int32(codes.to(dtype), bits)
+        assert packed.dtype == torch.int32
+        assert packed.tolist() == expected

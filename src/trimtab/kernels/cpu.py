@@ -159,10 +159,10 @@ def _affine(columns: int, codes: Tensor, scale: Tensor, zero: Tensor | None, off
 
 def _codebook(columns: int, codes: Tensor, table: Tensor, absmax: Tensor, dynamic_map: Tensor | None,
               block_scale: Tensor | None, mean: Tensor | None, offset: Tensor | None, bits: int) -> _Codes:  # fmt: skip
-    groups = absmax.shape[1]
     return _Codes(
-        _at(codes), codes.shape[1], bits, columns, groups, None, None, _at(offset), 0, 0, 0, 0.0,
-        _at(table), _at(absmax), _at(dynamic_map), _at(block_scale), _at(mean),
+        codes=_at(codes), row_bytes=codes.shape[1], bits=bits, K=columns, G=absmax.shape[1], offsets=_at(offset),
+        offset_kind=_KINDS[torch.float32], table=_at(table), absmax=_at(absmax), map=_at(dynamic_map),
+        block_scales=_at(block_scale), mean=_at(mean),
     )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from trimtab.kernels import cpu
 from trimtab.kernels.arguments import OPERATORS, checked
 from trimtab.quant import fixed8, packing
 from trimtab.quant.codebook import expand_absmax, from_codebook
-from trimtab.quant.grid import Grid, Range, Zero, from_codes
+from trimtab.quant.grid import Grid, Range, from_codes
+from trimtab.quant.opaque import exact
 
 _AFFINE = "Tensor scale, Tensor? zero, Tensor? offset, int bits, float center"
 _CODEBOOK = (
@@ -57,10 +58,9 @@ class Levels(NamedTuple):
 # ---- the plain torch references ---------------------------------------------------------------------------------
 
 
-def _grid(bits: int, zero: Tensor | None, offset: Tensor | None) -> Grid:
-    """The form of values. Scales come in float32 here: `from_codes` must not take its way for bfloat16 scales."""
-    kind: Zero = "real" if offset is not None else "symmetric" if zero is None else "integer"
-    return Grid(bits, zero=kind, scale_dtype="float32")
+def _grid(bits: int) -> Grid:
+    """The form of values; which kind of zero, a range says. Scales come in float32: not the way for bfloat16 ones."""
+    return Grid(bits, scale_dtype="float32")
 
 
 def _take(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
@@ -76,7 +76,7 @@ def _affine(
     assert kept is not None
     assert s is not None
     unpacked = packing.unpack(kept, bits, out.shape[1])
-    out.copy_(from_codes(unpacked, Range(s, z, o), _grid(bits, zero, offset), out.dtype))
+    out.copy_(from_codes(unpacked, Range(s, z, o), _grid(bits), out.dtype))
 
 
 @checked("torch")
@@ -112,7 +112,8 @@ def level_values(about: Levels, columns: int) -> Tensor:
     u = fixed8.read(phi, bits) if about.fixed else packing.unpack(phi, bits, columns).float()
     if about.a_RK is None or about.b_NR is None:
         return u
-    return torch.addmm(u, about.b_NR.to(u.dtype), about.a_RK.to(u.dtype), alpha=about.gain)
+    with exact(u):  # levels decide codes: folding under autocast gives those of training
+        return torch.addmm(u, about.b_NR.to(u.dtype), about.a_RK.to(u.dtype), alpha=about.gain)
 
 
 @checked("torch")
@@ -126,8 +127,8 @@ def _valued(out: Tensor, codes_NK: Tensor, about: Levels) -> None:
     if out.dtype == torch.uint8:
         out.copy_(codes_NK)
     else:
-        grid = _grid(about.bits, about.zero_NG, about.offset_NG)
-        out.copy_(from_codes(codes_NK, Range(about.scale_NG, about.zero_NG, about.offset_NG), grid, out.dtype))
+        range_ = Range(about.scale_NG, about.zero_NG, about.offset_NG)
+        out.copy_(from_codes(codes_NK, range_, _grid(about.bits), out.dtype))
 
 
 @checked("torch")

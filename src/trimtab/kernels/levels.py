@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.quant.grid import Grid, Range, ScaleDtype, Zero, from_codes
+from trimtab.quant.grid import Grid, Range, ScaleDtype, from_codes
 from trimtab.quant.opaque import operator
 
 
@@ -24,8 +24,7 @@ def _from_levels(
     levels: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, bits: int, scale_dtype: ScaleDtype,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    kind: Zero = "real" if offset is not None else "symmetric" if zero is None else "integer"
-    grid = Grid(bits, zero=kind, scale_dtype=scale_dtype)
+    grid = Grid(bits, scale_dtype=scale_dtype)  # which kind of zero it is, the range says
     return from_codes(levels.round().clamp_(0, grid.top), Range(scale, zero, offset), grid, dtype)
 
 
@@ -36,7 +35,7 @@ def _fake(levels: Tensor, *rest: Any) -> Tensor:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     levels, scale, zero, offset, ctx.bits, _, _ = inputs
     ctx.save_for_backward(levels, scale, zero)
-    ctx.center = 0.0 if offset is not None else float(1 << (ctx.bits - 1))
+    ctx.center = 0 if offset is not None else 1 << (ctx.bits - 1)
 
 
 def _backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor | None, ...]:

@@ -35,8 +35,9 @@ def take(slot: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.de
     if buffer is None or buffer.numel() < size:
         buffers.pop(slot, None)
         buffer = None  # the old one is gone before the new one is made
-        with torch.inference_mode(False):
-            buffer = buffers[slot] = torch.empty(size, dtype=torch.uint8)
+        buffer = buffers[slot] = torch.empty(
+            size, dtype=torch.uint8
+        )  # made in inference mode, its views serve training, too
     return buffer[:size].view(dtype).view(shape)
 
 

@@ -244,7 +244,7 @@ class MasterLevels(Adapter):
     def __init__(self, weight_NK: Tensor, base: AffineWeight) -> None:
         super().__init__()
         self.delta = None
-        self.master = nn.Parameter(owned(weight_NK.detach().float()))
+        self.master = nn.Parameter(owned(weight_NK.float()))
         self.scale, self.offset = _masters(base)
 
     def weight_parameters(self) -> tuple[nn.Parameter, ...]:
@@ -316,8 +316,8 @@ def _moved(base: AffineWeight, o_eff: Tensor, zero: Tensor | None) -> Range:
 
 def _masters(base: AffineWeight) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Trainable float32 copies of the stored scales and real offsets."""
-    offset = None if base.offset is None else nn.Parameter(base.offset.detach().float().clone())
-    return nn.Parameter(base.scale.detach().float().clone()), offset
+    offset = None if base.offset is None else nn.Parameter(base.offset.float().clone())
+    return nn.Parameter(base.scale.float().clone()), offset
 
 
 def _trained_range(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter | None) -> Range:

@@ -80,7 +80,7 @@ class Weight(nn.Module, ABC):
             return None
         y = torch.empty(x_TK.shape[0], self.shape[0])
         x = x_TK if x_TK.dtype == torch.bfloat16 else x_TK.float()
-        return y.to(x_TK.dtype) if self._multiply(y, x.contiguous()) else None
+        return y.to(x_TK.dtype) if self._multiply(y, x) else None
 
     def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
         """Fill y (T, N), float32, with x W^T of an x in float32 or bfloat16, if this kind can."""
@@ -351,7 +351,7 @@ def _rows_at_once(weight_NK: Tensor) -> int:
 def _center(range_: Range, grid: Grid, in_features: int, rows: Tensor | None = None) -> Tensor | float:
     """What float storages subtract from u: z spread over its group, or the middle code where z is not an integer."""
     if range_.zero_NG is None:
-        return float(grid.center)
+        return grid.center
     zero = rows_of(range_.zero_NG, rows)
     return zero.repeat_interleave(in_features // zero.shape[1], 1)
 

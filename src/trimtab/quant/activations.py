@@ -152,7 +152,7 @@ def _round(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, keep: bool)
 
 
 def _round_fake(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, keep: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape if keep else 0, dtype=torch.bool)
+    return x.new_empty(x.shape), x.new_empty(x.shape if keep else 0, dtype=torch.bool)
 
 
 def _keep_outside(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -192,8 +192,8 @@ class ActivationQuantizer(nn.Module):
         self.kind = kind
         zero = None if range_ is None else range_.zero
         # Of shape (1,), not (): FSDP2 refuses parameters without a dimension to shard.
-        self.scale = None if range_ is None else _frozen(range_.scale.detach().float().view(1))
-        self.zero = None if zero is None else _frozen(zero.detach().to(torch.int8).view(1))
+        self.scale = None if range_ is None else _frozen(range_.scale.float().view(1))
+        self.zero = None if zero is None else _frozen(zero.to(torch.int8).view(1))
 
     def _range(self, x: Tensor) -> Range:
         if self.scale is None:

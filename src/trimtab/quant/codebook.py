@@ -87,7 +87,7 @@ def entries(grid: CodebookGrid, device: torch.device | str = "cpu") -> Tensor:
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:
     """The index of the nearest of ascending `values`, uint8."""
-    return torch.bucketize(x, (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(x.contiguous(), (values[1:] + values[:-1]) / 2).to(torch.uint8)
 
 
 def to_codebook(weight_NK: Tensor, grid: CodebookGrid) -> tuple[Tensor, Tensor]:

@@ -280,7 +280,7 @@ def from_codes(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype =
     Args:
         codes_NK: codes as floats (any float dtype exact on integers up to 255) or uint8, shape (N, K).
         range_: scales and zeros, shape (N, G), exact in the grid's storage dtype.
-        grid: the affine grid.
+        grid: the affine grid, for its width and storage dtype; the kind of zero is that of the range.
         dtype: dtype of the result.
 
     Returns:

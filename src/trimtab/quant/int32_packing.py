@@ -25,5 +25,6 @@ def pack_int32(codes_RK: Tensor, bits: int) -> Tensor:
         packed[..., word] |= (code << shift) & 0xFFFFFFFF
         if shift + bits > _WORD:
             packed[..., word + 1] |= code >> (_WORD - shift)
-    packed = packed.flatten(1)[:, : -(-k * bits // _WORD)]
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+    return packed.flatten(1)[:, : -(-k * bits // _WORD)].to(
+        torch.int32
+    )  # the lower half: what exceeds 2^31 turns negative

@@ -38,13 +38,18 @@ def operator(
     Args:
         schema: name, arguments and results, as torch.library writes them.
         kernel: eager torch. It gives back fresh tensors, never an argument, and what it decides by matrix products it
-            does outside autocast (`exact`).
-        fake: the same for tensors without data: shapes and dtypes only.
+            does outside autocast (`exact`). However its arguments are laid out, its results are made contiguous.
+        fake: the same for tensors without data: shapes and dtypes only, contiguous, which compilers rely on.
         backward: what is kept for backward (`setup_context`), and the gradients of all arguments; None where none are.
     """
+
+    def run(*arguments: Any) -> Any:
+        made = kernel(*arguments)
+        return tuple(t.contiguous() for t in made) if isinstance(made, tuple) else made.contiguous()
+
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"trimtab::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         keep, gradients = backward

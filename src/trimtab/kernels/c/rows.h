@@ -52,7 +52,6 @@ static void unpack_row(const uint8_t *packed, int bits, long K, uint8_t *restric
         word masks = 0x0101010101010101ull * mask;
         for (int i = 0; i < segments; i++) {
             long count = K - i * length < length ? K - i * length : length;
-            if (count <= 0) break;
             const uint8_t *restrict in = packed;
             uint8_t *restrict out = codes + i * length;
             int down = i * width;

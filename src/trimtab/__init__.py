@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trimtab.models.gptq import Gptq
     from trimtab.models.load import load
     from trimtab.models.prepare import fold, prepare
+    from trimtab.models.reference import reference
     from trimtab.models.simulate import simulate
     from trimtab.quant.activations import Activations, KvCache
     from trimtab.quant.grid import CodebookGrid, Grid
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "parity", "plan", "prepare", "prune", "run",
-    "save", "search", "simulate", "tune", "verify",
+    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "parity", "plan", "prepare", "prune",
+    "reference", "run", "save", "search", "simulate", "tune", "verify",
 ]  # fmt: skip
 
 _HOME = {
@@ -50,6 +51,7 @@ _HOME = {
     "fold": "models.prepare",
     "load": "models.load",
     "prepare": "models.prepare",
+    "reference": "models.reference",
     "save": "formats.native.write",
     "simulate": "models.simulate",
     "tune": "kernels.tuning",

@@ -14,6 +14,7 @@ from trimtab.errors import UserError
 from trimtab.layers.linear import QuantEmbedding, QuantLinear, marker
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Self
 
     from transformers import PreTrainedModel as _Base
@@ -46,15 +47,33 @@ class Prepared(_Base):
 
     @property
     def hqq_quantized(self) -> bool:
-        """Asked by peft's `prepare_model_for_kbit_training`, before it freezes everything that is to be trained.
+        """Asked by peft's `prepare_model_for_kbit_training` before it freezes every parameter and casts what is float.
 
-        Raises:
-            UserError: always.
+        There is nothing to prepare here: the next pass over the parameters, its own, is given none that is trained, and
+        nothing is cast. What it does besides, activation checkpointing, it does.
         """
-        raise UserError(
-            "prepare_model_for_kbit_training: would freeze the adapters that trimtab has attached; leave the call out (the "
-            "model is ready to train; for checkpointing call `model.gradient_checkpointing_enable()`)"
-        )
+        self._spares_adapters = True
+        return True
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> "Iterator[tuple[str, nn.Parameter]]":
+        """As `nn.Module` does; without what is trained where peft is about to freeze it (`hqq_quantized`)."""
+        spares = self.__dict__.pop("_spares_adapters", False)
+        found = super().named_parameters(*args, **kwargs)
+        return ((n, p) for n, p in found if not p.requires_grad) if spares else found
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters, as peft counts them: a weight in few bits as the float one."""
+        ours = quant_layers(self)
+        stored = {id(p) for layer in ours.values() for p in layer.base.parameters()}
+        others = [p for p in self.parameters() if id(p) not in stored]
+        weights = sum(x.base.shape[0] * x.base.shape[1] for x in ours.values() if not getattr(x, "tied", False))
+        return sum(p.numel() for p in others if p.requires_grad), sum(p.numel() for p in others) + weights
+
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers, in peft's words."""
+        trained, all_ = self.get_nb_trainable_parameters()
+        share = 100 * trained / all_
+        print(f"trainable params: {trained:,d} || all params: {all_:,d} || trainable%: {share:.4f}")  # noqa: T201
 
     def half(self, *_: Any) -> "Self":
         """To float16, which leaves what is stored as it is."""

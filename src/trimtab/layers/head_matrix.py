@@ -39,8 +39,8 @@ class HeadMatrix(Tensor):
         if _writes(func, args, kwargs or {}):
             raise UserError(
                 f"{_layer_of(args)}.weight is computed from few bits whenever it is asked for, so nothing can be written "
-                "to it, and `.data` would be a copy: use `trimtab.fold(model)` to merge its adapter, `.dequantize(dtype)` of "
-                "the layer for a copy, or keep the layer in float (`grid: null`)"
+                "to it, and `.data` would be a copy: use `trimtab.fold(model)` to merge its adapter, `.dequantize(dtype)` "
+                "of the layer for a copy, or keep the layer in float (`grid: null`)"
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

@@ -5,6 +5,7 @@ from parameters (`dtype`), from `.weight` (resizing) or from `state_dict` (savin
 """
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,7 +104,25 @@ class Prepared(_Base):
             "(`model.resize_token_embeddings(...)`) before it is prepared, or keep embedding and head in float"
         )
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, whole: bool = False, **kwargs: Any) -> None:
+        """Save the adapter alone where peft would and it is all there is to save (`adapter_files`), else the whole model.
+
+        With a model card, and one warning where adapters that fold are not folded. A trainer's checkpoint
+        (`checkpoint-<step>`) is whole, so that it can go on from it.
+
+        Args:
+            save_directory: the folder.
+            whole: save the whole model in any case, as `trimtab.save` does, without a card.
+            args: as transformers takes them.
+            kwargs: as transformers takes them.
+        """
+        if not whole and not Path(save_directory).name.startswith("checkpoint-"):
+            from trimtab.models.saving import save_for_people  # which looks into prepared models
+
+            return save_for_people(self, Path(save_directory), args, kwargs)
+        return self._save_whole(save_directory, *args, **kwargs)
+
+    def _save_whole(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does, with the state that was gathered (FSDP, DeepSpeed), which it drops for quantized models."""
         is_main, state = (*args, True, None)[:2] if len(args) < 2 else args[:2]
         is_main, state = kwargs.pop("is_main_process", is_main), kwargs.pop("state_dict", state)

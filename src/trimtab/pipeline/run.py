@@ -203,7 +203,8 @@ def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: boo
     rows = given.labelled or given.rows
     done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=rows, say=watch.say)
     _announce(watch)
-    return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": count, "losses": done.losses}
+    more = {} if recipe.train.objective == "sft" else {"objective": recipe.train.objective, "measures": done.measures}
+    return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": count, "losses": done.losses} | more
 
 
 def _fold_and_save(

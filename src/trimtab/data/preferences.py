@@ -97,6 +97,13 @@ def answers(rows: Dataset) -> Dataset:
     return rows.select_columns(kept)
 
 
+def shuffled(rows: list[dict[str, Any]], seed: int) -> Dataset:
+    """Rows of token ids as a data set, in the order that the seed gives them: KTO's trainer takes them as they come."""
+    from datasets import Dataset
+
+    return Dataset.from_list(rows).shuffle(seed=seed)
+
+
 _Made = tuple[dict[str, Any], set[str]]
 
 

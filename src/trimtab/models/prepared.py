@@ -4,6 +4,7 @@
 from parameters (`dtype`), from `.weight` (resizing) or from `state_dict` (saving) would be that of codes and scales.
 """
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ class Prepared(_Base):
         """Print both numbers, in peft's words."""
         trained, all_ = self.get_nb_trainable_parameters()
         share = 100 * trained / all_
-        print(f"trainable params: {trained:,d} || all params: {all_:,d} || trainable%: {share:.4f}")  # noqa: T201
+        line = f"trainable params: {trained:,d} || all params: {all_:,d} || trainable%: {share:.4f}"
+        sys.stdout.write(f"{line}\n")  # that is what it is called for
 
     def half(self, *_: Any) -> "Self":
         """To float16, which leaves what is stored as it is."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.data.preferences import answers
+from trimtab.data.preferences import answers, shuffled
 from trimtab.data.rows import Place, conversational, unused_keys
 from trimtab.data.tokens import Tokens, end_of_turns, head_of, rendered, tokens_of_row
 from trimtab.errors import UserError
@@ -83,12 +83,7 @@ class _Maker:
             )
         notes += self._lengths(made)
         notes += self._labels(kept) if self._objective == "kto" else []
-        return Preferred(answers(self._rows), self._dataset(kept), self._end, tuple(notes))
-
-    def _dataset(self, rows: list[dict[str, Any]]) -> Any:
-        from datasets import Dataset
-
-        return Dataset.from_list(rows).shuffle(seed=self._seed)
+        return Preferred(answers(self._rows), shuffled(kept, self._seed), self._end, tuple(notes))
 
     def _tokens(self) -> Iterator[dict[str, Any]]:
         """The columns of every row, checked."""

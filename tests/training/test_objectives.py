@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 import tiny
+import trimtab as tt
 from trimtab.errors import UserError
 from trimtab.pipeline import run as pipeline
 from trimtab.recipe import recipe
@@ -148,6 +149,18 @@ def test_a_reward_of_ones_own(beta: float | None, model: Path, tmp_path: Path, m
     assert ("kl" in metrics["measures"]) == (beta is not None)
     assert metrics["max_logit_difference"] == 0
     assert metrics["moved_by_training"]["codes"] + metrics["moved_by_training"]["groups"] > 0
+
+
+def test_a_reference_that_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "ours"
+    tt.save(tt.load(str(model), tt.methods.Rtn())[0], other)
+    with pytest.raises(UserError, match=r"train\.reference: .* was saved by trimtab"):
+        run(model, tmp_path, PAIRS, "dpo", train={"reference": str(other)})
+    copied = AutoModelForCausalLM.from_pretrained(model)
+    copied.resize_token_embeddings(300)
+    copied.save_pretrained(tmp_path / "wide")
+    with pytest.raises(UserError, match=r"train\.reference: .* has 300 tokens, and the model that is trained 260"):
+        run(model, tmp_path, PAIRS, "dpo", train={"reference": str(tmp_path / "wide")})
 
 
 FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {

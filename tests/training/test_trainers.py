@@ -133,6 +133,25 @@ def test_trains_and_folds(name: str, models: dict[str, Path], tmp_path: Path) ->
     assert torch.equal(logits(model), trained)
 
 
+def test_trl_with_its_own_defaults(models: dict[str, Path], tmp_path: Path) -> None:
+    """Autocast to bfloat16 and activation checkpointing are on, the head is tied: what was trained is what is folded."""
+    model = prepared(models["tied"], tied=True)
+    given = {k: v for k, v in OPTIONS.items() if k != "bf16"}
+    trainer = DPOTrainer(
+        model, ref_model=tt.reference(model), args=DPOConfig(str(tmp_path), **given),
+        train_dataset=Dataset.from_list(PAIRS), processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    assert trainer.args.bf16
+    assert trainer.args.gradient_checkpointing
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-4)
+    assert losses[1] != losses[0]
+    trained = logits(model.eval())
+    assert sum(layer.differing for layer in tt.fold(model)) == 0
+    assert torch.equal(logits(model), trained)
+
+
 @pytest.mark.parametrize("method", [LrQat(rank=4, alpha=64.0), Peqa(), QaHira(), Qlora(rank=4)], ids=lambda m: m.name)
 def test_the_gradient_of_a_head_by_its_weight_is_that_of_its_forward(method: Method, models: dict[str, Path]) -> None:
     """Losses that multiply by `lm_head.weight` train the head's adapter as the layer itself does."""
@@ -185,6 +204,8 @@ def test_preparing_for_kbit_training_changes_nothing(checkpointing: bool, models
     model = prepared(models["untied"], Qlora(rank=4))
     before = {n: (p.requires_grad, p.dtype) for n, p in model.named_parameters()}
     logits_before = logits(model)
+    assert not model.hqq_quantized, "it is told to that function alone"
+    assert dict(model.named_parameters()).keys() == before.keys()
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "use_gradient_checkpointing": checkpointing}
     assert prepare_model_for_kbit_training(model, **options) is model
     assert {n: (p.requires_grad, p.dtype) for n, p in model.named_parameters()} == before
@@ -234,3 +255,39 @@ def test_parameters_are_counted_as_peft_counts_them(
     wanted = capsys.readouterr().out
     ours.print_trainable_parameters()
     assert capsys.readouterr().out == wanted != ""
+
+
+REFERENCES: dict[str, tuple[Callable[..., Any], dict[str, Any], bool, bool]] = {
+    "by name": (DPOTrainer, {}, False, True),
+    "ours": (DPOTrainer, {}, True, False),
+    "precomputed": (DPOTrainer, {"precompute_ref_log_probs": True}, False, False),
+    "grpo": (GRPOTrainer, {}, False, False),
+    "grpo by name": (GRPOTrainer, {"beta": 0.1}, False, True),
+    "sft": (SFTTrainer, {}, False, False),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_reference_that_is_not_step_0_is_told(
+    name: str, models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL makes one by the model's name where it is given none: the float model."""
+    kind, options, ours, told = REFERENCES[name]
+    model = prepared(models["untied"])
+    options = {**OPTIONS, "max_steps": 1, **options}
+    given: dict[str, Any] = {"train_dataset": Dataset.from_list(PAIRS), "processing_class": tiny.tokenizer()}
+    if kind is DPOTrainer:
+        given |= {"args": DPOConfig(str(tmp_path), **options)} | ({"ref_model": tt.reference(model)} if ours else {})
+    elif kind is SFTTrainer:
+        given |= {
+            "args": SFTConfig(str(tmp_path), **options),
+            "train_dataset": Dataset.from_list([{"text": "one two"}] * 4),
+        }
+    else:
+        given |= {"args": GRPOConfig(str(tmp_path), num_generations=2, max_completion_length=2, **options)}
+        given |= {"reward_funcs": digits}
+    trainer = kind(model, **given)
+    with caplog.at_level("WARNING", logger="trimtab"):
+        trainer.train()
+    assert ("is not the model at step 0" in caplog.text) == told
+    assert ("trimtab" in caplog.text) == told

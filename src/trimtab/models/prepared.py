@@ -4,6 +4,7 @@
 from parameters (`dtype`), from `.weight` (resizing) or from `state_dict` (saving) would be that of codes and scales.
 """
 
+import inspect
 import sys
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,10 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in ours), torch.bfloat16)
 
 
+_KBIT = "prepare_model_for_kbit_training"
+"""A function of peft, and of libraries that have copied it."""
+
+
 class Prepared(_Base):
     """The answers that differ. Never made by itself."""
 
@@ -51,11 +56,14 @@ class Prepared(_Base):
     def hqq_quantized(self) -> bool:
         """Asked by peft's `prepare_model_for_kbit_training` before it freezes every parameter and casts what is float.
 
-        There is nothing to prepare here: the next pass over the parameters, its own, is given none that is trained, and
-        nothing is cast. What it does besides, activation checkpointing, it does.
+        There is nothing to prepare here: to that function it is true, its pass over the parameters, the next, is given none
+        that is trained, and nothing is cast. What it does besides, activation checkpointing, it does.
         """
-        self._spares_adapters = True
-        return True
+        frame = inspect.currentframe()
+        asks = frame is not None and frame.f_back is not None and frame.f_back.f_code.co_name == _KBIT
+        if asks:
+            self._spares_adapters = True
+        return asks
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> "Iterator[tuple[str, nn.Parameter]]":
         """As `nn.Module` does; without what is trained where peft is about to freeze it (`hqq_quantized`)."""

@@ -13,6 +13,7 @@ where it is the size of the adapters. Folding, training and resuming the model l
 """
 
 import copy
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -22,6 +23,21 @@ from trimtab.models.prepared import quant_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_OF: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""The reference that somebody chose for a model, as long as both are there."""
+
+
+def chosen_for(model: nn.Module, made: nn.Module) -> None:
+    """Note that this is what a model is to keep to."""
+    _OF[model] = weakref.ref(made)
+
+
+def has_reference(model: nn.Module) -> bool:
+    """Whether somebody has chosen what this model is to keep to, and holds it."""
+    found = _OF.get(model)
+    return found is not None and found() is not None
 
 
 def reference(model: "PreTrainedModel") -> "PreTrainedModel":
@@ -50,6 +66,7 @@ def reference(model: "PreTrainedModel") -> "PreTrainedModel":
     ) in made.modules():  # what others put before a forward is bound to the first model (TRL's heads, accelerate)
         for name in ("forward", "_original_forward"):
             vars(module).pop(name, None)
+    chosen_for(model, made)
     return made.eval()
 
 

@@ -193,7 +193,10 @@ class TrimtabQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters are ours, not peft's."""
+        """Adapters are ours, not peft's. A trainer asks while it is made: it is looked at when it begins."""
+        from trimtab.models import trainer_watch  # which imports trainers, of which a model that only runs has none
+
+        trainer_watch.install()
         return True
 
     @property

@@ -93,8 +93,24 @@ def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) 
     check_training(recipe)
     check_exports(recipe, targets(layout, recipe.method, recipe.rules), layout.config)  # on names and shapes
     check_teacher(recipe, source)
+    _check_reference(recipe, layout)
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
+
+
+def _check_reference(recipe: Recipe, layout: PreTrainedModel) -> None:
+    """Refuse a reference that is no float model of the same tokens."""
+    path = recipe.train.reference
+    if path is None or not recipe.train.steps:
+        return
+    found = open_source(path)
+    if found.prepared:
+        raise UserError(f"train.reference: {path} was saved by trimtab; name a float model, or leave it out for step 0")
+    theirs, ours = (c.get_text_config().vocab_size for c in (found.config(), layout.config))
+    if theirs != ours:
+        raise UserError(
+            f"train.reference: {path} has {theirs} tokens, and the model that is trained {ours}; name its own"
+        )
 
 
 def _check_padding(recipe: Recipe, source: ModelSource) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from trimtab.models.load import load_float
-from trimtab.models.reference import reference
+from trimtab.models.reference import chosen_for, reference
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.arguments import arguments, block_tokens
 from trimtab.training.ours import Ours
@@ -49,8 +49,9 @@ def reference_of(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
     """What a recipe keeps to: the model as it is now, or the float model that it names."""
     if recipe.train.reference is None:
         return reference(model)
-    named = load_float(recipe.train.reference, dtype=recipe.dtype)
-    return named.requires_grad_(False).eval()
+    named = load_float(recipe.train.reference, dtype=recipe.dtype).requires_grad_(False).eval()
+    chosen_for(model, named)
+    return named
 
 
 def _weights(labels: list[bool]) -> dict[str, float]:

@@ -203,7 +203,7 @@ REACHES = (
     ),
     Reach(
         library="transformers",
-        what="`DEFAULT_CALLBACKS` has one more once a trainer asks whether our model `is_trainable`; names of TRL's configs",
+        what="`DEFAULT_CALLBACKS` has one more once a trainer asks whether ours `is_trainable`; names of TRL's configs",
         why="TRL makes a float reference by the model's name, without a word",
         where=("models/trainer_watch.py::install", "models/trainer_watch.py::_REFERRING"),
         test="tests/training/test_trainers.py::test_a_reference_that_is_not_step_0_is_told",

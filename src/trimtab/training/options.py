@@ -37,9 +37,7 @@ def _check_logger(name: str) -> None:
     if name in here:
         return
     if name not in known:
-        raise UserError(
-            f"train.report_to: no logger {name!r}{nearest(name, known) or '; known are ' + ', '.join(known)}"
-        )
+        raise UserError(f"train.report_to: no logger {name!r}{nearest(name, known)}; known are {', '.join(known)}")
     raise UserError(
         f"train.report_to: {name} needs a package that is not installed here: pip install {_PACKAGES.get(name, name)} (or "
         "none, to log nothing)"

@@ -17,9 +17,6 @@ from trimtab.pipeline import run as pipeline
 from trimtab.recipe import recipe
 from trimtab.training import trainer as train
 
-# TRL calls transformers' own old names.
-pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
-
 
 def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}

@@ -5,6 +5,9 @@ state only, rates that are the recipe's when a run goes on, and a stop at the fi
 """
 
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+@contextmanager
+def old_names() -> Iterator[None]:
+    """Without the warnings that TRL calls transformers by names of yesterday, which are nothing to our users."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
 class Ours(_Base):
     """Before a trainer among the bases of a class; see the top of this file."""
 
@@ -44,6 +55,11 @@ class Ours(_Base):
     def tokens_seen(self) -> int:
         """Tokens trained on: TRL counts them in one of two places."""
         return self._total_train_tokens or int(self.state.num_input_tokens_seen)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does."""
+        with old_names():
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over groups: deltas and master weights; scales and offsets, by width where widths are mixed."""

@@ -7,7 +7,6 @@ of a frozen head once, and meters. Other objectives than the answers themselves 
 """
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from trimtab.training.checkpoints import last_checkpoint, step_of
 from trimtab.training.divergence import Distillation
 from trimtab.training.labelled import Labelled, check_learned, label, packing_of
 from trimtab.training.loss import IGNORED, loss_of_logits, summed_loss
-from trimtab.training.ours import CHECKPOINT, Ours, load_trainable, silence, trainable
+from trimtab.training.ours import CHECKPOINT, Ours, load_trainable, old_names, silence, trainable
 from trimtab.training.preferred import Preferred, prefer
 from trimtab.training.stopping import stop_at
 from trimtab.training.teacher import LiveTeacher
@@ -226,15 +225,15 @@ def _trainer_for(model: Any, tokenizer: Any, recipe: Recipe, given: Labelled | P
         from trimtab.training.grpo import trainer
     else:
         from trimtab.training.preference_trainers import trainer
-    made: Ours = trainer(model, tokenizer, recipe, given, callbacks)
+    with old_names():
+        made: Ours = trainer(model, tokenizer, recipe, given, callbacks)
     silence(made)
     return made
 
 
 def _trainer(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, given: Labelled, callbacks: list[Any]) -> _Trainer:
     """A trainer, and with it the packed sequences in the order that the seed gives them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    with old_names():
         args = _config(recipe, recipe.out / "checkpoints", packing_of(recipe, given.rows))
         trainer = _Trainer(
             model=model, args=args, train_dataset=given.sequences, processing_class=tokenizer, callbacks=callbacks

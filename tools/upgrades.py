@@ -658,7 +658,7 @@ REACHES = (
         library="trl",
         what="GRPO's trainer made at beta 0, then given `beta`, `ref_model` and `add_fused_lm_head`",
         why="above 0 it loads a float model of the same name as its reference, and takes none that it is given",
-        where=("training/grpo.py::Grpo.__init__",),
+        where=("training/grpo.py::ReferredGRPOTrainer.__init__",),
         test="tests/training/test_objectives.py::test_a_reward_of_ones_own",
         names=("add_fused_lm_head", "ref_model"),
     ),

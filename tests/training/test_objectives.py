@@ -176,6 +176,10 @@ FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         ],
         TALKS[3],
     ),
+    "prompt as a string before answers": (
+        [{**p, "chosen": t["chosen"], "rejected": t["rejected"]} for p, t in zip(PAIRS, TALKS, strict=True)],
+        TALKS[3],
+    ),
     "prompt in both texts": (
         [{"chosen": p["prompt"] + p["chosen"], "rejected": p["prompt"] + p["rejected"]} for p in PAIRS],
         {"prompt": "3 plus 3 is", "chosen": " 6.", "rejected": " blue 3."},
@@ -201,6 +205,15 @@ BAD: dict[str, tuple[str, Any, str]] = {
         r"two strings, or two lists",
     ),
     "nothing shared": ("dpo", {"chosen": "ab", "rejected": "ba"}, r"no prompt in common"),
+    "another prompt": (
+        "dpo",
+        {
+            "prompt": "blue",
+            "chosen": [*TALKS[0]["prompt"], *TALKS[0]["chosen"]],
+            "rejected": [*TALKS[0]["prompt"], *TALKS[0]["rejected"]],
+        },
+        r"'prompt' stands in no message",
+    ),
     "a key": ("dpo", {**PAIRS[0], "hint": "blue"}, r"the key 'hint' would be dropped"),
     "long": ("dpo", {**PAIRS[0], "prompt": "word " * 60}, r"nothing to learn in 1 rows: every prompt alone fills"),
     "no answer": ("grpo", {"prompt": [turn("assistant", "b")]}, r"ends with an answer"),

@@ -114,14 +114,25 @@ def _pair(row: dict[str, Any], where: str, ignore: Sequence[str]) -> _Made:
         raise UserError(f"{where}: 'chosen' and 'rejected' are two strings, or two lists of messages; correct the row")
     if row.get("messages") == chosen:
         del row["messages"]
-    if prompt is None or (isinstance(chosen, list) and isinstance(prompt, str)):
+    if isinstance(chosen, list) and isinstance(prompt, str) and _role(chosen) == "assistant":
+        row["prompt"] = [{"role": "user", "content": prompt}]
+    elif prompt is None or (isinstance(chosen, list) and isinstance(prompt, str)):
         row["prompt"], chosen, rejected = _parted(chosen, rejected, where)
+        if prompt is not None and not any(prompt.strip() in str(m.get("content")) for m in row["prompt"]):
+            raise UserError(
+                f"{where}: 'prompt' stands in no message that 'chosen' and 'rejected' share; remove one of them"
+            )
     if chosen == rejected:
         raise UserError(f"{where}: 'chosen' and 'rejected' are the same, so there is nothing to prefer; remove the row")
     better, unused = _converted(row | {"completion": chosen}, where, (*ignore, *_SCORES))
     worse, _ = _converted(row | {"completion": rejected}, where, (*ignore, *_SCORES))
     made = {"prompt": better["prompt"], "chosen": better["completion"], "rejected": worse["completion"]}
     return made | {k: v for k, v in better.items() if k == RENDERING}, unused
+
+
+def _role(messages: list[Any]) -> Any:
+    """Of the first message."""
+    return messages[0].get("role") if messages and isinstance(messages[0], Mapping) else None
 
 
 def _parted(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:

@@ -16,6 +16,7 @@ from trimtab.models.reference import has_reference
 _log = logging.getLogger("trimtab")
 _REFERRING = {"DPOConfig": None, "KTOConfig": None, "GRPOConfig": "beta", "RLOOConfig": "beta"}
 """Configs of trainers that keep to a reference, and the field that has to be above 0 for it."""
+_GRPO = "trimtab.training.grpo.ReferredGRPOTrainer takes ref_model=trimtab.reference(model)"
 
 
 class ReferenceWatch(TrainerCallback):
@@ -33,9 +34,7 @@ class ReferenceWatch(TrainerCallback):
             "the reference of this %s is not the model at step 0 but another, by default the float model of its name: "
             "%s",
             kind.removesuffix("Config"),
-            "give ref_model=trimtab.reference(model)"
-            if field is None
-            else "train by `trimtab run` with objective: grpo",
+            "give ref_model=trimtab.reference(model)" if field is None else _GRPO,
         )
 
 

@@ -23,8 +23,14 @@ from trimtab.training.preferred import Preferred
 from trimtab.training.rewards import reward
 
 
-class Grpo(Ours, GRPOTrainer):
-    """GRPOTrainer for models whose layers are ours, with a reference that it is given."""
+class ReferredGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer with a reference that it is given, as DPO's and KTO's trainers are.
+
+    Args:
+        ref_model: of `trimtab.reference(model)`; None at beta 0.
+        args: its config.
+        kwargs: what GRPOTrainer takes, by name.
+    """
 
     def __init__(self, *, ref_model: PreTrainedModel | None, args: GRPOConfig, **kwargs: Any) -> None:
         beta, args.beta = args.beta, 0.0  # above 0 it would load a float model of the same name
@@ -33,6 +39,10 @@ class Grpo(Ours, GRPOTrainer):
         if ref_model is not None:
             add_fused_lm_head(ref_model, temperature=self.temperature)
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+
+class Grpo(Ours, ReferredGRPOTrainer):
+    """The same for a recipe."""
 
 
 def trainer(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, given: Preferred, callbacks: list[Any]) -> Ours:

@@ -66,7 +66,7 @@ MAX_IMPORT_SECONDS = 1.0
 PUBLIC_NAMES = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
     "chat", "evaluate", "export", "fold", "harness", "load", "methods", "param_groups", "parity", "plan", "prepare",
-    "prune", "run", "save", "search", "simulate", "tune", "verify",
+    "prune", "reference", "run", "save", "search", "simulate", "tune", "verify",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trimtab.models.gptq import Gptq
     from trimtab.models.load import load
     from trimtab.models.prepare import fold, prepare
+    from trimtab.models.reference import reference
     from trimtab.models.simulate import simulate
     from trimtab.quant.activations import Activations, KvCache
     from trimtab.quant.grid import CodebookGrid, Grid
@@ -37,7 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
     "chat", "evaluate", "export", "fold", "harness", "load", "methods", "param_groups", "parity", "plan", "prepare",
-    "prune", "run", "save", "search", "simulate", "tune", "verify",
+    "prune", "reference", "run", "save", "search", "simulate", "tune", "verify",
 ]  # fmt: skip
 
 _HOME = {
@@ -52,6 +53,7 @@ _HOME = {
     "load": "models.load",
     "param_groups": "layers.rates",
     "prepare": "models.prepare",
+    "reference": "models.reference",
     "save": "formats.native.write",
     "simulate": "models.simulate",
     "tune": "kernels.tuning",

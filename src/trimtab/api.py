@@ -60,6 +60,10 @@ def plan(recipe: AnyRecipe, overrides: Sequence[str] = ()) -> "Plan":
         notes.append("prune: not done yet, so this is the plan of the whole model; what is left will take less")
     if chosen.search is not None:
         notes.append("search: this is the plan of the recipe's own rules; search.budget_training bounds every trial's")
+    if chosen.train.objective != "sft":
+        notes.append(
+            f"train.objective: this is the plan of sft; {chosen.train.objective} holds a head's matrix and a reference, too"
+        )
     return replace(planned(chosen, open_source(chosen.model.path).layout()), notes=tuple(notes))
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -290,15 +289,6 @@ def test_states_are_read_back(written: dict[str, Any]) -> None:
 # ---- other libraries ------------------------------------------------------------------------------------------------
 
 
-def test_kbit_preparation_is_refused_by_name() -> None:
-    """The habit of QLoRA users freezes every adapter, and leaves nothing to train."""
-    model = prepared(method=Lora(rank=2))
-    before = {n: (p.requires_grad, p.dtype) for n, p in model.named_parameters()}
-    with pytest.raises(UserError, match=r"prepare_model_for_kbit_training: .*leave the call out"):
-        prepare_model_for_kbit_training(model)
-    assert {n: (p.requires_grad, p.dtype) for n, p in model.named_parameters()} == before
-
-
 @pytest.mark.parametrize("name", ["llama", "untied"])
 def test_a_low_bit_embedding_is_not_resized(name: str) -> None:
     """It gave an AttributeError about `.weight`."""
@@ -320,7 +310,7 @@ def test_a_low_bit_embedding_is_not_resized(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "untied"])
-def test_only_a_head_without_an_adapter_has_a_weight(name: str, dtype: torch.dtype) -> None:
+def test_only_a_head_has_a_weight(name: str, dtype: torch.dtype) -> None:
     model = prepared(name, dtype)
     head: Any = model.get_output_embeddings()
     x = torch.randn(3, 32, dtype=dtype)
@@ -331,9 +321,7 @@ def test_only_a_head_without_an_adapter_has_a_weight(name: str, dtype: torch.dty
     assert not hasattr(model.model.embed_tokens, "weight")
     if name == "untied":
         tt.prepare(model, Lora(rank=2))
-        with pytest.raises(AttributeError, match=r"^lm_head is a head with an adapter.*grid: null"):
-            _ = model.lm_head.weight
-        assert not hasattr(model.lm_head, "weight")
+        assert torch.equal(model.lm_head.weight, model.lm_head.adapter.merged(model.lm_head.base, torch.float16))
         tt.fold(model, merge=True)
         assert model.lm_head.weight.shape == (96, 32)
 

@@ -13,6 +13,7 @@ from trimtab.errors import UserError
 from trimtab.models.load import load
 from trimtab.pipeline import run as pipeline
 from trimtab.recipe import recipe
+from trimtab.training import options
 from trimtab.training import trainer as train
 
 
@@ -108,3 +109,17 @@ def test_scales_of_mixed_widths_move_in_proportion_to_their_steps(tmp_path: Path
     every = {f"{n} {kind}": rate for n in bits for kind in ("scale", "offset")}
     assert moved[None] == pytest.approx(every, rel=1e-3)
     assert moved[4] == pytest.approx(every | {"q_proj scale": rate * 5, "v_proj scale": rate / 17}, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "package"), [("trackio", "trackio"), ("comet_ml", "comet-ml")])
+def test_a_logger_that_is_not_installed(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own words are that it is no known integration."""
+    monkeypatch.setattr(options, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    said = rf"train\.report_to: {name} needs a package .*: pip install {package} \(or none"
+    with pytest.raises(UserError, match=said):
+        run(tmp_path, "out", report_to=name)
+    with pytest.raises(UserError, match=r"train\.report_to: no logger 'wandbb'.*wandb"):
+        run(tmp_path, "out", report_to="wandbb")
+    assert not (tmp_path / "out").exists()

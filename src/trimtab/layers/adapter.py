@@ -10,9 +10,10 @@ answers, so that a plan or a format can ask before a weight is there. Nobody com
 Legend: B batch rows, N out features, K in features.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +99,22 @@ class Adapter(nn.Module, ABC):
         return 0
 
     def merged(self, base: Weight, dtype: torch.dtype) -> Tensor:
-        """The (N, K) matrix that base and adapter are together, rounded to `dtype` once."""
+        """The (N, K) matrix that base and adapter are, rounded to `dtype` once; differentiable in what is trained."""
         return self.weight(base, dtype)
+
+    @abstractmethod
+    def idle(self, base: Weight) -> bool:
+        """Whether base and adapter are now, bit for bit, the base alone, as most are before training."""
+
+    @torch.no_grad()
+    def frozen(self, base: Weight) -> tuple[Weight, "Self | None"]:
+        """What computes for good what base and adapter compute now: nothing trained is in it, and no copy of the codes."""
+        if self.idle(base):
+            return base, None
+        copied = copy.deepcopy(self).requires_grad_(False)
+        if copied.delta is not None:
+            copied.delta.to(getattr(torch, copied.delta.shape.dtype))  # which its factors pass through anyway
+        return base, copied
 
     @abstractmethod
     def fold(self, base: Weight) -> Fold:

@@ -52,6 +52,10 @@ class DeltaOutput(Adapter):
         intact.on(next(base.parameters()).device, self, "the weight that it is added to")
         return (base.dequantize(torch.float32) + self.delta.dense()).to(dtype)
 
+    def idle(self, base: Weight) -> bool:
+        """Without an update."""
+        return self.delta.idle()
+
     def fold(self, base: Weight) -> Fold:
         """A dense bfloat16 copy: no grid holds W_hat + delta_W. The error is that copy's own rounding."""
         with torch.no_grad():
@@ -116,6 +120,19 @@ class DeltaOffset(Adapter):
         o_eff, _ = self._effective(base)
         summed_BG = x_BK.detach().unflatten(-1, (_groups(base), -1)).sum(-1)
         return F.linear(summed_BG, (o_eff - o_eff.detach()).to(x_BK.dtype))
+
+    def merged(self, base: Weight, dtype: torch.dtype) -> Tensor:
+        """`weight`, with the gradient of the offsets."""
+        weight = self.weight(base, dtype)
+        if not torch.is_grad_enabled():
+            return weight
+        o_eff, _ = self._effective(base)
+        zeros_NG = o_eff - o_eff.detach()
+        return weight + zeros_NG.repeat_interleave(base.shape[1] // zeros_NG.shape[1], 1).to(dtype)
+
+    def idle(self, base: Weight) -> bool:
+        """Without an update."""
+        return self.delta.idle()
 
     def fold(self, base: Weight) -> Fold:
         """The same codes and scales with moved zeros: bitwise."""
@@ -213,6 +230,11 @@ class DeltaLevels(Adapter):
                 return weight, None
             return weight, _carried_on(about, channel.gradients(about, grad_BN, x_BK, y_BN, clipped), wanted)
 
+    def idle(self, base: Weight) -> bool:
+        """Without a shift, and at the stored scales."""
+        assert isinstance(base, AffineWeight)
+        return (self.delta is None or self.delta.idle()) and _at_stored(base, self.scale, self.offset)
+
     def fold(self, base: Weight) -> Fold:
         """Plain b-bit codes with the trained scales: bitwise."""
         assert isinstance(base, AffineWeight)
@@ -262,6 +284,19 @@ class MasterLevels(Adapter):
         with torch.autocast(base.codes.device.type, enabled=False):
             levels, range_ = self._parts(base)
             return from_levels(levels, range_, base.grid, dtype)
+
+    @torch.no_grad()
+    def idle(self, base: Weight) -> bool:
+        """Where the master rounds to the stored codes, at the stored scales."""
+        assert isinstance(base, AffineWeight)
+        codes = self.fold(base).weight
+        assert isinstance(codes, AffineWeight)
+        return _at_stored(base, self.scale, self.offset) and torch.equal(codes.codes, base.codes)
+
+    @torch.no_grad()
+    def frozen(self, base: Weight) -> tuple[Weight, Adapter | None]:  # type: ignore[override]
+        """Codes of its own where it has moved: an eighth of a copy of the master, at most a quarter."""
+        return (base if self.idle(base) else self.fold(base).weight), None
 
     def fold(self, base: Weight) -> Fold:
         """Plain b-bit codes with the trained scales: bitwise."""
@@ -318,6 +353,12 @@ def _masters(base: AffineWeight) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Trainable float32 copies of the stored scales and real offsets."""
     offset = None if base.offset is None else nn.Parameter(base.offset.float().clone())
     return nn.Parameter(base.scale.float().clone()), offset
+
+
+def _at_stored(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter | None) -> bool:
+    """Whether trained scales and offsets act as those that are stored."""
+    pairs = zip(_trained_range(base, scale, offset), base.range(), strict=True)
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
 def _trained_range(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter | None) -> Range:

@@ -109,6 +109,10 @@ class PooledDelta(nn.Module):
         acting = (intact.trained(name, p, self._sizes[name], device) for name, p in given)
         return tuple(stored(p, self.shape.dtype) for p in acting)
 
+    def idle(self) -> bool:
+        """Whether it is zero now."""
+        return any(not p.any() for p in self.parameters())
+
     def forward(self, x_BK: Tensor) -> Tensor:
         """delta_W x without forming delta_W: (..., K) to (..., N) in x's dtype."""
         shape, factors = self.shape, self.factors()

@@ -11,9 +11,10 @@ serves a LoRA beside a low-bit layer gives it what the layer was given. All that
 reads x_hat, as W does.
 
 There is deliberately no `.weight`: a computed one lets other libraries "merge" into a temporary and drop the adapter
-silently. Asking for it raises, with advice. Only a head without an adapter has one, computed for whoever asks: losses that
-never make all logits at once multiply by it themselves (TRL's). Stored dtypes survive `.to(dtype)`: a cast moves tensors
-and changes what is computed in, never what is stored.
+silently. Asking for it raises, with advice, and so does setting it. Only a head has one, computed for whoever asks: losses
+that never make all logits at once multiply by it themselves (TRL's, Liger's). It is the matrix with its adapter, with
+gradients for what is trained, and it can be read but not written to (`head_matrix`). Stored dtypes survive `.to(dtype)`: a
+cast moves tensors and changes what is computed in, never what is stored.
 
 Legend: B batch rows (leading dims), N out features, K in features.
 """
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from trimtab.kernels import recompute
 from trimtab.layers import adapters, intact, specs
 from trimtab.layers.adapters import Adapter
+from trimtab.layers.head_matrix import read_only
 from trimtab.layers.weights import Weight
 from trimtab.quant import activations
 from trimtab.quant.activations import ActivationQuantizer
@@ -36,10 +38,9 @@ _NO_WEIGHT = (
     "Use `.dequantize(dtype)` for a copy, `.base` for what is stored, or `trimtab.fold(model)` to merge the adapter. "
     "Where the model itself asks for it, keep the layer in float with a rule: {{match: '{rule}', grid: null}}."
 )
-_NO_HEAD_WEIGHT = (
-    "{name} is a head with an adapter, so no `.weight` stands for it: losses that multiply by it themselves (TRL's) would "
-    "leave the adapter out. Train the head with `trimtab run`, or keep it in float or without an adapter "
-    "(in `rules`, before the others: {{match: '{rule}', grid: null}})."
+_SET_WEIGHT = (
+    "{name}.weight cannot be set: its matrix is stored as {kind}, so what is set would not be used. "
+    "Use `trimtab.fold(model)` to merge its adapter, or keep the layer in float by a rule: {{match: '{rule}', grid: null}}."
 )
 
 _FEW = 8
@@ -81,6 +82,11 @@ class _Stored(nn.Module):
     def _why_no_weight(self, said: str) -> str:
         name = self.name or type(self).__name__
         return said.format(name=name, kind=type(self.base).__name__, rule=f"*.{self.name.rpartition('.')[2]}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(self._why_no_weight(_SET_WEIGHT))
+        super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -148,9 +154,9 @@ class QuantLinear(_Stored):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.head_dtype is not None:
-            if self.adapter is not None:
-                raise AttributeError(self._why_no_weight(_NO_HEAD_WEIGHT))
-            return self.base.dequantize(self.head_dtype)
+            if self.adapter is None:
+                return read_only(self.base.dequantize(self.head_dtype), self.name)
+            return read_only(self.adapter.merged(self.base, self.head_dtype), self.name)
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

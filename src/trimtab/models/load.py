@@ -21,7 +21,7 @@ from trimtab.methods.rtn import Rtn
 from trimtab.models.decoder import block_names
 from trimtab.models.gptq import Gptq
 from trimtab.models.layout import require_lasting, tensors_of
-from trimtab.models.origin import remember
+from trimtab.models.origin import note_rounded, remember
 from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
 from trimtab.models.share import tell
 from trimtab.models.sources import ModelSource, fill, fill_where, open_source, require_finite, require_shape
@@ -81,6 +81,8 @@ def _prepared(
     if start is None:
         for target in todo:
             _put(model, target, found, chosen, dtype)
+        rounds = not chosen.rounds_itself and not path.endswith(".gguf")
+        note_rounded(model, path if rounds else None)
         return _complete(model, found)
 
     def put(target: Target, hessian_KK: Tensor | None) -> None:

@@ -26,6 +26,7 @@ from trimtab.models.calibrate import by_block, calibrate
 from trimtab.models.conversion import require_names_that_last
 from trimtab.models.decoder import embedding_scale
 from trimtab.models.gptq import Gptq
+from trimtab.models.origin import note_rounded
 from trimtab.models.replaceable import layers_of, refuse, refuse_model
 from trimtab.models.share import tell
 from trimtab.models.sources import require_finite
@@ -273,6 +274,7 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
             source = round_by_gptq(source, target, start, hessian_KK)
         place(model, target, source, method)
 
+    first = not quant_layers(model)
     with put_back_on_failure(model):
         if start is None:
             for target in todo:
@@ -280,6 +282,8 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
         else:
             place_calibrated(model, todo, method, start, put, lambda _: None)
         finish(model)
+    as_it_was = first and start is None and not method.rounds_itself
+    note_rounded(model, getattr(model, "name_or_path", None) if as_it_was else None)
 
 
 def prepare_meta(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> None:

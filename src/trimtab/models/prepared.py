@@ -4,7 +4,10 @@
 from parameters (`dtype`), from `.weight` (resizing) or from `state_dict` (saving) would be that of codes and scales.
 """
 
+import inspect
+import sys
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +17,7 @@ from trimtab.errors import UserError
 from trimtab.layers.linear import QuantEmbedding, QuantLinear, marker
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Self
 
     from transformers import PreTrainedModel as _Base
@@ -36,6 +40,10 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in ours), torch.bfloat16)
 
 
+_KBIT = "prepare_model_for_kbit_training"
+"""A function of peft, and of libraries that have copied it."""
+
+
 class Prepared(_Base):
     """The answers that differ. Never made by itself."""
 
@@ -46,15 +54,37 @@ class Prepared(_Base):
 
     @property
     def hqq_quantized(self) -> bool:
-        """Asked by peft's `prepare_model_for_kbit_training`, before it freezes everything that is to be trained.
+        """Asked by peft's `prepare_model_for_kbit_training` before it freezes every parameter and casts what is float.
 
-        Raises:
-            UserError: always.
+        There is nothing to prepare here: to that function it is true, its pass over the parameters, the next, is given none
+        that is trained, and nothing is cast. What it does besides, activation checkpointing, it does.
         """
-        raise UserError(
-            "prepare_model_for_kbit_training: would freeze the adapters that trimtab has attached; leave the call out (the "
-            "model is ready to train; for checkpointing call `model.gradient_checkpointing_enable()`)"
-        )
+        frame = inspect.currentframe()
+        asks = frame is not None and frame.f_back is not None and frame.f_back.f_code.co_name == _KBIT
+        if asks:
+            self._spares_adapters = True
+        return asks
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> "Iterator[tuple[str, nn.Parameter]]":
+        """As `nn.Module` does; without what is trained where peft is about to freeze it (`hqq_quantized`)."""
+        spares = self.__dict__.pop("_spares_adapters", False)
+        found = super().named_parameters(*args, **kwargs)
+        return ((n, p) for n, p in found if not p.requires_grad) if spares else found
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters, as peft counts them: a weight in few bits as the float one."""
+        ours = quant_layers(self)
+        stored = {id(p) for layer in ours.values() for p in layer.base.parameters()}
+        others = [p for p in self.parameters() if id(p) not in stored]
+        weights = sum(x.base.shape[0] * x.base.shape[1] for x in ours.values() if not getattr(x, "tied", False))
+        return sum(p.numel() for p in others if p.requires_grad), sum(p.numel() for p in others) + weights
+
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers, in peft's words."""
+        trained, all_ = self.get_nb_trainable_parameters()
+        share = 100 * trained / all_
+        line = f"trainable params: {trained:,d} || all params: {all_:,d} || trainable%: {share:.4f}"
+        sys.stdout.write(f"{line}\n")  # that is what it is called for
 
     def half(self, *_: Any) -> "Self":
         """To float16, which leaves what is stored as it is."""
@@ -84,7 +114,25 @@ class Prepared(_Base):
             "(`model.resize_token_embeddings(...)`) before it is prepared, or keep embedding and head in float"
         )
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, whole: bool = False, **kwargs: Any) -> None:
+        """Save the adapter alone where peft would and it is all there is to save (`adapter_files`), else the whole model.
+
+        With a model card, and one warning where adapters that fold are not folded. A trainer's checkpoint
+        (`checkpoint-<step>`) is whole, so that it can go on from it.
+
+        Args:
+            save_directory: the folder.
+            whole: save the whole model in any case, as `trimtab.save` does, without a card.
+            args: as transformers takes them.
+            kwargs: as transformers takes them.
+        """
+        if not whole and not Path(save_directory).name.startswith("checkpoint-"):
+            from trimtab.models.saving import save_for_people  # which looks into prepared models
+
+            return save_for_people(self, Path(save_directory), args, kwargs)
+        return self._save_whole(save_directory, *args, **kwargs)
+
+    def _save_whole(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does, with the state that was gathered (FSDP, DeepSpeed), which it drops for quantized models."""
         is_main, state = (*args, True, None)[:2] if len(args) < 2 else args[:2]
         is_main, state = kwargs.pop("is_main_process", is_main), kwargs.pop("state_dict", state)

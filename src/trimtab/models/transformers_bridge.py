@@ -78,6 +78,19 @@ class TrimtabConfig(QuantizationConfigMixin):
         if buffers:
             self.buffers = buffers
 
+    @property
+    def get_apply_tensor_subclass(self) -> Any:
+        """Asked by peft before it wraps the first layer of a model (`SFTTrainer(peft_config=...)`, `get_peft_model`).
+
+        Raises:
+            UserError: always. Around our layers it has no adapters, and ours it would freeze.
+        """
+        raise UserError(
+            "peft_config: this model's layers are trimtab's, which peft cannot wrap, and its adapters, if it has a method, "
+            "are in it already: leave peft_config out. For another adapter prepare it with another method, for example "
+            "trimtab.prepare(model, trimtab.methods.Qlora(rank=16))"
+        )
+
     @classmethod
     def of(cls, model: "PreTrainedModel", compute_dtype: torch.dtype, buffers: Sequence[str] = ()) -> "TrimtabConfig":
         """The config that describes a model as it is now."""
@@ -180,7 +193,10 @@ class TrimtabQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters are ours, not peft's."""
+        """Adapters are ours, not peft's. A trainer asks while it is made: it is looked at when it begins."""
+        from trimtab.models import trainer_watch  # which imports trainers, of which a model that only runs has none
+
+        trainer_watch.install()
         return True
 
     @property

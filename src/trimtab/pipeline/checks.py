@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.data.preferences import answers
 from trimtab.data.rows import load_rows
 from trimtab.data.sequences import check_tokens, token_windows
 from trimtab.errors import UserError
@@ -46,10 +47,12 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     vocabulary, notes = layout.config.get_text_config().vocab_size, _check_length(recipe, layout)
     labelled = None
     if rows is not None and recipe.train.steps:
-        from trimtab.training.labelled import label
+        from trimtab.training.trainer import ready
 
-        labelled = label(recipe, tokenizer, rows, vocabulary)
-        notes += labelled.notes
+        labelled = ready(recipe, tokenizer, rows, vocabulary)
+        rows, notes = labelled.rows, notes + labelled.notes
+    elif rows is not None and recipe.train.objective != "sft":
+        rows = answers(rows)
     blocks = _blocks(recipe, held_out, tokenizer)
     start = calibration(recipe, rows, tokenizer)
     for tokens, key in ((blocks, "data.eval_path"), (None if start is None else start.tokens, "start.path")):
@@ -90,8 +93,24 @@ def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) 
     check_training(recipe)
     check_exports(recipe, targets(layout, recipe.method, recipe.rules), layout.config)  # on names and shapes
     check_teacher(recipe, source)
+    _check_reference(recipe, layout)
     if recipe.evaluate.tasks:
         check_tasks(recipe.evaluate.tasks, recipe.evaluate.tasks_data)
+
+
+def _check_reference(recipe: Recipe, layout: PreTrainedModel) -> None:
+    """Refuse a reference that is no float model of the same tokens."""
+    path = recipe.train.reference
+    if path is None or not recipe.train.steps:
+        return
+    found = open_source(path)
+    if found.prepared:
+        raise UserError(f"train.reference: {path} was saved by trimtab; name a float model, or leave it out for step 0")
+    theirs, ours = (c.get_text_config().vocab_size for c in (found.config(), layout.config))
+    if theirs != ours:
+        raise UserError(
+            f"train.reference: {path} has {theirs} tokens, and the model that is trained {ours}; name its own"
+        )
 
 
 def _check_padding(recipe: Recipe, source: ModelSource) -> None:
@@ -117,7 +136,11 @@ def _rows(recipe: Recipe) -> tuple[Any, Any]:
     if block is None:
         return None, None
     wanted = recipe.train.steps or (recipe.activations is not None and recipe.activations.mode == "static")
-    rows = load_rows(block.path, split=block.split, limit=block.limit, ignore=block.ignore) if wanted else None
+    rows = None
+    if wanted:
+        from trimtab.training.trainer import training_rows
+
+        rows = training_rows(recipe)
     held_out = (
         None if block.eval_path is None else load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
     )

@@ -14,6 +14,9 @@ def marks_of(recipe: Recipe) -> inputs.Marks:
     marks: inputs.Marks = {}
     model = models.resolve(recipe.model.path)
     marks["model.path"] = inputs.mark(models.files_of(recipe.model.path), model)
+    if recipe.train.reference is not None:
+        folder = models.resolve(recipe.train.reference)
+        marks["train.reference"] = inputs.mark(models.files_of(recipe.train.reference), folder)
     if recipe.model.adapter is not None:
         folder = Path(recipe.model.adapter).expanduser()
         names = ("adapter_config.json", "adapter_model.safetensors")
@@ -33,4 +36,5 @@ def marks_of(recipe: Recipe) -> inputs.Marks:
 
 def written_down(recipe: Recipe) -> Recipe:
     """The recipe as it is saved: from any directory it reads the same files, or says which changed."""
-    return inputs.saved(recipe, marks_of(recipe), models.pinned(recipe.model.path), models.pinned_data)
+    reference = recipe.train.reference and models.pinned(recipe.train.reference)
+    return inputs.saved(recipe, marks_of(recipe), models.pinned(recipe.model.path), models.pinned_data, reference)

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from trimtab.training.trainer import Step
 
 
+_TOLD = ("rewards/accuracies", "rewards/margins", "kl", "reward", "completions/mean_length")
+"""What is said of TRL's measures of an objective; `metrics.json` has all."""
+
+
 class Observer(Protocol):
     """Whoever watches a run."""
 
@@ -203,7 +207,11 @@ def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: boo
     rows = given.labelled or given.rows
     done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=rows, say=watch.say)
     _announce(watch)
-    return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": count, "losses": done.losses}
+    if done.measures:
+        told = [f"{name} {value:.3g}" for name, value in done.measures.items() if name in _TOLD]
+        watch.say(f"{recipe.train.objective}, in the last step: {', '.join(told)}")
+    more = {} if recipe.train.objective == "sft" else {"objective": recipe.train.objective, "measures": done.measures}
+    return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": count, "losses": done.losses} | more
 
 
 def _fold_and_save(

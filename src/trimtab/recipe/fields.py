@@ -78,6 +78,8 @@ class DataBlock(Block):
 class TrainBlock(Block):
     """How to train. `steps: 0` only quantizes."""
 
+    objective: Literal["sft", "dpo", "kto", "grpo"] = "sft"
+    """sft (the answers), dpo (chosen over rejected ones), kto (answers that are good or bad), grpo (a reward of yours)."""
     steps: int = Field(default=1000, ge=0)
     """Optimizer steps."""
     batch_tokens: int = Field(default=8192, ge=2)
@@ -119,6 +121,16 @@ class TrainBlock(Block):
     """Checkpoints kept; at least two, since the newest may prove bad in the next step."""
     log_steps: int = Field(default=1, ge=1)
     """Steps between log lines."""
+    beta: float | None = Field(default=None, ge=0)
+    """Of dpo, kto and grpo: how closely to keep to the reference; null is TRL's own, 0.1 (grpo: 0, which needs none)."""
+    reference: str | None = None
+    """A float model that dpo, kto and grpo keep to, as model.path; null is the model at step 0, which takes no memory."""
+    reward: str | None = None
+    """Of grpo: `module:function` that gives each of `completions` a number; it gets the columns of the data by name."""
+    generations: int = Field(default=8, ge=2)
+    """Of grpo: answers to each prompt."""
+    completion_tokens: int = Field(default=128, ge=1)
+    """Of grpo: length of an answer, at most."""
     report_to: str = "none"
     """Logger that transformers knows: none, tensorboard, wandb, trackio."""
 

@@ -29,6 +29,7 @@ def paths(recipe: Recipe) -> dict[str, Path]:
         "data.path": data and data.path,
         "data.eval_path": data and data.eval_path,
         "distill.cache": distill and recipe.teacher_cache and str(recipe.teacher_cache),
+        "train.reference": recipe.train.reference,
         "evaluate.tasks_data": recipe.evaluate.tasks_data,
         "search.storage": search and _file_of_storage(search.storage),
         "the recipe": recipe.file,
@@ -135,7 +136,9 @@ def held_out(folder: Path) -> DataBlock | None:
     return recipe.data
 
 
-def saved(recipe: Recipe, marks: Marks, model: str, pinned: Callable[[str], str]) -> Recipe:
+def saved(
+    recipe: Recipe, marks: Marks, model: str, pinned: Callable[[str], str], reference: str | None = None
+) -> Recipe:
     """A recipe as it is written beside its model: the same from any directory.
 
     Args:
@@ -143,6 +146,7 @@ def saved(recipe: Recipe, marks: Marks, model: str, pinned: Callable[[str], str]
         marks: of what it read.
         model: its `model.path`, absolute or with the hub's commit.
         pinned: makes the same of a data set's path.
+        reference: its `train.reference`, as `model`.
     """
 
     def whole(path: str | None) -> str | None:
@@ -155,6 +159,7 @@ def saved(recipe: Recipe, marks: Marks, model: str, pinned: Callable[[str], str]
     blocks = {
         "model": recipe.model.model_copy(update={"path": model, "adapter": whole(recipe.model.adapter)}),
         "start": recipe.start.model_copy(update={"path": text(recipe.start.path)}),
+        "train": recipe.train.model_copy(update={"reference": reference}),
         "data": data and data.model_copy(update={"path": text(data.path), "eval_path": text(data.eval_path)}),
         "evaluate": recipe.evaluate.model_copy(update={"tasks_data": whole(recipe.evaluate.tasks_data)}),
         "distill": recipe.distill and recipe.distill.model_copy(update={"cache": cache and whole(str(cache))}),

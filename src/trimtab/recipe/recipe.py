@@ -35,6 +35,7 @@ from trimtab.recipe.fields import (
     StartBlock,
     TrainBlock,
 )
+from trimtab.recipe.objectives import check_objective
 from trimtab.recipe.rules import Rule, parse_rules
 
 
@@ -228,6 +229,7 @@ def _check(recipe: Recipe, where: str) -> None:
     _check_search(recipe, where)
     if recipe.data is None or not recipe.train.steps:
         return
+    check_objective(recipe, where)
     sequences, rest = divmod(recipe.train.batch_tokens, recipe.data.block_tokens)
     if rest or sequences % recipe.train.micro_batch or not sequences:
         whole = recipe.train.micro_batch * recipe.data.block_tokens

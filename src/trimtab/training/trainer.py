@@ -1,38 +1,35 @@
 """Training: TRL's SFTTrainer on accelerate, with what our models need of their own.
 
 `labelled` makes token ids and labels of the rows; TRL cuts, packs and batches them, accelerate brings the devices,
-transformers the loop, schedules, loggers and resuming. This file adds parameter groups (scales have their own learning rate
-and no decay), a loss for heads that have no `.weight`, checkpoints that hold trainable tensors and optimizer state only, a
-stop at the first loss that is not a number, and meters.
+transformers the loop, schedules, loggers and resuming. `ours` adds what all our trainers share: parameter groups,
+checkpoints of what is trained, a stop at the first loss that is not a number. This file adds a loss that makes the logits
+of a frozen head once, and meters. Other objectives than the answers themselves are in `preference_trainers` and `grpo`.
 """
 
 import os
-import shutil
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from trimtab.data.preferences import load_preferences
 from trimtab.data.rows import load_rows
-from trimtab.errors import Diverged, UserError
 from trimtab.kernels import tuning, workspace
-from trimtab.layers.rates import param_groups
 from trimtab.models.transformers_bridge import attach
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
-from trimtab.training.checkpoints import last_checkpoint, step_of, whole_checkpoint
+from trimtab.training.arguments import arguments, block_tokens
+from trimtab.training.checkpoints import last_checkpoint, step_of
 from trimtab.training.divergence import Distillation
 from trimtab.training.labelled import Labelled, check_learned, label, packing_of
 from trimtab.training.loss import IGNORED, loss_of_logits, summed_loss
+from trimtab.training.ours import CHECKPOINT, Ours, groups_of, load_trainable, old_names, silence, trainable
+from trimtab.training.preferred import Preferred, prefer
 from trimtab.training.stopping import stop_at
 from trimtab.training.teacher import LiveTeacher
 from trimtab.training.teacher_cache import NUMBER, CachedTeacher
@@ -40,16 +37,6 @@ from trimtab.training.watch import LossWatch
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl import SFTConfig, SFTTrainer
-
-CHECKPOINT = "trainable.safetensors"
-"""Trainable tensors of a checkpoint, by parameter name."""
-_OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "adamw-8bit": "adamw_bnb_8bit",
-    "adamw-paged": "paged_adamw_32bit",
-    "adamw-8bit-paged": "paged_adamw_8bit",
-}
-"""Ours to transformers' names."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +61,15 @@ class Trained:
     seconds: float
     losses: list[float]
     """Training loss of each logged step."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What else the objective says of the last logged step: `rewards/accuracies`, `rewards/margins`, `kl`, ..."""
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that want gradients, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-class _Trainer(SFTTrainer):
+class _Trainer(Ours, SFTTrainer):
     """SFTTrainer for models whose layers are ours."""
 
-    model: Any
-    args: Any
-    groups: list[dict[str, Any]]
     teacher: LiveTeacher | CachedTeacher | None = None
     distill: DistillBlock | None = None
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over the groups of `layers.rates`."""
-        if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = kind(self.groups, **options)
-        return self.optimizer
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -137,81 +111,12 @@ class _Trainer(SFTTrainer):
             self._total_train_tokens += count
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-step; stops the run at a loss that is not a number."""
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            # A checkpoint of this very step holds the parameters that gave this loss.
-            if self.args.should_save:
-                shutil.rmtree(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
-            raise self._stop(f"the loss became {loss.item()} in step {self.state.global_step + 1}")
-        return loss
-
-    def _stop(self, what: str) -> Diverged:
-        last = whole_checkpoint(Path(self.args.output_dir))
-        if last is None:
-            return Diverged(f"train: {what}; there is no good checkpoint yet. Lower train.lr (or train.lr_scale)")
-        return Diverged(
-            f"train: {what}; the last good checkpoint is {last}. "
-            "Lower train.lr (or train.lr_scale) and go on with --resume"
-        )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Trainable tensors only, and none that is not finite."""
-        tensors = {name: p.detach().contiguous() for name, p in trainable(self.model).items()}
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise self._stop(f"{name} is no longer finite after step {self.state.global_step}")
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / CHECKPOINT)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Read trainable tensors back into the model."""
-        load_trainable(self.model, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Moments and step of the checkpoint, but rates, betas and decay of the recipe: it may have been mended."""
-        assert self.optimizer is not None
-        assert self.lr_scheduler is not None
-        given = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self.lr_scheduler.base_lrs = [group["initial_lr"] for group in given]
-        factors = [factor(self.lr_scheduler.last_epoch) for factor in self.lr_scheduler.lr_lambdas]
-        for group, ours, factor in zip(self.optimizer.param_groups, given, factors, strict=True):
-            group.update(ours, lr=ours["initial_lr"] * factor)
-        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: a checkpoint is not a model to publish."""
-
-
-def load_trainable(model: nn.Module, checkpoint: Path) -> None:
-    """Copy a checkpoint's trainable tensors into a prepared model.
-
-    Raises:
-        UserError: if the checkpoint belongs to another recipe.
-    """
-    named = trainable(model)
-    with safe_open(checkpoint / CHECKPOINT, framework="pt") as file:
-        if set(file.keys()) != set(named):
-            odd = sorted(set(file.keys()) ^ set(named))[0]
-            raise UserError(f"{checkpoint}: {odd} is in only one of checkpoint and model; resume with the same recipe")
-        for name, parameter in named.items():
-            tensor = file.get_tensor(name)
-            if tensor.shape != parameter.shape:
-                raise UserError(f"{checkpoint}: {name} has another shape there; resume with the same recipe")
-            with torch.no_grad():
-                parameter.copy_(tensor)
-
 
 class _Meter(TrainerCallback):
     """Feeds the caller after every logged step."""
 
-    def __init__(self, on_step: Callable[[Step], None] | None, trainer: list[_Trainer]) -> None:
-        self.on_step, self.trainer, self.losses = on_step, trainer, list[float]()
+    def __init__(self, on_step: Callable[[Step], None] | None, trainer: list[Ours]) -> None:
+        self.on_step, self.trainer, self.losses, self.measures = on_step, trainer, list[float](), dict[str, float]()
         self.began = perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -224,55 +129,20 @@ class _Meter(TrainerCallback):
             return
         loss = float(logs["loss"])
         self.losses.append(loss)
+        self.measures = {k: float(v) for k, v in logs.items() if k == "kl" or k.startswith(("reward", "completions/"))}
         if self.on_step is not None:
-            tokens, seconds = self.trainer[0]._total_train_tokens, perf_counter() - self.began
+            tokens, seconds = self.trainer[0].tokens_seen, perf_counter() - self.began
             self.on_step(Step(state.global_step, state.max_steps, loss, tokens, seconds))
 
 
-def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups with a recipe's rates."""
-    block = recipe.train
-    return param_groups(
-        model,
-        *recipe.rates,
-        parametrization=recipe.parametrization,
-        weight_decay=block.weight_decay,
-        scale_bits=block.lr_scale_bits,
-    )
-
-
 def _config(recipe: Recipe, checkpoints: Path, packing: str) -> SFTConfig:
-    block = recipe.train
-    assert recipe.data is not None
-    micro_tokens = block.micro_batch * recipe.data.block_tokens
     return SFTConfig(
-        output_dir=str(checkpoints),
-        max_steps=block.steps,
-        per_device_train_batch_size=block.micro_batch,
-        gradient_accumulation_steps=block.batch_tokens // micro_tokens,
-        learning_rate=recipe.rates.delta,
-        lr_scheduler_type="constant_with_warmup" if block.schedule == "constant" else block.schedule,
-        warmup_steps=round(block.warmup * block.steps),
-        adam_beta1=block.betas[0],
-        adam_beta2=block.betas[1],
-        weight_decay=block.weight_decay,
-        max_grad_norm=block.clip,
-        optim=_OPTIMIZERS[block.optimizer],
-        activation_offloading=block.offload_activations,
-        seed=block.seed,
-        bf16=False,  # the model computes in its own dtype; autocast would only add casts
-        gradient_checkpointing=block.activation_checkpointing,
-        max_length=recipe.data.block_tokens,
+        **arguments(recipe, checkpoints),
+        per_device_train_batch_size=recipe.train.micro_batch,
+        max_length=block_tokens(recipe),
         packing=packing != "none",
         packing_strategy="bfd" if packing == "none" else packing,
         shuffle_dataset=True,
-        save_steps=block.save_steps,
-        save_total_limit=block.keep_checkpoints,
-        logging_steps=block.log_steps,
-        logging_nan_inf_filter=False,
-        report_to=block.report_to,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
 
 
@@ -294,7 +164,7 @@ def fit(
         recipe: `train` and `data` are read; checkpoints go to `<output>/checkpoints`.
         resume: go on from the last checkpoint there.
         on_step: called after every logged step.
-        rows: the data set, if it was read already; or `labelled.label` of it.
+        rows: the data set, if it was read already; or `ready` of it.
         say: told what is to be known before training.
 
     Raises:
@@ -302,8 +172,8 @@ def fit(
     """
     assert recipe.data is not None, "the recipe was checked to have data"
     if rows is None:
-        rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit, ignore=recipe.data.ignore)
-    given = label(recipe, tokenizer, rows, model.config.get_text_config().vocab_size)
+        rows = training_rows(recipe)
+    given = ready(recipe, tokenizer, rows, model.config.get_text_config().vocab_size)
     for line in () if given is rows else given.notes:
         say(line)
     if (end := stop_at(model, tokenizer, given.end)) is not None:
@@ -312,14 +182,15 @@ def fit(
     if last is not None and step_of(last) == recipe.train.steps:
         load_trainable(model, last)  # the trainer would take one step more
         return Trained(recipe.train.steps, 0, 0.0, [])
-    slot: list[_Trainer] = []
+    slot: list[Ours] = []
     meter = _Meter(on_step, slot)
     attach(model)
     model.config.use_cache = False
-    trainer = _trainer(model, tokenizer, recipe, given, [meter, LossWatch(recipe, say)])
+    trainer = _trainer_for(model, tokenizer, recipe, given, [meter, LossWatch(recipe, say)])
     trainer.groups = groups_of(model, recipe)
     slot.append(trainer)
-    teacher_cache.attach(trainer, recipe, tokenizer, given.rows)
+    if isinstance(given, Labelled):
+        teacher_cache.attach(trainer, recipe, tokenizer, given.rows)
     tuning.for_training()
     began = perf_counter()
     result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -327,20 +198,48 @@ def fit(
     workspace.clear()
     model.config.use_cache = True
     model.eval()
-    return Trained(result.global_step, trainer._total_train_tokens, seconds, meter.losses)
+    return Trained(result.global_step, trainer.tokens_seen, seconds, meter.losses, meter.measures)
+
+
+def training_rows(recipe: Recipe) -> Any:
+    """The rows that a recipe trains on, in the form that its objective needs."""
+    block = recipe.data
+    assert block is not None, "the recipe was checked to have data"
+    options: dict[str, Any] = {"split": block.split, "limit": block.limit, "ignore": block.ignore}
+    if recipe.train.objective == "sft":
+        return load_rows(block.path, **options)
+    return load_preferences(block.path, recipe.train.objective, **options)
+
+
+def ready(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int) -> Labelled | Preferred:
+    """The rows with their token ids, and looked at, by `labelled.label` or `preferred.prefer`; given back if they are."""
+    if recipe.train.objective == "sft":
+        return label(recipe, tokenizer, rows, vocabulary)
+    return prefer(recipe, tokenizer, rows, vocabulary)
+
+
+def _trainer_for(model: Any, tokenizer: Any, recipe: Recipe, given: Labelled | Preferred, callbacks: list[Any]) -> Ours:
+    """The trainer of a recipe's objective."""
+    if isinstance(given, Labelled):
+        return _trainer(model, tokenizer, recipe, given, callbacks)
+    if recipe.train.objective == "grpo":
+        from trimtab.training.grpo import trainer
+    else:
+        from trimtab.training.preference_trainers import trainer
+    with old_names():
+        made: Ours = trainer(model, tokenizer, recipe, given, callbacks)
+    silence(made)
+    return made
 
 
 def _trainer(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, given: Labelled, callbacks: list[Any]) -> _Trainer:
     """A trainer, and with it the packed sequences in the order that the seed gives them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    with old_names():
         args = _config(recipe, recipe.out / "checkpoints", packing_of(recipe, given.rows))
         trainer = _Trainer(
             model=model, args=args, train_dataset=given.sequences, processing_class=tokenizer, callbacks=callbacks
         )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-            trainer.remove_callback(type(callback))
+    silence(trainer)
     check_learned(recipe, trainer.train_dataset)
     return trainer
 
@@ -357,3 +256,8 @@ def packed(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any) ->
     given = label(recipe, tokenizer, rows, model.config.get_text_config().vocab_size)
     trainer = _trainer(model, tokenizer, recipe, given, [])
     return trainer.train_dataset, trainer.data_collator
+
+
+__all__ = [
+    "CHECKPOINT", "Step", "Trained", "fit", "load_trainable", "packed", "ready", "trainable", "training_rows",
+]  # fmt: skip

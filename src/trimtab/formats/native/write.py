@@ -18,6 +18,7 @@ from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
 from trimtab.formats.directory import replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.models.origin import read_from
+from trimtab.models.prepared import Prepared
 
 
 class Native(Format):
@@ -79,7 +80,8 @@ def write_into(
     folder: Path, model: PreTrainedModel, tokenizer: Any, recipe: str | None, largest: int = SHARD_BYTES
 ) -> None:
     """Write a model's files into a folder that is staged."""
-    model.save_pretrained(folder, max_shard_size=largest)
+    options: dict[str, Any] = {"whole": True} if isinstance(model, Prepared) else {}
+    model.save_pretrained(folder, max_shard_size=largest, **options)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if recipe is not None:

@@ -17,19 +17,14 @@ Legend: N out features, K in features, R rank.
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mode
-from typing import Any
-
-import torch
 
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Layer, Refusal, Writing
 from trimtab.formats.dense.write import add_matrix
 from trimtab.formats.directory import Shards, float_tensors, write_surroundings
 from trimtab.formats.manifest import write_json
 from trimtab.layers.linear import QuantLinear
+from trimtab.models.adapter_files import config, factors, tensor_name
 from trimtab.models.transformers_bridge import quant_layers
-
-_PREFIX = "base_model.model."
 
 
 class PeftLora(Format):
@@ -79,30 +74,8 @@ class PeftLora(Format):
         tensors = Shards(folder, writing.max_shard_bytes, stem="adapter_model")
         ranks, alphas = {}, {}
         for name, adapter in found.items():
-            delta = adapter.delta
-            assert delta is not None, "what is a LoRA has an update"
-            a, b = delta.as_plain()
-            ranks[name], alphas[name] = a.shape[0], a.shape[0] * delta.shape.gain
-            dtype = getattr(torch, delta.shape.dtype)
-            tensors.add(f"{_PREFIX}{name}.lora_A.weight", a.to(dtype))
-            tensors.add(f"{_PREFIX}{name}.lora_B.weight", b.to(dtype))
+            (a, b), ranks[name], alphas[name] = factors(adapter)
+            tensors.add(tensor_name(name, "A"), a)
+            tensors.add(tensor_name(name, "B"), b)
         tensors.close()
         write_json(folder / "adapter_config.json", config(ranks, alphas, "base"))
-
-
-def config(ranks: dict[str, int], alphas: dict[str, float], base: str) -> dict[str, Any]:
-    """`adapter_config.json` of layers with these ranks and alphas."""
-    rank, alpha = mode(ranks.values()), mode(alphas.values())
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(ranks),
-        "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
-        "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
-    }

@@ -63,10 +63,15 @@ def run(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")] = False,
 ) -> None:
-    """Quantize, tune, fold, save, and compare."""
+    """Quantize, tune, fold, save, and compare; Ctrl-C finishes the step and saves it, `--resume` goes on."""
     terminal = _terminal()
     try:
         trimtab.run(recipe, overrides or (), overwrite=overwrite, resume=resume, show=terminal)
+    except KeyboardInterrupt:
+        from trimtab.pipeline.stopped import stopped
+
+        terminal.say(stopped(recipe, overrides or ()))
+        raise SystemExit(130) from None
     finally:
         terminal.close()
 

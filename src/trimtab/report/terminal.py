@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from trimtab.pruning import Pruned
     from trimtab.training.trainer import Step
 
-_TRAINING = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}")
+_TRAINING = (
+    "loss {task.fields[loss]:.3f}{task.fields[held_out]}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}",
+)  # fmt: skip
 
 
 def size(count: float) -> str:
@@ -58,7 +60,7 @@ class Terminal:
         self.console = Console(highlight=False, emoji=False)
         self._progress: Progress | None = None
         self._live: Live | None = None
-        self._said = ""
+        self._said = self._held_out = ""
 
     def say(self, text: str) -> None:
         """A line about the stage that begins or has ended."""
@@ -69,11 +71,15 @@ class Terminal:
         """Advance the training bar."""
         speed = step.tokens / max(step.seconds, 1e-9)
         fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(process.peak_bytes())}
+        if step.held_out is not None:
+            self._held_out = f", held-out {step.held_out:.3f}"
         if not self.console.is_terminal:
-            if step.step == step.steps or step.step % max(step.steps // 10, 1) == 0:
-                line = f"step {step.step}/{step.steps}  loss {step.loss:.3f}  {speed:.0f} tok/s  {fields['memory']}"
-                self.console.print(f"  {line}")
+            tenth = step.step == step.steps or step.step % max(step.steps // 10, 1) == 0
+            if tenth or step.held_out is not None:
+                loss = f"loss {step.loss:.3f}" + ("" if step.held_out is None else self._held_out)
+                self.console.print(f"  step {step.step}/{step.steps}  {loss}  {speed:.0f} tok/s  {fields['memory']}")
             return
+        fields["held_out"] = self._held_out
         if self._progress is None:
             columns = [TextColumn("step {task.completed}/{task.total}"), BarColumn(), *map(TextColumn, _TRAINING)]
             self._progress = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)

@@ -16,20 +16,29 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from trimtab.data.rows import load_rows
-from trimtab.errors import Diverged, UserError
+from trimtab.errors import Diverged
 from trimtab.kernels import tuning, workspace
 from trimtab.models.transformers_bridge import attach
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
-from trimtab.training.checkpoints import last_checkpoint, step_of, whole_checkpoint
+from trimtab.training.best import Evaluations
+from trimtab.training.checkpoints import (
+    CHECKPOINT,
+    last_checkpoint,
+    load_trainable,
+    step_of,
+    trainable,
+    whole_checkpoint,
+)
 from trimtab.training.divergence import Distillation
+from trimtab.training.during import During
+from trimtab.training.held_out import HeldOut
 from trimtab.training.labelled import Labelled, check_learned, label, packing_of
 from trimtab.training.loss import IGNORED, loss_of_logits, summed_loss
 from trimtab.training.stopping import stop_at
@@ -39,8 +48,6 @@ from trimtab.training.teacher_cache import NUMBER, CachedTeacher
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl import SFTConfig, SFTTrainer
 
-CHECKPOINT = "trainable.safetensors"
-"""Trainable tensors of a checkpoint, by parameter name."""
 _SCALES = ("adapter.scale", "adapter.offset")
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -62,6 +69,8 @@ class Step:
     """Tokens trained on since the start of this process."""
     seconds: float
     """Time since the first step of this process began."""
+    held_out: float | None = None
+    """Loss on held-out text, where it was measured after this step."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +82,8 @@ class Trained:
     seconds: float
     losses: list[float]
     """Training loss of each logged step."""
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that want gradients, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    held_out: Evaluations | None = None
+    """What was measured on held-out text, where `train.evaluate_steps` asks for it."""
 
 
 class _Trainer(SFTTrainer):
@@ -210,25 +216,6 @@ class _Trainer(SFTTrainer):
         """None: a checkpoint is not a model to publish."""
 
 
-def load_trainable(model: nn.Module, checkpoint: Path) -> None:
-    """Copy a checkpoint's trainable tensors into a prepared model.
-
-    Raises:
-        UserError: if the checkpoint belongs to another recipe.
-    """
-    named = trainable(model)
-    with safe_open(checkpoint / CHECKPOINT, framework="pt") as file:
-        if set(file.keys()) != set(named):
-            odd = sorted(set(file.keys()) ^ set(named))[0]
-            raise UserError(f"{checkpoint}: {odd} is in only one of checkpoint and model; resume with the same recipe")
-        for name, parameter in named.items():
-            tensor = file.get_tensor(name)
-            if tensor.shape != parameter.shape:
-                raise UserError(f"{checkpoint}: {name} has another shape there; resume with the same recipe")
-            with torch.no_grad():
-                parameter.copy_(tensor)
-
-
 class _Meter(TrainerCallback):
     """Feeds the caller after every logged step."""
 
@@ -248,7 +235,9 @@ class _Meter(TrainerCallback):
         self.losses.append(loss)
         if self.on_step is not None:
             tokens, seconds = self.trainer[0]._total_train_tokens, perf_counter() - self.began
-            self.on_step(Step(state.global_step, state.max_steps, loss, tokens, seconds))
+            before = state.log_history[-2] if len(state.log_history) > 1 else {}  # a step's measurement is logged first
+            held_out = before.get("eval_loss") if before.get("step") == state.global_step else None
+            self.on_step(Step(state.global_step, state.max_steps, loss, tokens, seconds, held_out))
 
 
 def _config(recipe: Recipe, checkpoints: Path, packing: str) -> SFTConfig:
@@ -294,6 +283,7 @@ def fit(
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
     rows: Any = None,
+    held_out: HeldOut | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Trained:
     """Train a prepared model by a recipe, in place.
@@ -305,39 +295,44 @@ def fit(
         resume: go on from the last checkpoint there.
         on_step: called after every logged step.
         rows: the data set, if it was read already; or `labelled.label` of it.
-        say: told what is to be known before training.
+        held_out: what `train.evaluate_steps` measures on, if it was read already.
+        say: told what is to be known before training, and what ended it early.
 
     Raises:
         UserError: for unusable data, a loss that is not a number, or nothing to resume from.
+        Interrupted: after Ctrl-C, with a checkpoint of the step that was then at work.
     """
     assert recipe.data is not None, "the recipe was checked to have data"
     if rows is None:
         rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit, ignore=recipe.data.ignore)
-    given = label(recipe, tokenizer, rows, model.config.get_text_config().vocab_size)
+    vocabulary = model.config.get_text_config().vocab_size
+    given = label(recipe, tokenizer, rows, vocabulary)
     for line in () if given is rows else given.notes:
         say(line)
     if (end := stop_at(model, tokenizer, given.end)) is not None:
         say(end)
-    last = last_checkpoint(recipe) if resume else None
-    if last is not None and step_of(last) == recipe.train.steps:
+    last, during = last_checkpoint(recipe) if resume else None, During(recipe, tokenizer, vocabulary, held_out, say)
+    if last is not None and during.over(last):
         load_trainable(model, last)  # the trainer would take one step more
-        return Trained(recipe.train.steps, 0, 0.0, [])
+        return Trained(step_of(last), 0, 0.0, [], during.end_of(model, last))
     slot: list[_Trainer] = []
     meter = _Meter(on_step, slot)
     attach(model)
     model.config.use_cache = False
-    trainer = _trainer(model, tokenizer, recipe, given, [meter])
+    trainer = _trainer(model, tokenizer, recipe, given, [*during.callbacks, meter])
     trainer.lr_scale, trainer.lr_scale_bits = recipe.lr_scale, recipe.train.lr_scale_bits
     slot.append(trainer)
     teacher_cache.attach(trainer, recipe, tokenizer, given.rows)
     tuning.for_training()
     began = perf_counter()
-    result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with during.watching(trainer):
+        result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = perf_counter() - began
     workspace.clear()
     model.config.use_cache = True
     model.eval()
-    return Trained(result.global_step, trainer._total_train_tokens, seconds, meter.losses)
+    measured = during.end(model, trainer.state)
+    return Trained(result.global_step, trainer._total_train_tokens, seconds, meter.losses, measured)
 
 
 def _trainer(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, given: Labelled, callbacks: list[Any]) -> _Trainer:

@@ -154,28 +154,14 @@ class Terminal:
         self.console.print(table)
 
     def plan(self, plan: "Plan") -> None:
-        """The memory plan, and whether it fits."""
-        table = Table(title="predicted peak of training", title_justify="left", box=None, show_header=False)
-        names = {
-            "codes": "codes, scales, zeros",
-            "float_parameters": "float parameters",
-            "adapters": "trained parameters",
-            "gradients": "gradients",
-            "optimizer": "optimizer (AdamW)",
-            "activations": "activations kept for backward",
-            "temporary": "temporary (one layer, one chunk of logits)",
-        }
-        names |= {"teacher": "the teacher"} if plan.teacher else {}
-        names |= {"before": "before it: asking the teacher, GPTQ (not added)"} if plan.before else {}
-        names |= {"apart": "of these never at once (subtracted)"} if plan.apart else {}
-        for key, label in names.items():
-            table.add_row(label, size(getattr(plan, key)))
-        table.add_row("[bold]total[/bold]", f"[bold]{size(plan.total)}[/bold] above the interpreter and its libraries")
-        table.add_row("trainable parameters", f"{plan.trainable:,}")
-        available = process.available_bytes()
-        verdict = "fits" if plan.total < available else "does not fit"
-        table.add_row("memory free here", f"{size(available)}: {verdict}")
-        self.console.print(table)
+        """The memory plan, whether it fits, what would, and the sizes of what is written."""
+        from trimtab.report import planned
+
+        for shown in planned.tables(plan, process.available_bytes(), size):
+            if isinstance(shown, str):
+                self.say(shown)
+            else:
+                self.rows(shown.title, shown.header, shown.rows)
 
     def accuracies(self, found: "Accuracies") -> None:
         """Scores of one model or two, and their paired differences."""
@@ -246,7 +232,7 @@ class Terminal:
 
     def rows(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Any table of text."""
-        table = Table(title=title or None, title_justify="left", box=None)
+        table = Table(title=title or None, title_justify="left", box=None, show_header=any(header))
         for i, column in enumerate(header):
             table.add_column(column, no_wrap=i == 0)  # names are read whole, whatever else has to wrap
         for row in rows:

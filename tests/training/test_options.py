@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations import integration_utils
 
 import tiny
 from trimtab.errors import UserError
 from trimtab.models.load import load
 from trimtab.pipeline import run as pipeline
 from trimtab.recipe import recipe
+from trimtab.training import options
 from trimtab.training import trainer as train
 
 
@@ -53,6 +55,28 @@ def test_what_needs_a_gpu_says_so(tmp_path: Path, train: dict[str, Any]) -> None
     with pytest.raises(UserError, match=rf"train.{next(iter(train))}: .* no GPU here"):
         run(tmp_path, "out", **train)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("wandb", r"wandb is not installed here: pip install wandb$"),
+        ("comet_ml", r"comet_ml is not installed here: pip install comet-ml$"),
+        ("tensorbord", r"no logger 'tensorbord' \(did you mean 'tensorboard'\?\); known are none, all, .*trackio"),
+    ],
+)
+def test_a_logger_that_is_not_there_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
+    monkeypatch.setattr(options, "get_available_reporting_integrations", lambda: ["mlflow"])
+    with pytest.raises(UserError, match=rf"train.report_to: {says}"):
+        run(tmp_path, "out", report_to=name)
+
+
+def test_every_logger_of_transformers_has_a_package() -> None:
+    """But those that only run inside somebody's cluster."""
+    known = set(integration_utils.INTEGRATION_TO_CALLBACK)
+    assert known - set(options._PACKAGES) == {"flyte", "kubeflow"}
 
 
 def test_what_a_recipe_says_of_the_optimizer_reaches_it(tmp_path: Path) -> None:

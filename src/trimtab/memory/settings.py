@@ -9,13 +9,14 @@ The recipe's own method stands before others of the same width and length, metho
 that stay adapters. Nothing above what the recipe asks for is proposed.
 
 A plan of each combination would take minutes. Where all decoder blocks are alike, two of them are laid out and stand for
-all (`peak_of(more=)`), and what autograd keeps grows with tokens and blocks alone; so the numbers are those of `plan`.
+all (`peak_of(more=)`), and what autograd keeps grows evenly with tokens, positions and blocks; so the numbers are those of
+`plan`.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trimtab import methods
 from trimtab.errors import UserError
@@ -96,6 +97,27 @@ def settings(recipe: Recipe, model: "PreTrainedModel", memory: int) -> Settings:
     return Settings(tuple(rows), min(least, default=0), tuple(left_out))
 
 
+class _Kept(NamedTuple):
+    """Bytes that autograd keeps between forward and backward."""
+
+    token: float
+    """Of each token."""
+    position: float
+    """Of each position, whatever the batch: rotary embeddings."""
+    always: float
+    """Whatever is read: factors in another dtype."""
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel") -> "_Kept":
+        """From three passes: of some tokens, of twice as many in one sequence, and in two."""
+        some, long, two = (kept_for_backward(model, b, n) for b, n in ((1, _TOKENS), (1, 2 * _TOKENS), (2, _TOKENS)))
+        return cls((two - some) / _TOKENS, (long - two) / _TOKENS, 2 * some - long)
+
+    def bytes(self, tokens: int, positions: int) -> int:
+        """Of a batch."""
+        return round(self.token * tokens + self.position * positions + self.always)
+
+
 class _Skeleton:
     """A model of two decoder blocks, of which the second stands for all others, where they are alike; else all of it."""
 
@@ -108,8 +130,8 @@ class _Skeleton:
             decoder.set_blocks(model, blocks[:2])
             there = {name for name, _ in model.named_modules()}
             self.asked = [target for target in self.asked if target.name in there]
-        self.kept: dict[Any, float] = {}
-        """Bytes that autograd keeps of each token, by what decides it: the width of codes does not."""
+        self.kept: dict[Any, _Kept] = {}
+        """What autograd keeps (see `_Laid`), by what decides it: the width of codes does not."""
 
     @property
     def bits(self) -> int:
@@ -239,26 +261,26 @@ class _Laid:
         lay_out_for_training(self._model, method, rules, **options)
         decides = method, tuple((t.name, _without_bits(t.grid)) for t in self.targets)
         if decides not in skeleton.kept:
-            skeleton.kept[decides] = self._of_a_token()
+            skeleton.kept[decides] = self._measured()
         self._kept = skeleton.kept[decides]
 
-    def _of_a_token(self) -> float:
-        """Bytes that autograd keeps of each token."""
-        model, more = self._model, self._skeleton.more
-        kept = kept_for_backward(model, 1, _TOKENS)
+    def _measured(self) -> "_Kept":
+        """What autograd keeps of the whole model: of one block and of two, and from these of all."""
+        found, more = _Kept.of(self._model), self._skeleton.more
         if more:
-            blocks = list(decoder.blocks(model))
-            decoder.set_blocks(model, blocks[:1])
-            kept += more * (kept - kept_for_backward(model, 1, _TOKENS))
-            decoder.set_blocks(model, blocks)
-        return kept / _TOKENS
+            blocks = list(decoder.blocks(self._model))
+            decoder.set_blocks(self._model, blocks[:1])
+            first = _Kept.of(self._model)
+            decoder.set_blocks(self._model, blocks)
+            found = _Kept(*(two + more * (two - one) for one, two in zip(first, found, strict=True)))
+        return found
 
     def plan(self, block_tokens: int, micro_batch: int) -> Plan:
         """The plan for this length and batch."""
         recipe, tokens = self._skeleton.recipe, micro_batch * block_tokens
         return peak_of(
             self._model,
-            round(self._kept * tokens),
+            self._kept.bytes(tokens, block_tokens),
             tokens=tokens,
             dtype=recipe.dtype,
             checkpointing=recipe.train.activation_checkpointing,

@@ -13,6 +13,7 @@ teacher.
 
 import copy
 import gc
+import warnings
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -53,13 +54,13 @@ class Speed:
     """What was measured, in a few words."""
 
 
-def speed(recipe: Recipe, source: ModelSource, seconds: float = SECONDS) -> Speed:
+def speed(recipe: Recipe, source: ModelSource, seconds: float | None = None) -> Speed:
     """Probe the speed of a recipe's training on this machine.
 
     Args:
         recipe: whose method, rules, batch and length count.
         source: the model.
-        seconds: about how long to measure; making the layers comes on top.
+        seconds: about how long to measure, ten by default; making the layers comes on top.
 
     Raises:
         UserError: where there is nothing to probe: no weights here, or layers that an earlier run stored.
@@ -68,6 +69,7 @@ def speed(recipe: Recipe, source: ModelSource, seconds: float = SECONDS) -> Spee
         raise UserError("its weights are not here, so it will be trained elsewhere")
     if source.prepared:
         raise UserError("its layers are stored by an earlier run, and a probe makes layers of its own")
+    seconds = SECONDS if seconds is None else seconds
     tuning.for_training()
     laid_out = source.layout()
     layers = len(decoder.blocks(laid_out)) if architecture_of(laid_out).blocks else 0
@@ -107,7 +109,9 @@ def _made(recipe: Recipe, model: "PreTrainedModel", blocks: int) -> "PreTrainedM
     prepare(model, recipe.method, rules)
     model.config.use_cache = False
     if recipe.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():  # it has another name from transformers 6 on
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 

@@ -36,7 +36,7 @@ METHODS: dict[str, Any] = {
     "qlora": ({"rank": 8, "alpha": 16.0}, {"codebook": "nf3", "group": None}, 0.0),
 }
 """Options, grid, and the rate of scales as a share of their size."""
-RATES = (0.01, 0.03)
+RATES = (0.001, 0.003, 0.01, 0.03)
 NOISES = (5.0,)
 RATIOS = (16,)
 SEEDS = (0, 1)
@@ -118,7 +118,7 @@ def main() -> None:
             lr, plain = runs.best(method, text)
             tricks: dict[str, Any] = {f"NEFTune {noise:g}": ({"noise": noise}, (lr,)) for noise in NOISES}
             if text == "much":
-                tricks |= {f"LoRA+ {ratio}": ({"ratio": ratio}, (lr / ratio**0.5, lr)) for ratio in RATIOS}
+                tricks |= {f"LoRA+ {ratio}": ({"ratio": ratio}, (lr / ratio, lr / ratio**0.5)) for ratio in RATIOS}
             say(f"== {method}, {text}: plain {mean(plain):.4f} at {lr:g}")
             for name, (trick, rates) in tricks.items():
                 rate, losses = runs.best(method, text, rates, **trick)

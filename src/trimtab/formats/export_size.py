@@ -63,12 +63,11 @@ def export_sizes(
         if refused:
             found[format_.name] = refused
         elif format_.everything:
-            about = {"dtype": dtype, "merge": merge, "activations": activations}
-            stored = sum(layer_bytes(t, method, **about) for t in targets)  # type: ignore[arg-type]
+            stored = sum(layer_bytes(t, method, dtype=dtype, merge=merge, activations=activations) for t in targets)
             found[format_.name] = stored + floats * dtype.itemsize
         else:
             parts = (_layer(format_, layer, dtype) for layer in layers if layer.kind != "tied")
-            kept = sum(t.trainable(method) for t in targets) * 2 if format_.adapters == "kept" else 0
+            kept = sum(_factors(t, method) for t in targets) if format_.adapters == "kept" else 0
             found[format_.name] = sum(parts) + floats * dtype.itemsize + kept
     return found
 
@@ -86,6 +85,17 @@ def _float_entries(model: "PreTrainedModel", targets: Sequence[Target]) -> int:
     left_out = getattr(model, "all_tied_weights_keys", {})
     ours = {f"{target.name}.weight" for target in targets}
     return sum(t.numel() for n, t in model.state_dict().items() if n not in ours and n not in left_out)
+
+
+def _factors(target: Target, method: Method) -> int:
+    """Bytes of a layer's update as an ordinary LoRA."""
+    delta = target.method(method).delta(target.grid, target.shape) if target.kind in ("linear", "head") else None
+    if delta is None:
+        return 0
+    n, k = target.shape
+    rank = k // delta.pool if delta.rank is None else delta.rank
+    itemsize: int = getattr(torch, delta.dtype).itemsize
+    return rank * (n + k) * itemsize
 
 
 def _layer(format_: Format, layer: Layer, dtype: torch.dtype) -> int:

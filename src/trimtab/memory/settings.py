@@ -10,7 +10,7 @@ that stay adapters. Nothing above what the recipe asks for is proposed.
 
 A plan of each combination would take minutes. Where all decoder blocks are alike, two of them are laid out and stand for
 all (`peak_of(more=)`), and what autograd keeps grows evenly with tokens, positions and blocks; so the numbers are those of
-`plan`.
+`plan`. Of a model with sliding windows it does not (their masks are squares), and each combination is laid out by itself.
 """
 
 import copy
@@ -25,7 +25,7 @@ from trimtab.memory.peak import Plan, kept_for_backward, lay_out_for_training, p
 from trimtab.memory.plan import teaching
 from trimtab.methods import Method
 from trimtab.models import decoder
-from trimtab.models.architecture import architecture_of
+from trimtab.models.architecture import architecture_of, windowed
 from trimtab.models.prepare import Target, placed_targets
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 from trimtab.recipe.recipe import Recipe
@@ -125,7 +125,9 @@ class _Skeleton:
         self.recipe, self.model = recipe, model
         self.asked = placed_targets(model, recipe.method, recipe.rules)
         blocks = list(decoder.blocks(model)) if architecture_of(model).blocks else []
-        self.more = len(blocks) - 2 if len(blocks) > 2 and _alike(model, self.asked) else 0
+        self.even = not _has_masks(model.config.get_text_config())
+        """Whether what autograd keeps grows evenly."""
+        self.more = len(blocks) - 2 if self.even and len(blocks) > 2 and _alike(model, self.asked) else 0
         if self.more:
             decoder.set_blocks(model, blocks[:2])
             there = {name for name, _ in model.named_modules()}
@@ -259,10 +261,16 @@ class _Laid:
         self.targets = placed_targets(self._model, method, rules)
         options: dict[str, Any] = {"dtype": recipe.dtype, "activations": recipe.activations, "kv": recipe.kv}
         lay_out_for_training(self._model, method, rules, **options)
-        decides = method, tuple((t.name, _without_bits(t.grid)) for t in self.targets)
-        if decides not in skeleton.kept:
-            skeleton.kept[decides] = self._measured()
-        self._kept = skeleton.kept[decides]
+        self._decides = method, tuple((t.name, _without_bits(t.grid)) for t in self.targets)
+
+    def _kept(self, block_tokens: int, micro_batch: int) -> int:
+        """Bytes that autograd keeps of a batch."""
+        known, even = self._skeleton.kept, self._skeleton.even
+        key = (self._decides, None if even else (block_tokens, micro_batch))
+        if key not in known:
+            exact = None if even else kept_for_backward(self._model, micro_batch, block_tokens)
+            known[key] = self._measured() if exact is None else _Kept(0, 0, exact)
+        return known[key].bytes(micro_batch * block_tokens, block_tokens)
 
     def _measured(self) -> "_Kept":
         """What autograd keeps of the whole model: of one block and of two, and from these of all."""
@@ -280,7 +288,7 @@ class _Laid:
         recipe, tokens = self._skeleton.recipe, micro_batch * block_tokens
         return peak_of(
             self._model,
-            self._kept.bytes(tokens, block_tokens),
+            self._kept(block_tokens, micro_batch),
             tokens=tokens,
             dtype=recipe.dtype,
             checkpointing=recipe.train.activation_checkpointing,
@@ -289,6 +297,12 @@ class _Laid:
             teaching=teaching(recipe, tokens),
             more=self._skeleton.more,
         )
+
+
+def _has_masks(config: Any) -> bool:
+    """Whether some layers see less than all that came before a token."""
+    kinds = getattr(config, "layer_types", None) or []
+    return any(windowed(config)) or any(kind != "full_attention" for kind in kinds)
 
 
 def _without_bits(grid: AnyGrid | None) -> Any:

@@ -1,6 +1,6 @@
 """A memory plan for people: tables and lines, at most 80 columns wide."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from trimtab.memory.peak import Plan
@@ -30,7 +30,7 @@ class Shown(NamedTuple):
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def tables(plan: Plan, available: int, size: Callable[[float], str]) -> Iterator[Shown | str]:

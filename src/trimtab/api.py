@@ -40,31 +40,25 @@ AnyRecipe = Recipe | Mapping[str, Any] | AnyPath
 """A recipe, its values, or its file."""
 
 
-def plan(recipe: AnyRecipe, overrides: Sequence[str] = ()) -> "Plan":
+def plan(recipe: AnyRecipe, overrides: Sequence[str] = (), *, memory: str | int | None = None) -> "Plan":
     """Predict the memory that a recipe's training needs; nothing is loaded but names and shapes.
 
     Args:
-        recipe: a file, a mapping or a `Recipe`.
+        recipe: a file, a mapping or a `Recipe`; or a model alone (a directory, a config.json, a .gguf file, a hub id, of
+            which only the config is fetched), which is planned with the defaults.
         overrides: `key=value` with dotted keys, for example `train.micro_batch=2`.
+        memory: what there is for training, `24GiB`: `.settings` are then those that fit.
 
     Returns:
-        Bytes by what they are for; `.total` is the predicted peak above the interpreter and its libraries. Of a recipe
-        with a `prune` block it is the plan of the pruned model where that is there, else of the whole one.
+        Bytes by what they are for; `.total` is the predicted peak above the interpreter and its libraries, `.sizes` are
+        those of the tuned model by format. Of a recipe with a `prune` block it is the plan of the pruned model where that
+        is there, else of the whole one.
     """
-    from trimtab.memory.plan import plan as planned
-    from trimtab.models.sources import open_source
-    from trimtab.pipeline.pruned import pruned_already
+    from trimtab.formats.file_size import parse_bytes
+    from trimtab.pipeline import planning
 
-    chosen, notes = pruned_already(as_recipe(recipe, overrides)), []
-    if chosen.prune is not None:
-        notes.append("prune: not done yet, so this is the plan of the whole model; what is left will take less")
-    if chosen.search is not None:
-        notes.append("search: this is the plan of the recipe's own rules; search.budget_training bounds every trial's")
-    if chosen.train.objective != "sft":
-        notes.append(
-            f"train.objective: this is the plan of sft; {chosen.train.objective} holds a head's matrix and a reference, too"
-        )
-    return replace(planned(chosen, open_source(chosen.model.path).layout()), notes=tuple(notes))
+    chosen, notes = planning.to_plan(recipe, overrides)
+    return replace(planning.plan(chosen, None if memory is None else parse_bytes(memory, "memory")), notes=notes)
 
 
 def run(

@@ -63,22 +63,41 @@ def run(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")] = False,
 ) -> None:
-    """Quantize, tune, fold, save, and compare."""
+    """Quantize, tune, fold, save, and compare; Ctrl-C finishes the step and saves it, `--resume` goes on."""
     terminal = _terminal()
     try:
         trimtab.run(recipe, overrides or (), overwrite=overwrite, resume=resume, show=terminal)
+    except KeyboardInterrupt:
+        from trimtab.pipeline.stopped import stopped
+
+        terminal.say(stopped(recipe, overrides or ()))
+        raise SystemExit(130) from None
     finally:
         terminal.close()
 
 
 @app.command()
-def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
-    """Predict the memory that a recipe's training needs; loads nothing."""
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe file, or a model: directory, config.json, .gguf, hub id.", metavar="RECIPE")
+    ],
+    overrides: _Overrides = None,
+    memory: Annotated[str | None, typer.Option(help="Memory for training, 24GiB: what fits into it.")] = None,
+    probe: Annotated[bool, typer.Option(help="Train random layers for ten seconds to tell the speed.")] = True,
+) -> None:
+    """Predict memory, sizes and time of a recipe's training; loads nothing."""
     terminal = _terminal()
-    found = trimtab.plan(recipe, overrides or ())
+    terminal.say(f"planning {recipe}" + ("" if memory is None else f" for {memory}"))
+    found = trimtab.plan(recipe, overrides or (), memory=memory)
     for note in found.notes:
         terminal.say(note)
     terminal.plan(found)
+    if probe:
+        from trimtab.pipeline import planning
+        from trimtab.report import planned
+
+        chosen, _ = planning.to_plan(recipe, overrides or ())
+        terminal.say(planned.speed(planning.probed(chosen, found.total)))
 
 
 @app.command("eval")

@@ -21,7 +21,8 @@ from trimtab.evaluation import chat
 from trimtab.evaluation.parity import Parity
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats.native.write import save
-from trimtab.memory import process
+from trimtab.memory import process, settings
+from trimtab.memory import speed as probe
 from trimtab.methods import LrQat
 from trimtab.models.load import load, load_float
 from trimtab.models.prepare import fold
@@ -107,12 +108,27 @@ def test_plan(given: Path, command: Command) -> None:
     """From a float directory and from a saved one; it writes and loads nothing."""
     onto = [f"model.path={given / 'saved'}", "rules=null", "method={name: lora, rank: 4}"]
     for more, trainable in (([], "10,496"), (onto, "8,192")):
-        printed = command("plan", given / "recipe.yaml", *more)
+        printed = command("plan", given / "recipe.yaml", *more, "--no-probe")
         assert "predicted peak of training" in printed
         assert re.search(rf"trainable parameters\s+{trainable}", printed)
-        assert re.search(r"total\s+[\d.]+ [kM]B above", printed)
-        assert re.search(r"memory free here\s+[\d.]+ [MG]B: fits", printed)
+        assert re.search(r"total, above the interpreter and its libraries\s+[\d.]+ [kM]B", printed)
+        assert re.search(r"memory free here: [\d.]+ [MG]B: fits, [\d.]+ [MG]B left", printed)
+        assert printed.startswith("planning ")
+        assert "tokens a second" not in printed
+        assert max(map(len, printed.splitlines()[1:])) <= 80
     assert not (given / "run").exists()
+
+
+def test_plan_of_a_model_for_a_memory(given: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a recipe; the probe comes last."""
+    monkeypatch.setattr(settings, "METHODS", ())
+    monkeypatch.setattr(probe, "SECONDS", 0.1)
+    printed = command("plan", given / "model", "--memory", "1GiB", "data.block_tokens=64")
+    assert printed.splitlines()[0] == f"planning {given / 'model'} for 1GiB"
+    assert "no recipe, so this is the plan of lr-qat with sequences of 64 tokens, 8,192 in a step" in printed
+    assert "memory given: 1.07 GB: fits" in printed
+    assert re.search(r"lr-qat\s+int4 g64\s+32\s+64\s+64\s+[\d.]+ MB", printed)
+    assert printed.splitlines()[-1].startswith("about ")
 
 
 def test_methods_and_recipe(command: Command) -> None:

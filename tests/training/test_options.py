@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations import integration_utils
 
 import tiny
 from trimtab.errors import UserError
@@ -111,12 +112,12 @@ def test_scales_of_mixed_widths_move_in_proportion_to_their_steps(tmp_path: Path
     assert moved[4] == pytest.approx(every | {"q_proj scale": rate * 5, "v_proj scale": rate / 17}, rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "package"), [("trackio", "trackio"), ("comet_ml", "comet-ml")])
+@pytest.mark.parametrize(("name", "package"), [("trackio", "trackio"), ("wandb", "wandb"), ("comet_ml", "comet-ml")])
 def test_a_logger_that_is_not_installed(
     name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers' own words are that it is no known integration."""
-    monkeypatch.setattr(options, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(options, "get_available_reporting_integrations", lambda: ["mlflow"])
     said = rf"train\.report_to: {name} needs a package .*: pip install {package} \(or none"
     with pytest.raises(UserError, match=said):
         run(tmp_path, "out", report_to=name)

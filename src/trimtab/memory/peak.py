@@ -20,9 +20,9 @@ is measured. A heap that keeps freed memory (glibc does, up to 32 MB a tensor) n
 counts that.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,8 @@ from trimtab.training.divergence import LOGITS_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from trimtab.memory.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class Plan:
     """Of gradients, activations and temporary: what is never there at once with the others."""
     notes: tuple[str, ...] = ()
     """What this is not the plan of, where a recipe has stages before training."""
+    memory: int | None = None
+    """Bytes that were said to be there, or None."""
+    sizes: Mapping[str, int | str] = field(default_factory=dict)
+    """Bytes of the tuned model by export format, or why a format does not hold it."""
+    settings: "Settings | None" = None
+    """What fits into `memory`, where that was given."""
 
     @property
     def total(self) -> int:
@@ -127,25 +135,77 @@ def peak_of_training(
         activations: how inputs are rounded, or None.
         kv: how keys and values are rounded, or None.
     """
+    lay_out_for_training(model, method, rules, dtype=dtype, activations=activations, kv=kv)
+    return peak_of(
+        model,
+        kept_for_backward(model, micro_batch, block_tokens),
+        tokens=micro_batch * block_tokens,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        micro_batches=micro_batches,
+        moment_bytes=moment_bytes,
+        teaching=teaching,
+    )
+
+
+def lay_out_for_training(
+    model: "PreTrainedModel",
+    method: Method,
+    rules: Sequence[Rule] | None,
+    *,
+    dtype: torch.dtype,
+    activations: Activations | None = None,
+    kv: KvCache | None = None,
+) -> None:
+    """Prepare a model on the meta device, in place, as training will have it; arguments as of `peak_of_training`."""
     cast_floats(model, dtype)
     prepare_meta(model, method, rules)
     if activations is not None or kv is not None:
         lay_out(model, activations, kv)
+
+
+def peak_of(
+    model: "PreTrainedModel",
+    kept: int,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    micro_batches: int = 2,
+    moment_bytes: int = 4,
+    teaching: Teaching = Teaching(),
+    more: int = 0,
+) -> Plan:
+    """Predict the peak of training of a model that is laid out for it.
+
+    Args:
+        model: of `lay_out_for_training`.
+        kept: what autograd keeps of one forward pass, without recomputation: `kept_for_backward` of the whole model.
+        tokens: in one forward pass.
+        dtype: compute dtype.
+        checkpointing: whether each block is recomputed in backward.
+        micro_batches: forward passes of an optimizer step, one or more.
+        moment_bytes: of each of Adam's two moments of a trainable parameter.
+        teaching: what a teacher adds.
+        more: blocks that the model has beside those that are laid out, each like the last of them.
+    """
     stored = {id(p): p for layer in quant_layers(model).values() for p in layer.parameters()}
-    adapters = [p for p in model.parameters() if p.requires_grad]
+    last = list(decoder.blocks(model)[-1].parameters()) if more else []
+    parameters = [*model.parameters(), *last * more]
+    adapters = [p for p in parameters if p.requires_grad]
     trained = {id(p) for p in adapters}
-    config, tokens = model.config.get_text_config(), micro_batch * block_tokens
-    kept = block = kept_for_backward(model, micro_batch, block_tokens)
+    config, block = model.config.get_text_config(), kept
+    layers = config.num_hidden_layers if not more else len(decoder.blocks(model)) + more
     if checkpointing:
-        block = kept // config.num_hidden_layers
-        kept = block + config.num_hidden_layers * tokens * config.hidden_size * dtype.itemsize
+        block = kept // layers
+        kept = block + layers * tokens * config.hidden_size * dtype.itemsize
     # Each block's activations are there in the loss, too, but for those that are recomputed later.
     recomputed = block if checkpointing else 0
     at_loss = _at_loss(model, tokens, dtype) + teaching.at_loss - recomputed
     in_layer = _in_layer(model, tokens, dtype)
     return Plan(
-        codes=_bytes(p for i, p in stored.items() if i not in trained),
-        float_parameters=_bytes(p for p in model.parameters() if id(p) not in stored),
+        codes=_bytes(p for p in parameters if id(p) in stored and id(p) not in trained),
+        float_parameters=_bytes(p for p in parameters if id(p) not in stored),
         adapters=_bytes(adapters),
         gradients=_bytes(adapters),
         optimizer=2 * moment_bytes * sum(p.numel() for p in adapters),
@@ -154,25 +214,26 @@ def peak_of_training(
         trainable=sum(p.numel() for p in adapters),
         teacher=teaching.resident,
         before=teaching.before,
-        apart=_apart(model, kept, recomputed, at_loss, in_layer) if micro_batches == 1 else 0,
+        apart=_apart(model, kept, recomputed, at_loss, in_layer, more) if micro_batches == 1 else 0,
     )
 
 
-def _apart(model: "PreTrainedModel", kept: int, block: int, at_loss: int, in_layer: int) -> int:
+def _apart(model: "PreTrainedModel", kept: int, block: int, at_loss: int, in_layer: int, more: int) -> int:
     """What activations, gradients and temporary tensors never need together, with no gradients of another micro-batch.
 
     The peak is that of the loss, with all activations; or of a layer of backward, from the last to the first, with its
     own activations and those of the layers before it, its own gradients and those of the layers after it. `block` is
     the one block that is recomputed, if any.
     """
-    layers = decoder.blocks(model)
-    inside = [_bytes(p for p in layer.parameters() if p.requires_grad) for layer in layers]
-    whole = _bytes(p for p in model.parameters() if p.requires_grad)
-    gradients = whole - sum(inside)  # of a trained head: they are there in the loss
+    inside = [_bytes(p for p in layer.parameters() if p.requires_grad) for layer in decoder.blocks(model)]
+    # Of a trained head: they are there in the loss.
+    gradients = _bytes(p for p in model.parameters() if p.requires_grad) - sum(inside)
+    inside += inside[-1:] * more
+    whole = gradients + sum(inside)
     peak = kept + at_loss + gradients
-    for number in reversed(range(len(layers))):
+    for number in reversed(range(len(inside))):
         gradients += inside[number]
-        left = block + -(-(kept - block) * (number + 1) // len(layers))
+        left = block + -(-(kept - block) * (number + 1) // len(inside))
         peak = max(peak, left + gradients + in_layer)
     return kept + whole + max(at_loss, in_layer) - peak
 

@@ -16,7 +16,7 @@ from trimtab.methods.rtn import Rtn
 from trimtab.models import calibrate
 from trimtab.models.architecture import architecture_of
 from trimtab.models.prepare import prepare_meta, targets
-from trimtab.models.sources import open_source
+from trimtab.models.sources import open_layout
 from trimtab.models.transformers_bridge import cast_floats
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule
@@ -72,15 +72,20 @@ def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[
     return most + 2 * recipe.start.tokens * model.config.get_text_config().hidden_size * itemsize
 
 
-def teaching(recipe: Recipe) -> Teaching:
-    """What the teacher adds to a run's memory plan; none without a `distill` block."""
+def teaching(recipe: Recipe, tokens: int | None = None) -> Teaching:
+    """What the teacher adds to a run's memory plan; none without a `distill` block.
+
+    Args:
+        recipe: whose distillation it is.
+        tokens: in one forward pass; None for the recipe's.
+    """
     if recipe.distill is None or not recipe.train.steps:
         return Teaching()
     assert recipe.data is not None, "the recipe was checked to have data"
-    kind, model = kind_of(recipe), open_source(recipe.model.path).layout()
+    kind, model = kind_of(recipe), open_layout(recipe.model.path).layout()
     dtype = torch.bfloat16 if kind == "bfloat16" else recipe.dtype
     cast_floats(model, dtype)
-    text, tokens = model.config.get_text_config(), recipe.train.micro_batch * recipe.data.block_tokens
+    text, tokens = model.config.get_text_config(), tokens or recipe.train.micro_batch * recipe.data.block_tokens
     head = text.vocab_size * text.hidden_size * dtype.itemsize
     if kind == "int8":
         prepare_meta(model, Rtn(), int8_rules(model))

@@ -13,7 +13,7 @@ imported (see `trimtab.__init__`), and a reader is imported when a path asks for
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,6 +41,8 @@ class ModelSource(ABC):
     path: Path
     prepared: ClassVar[bool] = False
     """Whether the layers in it are stored by trimtab, so that there is no float model behind it."""
+    weights: ClassVar[bool] = True
+    """Whether there are weights to read."""
 
     @abstractmethod
     def config(self) -> Any:
@@ -133,6 +135,34 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+class ConfigSource(ModelSource):
+    """A config without weights: names and shapes, for whoever only plans.
+
+    Args:
+        path: a config.json, or the directory that holds it.
+    """
+
+    weights = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def config(self) -> Any:
+        """From config.json."""
+        return read_config(self.path)
+
+    def tokenizer(self) -> Any:
+        """None: nothing is read of it."""
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """There is nothing to read."""
+        raise UserError(f"model.path: {self.path}: holds no weights, only a config; it can be planned, not run")
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """There is nothing to find."""
+        self.read("")
+
+
 def resolve(path: str) -> Path:
     """The local file or directory behind a path, package name or hub id; fetches from the hub where needed."""
     if path in _NAMED:
@@ -148,19 +178,37 @@ def resolve(path: str) -> Path:
     return _fetch(path)
 
 
-def _fetch(repo: str) -> Path:
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt")
+
+
+def _fetch(repo: str, wanted: Sequence[str] = _WANTED) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, commit = repo.partition("@")
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
     try:
-        return Path(snapshot_download(name, revision=commit or None, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=commit or None, allow_patterns=list(wanted)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model.path: {repo}: no such directory, and the hub did not give it ({_first_line(error)}); "
             "check the name and the network"
         ) from error
+
+
+def open_layout(path: str) -> ModelSource:
+    """The source behind a path for whoever reads no weights: a config.json by itself will do, and of the hub only that is
+    fetched. Where weights are at hand it is that of `open_source`.
+    """
+    local = Path(path).expanduser()
+    if not local.exists() and path not in _NAMED and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        local = _fetch(path, ("config.json",))
+    if local.is_file() and local.suffix == ".json":
+        _check_config(path, local)
+        return ConfigSource(local)
+    config, tensors = local / "config.json", local.glob("*.safetensors")
+    if config.is_file() and not any(tensors) and _check_config(path, config) is None:
+        return ConfigSource(local)
+    return open_source(str(local) if local.exists() else path)
 
 
 def open_source(path: str) -> ModelSource:
@@ -177,26 +225,33 @@ def open_source(path: str) -> ModelSource:
         return _open_with("gguf", found)
     if not (found / "config.json").exists():
         raise UserError(f"model.path: {path}: no config.json in it; a model directory has one")
-    try:
-        config = json.loads((found / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{found / 'config.json'}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{found / 'config.json'}: holds no mapping of keys; fetch it again")
-    quantized = config.get("quantization_config")
-    if isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD:
+    if _check_config(path, found / "config.json") == QUANT_METHOD:
         return _open_with(QUANT_METHOD, found)
-    for by in _quantized_by(config):
-        raise UserError(
-            f"model.path: {path}: already quantized by {by}; start from the float model, "
-            "a GGUF file or a directory saved by trimtab"
-        )
     if (found / "adapter_config.json").exists():
         raise UserError(
             f"model.path: {path}: holds an adapter beside the model (adapter_config.json), which transformers would load "
             "with it; name the adapter by `model.adapter`, and take it out of the model's directory"
         )
     return SafetensorsSource(found)
+
+
+def _check_config(path: str, file: Path) -> str | None:
+    """Who quantized the model of a config.json: trimtab or nobody, else a `UserError`."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: holds no mapping of keys; fetch it again")
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD:
+        return QUANT_METHOD
+    for by in _quantized_by(config):
+        raise UserError(
+            f"model.path: {path}: already quantized by {by}; start from the float model, "
+            "a GGUF file or a directory saved by trimtab"
+        )
+    return None
 
 
 _MARKERS = {

@@ -21,6 +21,7 @@ from trimtab.recipe import inputs
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.build import RunContext, calibration
 from trimtab.training.checkpoints import check_reached
+from trimtab.training.held_out import held_out as while_training
 from trimtab.training.teacher import check_teacher
 
 
@@ -57,7 +58,10 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     start = calibration(recipe, rows, tokenizer)
     for tokens, key in ((blocks, "data.eval_path"), (None if start is None else start.tokens, "start.path")):
         check_tokens(tokens, tokenizer, vocabulary, key)
-    return RunContext(source, tokenizer, rows, labelled, blocks, start, notes)
+    watched = None
+    if recipe.train.steps and recipe.train.evaluate_steps is not None:
+        watched = while_training(recipe, tokenizer, held_out, vocabulary, blocks)
+    return RunContext(source, tokenizer, rows, labelled, blocks, start, notes, watched)
 
 
 def check_extras(recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """The folder of a run while it is made: beside its output, which it replaces when it is whole.
 
     <output>.unfinished/recipe.yaml       the run's recipe, with the hashes of what it reads: `--resume` reads the same
-    <output>.unfinished/checkpoints       of training; moved into the output in the end
+    <output>.unfinished/checkpoints       of training, with what was measured before; moved into the output in the end
     <output>.unfinished/model             what the output will hold
 
 The earlier run stays until then. A run that is stopped leaves the folder if there is a checkpoint in it, which `--resume`
@@ -21,7 +21,10 @@ from trimtab.formats.manifest import add, entries, kind_of, remove, some, write_
 from trimtab.recipe.recipe import Recipe, read
 from trimtab.training.checkpoints import whole_checkpoint
 
-_OURS = ("recipe.yaml", "model/", "checkpoints/checkpoint-", "checkpoints/runs/")
+_OURS = (
+    "recipe.yaml", "model/", "checkpoints/checkpoint-", "checkpoints/best/", "checkpoints/measured.json",
+    "checkpoints/runs/",
+)  # fmt: skip
 """What names begin with that a run writes into its folder."""
 _REMEDY = "move or remove it yourself, or set `output`"
 

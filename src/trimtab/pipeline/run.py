@@ -9,6 +9,7 @@ when it is whole (see `output`).
 import gc
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +33,7 @@ from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
 from trimtab.models.share import shares
 from trimtab.pipeline import checks
+from trimtab.pipeline.measured import Measured
 from trimtab.pipeline.output import Work
 from trimtab.pipeline.reading import written_down
 from trimtab.recipe import inputs
@@ -118,18 +120,17 @@ def _carry_out(
     given_recipe: Recipe, work: Work, given: RunContext, resume: bool, watch: Observer
 ) -> tuple[dict[str, Any], list[Parity]]:
     """Everything between the checks and the end: the model is then whole in the folder of the run."""
-    recipe, tokenizer, held_out = given_recipe.moved(work.folder), given.tokenizer, given.held_out
+    recipe = given_recipe.moved(work.folder)
     output = str(given_recipe.out)
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": output, "method": recipe.method.name}
-    _measure_float(recipe, given, metrics, watch)
+    before = Measured.before(recipe, work, resume)
+    if before.values:
+        watch.say("what was measured before training is known from when this run began")
+    _measure_float(recipe, given, metrics, before, watch)
     asking_bytes = _ask_teacher(recipe, given, watch)
     model = _load(recipe, given, metrics, watch)
     _simulate(recipe, model, given, watch)
-    if "rounded" in recipe.evaluate.baselines and held_out is not None:
-        watch.say("measuring the rounded model, before tuning")
-        metrics["perplexity"]["rounded"] = perplexity(model, held_out)
-    if recipe.evaluate.prompt:
-        metrics["answers"]["before"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
+    _measure_rounded(recipe, model, given, metrics, before, watch)
     metrics |= _tune(recipe, model, given, resume, watch)
     metrics["peak_memory_bytes"] = max(peak_bytes(), asking_bytes)
     parities = _fold_and_save(recipe, work, model, given, metrics, watch)
@@ -140,16 +141,43 @@ def _carry_out(
     return metrics, parities
 
 
-def _measure_float(recipe: Recipe, given: RunContext, metrics: dict[str, Any], watch: Observer) -> None:
+def _measure_float(
+    recipe: Recipe, given: RunContext, metrics: dict[str, Any], before: Measured, watch: Observer
+) -> None:
     """Perplexity of the untuned float model where asked; it is gone before the next model comes."""
     if "float" not in recipe.evaluate.baselines:
         return
-    watch.say("measuring the float model (untuned)")
-    model = load_float(recipe.model.path, dtype=recipe.dtype, source=given.source)
-    assert given.held_out is not None, "the recipe was checked to have held-out data"
-    metrics["perplexity"]["float"] = perplexity(model, given.held_out)
-    del model
+
+    def measure() -> float:
+        watch.say("measuring the float model (untuned)")
+        model = load_float(recipe.model.path, dtype=recipe.dtype, source=given.source)
+        assert given.held_out is not None, "the recipe was checked to have held-out data"
+        return perplexity(model, given.held_out)
+
+    metrics["perplexity"]["float"] = before.once("float", measure)
     gc.collect()
+
+
+def _measure_rounded(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    given: RunContext,
+    metrics: dict[str, Any],
+    before: Measured,
+    watch: Observer,
+) -> None:
+    """Perplexity and an answer of the model before it is tuned, where asked."""
+    held_out, block = given.held_out, recipe.evaluate
+
+    def measure(windows_WL: Tensor) -> float:
+        watch.say("measuring the rounded model, before tuning")
+        return perplexity(model, windows_WL)
+
+    if "rounded" in block.baselines and held_out is not None:
+        metrics["perplexity"]["rounded"] = before.once("rounded", partial(measure, held_out))
+    if block.prompt:
+        ask = partial(answer, model, given.tokenizer, block.prompt, block.answer_tokens)
+        metrics["answers"]["before"] = before.once("before", ask)
 
 
 def _ask_teacher(recipe: Recipe, given: RunContext, watch: Observer) -> int:
@@ -205,13 +233,16 @@ def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: boo
         return {"train_seconds": 0.0, "tokens": 0, "trainable": count, "losses": []}
     watch.say(f"training {count:,} parameters for {recipe.train.steps} steps on {describe(given.rows)}")
     rows = given.labelled or given.rows
-    done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, rows=rows, say=watch.say)
+    options: dict[str, Any] = {"rows": rows, "held_out": given.while_training}
+    done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, say=watch.say, **options)
     _announce(watch)
     if done.measures:
         told = [f"{name} {value:.3g}" for name, value in done.measures.items() if name in _TOLD]
         watch.say(f"{recipe.train.objective}, in the last step: {', '.join(told)}")
-    more = {} if recipe.train.objective == "sft" else {"objective": recipe.train.objective, "measures": done.measures}
-    return {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": count, "losses": done.losses} | more
+    found = {"train_seconds": done.seconds, "tokens": done.tokens, "trainable": count, "losses": done.losses}
+    if recipe.train.objective != "sft":
+        found |= {"objective": recipe.train.objective, "measures": done.measures}
+    return found if done.held_out is None else found | {"held_out": asdict(done.held_out)}
 
 
 def _fold_and_save(

@@ -119,6 +119,11 @@ class TrainBlock(Block):
     """Steps between checkpoints (of trainable tensors and optimizer state only)."""
     keep_checkpoints: int = Field(default=2, ge=2)
     """Checkpoints kept; at least two, since the newest may prove bad in the next step."""
+    evaluate_steps: int | None = Field(default=None, ge=1)
+    """Steps between measurements of the loss on held-out text, before the first and after the last step, too; the model of
+    the lowest loss is the one that is folded and saved. Null measures nothing."""
+    early_stop: int | None = Field(default=None, ge=1)
+    """End training when so many measurements in a row have found no lower held-out loss; null goes on to the last step."""
     log_steps: int = Field(default=1, ge=1)
     """Steps between log lines."""
     beta: float | None = Field(default=None, ge=0)
@@ -132,7 +137,7 @@ class TrainBlock(Block):
     completion_tokens: int = Field(default=128, ge=1)
     """Of grpo: length of an answer, at most."""
     report_to: str = "none"
-    """Logger that transformers knows: none, tensorboard, wandb, trackio."""
+    """Logger: none, tensorboard, wandb, trackio, or another that transformers knows and is installed."""
 
     @property
     def moment_bytes(self) -> int:

@@ -223,6 +223,12 @@ def _check(recipe: Recipe, where: str) -> None:
         )
     if recipe.evaluate.baselines and (recipe.data is None or recipe.data.eval_path is None):
         raise UserError(f"{where}: evaluate.baselines: are compared on held-out data; set data.eval_path")
+    if recipe.train.evaluate_steps is not None and (recipe.data is None or recipe.data.eval_path is None):
+        raise UserError(f"{where}: train.evaluate_steps: measures on held-out data; set data.eval_path")
+    if recipe.train.early_stop is not None and recipe.train.evaluate_steps is None:
+        raise UserError(
+            f"{where}: train.early_stop: counts measurements of the held-out loss; set train.evaluate_steps"
+        )
     cache = recipe.teacher_cache
     if cache is not None and recipe.out.resolve() in (cache.resolve(), *cache.resolve().parents):
         raise UserError(f"{where}: distill.cache: {cache} is in the output directory; give it one of its own")

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from trimtab.pruning import Pruned
     from trimtab.training.trainer import Step
 
-_TRAINING = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}")
+_TRAINING = (
+    "loss {task.fields[loss]:.3f}{task.fields[held_out]}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}",
+)  # fmt: skip
 
 
 def size(count: float) -> str:
@@ -58,7 +60,7 @@ class Terminal:
         self.console = Console(highlight=False, emoji=False)
         self._progress: Progress | None = None
         self._live: Live | None = None
-        self._said = ""
+        self._said = self._held_out = ""
 
     def say(self, text: str) -> None:
         """A line about the stage that begins or has ended."""
@@ -69,11 +71,15 @@ class Terminal:
         """Advance the training bar."""
         speed = step.tokens / max(step.seconds, 1e-9)
         fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(process.peak_bytes())}
+        if step.held_out is not None:
+            self._held_out = f", held-out {step.held_out:.3f}"
         if not self.console.is_terminal:
-            if step.step == step.steps or step.step % max(step.steps // 10, 1) == 0:
-                line = f"step {step.step}/{step.steps}  loss {step.loss:.3f}  {speed:.0f} tok/s  {fields['memory']}"
-                self.console.print(f"  {line}")
+            tenth = step.step == step.steps or step.step % max(step.steps // 10, 1) == 0
+            if tenth or step.held_out is not None:
+                loss = f"loss {step.loss:.3f}" + ("" if step.held_out is None else self._held_out)
+                self.console.print(f"  step {step.step}/{step.steps}  {loss}  {speed:.0f} tok/s  {fields['memory']}")
             return
+        fields["held_out"] = self._held_out
         if self._progress is None:
             columns = [TextColumn("step {task.completed}/{task.total}"), BarColumn(), *map(TextColumn, _TRAINING)]
             self._progress = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
@@ -148,28 +154,14 @@ class Terminal:
         self.console.print(table)
 
     def plan(self, plan: "Plan") -> None:
-        """The memory plan, and whether it fits."""
-        table = Table(title="predicted peak of training", title_justify="left", box=None, show_header=False)
-        names = {
-            "codes": "codes, scales, zeros",
-            "float_parameters": "float parameters",
-            "adapters": "trained parameters",
-            "gradients": "gradients",
-            "optimizer": "optimizer (AdamW)",
-            "activations": "activations kept for backward",
-            "temporary": "temporary (one layer, one chunk of logits)",
-        }
-        names |= {"teacher": "the teacher"} if plan.teacher else {}
-        names |= {"before": "before it: asking the teacher, GPTQ (not added)"} if plan.before else {}
-        names |= {"apart": "of these never at once (subtracted)"} if plan.apart else {}
-        for key, label in names.items():
-            table.add_row(label, size(getattr(plan, key)))
-        table.add_row("[bold]total[/bold]", f"[bold]{size(plan.total)}[/bold] above the interpreter and its libraries")
-        table.add_row("trainable parameters", f"{plan.trainable:,}")
-        available = process.available_bytes()
-        verdict = "fits" if plan.total < available else "does not fit"
-        table.add_row("memory free here", f"{size(available)}: {verdict}")
-        self.console.print(table)
+        """The memory plan, whether it fits, what would, and the sizes of what is written."""
+        from trimtab.report import planned
+
+        for shown in planned.tables(plan, process.available_bytes(), size):
+            if isinstance(shown, str):
+                self.say(shown)
+            else:
+                self.rows(shown.title, shown.header, shown.rows)
 
     def accuracies(self, found: "Accuracies") -> None:
         """Scores of one model or two, and their paired differences."""
@@ -240,7 +232,7 @@ class Terminal:
 
     def rows(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Any table of text."""
-        table = Table(title=title or None, title_justify="left", box=None)
+        table = Table(title=title or None, title_justify="left", box=None, show_header=any(header))
         for i, column in enumerate(header):
             table.add_column(column, no_wrap=i == 0)  # names are read whole, whatever else has to wrap
         for row in rows:

@@ -15,6 +15,7 @@ from trimtab.models.load import load
 from trimtab.models.peft_init import start_from
 from trimtab.models.sources import ModelSource
 from trimtab.recipe.recipe import Recipe
+from trimtab.training.held_out import HeldOut
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class RunContext:
     """GPTQ with its calibration set; None rounds to nearest."""
     notes: tuple[str, ...] = ()
     """What is to be known before a run, a line each."""
+    while_training: HeldOut | None = None
+    """What `train.evaluate_steps` measures on, or None."""
 
 
 def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:

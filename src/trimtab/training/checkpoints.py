@@ -1,9 +1,44 @@
-"""Checkpoints on disk: which of a folder's is the last that was written to its end."""
+"""Checkpoints: what is trained, on disk, and which of a folder's is the last that was written to its end.
+
+checkpoints/checkpoint-<step>/    trainable tensors, optimizer, schedule, random state: what training goes on from
+checkpoints/best/                 trainable tensors alone, of the lowest held-out loss (see `best`)
+"""
 
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from torch import nn
+
 from trimtab.errors import UserError
 from trimtab.recipe.recipe import Recipe
+
+CHECKPOINT = "trainable.safetensors"
+"""Trainable tensors of a checkpoint, by parameter name."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that want gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(model: nn.Module, checkpoint: Path) -> None:
+    """Copy a checkpoint's trainable tensors into a prepared model.
+
+    Raises:
+        UserError: if the checkpoint belongs to another recipe.
+    """
+    named = trainable(model)
+    with safe_open(checkpoint / CHECKPOINT, framework="pt") as file:
+        if set(file.keys()) != set(named):
+            odd = sorted(set(file.keys()) ^ set(named))[0]
+            raise UserError(f"{checkpoint}: {odd} is in only one of checkpoint and model; resume with the same recipe")
+        for name, parameter in named.items():
+            tensor = file.get_tensor(name)
+            if tensor.shape != parameter.shape:
+                raise UserError(f"{checkpoint}: {name} has another shape there; resume with the same recipe")
+            with torch.no_grad():
+                parameter.copy_(tensor)
 
 
 def whole_checkpoint(checkpoints: Path) -> Path | None:

@@ -12,27 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.errors import Diverged, UserError
+from trimtab.errors import Diverged
 from trimtab.layers.rates import param_groups
 from trimtab.recipe.recipe import Recipe
-from trimtab.training.checkpoints import whole_checkpoint
+from trimtab.training.checkpoints import CHECKPOINT, load_trainable, trainable, whole_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
-
-CHECKPOINT = "trainable.safetensors"
-"""Trainable tensors of a checkpoint, by parameter name."""
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that want gradients, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @contextmanager
@@ -129,25 +120,6 @@ def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         weight_decay=block.weight_decay,
         scale_bits=block.lr_scale_bits,
     )
-
-
-def load_trainable(model: nn.Module, checkpoint: Path) -> None:
-    """Copy a checkpoint's trainable tensors into a prepared model.
-
-    Raises:
-        UserError: if the checkpoint belongs to another recipe.
-    """
-    named = trainable(model)
-    with safe_open(checkpoint / CHECKPOINT, framework="pt") as file:
-        if set(file.keys()) != set(named):
-            odd = sorted(set(file.keys()) ^ set(named))[0]
-            raise UserError(f"{checkpoint}: {odd} is in only one of checkpoint and model; resume with the same recipe")
-        for name, parameter in named.items():
-            tensor = file.get_tensor(name)
-            if tensor.shape != parameter.shape:
-                raise UserError(f"{checkpoint}: {name} has another shape there; resume with the same recipe")
-            with torch.no_grad():
-                parameter.copy_(tensor)
 
 
 def silence(trainer: Any) -> None:

@@ -24,11 +24,14 @@ from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
 from trimtab.training.arguments import arguments, block_tokens
-from trimtab.training.checkpoints import last_checkpoint, step_of
+from trimtab.training.best import Evaluations
+from trimtab.training.checkpoints import CHECKPOINT, last_checkpoint, load_trainable, step_of, trainable
 from trimtab.training.divergence import Distillation
+from trimtab.training.during import During
+from trimtab.training.held_out import HeldOut
 from trimtab.training.labelled import Labelled, check_learned, label, packing_of
 from trimtab.training.loss import IGNORED, loss_of_logits, summed_loss
-from trimtab.training.ours import CHECKPOINT, Ours, groups_of, load_trainable, old_names, silence, trainable
+from trimtab.training.ours import Ours, groups_of, old_names, silence
 from trimtab.training.preferred import Preferred, prefer
 from trimtab.training.stopping import stop_at
 from trimtab.training.teacher import LiveTeacher
@@ -50,6 +53,8 @@ class Step:
     """Tokens trained on since the start of this process."""
     seconds: float
     """Time since the first step of this process began."""
+    held_out: float | None = None
+    """Loss on held-out text, where it was measured after this step."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Trained:
     """Training loss of each logged step."""
     measures: dict[str, float] = field(default_factory=dict)
     """What else the objective says of the last logged step: `rewards/accuracies`, `rewards/margins`, `kl`, ..."""
+    held_out: Evaluations | None = None
+    """What was measured on held-out text, where `train.evaluate_steps` asks for it."""
 
 
 class _Trainer(Ours, SFTTrainer):
@@ -132,7 +139,9 @@ class _Meter(TrainerCallback):
         self.measures = {k: float(v) for k, v in logs.items() if k == "kl" or k.startswith(("reward", "completions/"))}
         if self.on_step is not None:
             tokens, seconds = self.trainer[0].tokens_seen, perf_counter() - self.began
-            self.on_step(Step(state.global_step, state.max_steps, loss, tokens, seconds))
+            before = state.log_history[-2] if len(state.log_history) > 1 else {}  # a step's measurement is logged first
+            held_out = before.get("eval_loss") if before.get("step") == state.global_step else None
+            self.on_step(Step(state.global_step, state.max_steps, loss, tokens, seconds, held_out))
 
 
 def _config(recipe: Recipe, checkpoints: Path, packing: str) -> SFTConfig:
@@ -154,6 +163,7 @@ def fit(
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
     rows: Any = None,
+    held_out: HeldOut | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Trained:
     """Train a prepared model by a recipe, in place.
@@ -165,40 +175,46 @@ def fit(
         resume: go on from the last checkpoint there.
         on_step: called after every logged step.
         rows: the data set, if it was read already; or `ready` of it.
-        say: told what is to be known before training.
+        held_out: what `train.evaluate_steps` measures on, if it was read already.
+        say: told what is to be known before training, and what ended it early.
 
     Raises:
         UserError: for unusable data, a loss that is not a number, or nothing to resume from.
+        Interrupted: after Ctrl-C, with a checkpoint of the step that was then at work.
     """
     assert recipe.data is not None, "the recipe was checked to have data"
     if rows is None:
         rows = training_rows(recipe)
-    given = ready(recipe, tokenizer, rows, model.config.get_text_config().vocab_size)
+    vocabulary = model.config.get_text_config().vocab_size
+    given = ready(recipe, tokenizer, rows, vocabulary)
     for line in () if given is rows else given.notes:
         say(line)
     if (end := stop_at(model, tokenizer, given.end)) is not None:
         say(end)
-    last = last_checkpoint(recipe) if resume else None
-    if last is not None and step_of(last) == recipe.train.steps:
+    last, during = last_checkpoint(recipe) if resume else None, During(recipe, tokenizer, vocabulary, held_out, say)
+    if last is not None and during.over(last):
         load_trainable(model, last)  # the trainer would take one step more
-        return Trained(recipe.train.steps, 0, 0.0, [])
+        return Trained(step_of(last), 0, 0.0, [], held_out=during.end_of(model, last))
     slot: list[Ours] = []
     meter = _Meter(on_step, slot)
     attach(model)
     model.config.use_cache = False
-    trainer = _trainer_for(model, tokenizer, recipe, given, [meter, LossWatch(recipe, say)])
+    callbacks = [*during.callbacks, meter, LossWatch(recipe, say)]
+    trainer = _trainer_for(model, tokenizer, recipe, given, callbacks)
     trainer.groups = groups_of(model, recipe)
     slot.append(trainer)
     if isinstance(given, Labelled):
         teacher_cache.attach(trainer, recipe, tokenizer, given.rows)
     tuning.for_training()
     began = perf_counter()
-    result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with during.watching(trainer):
+        result = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds = perf_counter() - began
     workspace.clear()
     model.config.use_cache = True
     model.eval()
-    return Trained(result.global_step, trainer.tokens_seen, seconds, meter.losses, meter.measures)
+    measured = during.end(model, trainer.state)
+    return Trained(result.global_step, trainer.tokens_seen, seconds, meter.losses, meter.measures, measured)
 
 
 def training_rows(recipe: Recipe) -> Any:

@@ -1,0 +1,129 @@
+"""Bytes that each format would take of a model, from names and shapes, or why it does not hold it.
+
+    native                 as `file_size` bounds it
+    compressed-tensors     b bits a code in words of 32, a scale and a packed zero for each group
+    gptq                   the same with float16 scales, zeros always, and the group of each input
+    gguf                   blocks of 32 codes: w bits each, a float16 scale, and a float16 minimum where the type has one
+    mlx                    w bits a code, a scale and a bias for each group of at most 128
+    dense, peft            matrices in the model's dtype; of peft, the factors too
+
+Tensors are counted to the byte; of a file's header, its tokenizer and its config nothing is, but in native's bound.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from trimtab.errors import UserError
+from trimtab.formats import ALL
+from trimtab.formats.declaration import DENSE, Form, Format, Layer, refusals
+from trimtab.formats.file_size import layer_bytes
+from trimtab.formats.mlx.write import GROUPS, width
+from trimtab.formats.written import planned
+from trimtab.methods.base import Method
+from trimtab.models.prepare import Target
+from trimtab.quant.activations import Activations, KvCache
+from trimtab.quant.grid import Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WORD = 32
+
+
+def export_sizes(
+    model: "PreTrainedModel",
+    targets: Sequence[Target],
+    method: Method,
+    *,
+    dtype: torch.dtype,
+    merge: bool = False,
+    activations: Activations | None = None,
+    kv: KvCache | None = None,
+    only: Collection[str] | None = None,
+) -> dict[str, int | str]:
+    """Bytes of a tuned model by format, or why the format does not hold it.
+
+    Args:
+        model: laid out on the meta device, not prepared.
+        targets: its layers that become ours, from `targets`.
+        method: what trains them.
+        dtype: compute dtype, of what stays in float.
+        merge: whether output adapters are merged into dense weights.
+        activations: how inputs are rounded, or None.
+        kv: how keys and values are rounded, or None.
+        only: these formats; None for all.
+    """
+    floats = _float_entries(model, targets)
+    found: dict[str, int | str] = {}
+    for format_ in (f for f in ALL if only is None or f.name in only):
+        layers = planned(targets, method, merge, format_, activations, kv)
+        refused = _refused(format_, layers, model, dtype)
+        if refused:
+            found[format_.name] = refused
+        elif format_.everything:
+            stored = sum(layer_bytes(t, method, dtype=dtype, merge=merge, activations=activations) for t in targets)
+            found[format_.name] = stored + floats * dtype.itemsize
+        else:
+            parts = (_layer(format_, layer, dtype) for layer in layers if layer.kind != "tied")
+            kept = sum(_factors(t, method) for t in targets) if format_.adapters == "kept" else 0
+            found[format_.name] = sum(parts) + floats * dtype.itemsize + kept
+    return found
+
+
+def _refused(format_: Format, layers: Sequence[Layer], model: "PreTrainedModel", dtype: torch.dtype) -> str:
+    try:
+        format_.require_config(model.config.get_text_config())
+    except UserError as error:
+        return str(error).removeprefix(f"export: {format_.name}: ")
+    return next((str(refusal) for refusal in refusals(format_, layers, dtype)), "")
+
+
+def _float_entries(model: "PreTrainedModel", targets: Sequence[Target]) -> int:
+    """Numbers of all that belongs to no layer of ours, and of the biases of those that do; ties counted once."""
+    left_out = getattr(model, "all_tied_weights_keys", {})
+    ours = {f"{target.name}.weight" for target in targets}
+    return sum(t.numel() for n, t in model.state_dict().items() if n not in ours and n not in left_out)
+
+
+def _factors(target: Target, method: Method) -> int:
+    """Bytes of a layer's update as an ordinary LoRA."""
+    delta = target.method(method).delta(target.grid, target.shape) if target.kind in ("linear", "head") else None
+    if delta is None:
+        return 0
+    n, k = target.shape
+    rank = k // delta.pool if delta.rank is None else delta.rank
+    itemsize: int = getattr(torch, delta.dtype).itemsize
+    return rank * (n + k) * itemsize
+
+
+def _layer(format_: Format, layer: Layer, dtype: torch.dtype) -> int:
+    """Bytes of a layer's matrix in a format that takes it."""
+    form = format_.form(layer, dtype)
+    assert isinstance(form, Form), "it was asked whether it is refused"
+    n, k = layer.shape
+    if form is DENSE:
+        return n * k * dtype.itemsize
+    grid = layer.grid
+    assert isinstance(grid, Grid), "no form takes another"
+    groups, zeros = k // (grid.group or k), grid.zero == "integer"
+    if format_.name == "gguf":
+        assert form.width is not None
+        return n * (k // 32) * (form.width * 4 + (4 if grid.zero == "real" else 2))
+    if format_.name == "mlx":
+        wide = width(grid.bits, grid.zero)
+        assert wide is not None
+        size = next(g for g in GROUPS if (grid.group or k) % g == 0)
+        return n * _words(k * wide) + 2 * n * (k // size) * dtype.itemsize
+    if format_.name == "gptq":
+        codes = _words(k * grid.bits) * n
+        return codes + groups * (2 * n + _words(n * grid.bits)) + 4 * k
+    if form.width == 8:  # whole bytes, where inputs are rounded
+        return n * k + n * groups * (dtype.itemsize + zeros)
+    return n * _words(k * grid.bits) + n * groups * dtype.itemsize + zeros * groups * _words(n * grid.bits) + 16
+
+
+def _words(bits: int) -> int:
+    """Bytes of so many bits in words of 32."""
+    return -(-bits // _WORD) * 4

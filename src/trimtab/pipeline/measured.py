@@ -1,0 +1,78 @@
+"""What a run measures before it trains, kept beside its checkpoints: a run that goes on does not measure it again.
+
+    <output>.unfinished/checkpoints/measured.json
+    {"of": SHA-256 of what decides it, "float": perplexity, "rounded": perplexity, "before": an answer}
+
+The files that a run reads are the same when it goes on, or it is refused (`recipe.inputs`); what else decides the numbers
+is in the recipe, and hashed here. The file moves with the checkpoints into the output, so a finished run that is trained
+further has it, too.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from trimtab.pipeline.output import Work
+from trimtab.recipe.fields import Block
+from trimtab.recipe.recipe import Recipe
+
+FILE = "measured.json"
+_DECIDES = ("model", "start", "activations", "kv", "data")
+"""Blocks of a recipe that decide what is measured before training, beside its method and rules."""
+_NAMES = ("path", "eval_path", "adapter")
+"""Keys of files: a run's own recipe, from which it may go on, has the same files by absolute paths."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers and answers by name, each measured once."""
+
+    file: Path | None
+    """None where nothing is trained, so that there is nothing to go on with."""
+    of: str
+    values: dict[str, Any] = field(default_factory=dict)
+    """What is known already."""
+
+    @classmethod
+    def before(cls, recipe: Recipe, work: Work, resume: bool) -> "Measured":
+        """What a run has measured before training, which is nothing yet unless it goes on."""
+        file, of = work.checkpoints / FILE if recipe.train.steps else None, _hash(recipe)
+        known: dict[str, Any] = {}
+        if resume and file is not None and file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            known = found if found.get("of") == of else {}
+        return cls(file, of, {key: value for key, value in known.items() if key != "of"})
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """The value of this name, measured if it is not known."""
+        if name not in self.values:
+            self.values[name] = measure()
+            self._write()
+        return self.values[name]
+
+    def _write(self) -> None:
+        """In one move: a finished run may share the file that was there."""
+        if self.file is None:
+            return
+        self.file.parent.mkdir(exist_ok=True)
+        new = self.file.with_name(f"{FILE}.new")
+        new.write_text(json.dumps({"of": self.of, **self.values}, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, self.file)
+
+
+def _hash(recipe: Recipe) -> str:
+    """Of all in a recipe that decides the rounded model and the text that it is measured on, but for the files' names."""
+    blocks = {key: _plain(getattr(recipe, key)) for key in _DECIDES}
+    asked = [recipe.evaluate.prompt, recipe.evaluate.answer_tokens, recipe.train.seed]
+    text = json.dumps([blocks, repr(recipe.method), repr(recipe.rules), asked], sort_keys=True)
+    return sha256(text.encode()).hexdigest()
+
+
+def _plain(block: Any) -> Any:
+    if not isinstance(block, Block):
+        return repr(block)
+    return {key: value for key, value in block.model_dump(mode="json").items() if key not in _NAMES}

@@ -1,0 +1,101 @@
+"""A memory plan for people: tables and lines, at most 80 columns wide."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from trimtab.memory.peak import Plan
+from trimtab.memory.settings import Settings
+from trimtab.memory.speed import Speed
+
+_PARTS = {
+    "codes": "codes, scales, zeros",
+    "float_parameters": "float parameters",
+    "adapters": "trained parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer (AdamW)",
+    "activations": "activations kept for backward",
+    "temporary": "temporary (one layer, one chunk of logits)",
+    "teacher": "the teacher",
+    "before": "before it: asking the teacher, GPTQ (not added)",
+    "apart": "of these never at once (subtracted)",
+}
+_SHOWN_IF_ANY = ("teacher", "before", "apart")
+_ROWS = 12
+"""Settings that are shown."""
+_WIDTH = 78
+
+
+class Shown(NamedTuple):
+    """A table."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def tables(plan: Plan, available: int, size: Callable[[float], str]) -> Iterator[Shown | str]:
+    """What to show of a plan, in order: tables and lines.
+
+    Args:
+        plan: the plan.
+        available: bytes that are free here.
+        size: bytes in words.
+    """
+    rows = [
+        (label, size(getattr(plan, key)))
+        for key, label in _PARTS.items()
+        if key not in _SHOWN_IF_ANY or getattr(plan, key)
+    ]
+    rows += [("total, above the interpreter and its libraries", size(plan.total))]
+    rows += [("trainable parameters", f"{plan.trainable:,}")]
+    yield Shown("predicted peak of training", ("", ""), rows)
+    memory, where = (available, "free here") if plan.memory is None else (plan.memory, "given")
+    verdict, apart = ("fits", "left") if plan.total <= memory else ("does not fit", "too much")
+    yield f"memory {where}: {size(memory)}: {verdict}, {size(abs(memory - plan.total))} {apart}"
+    if plan.sizes:
+        held = [(name, size(found)) for name, found in plan.sizes.items() if isinstance(found, int)]
+        yield Shown("tuned model by format", ("", ""), held)
+        for name, found in plan.sizes.items():
+            if isinstance(found, str):
+                yield f"  {name}: no ({_short(found, _WIDTH - len(name) - 9)})"
+    if plan.settings is not None:
+        yield from _settings(plan.settings, memory, size)
+
+
+def _settings(found: Settings, memory: int, size: Callable[[float], str]) -> Iterator[Shown | str]:
+    if not found.rows:
+        yield f"nothing fits into {size(memory)}: the least that was tried takes {size(found.least)}"
+    else:
+        rows = [
+            (
+                row.method,
+                row.grid.removesuffix(" symmetric"),
+                "-" if row.rank is None else str(row.rank),
+                str(row.block_tokens),
+                str(row.micro_batch),
+                size(row.total),
+                size(row.file_bytes),
+            )
+            for row in found.rows[:_ROWS]
+        ]
+        more = len(found.rows) - len(rows)
+        title = f"what fits into {size(memory)}" + (f" (the first {_ROWS}; {more} more)" if more else "")
+        yield Shown(title, ("method", "grid", "rank", "length", "batch", "memory", "file"), rows)
+        yield "more bits first, then longer sequences, then your method, then those that fold;"
+        yield "in a row the largest rank, then the largest batch; nothing above the recipe's"
+    for line in found.left_out:
+        yield f"left out: {_short(line, _WIDTH - 10)}"
+
+
+def speed(found: Speed | str) -> str:
+    """What a probe found, in a line."""
+    if isinstance(found, str):
+        return f"speed not tried: {found}"
+    minutes = round(found.seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    took = f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{found.seconds:.0f} s"
+    return f"about {found.tokens_per_second:.0f} tokens a second ({found.how}): all steps take {took}"
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 4]} ..."

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.integrations import integration_utils
 
 import tiny
 from trimtab.errors import UserError

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     from trimtab.api import chat, evaluate, export, harness, parity, plan, prune, run, search, verify
     from trimtab.errors import UserError
     from trimtab.formats.native.write import save
+    from trimtab.formats.push import push
     from trimtab.kernels.tuning import tune
     from trimtab.models.gptq import Gptq
     from trimtab.models.load import load
     from trimtab.models.prepare import fold, prepare
     from trimtab.models.simulate import simulate
+    from trimtab.pages.report import write_report
+    from trimtab.pipeline.comparison import compare
     from trimtab.quant.activations import Activations, KvCache
     from trimtab.quant.grid import CodebookGrid, Grid
     from trimtab.recipe.recipe import Recipe
@@ -35,8 +38,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "parity", "plan", "prepare", "prune", "run",
-    "save", "search", "simulate", "tune", "verify",
+    "chat", "compare", "evaluate", "export", "fold", "harness", "load", "methods", "parity", "plan", "prepare", "prune",
+    "push", "run", "save", "search", "simulate", "tune", "verify", "write_report",
 ]  # fmt: skip
 
 _HOME = {
@@ -47,12 +50,15 @@ _HOME = {
     "KvCache": "quant.activations",
     "Recipe": "recipe.recipe",
     "UserError": "errors",
+    "compare": "pipeline.comparison",
     "fold": "models.prepare",
     "load": "models.load",
     "prepare": "models.prepare",
+    "push": "formats.push",
     "save": "formats.native.write",
     "simulate": "models.simulate",
     "tune": "kernels.tuning",
+    "write_report": "pages.report",
 }
 """The file of every public name that is not in `api`. No room bears the name of a public function: importing it would put
 the room in the function's place."""

@@ -8,6 +8,7 @@ when it is whole (see `output`).
 
 import gc
 import json
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,9 +32,11 @@ from trimtab.memory.process import peak_bytes, reset_peak
 from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
 from trimtab.models.share import shares
+from trimtab.pages import report
 from trimtab.pipeline import checks
 from trimtab.pipeline.output import Work
 from trimtab.pipeline.reading import written_down
+from trimtab.pipeline.record import Record
 from trimtab.recipe import inputs
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
@@ -86,14 +89,14 @@ def run(
     Raises:
         UserError: for anything the user can mend; nothing is then left half-written.
     """
-    watch, work = show or Quiet(), Work.of(recipe)
+    watch, work, began = show or Quiet(), Work.of(recipe), time.monotonic()
     given = checks.gather(recipe, overwrite, resume)
     for line in given.notes:
         watch.say(line)
     down = written_down(recipe)
     _compare(recipe, down, work.recorded() if resume else None, watch)
     with work.begun(down, overwrite, resume):
-        metrics, parities = _carry_out(recipe, work, given, resume, watch)
+        metrics, parities = _carry_out(recipe, work, given, resume, watch, began)
         work.finish()
     watch.finish(metrics, parities)
     return metrics
@@ -111,15 +114,17 @@ def _compare(recipe: Recipe, down: Recipe, begun: Recipe | None, watch: Observer
 
 
 def _carry_out(
-    given_recipe: Recipe, work: Work, given: RunContext, resume: bool, watch: Observer
+    given_recipe: Recipe, work: Work, given: RunContext, resume: bool, watch: Observer, began: float
 ) -> tuple[dict[str, Any], list[Parity]]:
     """Everything between the checks and the end: the model is then whole in the folder of the run."""
     recipe, tokenizer, held_out = given_recipe.moved(work.folder), given.tokenizer, given.held_out
-    output = str(given_recipe.out)
+    output, record = str(given_recipe.out), Record()
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": output, "method": recipe.method.name}
     _measure_float(recipe, given, metrics, watch)
+    record.before(recipe, given)
     asking_bytes = _ask_teacher(recipe, given, watch)
     model = _load(recipe, given, metrics, watch)
+    record.rounded(model, given)
     _simulate(recipe, model, given, watch)
     if "rounded" in recipe.evaluate.baselines and held_out is not None:
         watch.say("measuring the rounded model, before tuning")
@@ -127,12 +132,16 @@ def _carry_out(
     if recipe.evaluate.prompt:
         metrics["answers"]["before"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)
     metrics |= _tune(recipe, model, given, resume, watch)
+    record.trained(work.checkpoints)
     metrics["peak_memory_bytes"] = max(peak_bytes(), asking_bytes)
-    parities = _fold_and_save(recipe, work, model, given, metrics, watch)
+    parities = _fold_and_save(recipe, work, model, given, metrics, record, watch)
     del model
     gc.collect()
     _measure_saved(recipe, work, given, metrics, watch)
+    metrics["seconds"] = time.monotonic() - began
     (work.model / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    record.write(work.model)
+    report.make(work.model, watch.say, name=recipe.name)
     return metrics, parities
 
 
@@ -212,6 +221,7 @@ def _fold_and_save(
     model: PreTrainedModel,
     given: RunContext,
     metrics: dict[str, Any],
+    record: Record,
     watch: Observer,
 ) -> list[Parity]:
     """Fold, save, and compare the three stages unless told not to."""
@@ -224,6 +234,7 @@ def _fold_and_save(
     export(unfolded)
     watch.say("folding and saving")
     folded = fold(model, merge=recipe.merge)
+    record.folded(model, folded)
     metrics["fold"] = _summary(folded)
     metrics["weights_changed_by_fold"] = sum(layer.differing for layer in folded)
     metrics["moved_by_training"] = total(layer.moved for layer in folded)._asdict()

@@ -14,7 +14,7 @@ from trimtab.errors import UserError
 from trimtab.models.held import Held, held
 from trimtab.recipe.recipe import Recipe, from_text, read
 
-_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 _NAMED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _LIBRARY = {"native": "trimtab", "gguf": "gguf", "mlx": "mlx", "peft": "peft"}
 _RULES = 8

@@ -5,15 +5,13 @@ plotly, which is 4.7 MB a page, and bokeh, whose colours Python decides: a page 
 And a chart of it is a mapping of plain values, which a test can read.
 """
 
-import os
 import tempfile
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-import platformdirs
-
 from trimtab.extras import missing, require
+from trimtab.kernels.cpu import cache_folder
 
 
 def lacking() -> bool:
@@ -31,7 +29,7 @@ def script() -> str:
         UserError: where the extra is not installed.
     """
     require("report.html", "report")
-    folder = Path(os.environ.get("TRIMTAB_CACHE") or platformdirs.user_cache_path("trimtab", appauthor=False))
+    folder = cache_folder()
     kept = folder / f"vega-{version('vl-convert-python')}.js"
     if kept.is_file():
         return kept.read_text(encoding="utf-8")

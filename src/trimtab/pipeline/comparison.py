@@ -2,10 +2,13 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from trimtab.data.rows import load_rows
 from trimtab.data.sequences import check_tokens, token_windows
@@ -70,29 +73,36 @@ def compare(
     folder = Path(out) if out is not None else Path("runs") / f"compare-{_short(first)}-{_short(second)}"
     check_replaceable(folder.resolve(), "comparison", overwrite=True, remedy="name another --out")
     rows = load_rows(data, split=split)
-    models, tokenizers = [], []
-    for path, adapter in named:
-        say(f"loading {_name(path, adapter)}")
-        model, tokenizer = load_model(path, adapter, dtype=_DTYPES[dtype])
-        models.append(model)
-        tokenizers.append(tokenizer)
-    windows = token_windows(rows, tokenizers[0], block_tokens=block_tokens, limit_tokens=tokens)
-    check_same_tokens(
-        tokenizers[0], tokenizers[1], [*_PROBES, tokenizers[0].decode(windows[0], skip_special_tokens=True)]
-    )
-    for model, tokenizer in zip(models, tokenizers, strict=True):
-        check_tokens(windows, tokenizer, model.config.get_text_config().vocab_size, data)
-        check_length(model, block_tokens, "block_tokens")
+    loaded = []
+    for name, (path, adapter) in zip(names, named, strict=True):
+        say(f"loading {name}")
+        loaded.append(load_model(path, adapter, dtype=_DTYPES[dtype]))
+    windows = _windows(loaded, rows, data, block_tokens, tokens)
     say(f"comparing them on {windows.numel():,} tokens of {data}")
     sides = [(name, disk_bytes(*which)) for name, which in zip(names, named, strict=True)]
     about = {"first": sides[0], "second": sides[1], "data": data, "split": split}
-    found = summary(apart(models[0], models[1], windows), windows, tokenizers[0], **about)
+    found = summary(apart(loaded[0][0], loaded[1][0], windows), windows, loaded[0][1], **about)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder, "comparison", overwrite=True) as staging:
         write_json(staging / "compare.json", found.to_json())
         report.make(staging, say, name=f"{_short(first)} and {_short(second)}")
     say(f"written to {folder}")
     return found
+
+
+def _windows(
+    loaded: Sequence[tuple[PreTrainedModel, Any]], rows: Any, data: str, block_tokens: int, tokens: int | None
+) -> Tensor:
+    """The tokens (W, L) that both models are run on, after a look at whether both know them."""
+    tokenizers = [tokenizer for _, tokenizer in loaded]
+    windows = token_windows(rows, tokenizers[0], block_tokens=block_tokens, limit_tokens=tokens)
+    check_same_tokens(
+        tokenizers[0], tokenizers[1], [*_PROBES, tokenizers[0].decode(windows[0], skip_special_tokens=True)]
+    )
+    for model, tokenizer in loaded:
+        check_tokens(windows, tokenizer, model.config.get_text_config().vocab_size, data)
+        check_length(model, block_tokens, "block_tokens")
+    return windows
 
 
 def _name(path: str, adapter: str | None) -> str:

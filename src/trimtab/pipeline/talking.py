@@ -6,8 +6,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.errors import UserError
+from trimtab.evaluation import chat_llama_cpp
 from trimtab.evaluation.chat import GREEDY, Chat, Sampling, Talk
-from trimtab.evaluation.chat_llama_cpp import LlamaChat, installed
 from trimtab.models.held import Held, held
 from trimtab.models.load import load_as_it_is
 from trimtab.models.sources import resolve
@@ -33,15 +33,15 @@ def talk(path: str, *, system: str | None = None, sampling: Sampling = GREEDY, e
         raise UserError(f"--engine: {engine!r} is none of auto, transformers, llama.cpp")
     found = _found(path)
     gguf = found is not None and found.format == "gguf"
-    if engine == "llama.cpp" and not (gguf and installed()):
+    if engine == "llama.cpp" and not (gguf and chat_llama_cpp.installed()):
         why = (
             "llama-cpp-python is not installed here: pip install llama-cpp-python"
             if gguf
             else f"{path} is no GGUF file"
         )
         raise UserError(f"--engine: {why}; or leave it out")
-    if found is not None and gguf and installed() and engine != "transformers":
-        return LlamaChat(found.path, system, sampling)
+    if found is not None and gguf and chat_llama_cpp.installed() and engine != "transformers":
+        return chat_llama_cpp.LlamaChat(found.path, system, sampling)
     if found is not None and found.format == "mlx":
         raise UserError(f"{found.path}: MLX alone runs it: mlx_lm.chat --model {found.path}")
     if found is not None and found.format in _BY_TRANSFORMERS:

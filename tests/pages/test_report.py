@@ -235,6 +235,25 @@ def test_in_a_browser(kind: str, dark: bool, request: pytest.FixtureRequest, tmp
     )
 
 
+_POINT = """<script>setTimeout(() => {
+  const point = [...document.querySelectorAll(".mark-symbol path")].pop(), at = point.getBoundingClientRect();
+  for (const kind of ["mouseover", "mousemove"])
+    point.dispatchEvent(new MouseEvent(kind, { bubbles: true, clientX: at.x + at.width / 2, clientY: at.y + at.height / 2 }));
+}, 3000);</script>"""
+
+
+@needs_vega
+@needs_browser
+def test_what_a_point_is_stands_under_the_pointer(search: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(report.page(search).html(vega.script()).replace("</body>", f"{_POINT}</body>"))
+    opened = browser.open_page(file)
+    tip = opened.dom.partition('id="vg-tooltip-element"')[2].partition("</table>")[0]
+    assert "points/2.yaml" in tip
+    assert "mean bits" in tip
+    assert opened.console == []
+
+
 @needs_browser
 def test_the_browser_would_tell(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"

@@ -162,7 +162,10 @@ def test_what_the_page_is_made_of(runs: dict[str, dict[str, Any]], name: str) ->
     for what in ("codes", "of_codes", "groups", "of_groups"):
         assert sum(layer.get(what, 0) for layer in layers.values()) == metrics["moved_by_training"][what]
     assert [line["loss"] for line in record.get("history", [])] == pytest.approx(metrics["losses"], abs=1e-4)
-    assert record["plan"]["process"] + record["plan"]["total"] < 2 * metrics["peak_memory_bytes"]
+    plan = record.get("plan")
+    assert (plan is None) is (name == "rtn"), "what is not trained is not planned"
+    if plan is not None:
+        assert 0.5 < (plan["process"] + plan["total"]) / metrics["peak_memory_bytes"] < 2
     assert record["versions"]["torch"] == torch.__version__
     in_codes = [layer for layer in layers.values() if layer["bits"] is not None]
     assert all(0 < layer["error"] < 1 for layer in in_codes)

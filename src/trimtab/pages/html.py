@@ -34,6 +34,10 @@ pre, .text { background: var(--card); border: 1px solid var(--line); border-radi
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 12px; }
 mark { background: var(--mark); color: inherit; } details > summary { cursor: pointer; color: var(--soft); }
 """
+_CREDIT = (
+    "<!-- Made by trimtab. Charts by Vega, Vega-Lite and Vega-Embed, carried below: copyright University of Washington "
+    "Interactive Data Lab and contributors, BSD-3-Clause, https://vega.github.io -->"
+)
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data:"
 _DRAW = """
 const charts = JSON.parse(document.getElementById("charts").textContent);
@@ -133,7 +137,7 @@ class Page:
         """
         data = json.dumps(self.charts, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
         return (
-            f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<!doctype html>\n{_CREDIT}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{escape(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"

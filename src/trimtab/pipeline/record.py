@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from trimtab.evaluation.weight_error import weight_errors
 from trimtab.formats.manifest import write_json
+from trimtab.layers.linear import QuantLinear
 from trimtab.memory.peak import Plan
 from trimtab.memory.plan import plan
 from trimtab.memory.process import peak_bytes, reset_peak
@@ -55,9 +56,10 @@ class Record:
 
     def before(self, recipe: Recipe, given: RunContext) -> None:
         """What is known before the model is loaded: the plan, and the first sequence."""
-        planned = plan(recipe, given.source.layout())
-        reset_peak()  # what is measured later has the pages of libraries in it, too
-        self.values["plan"] = {"process": peak_bytes(), "total": planned.total, **_parts(planned)}
+        if recipe.train.steps:
+            planned = plan(recipe, given.source.layout())
+            reset_peak()  # what is measured later has the pages of libraries in it, too
+            self.values["plan"] = {"process": peak_bytes(), "total": planned.total, **_parts(planned)}
         if given.labelled is not None:
             self.values["example"] = pieces(given.tokenizer, given.labelled.sequences[0])
 
@@ -77,6 +79,8 @@ class Record:
         by_name = {fold.name: fold for fold in folds}
         rows = []
         for name, layer in quant_layers(model).items():
+            if isinstance(layer, QuantLinear) and layer.tied:  # the embedding's weight is there already
+                continue
             fold, grid = by_name.get(name), layer.base.grid
             rows.append(
                 {

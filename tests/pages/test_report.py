@@ -236,9 +236,9 @@ def test_in_a_browser(kind: str, dark: bool, request: pytest.FixtureRequest, tmp
 
 
 _POINT = """<script>setTimeout(() => {
-  const point = [...document.querySelectorAll(".mark-symbol path")].pop(), at = point.getBoundingClientRect();
-  for (const kind of ["mouseover", "mousemove"])
-    point.dispatchEvent(new MouseEvent(kind, { bubbles: true, clientX: at.x + at.width / 2, clientY: at.y + at.height / 2 }));
+  const point = [...document.querySelectorAll(".layer_1_layer_1_marks path")].pop(), at = point.getBoundingClientRect();
+  for (const kind of ["pointerover", "pointermove"])
+    point.dispatchEvent(new PointerEvent(kind, { bubbles: true, clientX: at.x + at.width / 2, clientY: at.y + at.height / 2 }));
 }, 3000);</script>"""
 
 
@@ -246,7 +246,7 @@ _POINT = """<script>setTimeout(() => {
 @needs_browser
 def test_what_a_point_is_stands_under_the_pointer(search: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
-    file.write_text(report.page(search).html(vega.script()).replace("</body>", f"{_POINT}</body>"))
+    file.write_text(report.page(search).html(vega.script()) + _POINT)
     opened = browser.open_page(file)
     tip = opened.dom.partition('id="vg-tooltip-element"')[2].partition("</table>")[0]
     assert "points/2.yaml" in tip

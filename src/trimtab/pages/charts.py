@@ -135,7 +135,7 @@ def front(trials: Rows, points: Rows, *, quality: str, log: bool, lines: Rows = 
     x = _axis("megabytes", "stored weights, MB", scale={"zero": False, "nice": True, "padding": 12})
     y = _axis("quality", quality, scale={**_scale(log), "padding": 12})
     said = [
-        _axis("number", "trial", "nominal"), _axis("kind", "made by", "nominal"), _axis("megabytes", "MB", format=".2f"),
+        _axis("number", "trial", "nominal"), _axis("kind", "made by", "nominal"), _axis("megabytes", "MB", format=".4~g"),
         _axis("quality", quality, format=".4g"), _axis("bits", "mean bits", format=".2f"),
     ]  # fmt: skip
     layers: list[dict[str, Any]] = [

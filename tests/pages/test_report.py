@@ -238,7 +238,7 @@ def test_in_a_browser(kind: str, dark: bool, request: pytest.FixtureRequest, tmp
 _POINT = """<script>setTimeout(() => {
   const point = [...document.querySelectorAll(".layer_1_layer_1_marks path")].pop(), at = point.getBoundingClientRect();
   for (const kind of ["pointerover", "pointermove"])
-    point.dispatchEvent(new PointerEvent(kind, { bubbles: true, clientX: at.x + at.width / 2, clientY: at.y + at.height / 2 }));
+    point.dispatchEvent(new PointerEvent(kind, { bubbles: true, clientX: at.x + 2, clientY: at.y + 2 }));
 }, 3000);</script>"""
 
 

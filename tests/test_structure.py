@@ -29,7 +29,7 @@ FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 # `trimtab` is the package's own __init__: only the command line may import it.
 ROOMS = (
     "errors", "extras", "quant", "kernels", "data", "layers", "methods", "recipe", "models", "evaluation", "formats",
-    "training", "memory", "pruning", "bit_search", "pipeline", "api", "report", "trimtab", "cli", "__main__",
+    "pages", "training", "memory", "pruning", "bit_search", "pipeline", "api", "report", "trimtab", "cli", "__main__",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ROOMS)}
 
@@ -56,6 +56,7 @@ SINGLE_PURPOSE_LIBRARIES = (
     "triton",
     "trl",
     "typer",
+    "vl_convert",
     "vllm",
     "yaml",
 )
@@ -65,8 +66,8 @@ MAX_IMPORT_SECONDS = 1.0
 
 PUBLIC_NAMES = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "param_groups", "parity", "plan", "prepare",
-    "prune", "reference", "run", "save", "search", "simulate", "tune", "verify",
+    "chat", "compare", "evaluate", "export", "fold", "harness", "load", "methods", "param_groups", "parity", "plan",
+    "prepare", "prune", "push", "reference", "run", "save", "search", "simulate", "tune", "verify", "write_report",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------

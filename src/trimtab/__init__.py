@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trimtab.api import chat, evaluate, export, harness, parity, plan, prune, run, search, verify
     from trimtab.errors import UserError
     from trimtab.formats.native.write import save
+    from trimtab.formats.push import push
     from trimtab.kernels.tuning import tune
     from trimtab.layers.rates import param_groups
     from trimtab.models.gptq import Gptq
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from trimtab.models.prepare import fold, prepare
     from trimtab.models.reference import reference
     from trimtab.models.simulate import simulate
+    from trimtab.pages.report import write_report
+    from trimtab.pipeline.comparison import compare
     from trimtab.quant.activations import Activations, KvCache
     from trimtab.quant.grid import CodebookGrid, Grid
     from trimtab.recipe.recipe import Recipe
@@ -37,8 +40,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "param_groups", "parity", "plan", "prepare",
-    "prune", "reference", "run", "save", "search", "simulate", "tune", "verify",
+    "chat", "compare", "evaluate", "export", "fold", "harness", "load", "methods", "param_groups", "parity", "plan",
+    "prepare", "prune", "push", "reference", "run", "save", "search", "simulate", "tune", "verify", "write_report",
 ]  # fmt: skip
 
 _HOME = {
@@ -49,14 +52,17 @@ _HOME = {
     "KvCache": "quant.activations",
     "Recipe": "recipe.recipe",
     "UserError": "errors",
+    "compare": "pipeline.comparison",
     "fold": "models.prepare",
     "load": "models.load",
     "param_groups": "layers.rates",
     "prepare": "models.prepare",
+    "push": "formats.push",
     "reference": "models.reference",
     "save": "formats.native.write",
     "simulate": "models.simulate",
     "tune": "kernels.tuning",
+    "write_report": "pages.report",
 }
 """The file of every public name that is not in `api`. No room bears the name of a public function: importing it would put
 the room in the function's place."""

@@ -27,7 +27,7 @@ from trimtab.recipe.recipe import Recipe, as_recipe
 
 if TYPE_CHECKING:
     from trimtab.bit_search.searching import Search
-    from trimtab.evaluation.chat import Chat
+    from trimtab.evaluation.chat import Sampling, Talk
     from trimtab.evaluation.harness import Difference, Score
     from trimtab.evaluation.serving import Served
     from trimtab.formats.export import Report
@@ -288,12 +288,19 @@ def verify(path: AnyPath) -> int:
     return verify_files(Path(path))
 
 
-def chat(path: str) -> "Chat":
-    """A model to ask: `chat("runs/small").answer("What is a trim tab?")`."""
-    from trimtab.evaluation.chat import Chat
-    from trimtab.models.load import load_as_it_is
+def chat(path: str, *, system: str | None = None, sampling: "Sampling | None" = None, engine: str = "auto") -> "Talk":
+    """A model to talk to: `.answer(question)` alone, or `.say(question)`, piece by piece and remembered until `.reset()`.
 
-    return Chat(*load_as_it_is(path))
+    Args:
+        path: a run's folder, a saved or exported model, a .gguf file, a hub id, or a PEFT LoRA that names its base.
+        system: what the model is told first.
+        sampling: `trimtab.evaluation.chat.Sampling`; None for the likeliest token each time, 256 at most.
+        engine: auto, transformers or llama.cpp.
+    """
+    from trimtab.evaluation.chat import Sampling
+    from trimtab.pipeline.talking import talk
+
+    return talk(path, system=system, sampling=sampling or Sampling(), engine=engine)
 
 
 def prune(

@@ -23,6 +23,8 @@ app = typer.Typer(
 _RecipeFile = Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE")]
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.steps=10 ...", metavar="[KEY=VALUE]...")]
 _Model = Annotated[str, typer.Argument(help="Directory of a saved model.", metavar="DIR")]
+_shown: list[Any] = []
+"""Terminals that a command has drawn on, to be left as they were."""
 
 
 def _version(asked: bool) -> None:
@@ -46,12 +48,13 @@ def _terminal() -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+    if "transformers" in sys.modules:  # else it reads the variables above, when a command needs it
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     from trimtab.report.terminal import Terminal
 
-    return Terminal()
+    _shown.append(Terminal())
+    _shown[-1].wait("loading libraries")
+    return _shown[-1]
 
 
 @app.command()
@@ -182,18 +185,94 @@ def verify(path: _Model) -> None:
 
 @app.command()
 def chat(
-    path: _Model,
+    path: Annotated[
+        str, typer.Argument(help="Folder of a run, model or export, .gguf file, or hub id.", metavar="DIR")
+    ],
     prompt: Annotated[str | None, typer.Option(help="Answer this one question and stop.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time; 0.7 draws.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens with this share together.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0 for all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens at least so likely, of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens are less likely again.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, transformers, or llama.cpp for GGUF.")] = "auto",
 ) -> None:
-    """Talk to a saved model."""
-    terminal, loaded = _terminal(), trimtab.chat(path)
+    """Talk to a model; /reset forgets, /system TEXT tells it something first, an empty line ends."""
+    terminal = _terminal()
+    from trimtab.evaluation.chat import Sampling
+
+    drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    sampling = Sampling(tokens=tokens, repetition_penalty=repetition_penalty, **drawn)
+    talk = trimtab.chat(path, system=system, sampling=sampling, engine=engine)
     if prompt is not None:
-        terminal.say(loaded.answer(prompt, tokens))
-        return
-    terminal.say("an empty line ends the conversation")
-    while question := terminal.console.input("> ").strip():
-        terminal.say(loaded.answer(question, tokens))
+        terminal.pieces(talk.say(prompt))
+    else:
+        terminal.converse(talk)
+
+
+@app.command()
+def serve(
+    path: Annotated[str, typer.Argument(help="Folder of a run or export, or a .gguf file.", metavar="DIR")],
+    engine: Annotated[
+        str | None, typer.Option(help="vllm, llama.cpp or mlx-lm; default: what the folder is for.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="To listen on; default: the engine's own.")] = None,
+    start: Annotated[bool, typer.Option("--run", help="Start it, instead of printing the command.")] = False,
+) -> None:
+    """Print, or start, the command that serves what a folder holds."""
+    from pathlib import Path
+
+    from trimtab.models.held import serving, start_serving
+
+    found = serving(Path(path), engine)
+    if start:
+        start_serving(found[0], port)
+    for held in found:
+        sys.stdout.write(f"{held.line(port)}\n")
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="Directory, .gguf file, hub id, or PEFT adapter.", metavar="A")],
+    second: Annotated[str, typer.Argument(help="Another, compared with the first.", metavar="B")],
+    data: Annotated[str, typer.Option(help="The text, in the forms of a recipe's data.path.")],
+    adapter_a: Annotated[str | None, typer.Option(help="PEFT adapter beside A.")] = None,
+    adapter_b: Annotated[str | None, typer.Option(help="PEFT adapter beside B.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = "train",
+    tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 8192,
+    block_tokens: Annotated[int, typer.Option(help="Length of a window.")] = 512,
+    dtype: Annotated[str, typer.Option(help="To compute in: bfloat16, float16 or float32.")] = "bfloat16",
+    out: Annotated[str | None, typer.Option(help="Folder; default: runs/compare-A-B.")] = None,
+) -> None:
+    """Compare two models on one text: KL, agreement, perplexity of each, sizes; a table and report.html."""
+    terminal = _terminal()
+    beside: dict[str, Any] = {"first_adapter": adapter_a, "second_adapter": adapter_b, "out": out, "dtype": dtype}
+    on: dict[str, Any] = {"split": split, "tokens": tokens, "block_tokens": block_tokens}
+    terminal.compared(trimtab.compare(first, second, data, **beside, **on, say=terminal.say))
+
+
+@app.command()
+def report(
+    path: Annotated[str, typer.Argument(help="Folder of a run, a search or a comparison.", metavar="DIR")],
+) -> None:
+    """Write report.html anew, with the exports and checks that came since."""
+    _terminal().say(f"written to {trimtab.write_report(path)}")
+
+
+@app.command()
+def push(
+    path: Annotated[str, typer.Argument(help="Folder of a run, a saved model or an export.", metavar="DIR")],
+    repo: Annotated[str, typer.Argument(help="Repository of the hub, made if there is none.", metavar="OWNER/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; default: the main one.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload by trimtab",
+) -> None:
+    """Upload a model and its card to the hub."""
+    terminal = _terminal()
+    about: dict[str, Any] = {"private": private, "revision": revision, "message": message}
+    terminal.say(f"at {trimtab.push(path, repo, **about, say=terminal.say)}")
 
 
 @app.command()
@@ -258,9 +337,11 @@ def recipe(
     explain: Annotated[bool, typer.Option("--explain", help="Explain every field.")] = False,
 ) -> None:
     """Print a recipe to start from; with --explain, what every field means."""
+    _terminal()
     from trimtab.recipe.explain import explanation
     from trimtab.recipe.recipe import EXAMPLE
 
+    _leave()
     sys.stdout.write(explanation() if explain else EXAMPLE)
 
 
@@ -269,9 +350,17 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
+        _leave()
         line = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
         sys.stderr.write(f"error: {line}\n")
         raise SystemExit(2) from None
+    finally:
+        _leave()
+
+
+def _leave() -> None:
+    while _shown:
+        _shown.pop().close()
 
 
 if __name__ == "__main__":

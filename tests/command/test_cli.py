@@ -27,6 +27,7 @@ from trimtab.methods import LrQat
 from trimtab.models.load import load, load_float
 from trimtab.models.prepare import fold
 from trimtab.recipe import explain, recipe
+from trimtab.report import tables
 from trimtab.report.terminal import Terminal, size
 from trimtab.training.trainer import Step
 
@@ -88,11 +89,14 @@ def test_chat(given: Path, command: Command, monkeypatch: pytest.MonkeyPatch) ->
     expected = chat.answer(model, tokenizer, "Hello?", 12)
     assert command("chat", given / "saved", "--prompt", "Hello?", "--tokens", 12) == expected + "\n"
     long = "a word " * 40 + "[bold]and[/bold] :smile: [/]"
-    monkeypatch.setattr(chat, "answer", lambda *_: long)
+    monkeypatch.setattr(chat.Chat, "stream", lambda *_: iter([long[:7], long[7:]]))
     assert command("chat", given / "saved", "--prompt", "Hello?") == long + "\n"  # neither wrapped nor interpreted
-    questions = iter(["one", "two", " "])
+    questions = iter(["one", "/reset", "two", "/what", " "])
     monkeypatch.setattr(Console, "input", lambda *_: next(questions))
-    assert command("chat", given / "saved").count(long) == 2
+    printed = command("chat", given / "saved")
+    assert printed.count(long) == 2
+    assert "\nforgotten\n" in printed
+    assert "/what is none of /reset" in printed
 
 
 def test_answers_without_a_chat_template(given: Path) -> None:
@@ -294,3 +298,51 @@ def test_prune(command: Command, given: Path, tmp_path: Path) -> None:
     assert 0.8 * 150_000 < 2 * json.loads((tmp_path / "small" / "pruning.json").read_text())["parameters"] <= 150_000
     dropped = command("prune", given / "model", "--out", tmp_path / "short", "--drop-layers", 1, *options[2:])
     assert re.search(r"layers       2 -> 1 \(without [01]\)", dropped)
+
+
+def test_something_to_look_at_before_anything_heavy() -> None:
+    """A command draws before it imports torch, which takes seconds; where nobody looks it draws nothing."""
+    probe = "import sys; from trimtab import cli; cli._terminal(); print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    shown, file = terminal(tty=True)
+    shown.wait("loading [libraries]")
+    shown.say("ready")
+    assert "loading [libraries] ..." in file.getvalue()
+    assert file.getvalue().endswith("ready\n")
+    assert "\x1b[?25h" in file.getvalue(), "the cursor is back"
+
+
+def test_the_waiting_ends_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, file = terminal(tty=True)
+
+    def fails() -> None:
+        cli._shown.append(shown)
+        shown.wait("loading")
+        raise UserError("wrong")
+
+    monkeypatch.setattr(cli, "app", lambda **_: fails())
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "\x1b[?25h" in file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["formats", "methods"])
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_fit(name: str, width: int, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line is wider than the terminal, and no word is cut."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    printed = command(name)
+    assert max(map(len, printed.splitlines())) <= width
+    assert "…" not in printed
+    words = set(printed.replace(";", " ").replace(",", " ").split())
+    asked = {"formats": {"compressed-tensors", "transformers"}, "methods": {"adapter_dtype=bfloat16", "lr-qat"}}
+    assert asked[name] <= words
+
+
+def test_widths() -> None:
+    header, rows = ("", "what"), [("a name", "one two three")]
+    assert tables.widths(header, rows, 40) == [6, 13]
+    assert tables.widths(header, rows, 17) == [6, 7]
+    assert tables.widths(header, rows, 14) is None
+    assert tables.paragraphs(("format", "bits"), [("gguf", "2 3"), ("", "4")]) == ["gguf bits 2 3", "  bits 4"]

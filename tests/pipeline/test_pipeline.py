@@ -38,6 +38,7 @@ KEYS = {
     "output",
     "peak_memory_bytes",
     "perplexity",
+    "seconds",
     "tokens",
     "train_seconds",
     "trainable",
@@ -148,8 +149,45 @@ def test_runs(runs: dict[str, dict[str, Any]], name: str) -> None:
     assert not list(out.parent.glob(".*"))  # nothing temporary is left beside it
 
 
-LATER = {"metrics.json", "parity.json", "manifest.json"}
+LATER = {"metrics.json", "parity.json", "manifest.json", "report.json", "report.html", "README.md"}
 """Written after the model was weighed."""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_the_page_is_made_of(runs: dict[str, dict[str, Any]], name: str) -> None:
+    """The layers add up to the run, the history is the training, and the plan is of the same order as what was measured."""
+    metrics = runs[name]
+    record = written(metrics, "report.json")
+    layers = {layer["name"]: layer for layer in record["layers"]}
+    for what in ("codes", "of_codes", "groups", "of_groups"):
+        assert sum(layer.get(what, 0) for layer in layers.values()) == metrics["moved_by_training"][what]
+    assert [line["loss"] for line in record.get("history", [])] == pytest.approx(metrics["losses"], abs=1e-4)
+    plan = record.get("plan")
+    assert (plan is None) is (name == "rtn"), "what is not trained is not planned"
+    if plan is not None:
+        assert 0.5 < (plan["process"] + plan["total"]) / metrics["peak_memory_bytes"] < 2
+    assert record["versions"]["torch"] == torch.__version__
+    in_codes = [layer for layer in layers.values() if layer["bits"] is not None]
+    assert all(0 < layer["error"] < 1 for layer in in_codes)
+    if name in ("lr-qat", "peqa"):  # fewer bits, more error
+        by_bits = {layer["bits"]: layer["error"] for layer in in_codes}
+        assert by_bits[8] < 0.02 < by_bits[min(by_bits)]
+    if name != "rtn":
+        text = "".join(piece for piece, _ in record["example"])
+        assert text == "0 plus 1 is 1, and 0 times two is 0.<eos>"
+        assert all(learned for _, learned in record["example"])
+    assert metrics["seconds"] > metrics["train_seconds"]
+
+
+def test_the_error_of_rounding(given: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """Against the weights of the file itself, in float64."""
+    true = load_file(given / "model" / "model.safetensors")
+    model, _ = load(str(given / "runs" / "rtn"))
+    layers = {layer["name"]: layer for layer in written(runs["rtn"], "report.json")["layers"]}
+    for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj"):
+        weight = true[f"{name}.weight"].double()
+        ours = quant_layers(model)[name].base.dequantize(torch.bfloat16).double()
+        assert layers[name]["error"] == pytest.approx(((ours - weight).norm() / weight.norm()).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", RUNS)

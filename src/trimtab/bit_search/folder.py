@@ -5,7 +5,10 @@ from pathlib import Path
 from trimtab.errors import UserError
 from trimtab.formats import manifest
 
-_FILES = ("journal.log", "journal.log.lock", "recipe.yaml", "trials.csv", "front.csv", "front.png", "bits.png")
+_FILES = (
+    *("journal.log", "journal.log.lock", "recipe.yaml", "trials.csv", "front.csv", "front.png", "bits.png"),
+    *("search.json", "report.html"),
+)
 
 
 def own(folder: Path, url: str) -> None:

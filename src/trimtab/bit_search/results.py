@@ -4,18 +4,22 @@ trials.csv          every trial: widths, bytes, quality, seconds, why it failed
 front.csv           the Pareto front, by ascending bytes
 points/<n>.yaml     a runnable recipe for each of its points: `trimtab run points/3.yaml`
 front.png, bits.png (see `figures`)
+search.json         what the numbers are: objective, budget, the float model's
+report.html         all of it, as a page
 """
 
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from trimtab.bit_search import figures
 from trimtab.bit_search.ledger import Trial
 from trimtab.bit_search.searching import Search
-from trimtab.formats.manifest import add
+from trimtab.formats.manifest import add, write_json
+from trimtab.pages import report
 from trimtab.recipe.recipe import Recipe
 
 
@@ -33,8 +37,8 @@ def point_recipe(search: Search, trial: Trial, number: int) -> Recipe:
     )
 
 
-def write(search: Search) -> list[Path]:
-    """Write everything; the recipes of the front."""
+def write(search: Search, say: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """Write everything; the recipes of the front. `say` is told what could not be."""
     trials = search.ledger.trials()
     front = search.front(trials)
     folder = search.folder
@@ -54,6 +58,8 @@ def write(search: Search) -> list[Path]:
     if front:
         figures.draw_front(search, trials, front, folder / "front.png")
         figures.draw_bits(search, front, folder / "bits.png")
+    write_json(folder / "search.json", _about(search))
+    report.make(folder, say, name=search.recipe.name)
     return written
 
 
@@ -61,6 +67,17 @@ def best(search: Search) -> Recipe:
     """The point of best quality within the budget, as a recipe: the last of the front, which must not be empty."""
     front = search.front(search.ledger.trials())
     return point_recipe(search, front[-1], len(front))
+
+
+def _about(search: Search) -> dict[str, Any]:
+    """What the tables do not say."""
+    return {
+        "folder": str(search.folder),
+        "objective": search.block.objective,
+        "budget": search.budget,
+        "float_bytes": search.float_bytes,
+        "float_quality": search.ledger.noted("float_quality"),
+    }
 
 
 def _table(search: Search, trials: Sequence[Trial]) -> str:

@@ -1,37 +1,209 @@
-"""Answers of a model: greedy, through its chat template where it has one."""
+"""Answers of a model, greedy or sampled, all at once or as they come, through its chat template where it has one.
 
+Chat      a model of transformers: any that we load
+Talk      what a conversation is, whoever computes the answers (`chat_llama_cpp` has llama.cpp do it)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TextIteratorStreamer
 
 from trimtab.data.tokens import tokens_of
 from trimtab.errors import UserError
 
+Message = dict[str, str]
 
-class Chat:
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    tokens: int = 256
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; larger ones draw more freely."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that have this share together."""
+    top_k: int = 0
+    """Draw from this many; 0 for all."""
+    min_p: float = 0.0
+    """Draw from tokens at least so likely as this share of the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were there already are less likely."""
+    seed: int | None = None
+    """Of the draws; None for another each time."""
+
+    def __post_init__(self) -> None:
+        good = {
+            "tokens": self.tokens >= 1,
+            "temperature": self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for name, fine in good.items():
+            if not fine:
+                raise UserError(f"{name}: {getattr(self, name)} makes no sense; see `trimtab chat --help`")
+
+
+GREEDY = Sampling()
+"""The likeliest token each time."""
+
+
+class Talk(ABC):
+    """A conversation with a model.
+
+    Args:
+        system: what the model is told first; None for what its template says by itself.
+        sampling: how it answers.
+    """
+
+    templated: bool = True
+    """Whether the model has a chat template; one without goes on with the text that it is given."""
+
+    def __init__(self, system: str | None = None, sampling: Sampling = GREEDY) -> None:
+        self.sampling, self.history = sampling, list[Message]()
+        self.system = system
+        self.forgotten = 0
+        """Messages that the last question found no room for, the oldest first."""
+
+    def reset(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self.history.clear()
+
+    def say(self, text: str) -> Iterator[str]:
+        """Ask, and have the answer as it comes; both are remembered, of an answer that is broken off what came of it."""
+        self.history.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            for piece in _trimmed(self.stream(self._messages())):
+                answer += piece
+                yield piece
+        finally:
+            self.history.append({"role": "assistant", "content": answer})
+
+    def answer(self, prompt: str, tokens: int = 256) -> str:
+        """The answer to one question, of at most so many tokens; neither it nor the question is remembered."""
+        before, self.sampling = self.sampling, replace(self.sampling, tokens=tokens)
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        try:
+            return "".join(_trimmed(self.stream([*first, {"role": "user", "content": prompt}])))
+        finally:
+            self.sampling = before
+
+    def _messages(self) -> list[Message]:
+        """The system prompt and as much of the history as there is room for, the last question at least."""
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        kept = list(self.history)
+        while len(kept) > 1 and not self.fits([*first, *kept]):
+            del kept[:2]  # a question and its answer
+        self.forgotten = len(self.history) - len(kept)
+        return [*first, *kept]
+
+    @abstractmethod
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether there is room for these and an answer."""
+
+    @abstractmethod
+    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+        """The answer to the last of these messages, as it comes."""
+
+
+def _trimmed(pieces: Iterator[str]) -> Iterator[str]:
+    """Pieces of a text without the white space at its two ends."""
+    begun, held = False, ""
+    for piece in pieces:
+        whole = held + piece if begun else (held + piece).lstrip()
+        kept = whole.rstrip()
+        held = whole[len(kept) :] if kept or begun else ""
+        if kept:
+            begun = True
+            yield kept
+
+
+class Chat(Talk):
     """A loaded model to ask.
 
     Args:
         model: a causal language model.
         tokenizer: the model's.
+        system: as of `Talk`.
+        sampling: as of `Talk`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, system: str | None = None, sampling: Sampling = GREEDY
+    ) -> None:
+        super().__init__(system, sampling)
+        self.model, self.tokenizer, self.templated = model, tokenizer, bool(tokenizer.chat_template)
+        if system is not None and not self.templated:
+            raise UserError(
+                "system: the model has no chat template, so there is no place for a system prompt; leave it out"
+            )
 
-    def answer(self, prompt: str, tokens: int = 256) -> str:
-        """The answer to one question, of at most so many tokens. Questions do not see one another."""
-        return answer(self.model, self.tokenizer, prompt, tokens)
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether question and answer stay within the positions that the model's config names."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return not isinstance(limit, int) or len(ids_of(self.tokenizer, messages)) + self.sampling.tokens <= limit
+
+    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+        """The answer as it comes: transformers generates in a thread, which ends when nobody listens any more."""
+        given = _given(self.model, self.tokenizer, ids_of(self.tokenizer, messages))
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        heard, failed = [True], list[BaseException]()
+        options = _options(self.sampling) | {"stopping_criteria": [lambda ids, *_: _stopped(ids, not heard)]}
+
+        def generate() -> None:
+            try:
+                if self.sampling.seed is not None:
+                    torch.manual_seed(self.sampling.seed)
+                with torch.no_grad():
+                    cast(Any, self.model).generate(**given, **options, streamer=streamer)
+            except (RuntimeError, ValueError, MemoryError, IndexError, TypeError) as error:
+                failed.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            heard.clear()
+            thread.join()
+        for error in failed:
+            raise error
 
 
-def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """A greedy answer to one question, through the chat template where there is one."""
+def _stopped(ids: torch.Tensor, stop: bool) -> torch.Tensor:
+    return torch.full((ids.shape[0],), stop, device=ids.device)
+
+
+def _options(sampling: Sampling) -> dict[str, Any]:
+    """transformers' options; those of a greedy answer leave out what only drawing uses."""
+    options: dict[str, Any] = {"max_new_tokens": sampling.tokens, "do_sample": sampling.temperature > 0}
+    options |= {"repetition_penalty": sampling.repetition_penalty}
+    if sampling.temperature > 0:
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        options |= drawn | ({"min_p": sampling.min_p} if sampling.min_p else {})
+    return options
+
+
+def ids_of(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation whose next turn is the model's; without a template, of its texts as they are."""
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    else:
-        ids = tokens_of(prompt, tokenizer)
+        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return list(found["input_ids"])
+    return list(tokens_of("\n".join(m["content"] for m in messages), tokenizer))
+
+
+def _given(model: PreTrainedModel, tokenizer: Any, ids: list[int]) -> dict[str, Any]:
+    """What `generate` is given, after a look at the tokens."""
     rows = model.config.get_text_config().vocab_size
     if max(ids) >= rows:
         raise UserError(
@@ -39,8 +211,13 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> 
             f"has {rows} rows; take the model's own tokenizer"
         )
     given = torch.tensor([ids], device=next(model.parameters()).device)
-    inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {"input_ids": given, "attention_mask": torch.ones_like(given), "pad_token_id": pad}
+
+
+def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """A greedy answer to one question, through the chat template where there is one."""
+    ids = ids_of(tokenizer, [{"role": "user", "content": prompt}])
     with torch.no_grad():
-        out = cast(Any, model).generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
+        out = cast(Any, model).generate(**_given(model, tokenizer, ids), max_new_tokens=tokens, do_sample=False)
     return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()

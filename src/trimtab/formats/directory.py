@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.errors import UserError
+from trimtab.formats.card import card
 from trimtab.formats.holding import holding
 from trimtab.formats.manifest import Kind, entries, keeps, remove, some, write_json, write_manifest
 
@@ -105,6 +106,9 @@ def put_in_place(staging: Path, target: Path, kind: Kind, also: Iterable[str] = 
         kind: what it is.
         also: names that will be in it later.
     """
+    about = card(staging, target.name)
+    if about is not None and not (staging / "README.md").exists():
+        (staging / "README.md").write_text(about, encoding="utf-8")
     for file in staging.rglob("*"):
         file.chmod(0o777 & ~_umask() if file.is_dir() else 0o666 & ~_umask())  # safetensors makes private files
     write_manifest(staging, kind, also)

@@ -24,6 +24,7 @@ from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get, writer
+from trimtab.formats.card import card
 from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals, widened
 from trimtab.formats.directory import check_replaceable, replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
@@ -152,6 +153,7 @@ def write(
             unmeasured=held_out if changes and isinstance(held_out, str) else "",
         )
         write_json(folder / "export.json", {k: v for k, v in asdict(report).items() if k != "out"})
+        (folder / "README.md").write_text(card(folder, out.name, recipe_text) or "", encoding="utf-8")
     return report
 
 

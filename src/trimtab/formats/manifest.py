@@ -1,6 +1,7 @@
 """`manifest.json`: what a folder of ours is, and which files in it are ours. Nothing is ever removed that it does not list.
 
-    kind      run (`trimtab run`), model (`save`), export, pruned, search, or unfinished (a run's folder while it is made)
+    kind      run (`trimtab run`), model (`save`), export, pruned, search, comparison, or unfinished (a run's folder while
+              it is made)
     files     bytes and SHA-256 of what the folder must hold: `verify` reads it again
     also      names of what is ours too, but may be missing or change: checkpoints, exports in a run's folder, reports
 
@@ -18,13 +19,14 @@ from trimtab.errors import UserError
 from trimtab.recipe.inputs import digest, sha256
 
 MANIFEST = "manifest.json"
-Kind = Literal["run", "model", "export", "pruned", "search", "unfinished"]
+Kind = Literal["run", "model", "export", "pruned", "search", "comparison", "unfinished"]
 _CALLED = {
     "run": "a run",
     "model": "a saved model",
     "export": "an export",
     "pruned": "a pruned model",
     "search": "a search",
+    "comparison": "a comparison",
     "unfinished": "a run that is not finished",
 }
 _NAMED = 3
@@ -107,6 +109,11 @@ def listed(folder: Path) -> dict[str, tuple[int, str]]:
         UserError: if there is none, or it is none.
     """
     return {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in _read(folder)["files"].items()}
+
+
+def others(folder: Path) -> list[str]:
+    """Names of what is ours in a folder, too, but may be missing or change."""
+    return [str(name) for name in _read(folder).get("also", ())]
 
 
 def kind_of(folder: Path) -> str | None:

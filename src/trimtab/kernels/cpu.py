@@ -100,7 +100,7 @@ def _build(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = "\n".join([*(f.read_text() for f in _SOURCES), *_FLAGS, version, _processor()])
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("TRIMTAB_CACHE") or platformdirs.user_cache_path("trimtab", appauthor=False))
+    folder = cache_folder()
     if (folder / name).exists():
         return folder / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +111,11 @@ def _build(compiler: str) -> Path:
         subprocess.run(command, capture_output=True, text=True, check=True)
         built.replace(folder / name)
     return folder / name
+
+
+def cache_folder() -> Path:
+    """Where what is made once is kept; it may not be there yet."""
+    return Path(os.environ.get("TRIMTAB_CACHE") or platformdirs.user_cache_path("trimtab", appauthor=False))
 
 
 def _processor() -> str:

@@ -132,8 +132,12 @@ def load_float(path: str, *, dtype: torch.dtype = torch.bfloat16, source: ModelS
     return _complete(model, source)
 
 
-def load_as_it_is(path: str) -> tuple[PreTrainedModel, Any]:
+def load_as_it_is(path: str, *, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, Any]:
     """A model as it stands, saved by trimtab or in float (a GGUF file is dequantized), and its tokenizer.
+
+    Args:
+        path: see `trimtab.models.sources`.
+        dtype: to compute in.
 
     Raises:
         UserError: if it has no tokenizer, or as `open_source`.
@@ -142,7 +146,7 @@ def load_as_it_is(path: str) -> tuple[PreTrainedModel, Any]:
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise UserError(f"{path}: was saved without a tokenizer; add its tokenizer files to it")
-    model = _as_saved(source, torch.bfloat16) if source.prepared else load_float(path, source=source)
+    model = _as_saved(source, dtype) if source.prepared else load_float(path, dtype=dtype, source=source)
     return model, tokenizer
 
 

@@ -77,6 +77,16 @@ def start_from(model: nn.Module, directory: str) -> None:
             parameter.copy_(value)
 
 
+def ranks_of(directory: str) -> dict[str, int]:
+    """The rank of each layer's factors in a PEFT LoRA directory, by the layer's name.
+
+    Raises:
+        UserError: as `start_from`.
+    """
+    _, tensors = _read(Path(directory).expanduser())
+    return {layer: tensor.shape[0] for (layer, factor), tensor in tensors.items() if factor == "A"}
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Tensor]]:
     file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for needed in (file, weights):

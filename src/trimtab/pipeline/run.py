@@ -8,6 +8,7 @@ when it is whole (see `output`).
 
 import gc
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -32,10 +33,12 @@ from trimtab.memory.process import peak_bytes, reset_peak
 from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
 from trimtab.models.share import shares
+from trimtab.pages import report
 from trimtab.pipeline import checks
 from trimtab.pipeline.measured import Measured
 from trimtab.pipeline.output import Work
 from trimtab.pipeline.reading import written_down
+from trimtab.pipeline.record import Record
 from trimtab.recipe import inputs
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
@@ -92,14 +95,14 @@ def run(
     Raises:
         UserError: for anything the user can mend; nothing is then left half-written.
     """
-    watch, work = show or Quiet(), Work.of(recipe)
+    watch, work, began = show or Quiet(), Work.of(recipe), time.monotonic()
     given = checks.gather(recipe, overwrite, resume)
     for line in given.notes:
         watch.say(line)
     down = written_down(recipe)
     _compare(recipe, down, work.recorded() if resume else None, watch)
     with work.begun(down, overwrite, resume):
-        metrics, parities = _carry_out(recipe, work, given, resume, watch)
+        metrics, parities = _carry_out(recipe, work, given, resume, watch, began)
         work.finish()
     watch.finish(metrics, parities)
     return metrics
@@ -117,27 +120,33 @@ def _compare(recipe: Recipe, down: Recipe, begun: Recipe | None, watch: Observer
 
 
 def _carry_out(
-    given_recipe: Recipe, work: Work, given: RunContext, resume: bool, watch: Observer
+    given_recipe: Recipe, work: Work, given: RunContext, resume: bool, watch: Observer, began: float
 ) -> tuple[dict[str, Any], list[Parity]]:
     """Everything between the checks and the end: the model is then whole in the folder of the run."""
     recipe = given_recipe.moved(work.folder)
-    output = str(given_recipe.out)
+    output, record = str(given_recipe.out), Record()
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": output, "method": recipe.method.name}
     before = Measured.before(recipe, work, resume)
     if before.values:
         watch.say("what was measured before training is known from when this run began")
     _measure_float(recipe, given, metrics, before, watch)
+    record.before(recipe, given)
     asking_bytes = _ask_teacher(recipe, given, watch)
     model = _load(recipe, given, metrics, watch)
+    record.rounded(model, given)
     _simulate(recipe, model, given, watch)
     _measure_rounded(recipe, model, given, metrics, before, watch)
     metrics |= _tune(recipe, model, given, resume, watch)
+    record.trained(work.checkpoints)
     metrics["peak_memory_bytes"] = max(peak_bytes(), asking_bytes)
-    parities = _fold_and_save(recipe, work, model, given, metrics, watch)
+    parities = _fold_and_save(recipe, work, model, given, metrics, record, watch)
     del model
     gc.collect()
     _measure_saved(recipe, work, given, metrics, watch)
+    metrics["seconds"] = time.monotonic() - began
     (work.model / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    record.write(work.model)
+    report.make(work.model, watch.say, name=recipe.name)
     return metrics, parities
 
 
@@ -251,6 +260,7 @@ def _fold_and_save(
     model: PreTrainedModel,
     given: RunContext,
     metrics: dict[str, Any],
+    record: Record,
     watch: Observer,
 ) -> list[Parity]:
     """Fold, save, and compare the three stages unless told not to."""
@@ -263,6 +273,7 @@ def _fold_and_save(
     export(unfolded)
     watch.say("folding and saving")
     folded = fold(model, merge=recipe.merge)
+    record.folded(model, folded)
     metrics["fold"] = _summary(folded)
     metrics["weights_changed_by_fold"] = sum(layer.differing for layer in folded)
     metrics["moved_by_training"] = total(layer.moved for layer in folded)._asdict()

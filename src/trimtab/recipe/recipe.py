@@ -286,6 +286,11 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def from_text(text: str) -> Recipe:
+    """A recipe from the text of its file, as `to_yaml` gives it."""
+    return from_dict(yaml.safe_load(text))
+
+
 def as_recipe(recipe: "Recipe | Mapping[str, Any] | str | os.PathLike[str]", overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from whatever stands for one: its file, its values, or itself.
 

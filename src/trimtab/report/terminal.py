@@ -1,20 +1,26 @@
 """The terminal: progress with speed, memory and time left; tables of results. The only file that imports rich."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
-from trimtab.evaluation import harness
 from trimtab.memory import process
+from trimtab.pages.words import duration, perplexity, size
+from trimtab.report import tables
 
 if TYPE_CHECKING:
     from trimtab.api import Accuracies
     from trimtab.bit_search.searching import Search
+    from trimtab.evaluation.chat import Talk
+    from trimtab.evaluation.comparing import Comparison
     from trimtab.evaluation.parity import Parity
     from trimtab.evaluation.serving import Served
     from trimtab.formats.export import Report
@@ -25,15 +31,6 @@ if TYPE_CHECKING:
 _TRAINING = (
     "loss {task.fields[loss]:.3f}{task.fields[held_out]}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}",
 )  # fmt: skip
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000 as disks are sold: `83.1 MB`."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def movements(metrics: Mapping[str, Any]) -> list[str]:
@@ -60,7 +57,14 @@ class Terminal:
         self.console = Console(highlight=False, emoji=False)
         self._progress: Progress | None = None
         self._live: Live | None = None
+        self._status: Status | None = None
         self._said = self._held_out = ""
+
+    def wait(self, text: str) -> None:
+        """Something to look at from the first moment: libraries take seconds to load. Nothing where nobody looks."""
+        if self.console.is_terminal and self._status is None:
+            self._status = Status(f"{escape(text)} ...", console=self.console)
+            self._status.start()
 
     def say(self, text: str) -> None:
         """A line about the stage that begins or has ended."""
@@ -119,7 +123,8 @@ class Terminal:
             answer = metrics.get("answers", {}).get(when)
             if answer is not None:
                 self.console.print(f"\n[bold]answer {when} tuning:[/bold] {escape(answer)}", soft_wrap=True)
-        self.console.print(f"\nwritten to [bold]{escape(str(metrics['output']))}[/bold]", soft_wrap=True)
+        took = f" in {duration(metrics['seconds'])}" if "seconds" in metrics else ""
+        self.console.print(f"\nwritten to [bold]{escape(str(metrics['output']))}[/bold]{took}", soft_wrap=True)
 
     def _perplexities(self, values: Mapping[str, float | None]) -> None:
         labels = {
@@ -165,6 +170,8 @@ class Terminal:
 
     def accuracies(self, found: "Accuracies") -> None:
         """Scores of one model or two, and their paired differences."""
+        from trimtab.evaluation import harness
+
         for path, scores in found.scores.items():
             self.rows(path, ("task", "metric", "accuracy", "items"), harness.rows(scores))
         if len(found.scores) > 1:
@@ -228,19 +235,84 @@ class Terminal:
         )
         if short := search.unmade(search.ledger.trials()):
             self.say(short)
-        self.say(f"front.csv, points/*.yaml and pictures are in {search.folder}; `trimtab run` any point's recipe")
+        page = "report.html, " if (search.folder / "report.html").is_file() else ""
+        if not page:
+            self.say(
+                "no report.html: its charts need pip install 'trimtab[report]'; then `trimtab report DIR` writes it"
+            )
+        self.say(
+            f"{page}front.csv, points/*.yaml and pictures are in {search.folder}; `trimtab run` any point's recipe"
+        )
+
+    def compared(self, found: "Comparison") -> None:
+        """Two models side by side."""
+        sides = (("A", found.first), ("B", found.second))
+        rows = [(name, side.path, perplexity(side.perplexity), size(side.bytes)) for name, side in sides]
+        self.rows("", ("", "model", "perplexity", "files"), rows)
+        self.rows("", ("", ""), [
+            ("KL(A || B), nats a token", f"{found.kl:.4g} ± {found.kl_error:.2g}"),
+            ("same likeliest token", f"{found.top1_agreement:.2%}"),
+            ("loss of B minus that of A", f"{found.loss_difference:+.4f} ± {found.loss_error:.2g}"),
+        ])  # fmt: skip
+
+    def pieces(self, pieces: "Iterator[str]") -> None:
+        """A text as it comes, and the end of its line."""
+        try:
+            for piece in pieces:
+                self.close()
+                self.console.print(piece, end="", markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            self.console.print(" ...", end="")
+        self.close()
+        self.console.print()
+
+    def converse(self, talk: "Talk") -> None:
+        """A conversation: a question a line, until an empty one; Ctrl-C breaks off an answer."""
+        self.say("an empty line ends the conversation; /reset forgets it, /system TEXT tells the model something first")
+        if not talk.templated:
+            self.say("the model has no chat template: it goes on with your text")
+        while question := self._asked():
+            command, _, rest = question.partition(" ")
+            if command in ("/reset", "/system"):
+                talk.reset()
+                talk.system = talk.system if command == "/reset" else rest.strip() or None
+                self.say("forgotten" if command == "/reset" else "a new conversation begins")
+            elif command in ("/exit", "/quit", "/bye"):
+                return
+            elif command.startswith("/"):
+                self.say(f"{command} is none of /reset, /system, /exit")
+            else:
+                self.pieces(talk.say(question))
+                if talk.forgotten:
+                    self.say(f"(no room for the {talk.forgotten} oldest messages: they were left out)")
+
+    def _asked(self) -> str:
+        """The next line; "" where there is no more."""
+        try:
+            return self.console.input("> ").strip()
+        except EOFError:
+            return ""
 
     def rows(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Any table of text."""
+        """Any table of text, whose words are read whole; paragraphs where the terminal is too narrow for it."""
+        self.close()
+        found = tables.widths(header, rows, self.console.width)
+        if found is None:
+            for line in [title, *tables.paragraphs(header, rows)] if title else tables.paragraphs(header, rows):
+                self.console.print(Padding(Text(line), (0, 0, 0, 2 if line.startswith(" ") else 0)))
+            return
         table = Table(title=title or None, title_justify="left", box=None, show_header=any(header))
-        for i, column in enumerate(header):
-            table.add_column(column, no_wrap=i == 0)  # names are read whole, whatever else has to wrap
+        for column, width in zip(header, found, strict=True):
+            table.add_column(column, width=width, overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
         self.console.print(table)
 
     def close(self) -> None:
-        """Leave the terminal as it was: whatever is drawn in place stays as it is now."""
+        """Leave the terminal as it was: whatever is drawn in place stays as it is now, what only waits goes."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -1,0 +1,158 @@
+"""`README.md`: the model card of every folder that holds a model, made of the files beside it.
+
+The head is the metadata that hubs read (base_model, library_name, tags, datasets); what only this machine has, a model or a
+text by its path, is named there by no one.
+"""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import UserError
+from trimtab.models.held import Held, held
+from trimtab.recipe.recipe import Recipe, from_text, read
+
+_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
+_NAMED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_LIBRARY = {"native": "trimtab", "gguf": "gguf", "mlx": "mlx", "peft": "peft"}
+_RULES = 8
+"""Rules that a card shows; a searched model has hundreds."""
+_STAGES = {"float": "float, untuned", "rounded": "rounded, before tuning", "tuned": "tuned, folded, reloaded"}
+
+
+def card(folder: Path, name: str, recipe_text: str | None = None) -> str | None:
+    """The text of a folder's README.md; None where it holds no model.
+
+    Args:
+        folder: with a model's files, and recipe.yaml, metrics.json, parity.json and export.json where there are such.
+        name: of the folder, when it is in its place.
+        recipe_text: of the recipe, where it is in no file there.
+    """
+    try:
+        own = next((h for h in held(folder) if folder in (h.path, h.path.parent)), None)
+    except UserError:
+        return None
+    if own is None:
+        return None
+    recipe = _recipe(folder, recipe_text)
+    title = name if recipe is None else recipe.name if own.format == "native" else f"{recipe.name}, {own.format}"
+    found = [_metadata(own, recipe), f"# {title}\n", _summary(own, recipe), _quality(folder), _use(folder, own)]
+    found += [] if recipe is None else [_made(recipe)]
+    return "\n".join(part for part in found if part)
+
+
+def _recipe(folder: Path, text: str | None) -> Recipe | None:
+    try:
+        if text is not None:
+            return from_text(text)
+        return read(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else None
+    except UserError:  # of an earlier release, or by hand: then the card says less
+        return None
+
+
+def hub_id(path: str | None) -> str | None:
+    """The hub's name of a model or data set, without a commit; None for a path of this machine."""
+    if path is None:
+        return None
+    name = _NAMED.get(path, path).partition("@")[0]
+    return name if _HUB.fullmatch(name) and not Path(path).exists() else None
+
+
+def _metadata(own: Held, recipe: Recipe | None) -> str:
+    tags = ["trimtab", "quantized", own.format]
+    values: dict[str, Any] = {
+        "library_name": _LIBRARY.get(own.format, "transformers"),
+        "pipeline_tag": "text-generation",
+    }
+    if recipe is not None:
+        tags += [recipe.method.name, *_bits(recipe)]
+        base, data = hub_id(recipe.model.path), hub_id(None if recipe.data is None else recipe.data.path)
+        values |= {} if base is None else {"base_model": base, "base_model_relation": _relation(own)}
+        values |= {} if data is None else {"datasets": [data]}
+    values["tags"] = list(dict.fromkeys(tags))
+    lines = ["---"]
+    for key, value in values.items():  # YAML reads JSON's strings as they are
+        if isinstance(value, list):
+            lines += [f"{key}:", *(f"- {json.dumps(v)}" for v in value)]
+        else:
+            lines.append(f"{key}: {json.dumps(value)}")
+    return "\n".join([*lines, "---\n"])
+
+
+def _relation(own: Held) -> str:
+    return {"peft": "adapter", "dense": "finetune"}.get(own.format, "quantized")
+
+
+def _bits(recipe: Recipe) -> list[str]:
+    """`3-bit` for every width that the rules name."""
+    grids = [rule.grid for rule in recipe.rules or []] or [recipe.method.grid]
+    return sorted({f"{grid.bits}-bit" for grid in grids if grid is not None and not isinstance(grid, str)})
+
+
+def _summary(own: Held, recipe: Recipe | None) -> str:
+    if recipe is None:
+        return f"A language model in trimtab's {own.format} format.\n"
+    base = hub_id(recipe.model.path)
+    of = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(recipe.model.path).name}`"
+    how = recipe.method.name
+    trained = f"tuned by `{how}` for {recipe.train.steps} steps" if recipe.train.steps else f"quantized by `{how}`"
+    form = "trimtab's own format" if own.format == "native" else f"the `{own.format}` format"
+    return (
+        f"{of}, {trained} with trimtab, in {form}. What was trained is what is stored: codes are never rounded again.\n"
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _quality(folder: Path) -> str:
+    metrics, export = _json(folder / "metrics.json"), _json(folder / "export.json")
+    rows = [(f"perplexity, {words}", f"{metrics['perplexity'][key]:.2f}") for key, words in _STAGES.items()
+            if metrics.get("perplexity", {}).get(key) is not None]  # fmt: skip
+    rows += [(f"{task}", f"{v:.4f} ± {e:.4f}") for task, (v, e, _) in metrics.get("tasks", {}).items()]
+    if "max_logit_difference" in metrics:
+        rows.append(("largest logit difference, trained to reloaded", f"{metrics['max_logit_difference']:.3g}"))
+    if export:
+        rows.append((f"export, {export['kind']}: relative weight error", f"{export['relative_error']:.3g}"))
+    if not rows:
+        return ""
+    lines = ["## Measured\n", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows), ""]
+    return "\n".join(lines)
+
+
+def _use(folder: Path, own: Held) -> str:
+    if own.format == "native":
+        code = [
+            "```python", "import trimtab  # teaches transformers to read it: pip install trimtab",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            'model = AutoModelForCausalLM.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            "```\n", "```", "trimtab chat PATH",
+            "trimtab export PATH --format compressed-tensors    # vLLM; or gguf for llama.cpp, mlx", "```\n",
+        ]  # fmt: skip
+        return "\n".join(["## Use\n", *code])
+    file = own.path.name if own.path != folder else "."
+    command = Held(own.format, Path(file), own.rank).line()
+    return "\n".join(["## Use\n", "In this folder:\n", "```", command, "```\n"])
+
+
+def _made(recipe: Recipe) -> str:
+    """What decides the result, without the paths of this machine; recipe.yaml, where it is, has all of it."""
+    options = {f.name: getattr(recipe.method, f.name) for f in fields(recipe.method) if f.init}
+    rows = [("base", hub_id(recipe.model.path) or Path(recipe.model.path).name)]
+    rows.append(("method", ", ".join([recipe.method.name, *(f"{k} {v}" for k, v in options.items())])))
+    rows += [("layers", f"`{rule.match}`: {_grid(rule.grid)}") for rule in (recipe.rules or [])[:_RULES]]
+    more = len(recipe.rules or []) - _RULES
+    rows += [("", f"and {more} rules more")] if more > 0 else []
+    if recipe.data is not None and recipe.train.steps:
+        train = recipe.train
+        rows.append(("data", hub_id(recipe.data.path) or Path(recipe.data.path).name))
+        rows.append(("training", f"{train.steps} steps of {train.batch_tokens} tokens, {train.schedule} schedule"))
+    lines = ["## Made by\n", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows), ""]
+    return "\n".join(lines)
+
+
+def _grid(grid: Any) -> str:
+    return "float" if grid is None or isinstance(grid, str) else grid.describe()

@@ -1,0 +1,46 @@
+"""Vega-Lite, the plotting library of every page, as one script: the only file that imports vl_convert.
+
+A page carries it (0.9 MB), so that it can be opened anywhere, at any time, without a network. Vega-Lite was taken before
+plotly, which is 4.7 MB a page, and bokeh, whose colours Python decides: a page could not follow its reader's dark mode.
+And a chart of it is a mapping of plain values, which a test can read.
+"""
+
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from trimtab.extras import missing, require
+from trimtab.kernels.cpu import cache_folder
+
+
+def lacking() -> bool:
+    """Whether the library is not installed."""
+    return bool(missing("report"))
+
+
+@cache
+def script() -> str:
+    """JavaScript that defines `vegaEmbed`, fit for a `<script>` element.
+
+    The library takes seconds to put it together, so it is kept beside the compiled kernels (`TRIMTAB_CACHE`).
+
+    Raises:
+        UserError: where the extra is not installed.
+    """
+    require("report.html", "report")
+    folder = cache_folder()
+    kept = folder / f"vega-{version('vl-convert-python')}.js"
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    import vl_convert
+
+    made = str(vl_convert.javascript_bundle()).replace("</script", "<\\/script")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as staging:
+            (Path(staging) / kept.name).write_text(made, encoding="utf-8")
+            (Path(staging) / kept.name).replace(kept)
+    except OSError:
+        return made  # a folder that cannot be written costs a few seconds each time, and nothing else
+    return made

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trimtab.data.rows import conversational
-from trimtab.data.tokens import head_of, rendered, tokens_of
+from trimtab.data.conversations import answer_of, rendered
+from trimtab.data.tokens import head_of, tokens_of
 from trimtab.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def text_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
         return (rendered(row, tokenizer, f"row {number}") for number, row in enumerate(dataset, start=1))
     if "text" in dataset.features:
         return (row["text"] for row in dataset)
-    return (row["prompt"] + row["completion"] for row in dataset)
+    return (row["prompt"] + answer_of(row) for row in dataset)
 
 
 _ROWS_A_TOKEN = 4

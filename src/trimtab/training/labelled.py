@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from trimtab.data.rows import Place, conversational, unused_keys
-from trimtab.data.tokens import Tokens, dataset_of, end_of_turns, head_of, left_out, rendered, tokens_of_row
+from trimtab.data.conversations import end_of_turns, left_out, rendered
+from trimtab.data.learned import tokens_of_row
+from trimtab.data.tokens import Tokens, dataset_of, head_of
 from trimtab.errors import UserError
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.loss import IGNORED

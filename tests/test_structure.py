@@ -65,8 +65,8 @@ MAX_IMPORT_SECONDS = 1.0
 
 PUBLIC_NAMES = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "parity", "plan", "prepare", "prune", "run",
-    "save", "search", "simulate", "tune", "verify",
+    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "overview", "parity", "plan", "prepare", "prune",
+    "run", "save", "search", "simulate", "tune", "verify",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------

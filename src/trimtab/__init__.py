@@ -20,7 +20,7 @@ from trimtab.models import registration
 
 if TYPE_CHECKING:
     from trimtab import methods
-    from trimtab.api import chat, evaluate, export, harness, parity, plan, prune, run, search, verify
+    from trimtab.api import chat, evaluate, export, harness, overview, parity, plan, prune, run, search, verify
     from trimtab.errors import UserError
     from trimtab.formats.native.write import save
     from trimtab.kernels.tuning import tune
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "parity", "plan", "prepare", "prune", "run",
-    "save", "search", "simulate", "tune", "verify",
+    "chat", "evaluate", "export", "fold", "harness", "load", "methods", "overview", "parity", "plan", "prepare", "prune",
+    "run", "save", "search", "simulate", "tune", "verify",
 ]  # fmt: skip
 
 _HOME = {

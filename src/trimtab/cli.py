@@ -81,6 +81,12 @@ def plan(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     terminal.plan(found)
 
 
+@app.command()
+def data(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Show what training will see: rows, tokens, what is learned, the first example; reads no weight."""
+    _terminal().data(trimtab.overview(recipe, overrides or ()))
+
+
 @app.command("eval")
 def evaluate(
     path: _Model,

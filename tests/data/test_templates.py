@@ -15,7 +15,9 @@ from trimtab.data.tokens import head_of
 from trimtab.errors import UserError
 
 FOLDER = Path(__file__).parent / "templates"
-_SPECIAL = re.compile(r"<[|｜][^|｜]+[|｜]>|</?s>|\[/?[A-Z_]+\]|<(?:start|end)_of_turn>|<bos>")
+BAR = "\uff5c"
+"""DeepSeek's tokens are written with it."""
+_SPECIAL = re.compile(rf"<[|{BAR}][^|{BAR}]+[|{BAR}]>|</?s>|\[/?[A-Z_]+\]|<(?:start|end)_of_turn>|<bos>")
 
 
 def message(role: str, content: str, **keys: Any) -> dict[str, Any]:
@@ -44,89 +46,24 @@ THOUGHT = [
     message("assistant", "<think>\nyes\n</think>\n\nHello, again!"),
 ]
 
-# What a model is to write stands between ⟦ and ⟧, its turn's end included; all of it made by hand.
-MARKED = {
-    "qwen2_5": """<|im_start|>system
-Be brief.<|im_end|>
-<|im_start|>user
-Hi there<|im_end|>
-<|im_start|>assistant
-⟦Hello!<|im_end|>
-⟧<|im_start|>user
-Name two colours.<|im_end|>
-<|im_start|>assistant
-⟦Blue.
 
-Red.<|im_end|>
-⟧""",
-    "qwen3": """<|im_start|>system
-Be brief.<|im_end|>
-<|im_start|>user
-Hi there<|im_end|>
-<|im_start|>assistant
-⟦Hello!<|im_end|>
-⟧<|im_start|>user
-Name two colours.<|im_end|>
-<|im_start|>assistant
-⟦<think>
+def marked(what: str) -> dict[str, str]:
+    """Renderings by a template's name: made by hand, ⟦ and ⟧ around what a model is to write, its turn's end included."""
+    files = sorted(FOLDER.glob(f"*.{what}.txt"))
+    return {file.name.partition(".")[0]: file.read_text(encoding="utf-8").removesuffix("\n") for file in files}
 
-</think>
 
-Blue.
-
-Red.<|im_end|>
-⟧""",
-    "smollm2": """<|im_start|>system
-Be brief.<|im_end|>
-<|im_start|>user
-Hi there<|im_end|>
-<|im_start|>assistant
-⟦Hello!<|im_end|>
-⟧<|im_start|>user
-Name two colours.<|im_end|>
-<|im_start|>assistant
-⟦Blue.
-
-Red.<|im_end|>
-⟧""",
-    "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST]⟦ Hello! </s>⟧<s>[INST] Name two colours. [/INST]⟦ Blue."
-    "\n\nRed. </s>⟧",
-    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
-    "<|end_header_id|>\n\nHi there<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n⟦Hello!<|eot_id|>⟧"
-    "<|start_header_id|>user<|end_header_id|>\n\nName two colours.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-    "⟦Blue.\n\nRed.<|eot_id|>⟧",
-    "llama3_1": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-    "Today Date: 26 Jul 2024\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hello!<|eot_id|>⟧<|start_header_id|>user<|end_header_id|>\n\n"
-    "Name two colours.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n⟦Blue.\n\nRed.<|eot_id|>⟧",
-    # It shows a system prompt only where a question is last: a conversation to learn loses it (and a run says so).
-    "mistral_v3": "<s>[INST] Hi there[/INST]⟦ Hello!</s>⟧[INST] Name two colours.[/INST]⟦ Blue.\n\nRed.</s>⟧",
-    "gemma2": "<bos><start_of_turn>user\nHi there<end_of_turn>\n<start_of_turn>model\n⟦Hello!<end_of_turn>\n⟧<start_of_turn>user\n"
-    "Name two colours.<end_of_turn>\n<start_of_turn>model\n⟦Blue.\n\nRed.<end_of_turn>\n⟧",
-    "phi3": "<|system|>\nBe brief.<|end|>\n<|user|>\nHi there<|end|>\n<|assistant|>\n⟦Hello!<|end|>\n⟧<|user|>\n"
-    "Name two colours.<|end|>\n<|assistant|>\n⟦Blue.\n\nRed.<|end|>\n<|endoftext|>⟧",
-    "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHi there</s>\n<|assistant|>\n⟦Hello!</s>\n⟧<|user|>\nName two colours.</s>\n"
-    "<|assistant|>\n⟦Blue.\n\nRed.</s>\n⟧",
-    "deepseek_v3": "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi there<｜Assistant｜>⟦Hello!<｜end▁of▁sentence｜>⟧<｜User｜>"
-    "Name two colours.<｜Assistant｜>⟦Blue.\n\nRed.<｜end▁of▁sentence｜>⟧",
-    "deepseek_r1_distill": "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi there<｜Assistant｜>⟦Hello!<｜end▁of▁sentence｜>⟧<｜User｜>"
-    "Name two colours.<｜Assistant｜>⟦Blue.\n\nRed.<｜end▁of▁sentence｜>⟧",
-    "command_r": "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Be brief.<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|>"
-    "<|USER_TOKEN|>Hi there<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦Hello!<|END_OF_TURN_TOKEN|>⟧"
-    "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Name two colours.<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
-    "⟦Blue.\n\nRed.<|END_OF_TURN_TOKEN|>⟧",
-    "granite": "<|start_of_role|>system<|end_of_role|>Be brief.<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>Hi there"
-    "<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>⟦Hello!<|end_of_text|>\n⟧<|start_of_role|>user<|end_of_role|>"
-    "Name two colours.<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>⟦Blue.\n\nRed.<|end_of_text|>\n⟧",
-}
+MARKED = marked("talk")
+_SENTENCE = f"<{BAR}end▁of▁sentence{BAR}>"
 ENDS = {
-    "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>", "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>",
-    "gemma2": "<eos>", "phi3": "<|endoftext|>", "deepseek_v3": "<｜end▁of▁sentence｜>", "gpt_oss": "<|return|>",
-    "deepseek_r1_distill": "<｜end▁of▁sentence｜>", "command_r": "<|END_OF_TURN_TOKEN|>", "granite": "<|end_of_text|>",
+    "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>", "llama3": "<|eot_id|>", "gemma2": "<eos>",
+    "llama3_1": "<|eot_id|>", "phi3": "<|endoftext|>", "deepseek_v3": _SENTENCE, "deepseek_r1_distill": _SENTENCE,
+    "gpt_oss": "<|return|>", "command_r": "<|END_OF_TURN_TOKEN|>", "granite": "<|end_of_text|>",
 }  # fmt: skip
+_SENTENCE = f"<{BAR}begin▁of▁sentence{BAR}>"
 BEGINS = {
-    "llama2": "<s>", "mistral_v3": "<s>", "llama3": "<|begin_of_text|>", "llama3_1": "<|begin_of_text|>", "gemma2": "<bos>",
-    "deepseek_v3": "<｜begin▁of▁sentence｜>", "deepseek_r1_distill": "<｜begin▁of▁sentence｜>", "command_r": "<BOS_TOKEN>",
+    "llama2": "<s>", "mistral_v3": "<s>", "llama3": "<|begin_of_text|>", "llama3_1": "<|begin_of_text|>",
+    "gemma2": "<bos>", "deepseek_v3": _SENTENCE, "deepseek_r1_distill": _SENTENCE, "command_r": "<BOS_TOKEN>",
 }  # fmt: skip
 
 
@@ -164,120 +101,59 @@ def only_the_last(marked: str) -> str:
     return "".join(parts[:-2]) + f"⟦{parts[-2]}⟧{parts[-1]}"
 
 
-@pytest.mark.parametrize(("name", "marked"), MARKED.items(), ids=MARKED)
-def test_every_answer_is_learned(tmp_path: Path, name: str, marked: str) -> None:
-    made = tokenizer(name, source(name), marked)
+@pytest.mark.parametrize(("name", "text"), MARKED.items(), ids=MARKED)
+def test_every_answer_is_learned(tmp_path: Path, name: str, text: str) -> None:
+    made = tokenizer(name, source(name), text)
     row = row_of(tmp_path, TALK if name == "gemma2" else [SYSTEM, *TALK])
-    assert learned(made, row) == marked
-    assert learned(made, row, "last") == only_the_last(marked)
-    assert learned(made, row, "full") == "⟦" + re.sub("[⟦⟧]", "", marked) + "⟧"
+    assert learned(made, row) == text
+    assert learned(made, row, "last") == only_the_last(text)
+    assert learned(made, row, "full") == "⟦" + re.sub("[⟦⟧]", "", text) + "⟧"
 
 
-@pytest.mark.parametrize(("name", "marked"), MARKED.items(), ids=MARKED)
-def test_an_answer_with_a_weight_of_zero_is_not_learned(tmp_path: Path, name: str, marked: str) -> None:
-    made = tokenizer(name, source(name), marked)
-    for turn, expected in ((3, re.sub("[⟦⟧]", "", marked, count=2)), (1, only_the_last(marked))):
+@pytest.mark.parametrize(("name", "text"), MARKED.items(), ids=MARKED)
+def test_an_answer_with_a_weight_of_zero_is_not_learned(tmp_path: Path, name: str, text: str) -> None:
+    made = tokenizer(name, source(name), text)
+    for turn, expected in ((3, re.sub("[⟦⟧]", "", text, count=2)), (1, only_the_last(text))):
         talk = [{**m, "weight": 0} if i == (1 if turn == 3 else turn) else m for i, m in enumerate(TALK)]
         row = row_of(tmp_path, talk if name == "gemma2" else [SYSTEM, *talk])
         assert learned(made, row) == expected
 
 
-CALLED = {
-    "qwen2_5": """<|im_start|>user
-Weather?<|im_end|>
-<|im_start|>assistant
-⟦<tool_call>
-{"name": "look_up", "arguments": {"city": "Ulm"}}
-</tool_call><|im_end|>
-⟧<|im_start|>user
-<tool_response>
-cold
-</tool_response><|im_end|>
-<|im_start|>assistant
-⟦It is cold.<|im_end|>
-⟧""",
-    "qwen3": """<|im_start|>user
-Weather?<|im_end|>
-<|im_start|>assistant
-⟦<tool_call>
-{"name": "look_up", "arguments": {"city": "Ulm"}}
-</tool_call><|im_end|>
-⟧<|im_start|>user
-<tool_response>
-cold
-</tool_response><|im_end|>
-<|im_start|>assistant
-⟦<think>
-
-</think>
-
-It is cold.<|im_end|>
-⟧""",
-    "llama3_1": '<|start_header_id|>assistant<|end_header_id|>\n\n⟦{"name": "look_up", "parameters": {"city": "Ulm"}}<|eot_id|>⟧'
-    '<|start_header_id|>ipython<|end_header_id|>\n\n"cold"<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n⟦It is cold.'
-    "<|eot_id|>⟧",
-    "mistral_v3": '[INST] Weather?[/INST]⟦[TOOL_CALLS] [{"name": "look_up", "arguments": {"city": "Ulm"}, "id": "abcdefghi"}]</s>⟧'
-    '[TOOL_RESULTS] {"content": cold, "call_id": "abcdefghi"}[/TOOL_RESULTS]⟦ It is cold.</s>⟧',
-    "deepseek_v3": "<｜User｜>Weather?<｜Assistant｜>⟦<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>look_up\n```json\n"
-    '{"city": "Ulm"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>⟧<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>cold'
-    "<｜tool▁output▁end｜><｜tool▁outputs▁end｜>⟦It is cold.<｜end▁of▁sentence｜>⟧",
-    "gpt_oss": "<|start|>user<|message|>Weather?<|end|><|start|>assistant⟦ to=functions.look_up<|channel|>commentary json<|message|>"
-    '{"city": "Ulm"}<|call|>⟧<|start|>functions.look_up to=assistant<|channel|>commentary<|message|>"cold"<|end|><|start|>assistant'
-    "⟦<|channel|>final<|message|>It is cold.<|return|>⟧",
-}
+CALLED = marked("calls")
 
 
-@pytest.mark.parametrize(("name", "marked"), CALLED.items(), ids=CALLED)
+@pytest.mark.parametrize(("name", "text"), CALLED.items(), ids=CALLED)
 @pytest.mark.parametrize("tools", [True, False])
-def test_calls_of_tools_are_learned(tmp_path: Path, name: str, marked: str, tools: bool) -> None:
+def test_calls_of_tools_are_learned(tmp_path: Path, name: str, text: str, tools: bool) -> None:
     """And what a tool answers is not; tools themselves stand before, and are not looked at here."""
     if tools and name == "deepseek_v3":
         pytest.skip("its template has no place for tools")
-    made = tokenizer(name, source(name), marked + "<|im_start|><|begin_of_text|>[AVAILABLE_TOOLS][/AVAILABLE_TOOLS]")
+    made = tokenizer(name, source(name), text + "<|im_start|><|begin_of_text|>[AVAILABLE_TOOLS][/AVAILABLE_TOOLS]")
     row = row_of(tmp_path, CALLS, **({"tools": TOOLS} if tools else {}))
     found = learned(made, row)
     assert ("look_up" in found.partition("Weather?")[0]) == tools
-    assert found.endswith(marked.partition("Weather?")[2])
+    assert found.endswith(text.partition("Weather?")[2])
 
 
-THINKING = {
-    "qwen3": """<|im_start|>user
-Hi there<|im_end|>
-<|im_start|>assistant
-⟦Hello!<|im_end|>
-⟧<|im_start|>user
-Again<|im_end|>
-<|im_start|>assistant
-⟦<think>
-yes
-</think>
-
-Hello, again!<|im_end|>
-⟧""",
-    # What is asked for ends with <think> there, so the thoughts are the answer's and yet rendered by nobody.
-    "deepseek_r1_distill": "<｜begin▁of▁sentence｜><｜User｜>Hi there<｜Assistant｜>⟦\n\nHello!<｜end▁of▁sentence｜>⟧<｜User｜>Again"
-    "<｜Assistant｜>⟦\n\nHello, again!<｜end▁of▁sentence｜>⟧",
-}
+THINKING = marked("thoughts")
 
 
-@pytest.mark.parametrize(("name", "marked"), THINKING.items(), ids=THINKING)
-def test_thoughts_as_the_template_leaves_them(tmp_path: Path, name: str, marked: str) -> None:
-    assert learned(tokenizer(name, source(name), marked), row_of(tmp_path, THOUGHT)) == marked
+@pytest.mark.parametrize(("name", "text"), THINKING.items(), ids=THINKING)
+def test_thoughts_as_the_template_leaves_them(tmp_path: Path, name: str, text: str) -> None:
+    assert learned(tokenizer(name, source(name), text), row_of(tmp_path, THOUGHT)) == text
 
 
 def test_turns_that_end_otherwise_before_the_last_one(tmp_path: Path) -> None:
     """gpt-oss ends the last turn with <|return|> and every earlier one with <|end|>."""
-    marked = (
-        "<|start|>user<|message|>Hi there<|end|><|start|>assistant⟦<|channel|>final<|message|>Hello!<|end|>⟧<|start|>user"
-        "<|message|>Name two colours.<|end|><|start|>assistant⟦<|channel|>final<|message|>Blue.\n\nRed.<|return|>⟧"
-    )
-    assert learned(tokenizer("gpt_oss", source("gpt_oss"), marked), row_of(tmp_path, TALK)).endswith(marked)
+    [text] = marked("turns").values()
+    assert learned(tokenizer("gpt_oss", source("gpt_oss"), text), row_of(tmp_path, TALK)).endswith(text)
 
 
 TRL = {
     "llama3": ("llama3", ""), "gemma2": ("gemma", ""), "phi3": ("phi3", ""), "command_r": ("cohere", ""),
-    "qwen2_5": ("qwen2_5", "\n"), "deepseek_v3": ("deepseekv3", "<｜Assistant｜>"), "gpt_oss": ("gptoss", "<|start|>assistant"),
-    "deepseek_r1_distill": ("deepseek_r1_distill", "<｜Assistant｜>"),
+    "qwen2_5": ("qwen2_5", "\n"), "gpt_oss": ("gptoss", "<|start|>assistant"),
+    "deepseek_v3": ("deepseekv3", f"<{BAR}Assistant{BAR}>"),
+    "deepseek_r1_distill": ("deepseek_r1_distill", f"<{BAR}Assistant{BAR}>"),
 }  # fmt: skip
 """TRL's name, and what its marks have a model learn of what it is given when it is asked."""
 
@@ -286,9 +162,10 @@ TRL = {
 def test_trl_marks_the_same(tmp_path: Path, name: str, theirs: str, more: str) -> None:
     """An oracle: TRL's own copies of these templates, with `{% generation %}`, by which transformers makes the mask."""
     trl = pytest.importorskip("trl.chat_template_utils")
-    marked = (Path(trl.__file__).parent / "chat_templates" / f"{theirs}_training.jinja").read_text(encoding="utf-8")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    template_of_trl = (folder / f"{theirs}_training.jinja").read_text(encoding="utf-8")
     text = MARKED.get(name, CALLED.get(name, ""))
-    ours, made = (tokenizer(name, template, text) for template in (source(name), marked))
+    ours, made = (tokenizer(name, template, text) for template in (source(name), template_of_trl))
     system = [] if name == "gemma2" else [SYSTEM]
     row = row_of(tmp_path, [*system, *TALK])
     whole = [*row["prompt"], *row["completion"]]

@@ -10,10 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tiny
-from trimtab.data.rows import load_rows
-from trimtab.data.sequences import text_of, token_windows
 from trimtab.data.conversations import end_of_turns, left_out, rendered
 from trimtab.data.learned import tokens_of_row
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import text_of, token_windows
 from trimtab.data.tokens import head_of, tokens_of
 from trimtab.errors import UserError
 

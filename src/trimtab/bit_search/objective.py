@@ -93,7 +93,9 @@ class Tuned:
 
 def at_length(recipe: Recipe, rules: Sequence[Rule], steps: int, folder: str) -> Recipe:
     """The recipe of a trial."""
-    training = recipe.train.model_copy(update={"steps": steps, "save_steps": steps + 1, "report_to": "none"})
+    training = recipe.train.model_copy(
+        update={"steps": steps, "epochs": None, "save_steps": steps + 1, "report_to": "none"}
+    )
     changes = {"rules": list(rules), "train": training, "output": folder, "search": None, "prune": None}
     return recipe.model_copy(update=changes)
 

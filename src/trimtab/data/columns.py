@@ -1,7 +1,7 @@
-"""A row's own keys to those of a form: `columns: {prompt: sentence, completion: label}`, or a text made of several.
+r"""A row's own keys to those of a form: `columns: {prompt: sentence, completion: label}`, or a text made of several.
 
     {prompt: sentence}                           the key `sentence` is what a form calls `prompt`
-    {prompt: "Review: {sentence}\\nMood:"}        a text with the values of keys in it
+    {prompt: "Review: {sentence}\nMood:"}        a text with the values of keys in it
 
 What is not a string there (a class, a number) is written out, so that a label can be an answer.
 """
@@ -23,7 +23,9 @@ def check_columns(columns: Mapping[str, str], key: str = "data.columns") -> None
     """Raise a `UserError` for a key that no form reads."""
     for name in columns:
         if name not in KEYS:
-            raise UserError(f"{key}: {name!r} is no key of a row{nearest(name, KEYS)}; known are {', '.join(KEYS)}")
+            raise UserError(
+                f"{key}: {name!r} is no key of a row{nearest(name, list(KEYS))}; known are {', '.join(KEYS)}"
+            )
 
 
 def renamed(
@@ -59,8 +61,8 @@ def renamed(
             continue
         if key in found and key not in ignored:
             raise UserError(
-                f"{where}: data.columns makes {columns[key]!r} its {key!r}, but the row has a {key!r} of its own; name that "
-                "in data.ignore"
+                f"{where}: data.columns makes {columns[key]!r} its {key!r}, but the row has a {key!r} of its own; name "
+                "that in data.ignore"
             )
         found.setdefault(key, value)
     return found

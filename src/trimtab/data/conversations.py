@@ -1,7 +1,7 @@
 """Conversations through a chat template: the text, and that nothing which the row holds is dropped on the way.
 
-A template is a program of the model's vendor, and servers run the same one: so it is given all that a row has (tools, calls,
-thoughts, arguments), and what it renders nothing of is refused.
+A template is a program of the model's vendor, and servers run the same one: so it is given all that a row has (tools,
+calls, thoughts, arguments), and what it renders nothing of is refused.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 """How a template says where an answer begins."""
 
 
+NO_TEMPLATE = (
+    'give plain {"text"} or {"prompt", "completion"} rows, or name a chat template in data.template (alpaca, chatml or a '
+    ".jinja file)"
+)
+"""What to do where a tokenizer has no chat template."""
 Way = tuple[bool, bool]
 _WAYS: tuple[Way, ...] = ((False, False), (True, False), (False, True), (True, True))
 """How calls can be written: with arguments as JSON instead of an object, and with no content instead of an empty one."""
@@ -68,6 +73,11 @@ class Given(NamedTuple):
             if silent and "tool_calls" in message and not message["content"]:
                 message["content"] = None
         return made
+
+    def called(self, number: int) -> bool:
+        """Whether a message calls a tool; -1 is the last."""
+        keys = self.rendering.get("keys", {})
+        return "tool_calls" in keys.get(str(range(len(self.messages))[number]), {})
 
     def calls(self) -> list[dict[str, Any]]:
         """The functions that its messages call, with their arguments."""
@@ -112,7 +122,7 @@ def render(given: Given, tokenizer: PreTrainedTokenizerBase, where: object, *, a
                 **arguments,
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as failed:
-            # A template is a program: it refuses what its model never saw (a system role, two users in a row), and it fails.
+            # A template is a program: it refuses what its model never saw (a system role, two users), and it fails.
             error, cause = error or " ".join(str(failed).split())[:200] or type(failed).__name__, failed
             continue
         assert isinstance(text, str)
@@ -129,7 +139,7 @@ def _called(calls: list[dict[str, Any]], text: str) -> bool:
 
 
 def generated(given: Given, text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]] | None:
-    """The parts of a rendering, as characters from and to, that its template marks by `{% generation %}`; None without marks.
+    """The parts of a rendering, from and to, that its template marks by `{% generation %}`; None without marks.
 
     Args:
         given: what was rendered.
@@ -139,10 +149,12 @@ def generated(given: Given, text: str, tokenizer: PreTrainedTokenizerBase) -> li
     source = tokenizer.get_chat_template(tools=given.rendering.get("tools"))
     if not MARKS.search(source):
         return None
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
+
+    render_marked: Any = chat_template_utils.render_jinja_template  # its annotation leaves the marks out
 
     for way in _WAYS:
-        texts, parts = render_jinja_template(
+        texts, parts = render_marked(
             conversations=[given.whole(way)],
             tools=given.rendering.get("tools"),
             chat_template=source,

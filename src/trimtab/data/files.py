@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, JSON arrays, CSV, Parquet and plain texts, each row with the words that say where it stands."""
+"""Files of rows: JSON lines and arrays, CSV, Parquet and plain texts, each row with the words that say where it is."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _csv_rows(file: Path) -> Iterator[Located]:
                     continue
                 if len(cells) != len(names):
                     raise UserError(
-                        f"{where}: {len(cells)} cells where the first line names {len(names)} columns; put a cell that holds "
+                        f"{where}: {len(cells)} cells where the first line names {len(names)} columns; put a cell with "
                         'a comma, a quote or a line break into double quotes (quotes in it doubled: "")'
                     )
                 yield where, dict(zip(names, cells, strict=True))

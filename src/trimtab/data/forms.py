@@ -1,6 +1,7 @@
 """One row, from the form it is held in to TRL's: every key of it is used, named as unused, or refused.
 
-`{"text"}` learns every token, `{"prompt", "completion"}` the answers. People hold their data in forms told apart by their keys:
+`{"text"}` learns every token, `{"prompt", "completion"}` the answers. People hold their data in forms, told apart by
+their keys:
 
     {"text"}                              ->  {"text"}                                      language modelling
     {"question", "answer"}                ->  {"prompt": [user], "completion": [assistant]}
@@ -10,15 +11,16 @@
     {"prompt", "completion"}              ->  as they are: two strings, or two lists of messages
     {"prompt", "chosen", "rejected"}      ->  as they are, for DPO; see `preferences`
 
-Of a conversation every answer is learned (or the last one: `data.loss`), also those that stand in what is here the prompt;
-of a prompt and a completion only the completion. Answers that are not learned whatever the loss (those of an explicit prompt,
-those with a weight of 0) have their numbers in the column `rendering`. Where a row fits several forms (alpaca has
-`instruction`, `output` *and* a rendered `text`), the most structured one wins.
+Of a conversation every answer is learned (or the last one: `data.loss`), also those that stand in what is here the
+prompt; of a prompt and a completion only the completion. Answers that are not learned whatever the loss (those of an
+explicit prompt, those with a weight of 0) have their numbers in the column `rendering`. Where a row fits several forms
+(alpaca has `instruction`, `output` *and* a rendered `text`), the most structured one wins.
 
 A key that is dropped is a row that says another thing than the one trained. So beside its form's own keys a row may have
 only what can be told to be no part of prompt and answer: empty values, the names in `ABOUT`, those that the user
-lists (`data.ignore`), the same text in another form. What a chat template is given besides roles and contents (tools, calls,
-its arguments, a message's own keys) goes into the column `rendering`, too; `tokens` finds out whether the template reads it.
+lists (`data.ignore`), the same text in another form. What a chat template is given besides roles and contents (tools,
+calls, its arguments, a message's own keys) goes into the column `rendering`, too; `conversations` finds out whether the
+template reads it.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ def _system(row: Mapping[str, Any], prompt: list[Message], where: str) -> list[M
 
 
 def _given_to_template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for key, type_ in zip(_OF_TEMPLATES, (list, dict), strict=True):
         if empty(row.get(key)):
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ class Encoded:
         self._ends: list[int] | None = None
         if self._places is not None:  # where the ends do not rise (they do in every tokenizer we know) none is searched
             ends = [end for _, end in self._places]
-            self._ends = ends if all(a <= b for a, b in zip(ends, ends[1:], strict=False)) else None
+            self._ends = ends if all(a <= b for a, b in pairwise(ends)) else None
 
     def tokens(self, start: int, end: int) -> Span:
         """The tokens that hold any of the characters from `start` to `end`, which may share their first and last one."""

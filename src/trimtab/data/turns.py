@@ -1,16 +1,16 @@
-"""Where an answer begins and ends in a rendered conversation, for templates that do not mark it.
+r"""Where an answer begins and ends in a rendered conversation, for templates that do not mark it.
 
-An answer begins where the prompt before it ends, head of the answer included, and its turn ends where the conversation up to
-it does:
+An answer begins where the prompt before it ends, head of the answer included, and its turn ends where the conversation
+up to it does:
 
-    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n<|im_start|>user\\n..
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\n..
     `-- rendered with the head of an answer --------------'|               |
-    `-- rendered with the answer ------------------------------------------'     learned: Hello<|im_end|>\\n
+    `-- rendered with the answer ------------------------------------------'     learned: Hello<|im_end|>\n
 
 Most templates render a conversation's beginning as they render the whole of it. Some do not: they leave earlier thoughts
-out, move the system prompt to the last question, or end the last turn otherwise. There what differs is bounded by the contents
-of the messages, which one more rendering finds exactly: with marks of the private use area around each of them. Taken away, the
-marks must leave the very text; else nothing is known of the contents.
+out, move the system prompt to the last question, or end the last turn otherwise. There what differs is bounded by the
+contents of the messages, which one more rendering finds exactly: with marks of the private use area around each of them.
+Taken away, the marks must leave the very text; else nothing is known of the contents.
 """
 
 from __future__ import annotations

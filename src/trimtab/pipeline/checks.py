@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data.rows import load_rows
-from trimtab.data.sequences import check_tokens, token_windows
+from trimtab.data.sequences import check_tokens
+from trimtab.data.sources import Texts
+from trimtab.data.templates import set_template
 from trimtab.errors import UserError
 from trimtab.evaluation.harness import check_tasks
 from trimtab.extras import require
@@ -16,7 +17,7 @@ from trimtab.models.positions import check_length
 from trimtab.models.prepare import targets
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.pipeline.output import Work
-from trimtab.recipe import inputs
+from trimtab.recipe import inputs, texts
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.build import RunContext, calibration
 from trimtab.training.checkpoints import check_reached
@@ -37,24 +38,29 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     last = work.last()
     if resume and last is not None:
         check_reached(last, recipe)
-    rows, held_out = _rows(recipe)
+    read, held_out = _rows(recipe)
+    rows = None if read is None else read.rows
     source = open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
+    template = set_template(tokenizer, None if recipe.data is None else recipe.data.template)
     _check_padding(recipe, source)
     layout = source.layout()
     _check_stages(recipe, source, layout)
     vocabulary, notes = layout.config.get_text_config().vocab_size, _check_length(recipe, layout)
-    labelled = None
+    labelled = seen = None
     if rows is not None and recipe.train.steps:
         from trimtab.training.labelled import label
+        from trimtab.training.overview import overview
 
         labelled = label(recipe, tokenizer, rows, vocabulary)
-        notes += labelled.notes
+        assert read is not None
+        seen = overview(recipe, read, labelled, tokenizer, () if template is None else (template,))
+        notes += (*seen.notes, *seen.lines())
     blocks = _blocks(recipe, held_out, tokenizer)
     start = calibration(recipe, rows, tokenizer)
     for tokens, key in ((blocks, "data.eval_path"), (None if start is None else start.tokens, "start.path")):
         check_tokens(tokens, tokenizer, vocabulary, key)
-    return RunContext(source, tokenizer, rows, labelled, blocks, start, notes)
+    return RunContext(source, tokenizer, rows, labelled, blocks, start, notes, read, seen)
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -111,17 +117,14 @@ def _check_length(recipe: Recipe, layout: PreTrainedModel) -> tuple[str, ...]:
     return () if line is None else (line,)
 
 
-def _rows(recipe: Recipe) -> tuple[Any, Any]:
-    """Training rows and held-out rows, read before any model is."""
+def _rows(recipe: Recipe) -> tuple[Texts | None, Any]:
+    """What is trained on and the held-out rows, read before any model is."""
     block = recipe.data
     if block is None:
         return None, None
     wanted = recipe.train.steps or (recipe.activations is not None and recipe.activations.mode == "static")
-    rows = load_rows(block.path, split=block.split, limit=block.limit, ignore=block.ignore) if wanted else None
-    held_out = (
-        None if block.eval_path is None else load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
-    )
-    return rows, held_out
+    read = texts.training(block) if wanted else None
+    return read, texts.held_out(block, read) if read is not None or block.eval_path or block.holdout else None
 
 
 def _tokenizer(recipe: Recipe, source: ModelSource) -> Any:
@@ -137,5 +140,4 @@ def _blocks(recipe: Recipe, held_out: Any, tokenizer: Any) -> Tensor | None:
     """Held-out tokens (W, L)."""
     if recipe.data is None or held_out is None:
         return None
-    limit = recipe.data.eval_tokens
-    return token_windows(held_out, tokenizer, block_tokens=recipe.data.block_tokens, limit_tokens=limit)
+    return texts.windows_of(recipe.data, held_out, tokenizer)

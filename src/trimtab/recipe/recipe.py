@@ -17,6 +17,8 @@ import yaml
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
 
 from trimtab import methods
+from trimtab.data.columns import check_columns
+from trimtab.data.templates import check_template
 from trimtab.errors import UserError, nearest
 from trimtab.methods.base import Method
 from trimtab.quant.activations import Activations, KvCache
@@ -87,6 +89,11 @@ class Recipe(Block):
         # The dataclass is the YAML block; pydantic checks the types that a dataclass does not.
         return TypeAdapter(type(made)).validate_python(options)
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | list) else value
+
     @field_validator("rules", mode="before")
     @classmethod
     def _rules(cls, value: Any) -> list[Rule] | None:
@@ -138,6 +145,8 @@ class Recipe(Block):
         values["rules"] = None if self.rules is None else [_plain(rule) for rule in self.rules]
         values["output"] = str(self.out)
         values["train"]["lr"], values["train"]["lr_scale"] = self.lr, self.lr_scale
+        if self.train.epochs is not None:  # what stands for a number of steps, until the rows are counted
+            del values["train"]["steps"]
         if self.inputs is None:
             del values["inputs"]
         return yaml.safe_dump({key: values[key] for key in Recipe.model_fields if key in values}, sort_keys=False)
@@ -205,8 +214,11 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}: merge: an adapter beside rounded inputs fits into no weight; set merge: false, or leave "
             "activations out"
         )
-    if recipe.evaluate.baselines and (recipe.data is None or recipe.data.eval_path is None):
-        raise UserError(f"{where}: evaluate.baselines: are compared on held-out data; set data.eval_path")
+    if recipe.evaluate.baselines and not _holds_out(recipe):
+        raise UserError(
+            f"{where}: evaluate.baselines: are compared on held-out data; set data.eval_path or data.holdout"
+        )
+    _check_data(recipe, where)
     cache = recipe.teacher_cache
     if cache is not None and recipe.out.resolve() in (cache.resolve(), *cache.resolve().parents):
         raise UserError(f"{where}: distill.cache: {cache} is in the output directory; give it one of its own")
@@ -222,14 +234,51 @@ def _check(recipe: Recipe, where: str) -> None:
         )
 
 
+def _holds_out(recipe: Recipe) -> bool:
+    """Whether some data is held out for certain."""
+    return recipe.data is not None and bool(recipe.data.eval_path or recipe.data.holdout)
+
+
+def _check_data(recipe: Recipe, where: str) -> None:
+    """What a data block and the length of training say twice, or not at all."""
+    block, train = recipe.data, recipe.train
+    if train.epochs is not None and "steps" in train.model_fields_set:
+        raise UserError(
+            f"{where}: train.epochs: stands beside train.steps = {train.steps}; give one of them (null the other)"
+        )
+    if block is None:
+        return
+    try:
+        check_columns(block.columns)
+        for source in block.sources:
+            check_columns(source.columns or {})
+        if block.template is not None:
+            check_template(block.template)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if block.eval_path is not None and block.holdout:
+        raise UserError(
+            f"{where}: data.holdout: stands beside data.eval_path, which is held out already; give one of them"
+        )
+    for key, source in zip(_keys_of_sources(block), block.sources, strict=True):
+        if source.path.count("@") > 1:
+            raise UserError(f"{where}: {key}: {source.path} names two revisions; give one of them")
+
+
+def _keys_of_sources(block: DataBlock) -> list[str]:
+    return ["data.path"] if isinstance(block.path, str) else [f"data.path.{i}" for i in range(len(block.path))]
+
+
 def _check_search(recipe: Recipe, where: str) -> None:
     block = recipe.search
     if block is None:
         return
     if recipe.data is None:
         raise UserError(f"{where}: data: missing; a search measures on text")
-    if block.objective == "tuned" and recipe.data.eval_path is None:
-        raise UserError(f"{where}: search.objective: tuned trials are measured on held-out data; set data.eval_path")
+    if block.objective == "tuned" and not _holds_out(recipe):
+        raise UserError(
+            f"{where}: search.objective: tuned trials are measured on held-out data; set data.eval_path or data.holdout"
+        )
     if block.objective == "tuned" and not recipe.method.trains:
         raise UserError(
             f"{where}: search.objective: {recipe.method.name} trains nothing; use rounded, or another method"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trimtab.formats.export import Report
     from trimtab.memory.peak import Plan
     from trimtab.pruning import Pruned
+    from trimtab.training.overview import Overview
     from trimtab.training.trainer import Step
 
 _TRAINING = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tok/s", "{task.fields[memory]}")
@@ -170,6 +171,12 @@ class Terminal:
         verdict = "fits" if plan.total < available else "does not fit"
         table.add_row("memory free here", f"{size(available)}: {verdict}")
         self.console.print(table)
+
+    def data(self, found: "Overview") -> None:
+        """What training will see of its data."""
+        from trimtab.report.data_table import show
+
+        show(self.console, found)
 
     def accuracies(self, found: "Accuracies") -> None:
         """Scores of one model or two, and their paired differences."""

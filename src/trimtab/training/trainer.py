@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from trimtab.data.rows import load_rows
 from trimtab.errors import Diverged, UserError
 from trimtab.kernels import tuning, workspace
 from trimtab.models.transformers_bridge import attach
+from trimtab.recipe import texts
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
@@ -312,7 +312,7 @@ def fit(
     """
     assert recipe.data is not None, "the recipe was checked to have data"
     if rows is None:
-        rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit, ignore=recipe.data.ignore)
+        rows = texts.training(recipe.data).rows
     given = label(recipe, tokenizer, rows, model.config.get_text_config().vocab_size)
     for line in () if given is rows else given.notes:
         say(line)

@@ -57,11 +57,11 @@ class Given(NamedTuple):
         for key in path[:-1]:
             block = block[key]
         del block[path[-1]]
-        return self._replace(rendering=rendering)
+        return Given(self.messages, self.asked, rendering)
 
     def head(self, count: int) -> Given:
         """Its first messages."""
-        return self._replace(messages=self.messages[:count])
+        return Given(self.messages[:count], self.asked, self.rendering)
 
     def whole(self, way: Way = (False, False)) -> list[Message]:
         """Messages with all their keys, calls written in one of `_WAYS`."""

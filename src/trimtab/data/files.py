@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -124,30 +125,37 @@ def of_table(row: dict[str, Any]) -> dict[str, Any]:
 
 def _csv_rows(file: Path) -> Iterator[Located]:
     """Rows of a CSV or TSV file, by the names in its first line; every cell is a string."""
-    _decoded(file.read_bytes(), str(file))
-    csv.field_size_limit(2**31 - 1)  # an answer may be longer than the 128 kB that the csv module takes for a mistake
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        first = lines.readline()
-        lines.seek(0)
-        reader = csv.reader(lines, delimiter=next((d for d in ("\t", ",", ";") if d in first), ","), strict=True)
-        try:
-            names = next(reader, [])
-            twice = [name for name, count in Counter(names).items() if count > 1]
-            if twice or "" in names:
-                what = f"the column {twice[0]!r} stands there twice" if twice else "a column has no name"
-                raise UserError(f"{file}, line 1: {what}; correct the first line, which names the columns")
-            for cells in reader:
-                where = f"{file}, line {reader.line_num}"
-                if not cells:
-                    continue
-                if len(cells) != len(names):
-                    raise UserError(
-                        f"{where}: {len(cells)} cells where the first line names {len(names)} columns; put a cell with "
-                        'a comma, a quote or a line break into double quotes (quotes in it doubled: "")'
-                    )
+    text = _decoded(file.read_bytes(), str(file))
+    first = text.partition("\n")[0]
+    between = next((d for d in ("\t", ",", ";") if d in first), ",")
+    limit = csv.field_size_limit(
+        max(len(text), 1)
+    )  # an answer may be longer than what the csv module takes for a mistake
+    try:
+        found = list(_cells(file, csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True)))
+    finally:
+        csv.field_size_limit(limit)
+    yield from found
+
+
+def _cells(file: Path, reader: Any) -> Iterator[Located]:
+    try:
+        names = next(reader, [])
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice or "" in names:
+            what = f"the column {twice[0]!r} stands there twice" if twice else "a column has no name"
+            raise UserError(f"{file}, line 1: {what}; correct the first line, which names the columns")
+        for cells in reader:
+            where = f"{file}, line {reader.line_num}"
+            if cells and len(cells) != len(names):
+                raise UserError(
+                    f"{where}: {len(cells)} cells where the first line names {len(names)} columns; put a cell with a "
+                    'comma, a quote or a line break into double quotes (quotes in it doubled: "")'
+                )
+            if cells:
                 yield where, dict(zip(names, cells, strict=True))
-        except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: not valid CSV ({error}); correct the quotes") from error
+    except csv.Error as error:
+        raise UserError(f"{file}, line {reader.line_num}: not valid CSV ({error}); correct the quotes") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[Located]:

@@ -96,15 +96,18 @@ def near_duplicates(held_out: Sequence[str], training: Sequence[str]) -> set[int
     owners = np.repeat(np.arange(len(pieces)), sizes)
     order = np.argsort(keys, kind="stable")
     keys, owners = keys[order], owners[order]
+    if not len(keys):
+        return set()
     found = np.zeros(len(pieces), bool)
     for text in training:
         own = _pieces(text)
-        first, last = np.searchsorted(keys, own), np.searchsorted(keys, own, "right")
-        hit = first < last
+        first = np.searchsorted(keys, own)
+        hit = keys[np.minimum(first, len(keys) - 1)] == own
         if not hit.any():
             continue
-        counts = last[hit] - first[hit]
-        at = np.repeat(first[hit], counts) + np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        first = first[hit]
+        counts = np.searchsorted(keys, own[hit], "right") - first
+        at = np.repeat(first, counts) + np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
         shared = np.bincount(owners[at], minlength=len(pieces))
         if (shared >= _NEAR * sizes)[shared > 0].any():  # else the pieces of both together are too many, too
             size = len(own) - int(np.isin(own, common).sum())

@@ -146,7 +146,7 @@ class Tokens(NamedTuple):
 
     def compact(self) -> Tokens:
         """The same in four bytes a token, where a list takes up to 36: all rows of a data set are held at once."""
-        return self._replace(ids=array("i", self.ids))
+        return Tokens(array("i", self.ids), self.spans, self.merged)
 
 
 def dataset_of(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Dataset:

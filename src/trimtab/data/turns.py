@@ -166,7 +166,9 @@ class Turns:
             marked = content[:at] + (first if before else "") + core + last + content[at + len(core) :]
             messages.append({**message, "content": marked})
         try:
-            marked_text = render(self._given._replace(messages=messages), self._tokenizer, self._where)
+            marked_text = render(
+                Given(messages, self._given.asked, self._given.rendering), self._tokenizer, self._where
+            )
         except UserError:
             return None
         places: dict[int, int] = {}

@@ -77,8 +77,8 @@ class Overview:
         return (
             f"training data: {self.rows:,} {self.kind}{of}, {self.tokens:,} tokens of which {self.share:.0%} are learned; "
             f"the longest has {self.longest:,}, {self.cut:,} are cut, {self.left_out:,} left out; "
-            f"{self.sequences:,} sequences of at most {self.block_tokens:,} tokens, {self.steps_an_epoch:,} steps an epoch, "
-            f"{self.steps:,} steps in all ({self.epochs:.3g} epochs)",
+            f"{self.sequences:,} sequences of at most {self.block_tokens:,} tokens, {self.steps_an_epoch:,} steps an "
+            f"epoch, {self.steps:,} steps in all ({self.epochs:.3g} epochs)",
             f"first example, what is learned between ⟦ and ⟧: {shown(self.example)}",
         )
 
@@ -90,7 +90,7 @@ def shown(example: Sequence[tuple[str, bool]]) -> str:
 
 def shortened(text: str, most: int = _SHOWN) -> str:
     """A text's two ends, if it is longer."""
-    if len(text) <= most:
+    if len(text) <= 1.5 * most:
         return text
     half = most // 2
     return f"{text[:half]} [.. {len(text) - 2 * half:,} characters ..] {text[-half:]}"

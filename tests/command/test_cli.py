@@ -115,6 +115,15 @@ def test_plan(given: Path, command: Command) -> None:
     assert not (given / "run").exists()
 
 
+def test_data(given: Path, command: Command) -> None:
+    """Numbers, sources and the first example with what is learned of it; nothing is written, no weight is read."""
+    before = sorted(given.rglob("*"))
+    said = command("data", given / "recipe.yaml", "data.loss=full", "train.steps=3")
+    for part in ("training data", "trained on", "texts", "first example", "⟦", "3 (", "cut"):
+        assert part in said
+    assert sorted(given.rglob("*")) == before
+
+
 def test_methods_and_recipe(command: Command) -> None:
     printed = command("methods")
     for method in methods.ALL:

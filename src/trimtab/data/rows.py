@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -179,3 +180,18 @@ def conversational(dataset: Dataset) -> bool:
 def judged(dataset: Dataset) -> bool:
     """Whether the rows are preferences, which DPO and KTO train on, rather than answers to learn."""
     return "chosen" in dataset.features or "label" in dataset.features
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of the library datasets within: what is done there is over in a moment."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

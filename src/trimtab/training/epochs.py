@@ -6,6 +6,7 @@ steps an epoch   their batches of micro_batch, and of these as many to a step as
 
 import math
 
+from trimtab.data.rows import quiet
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.labelled import Labelled, packing_of
 
@@ -18,7 +19,8 @@ def sequences_of(recipe: Recipe, given: Labelled) -> int:
         return len(given.sequences)
     from trl import pack_dataset
 
-    return len(pack_dataset(given.sequences.shuffle(seed=recipe.train.seed), recipe.data.block_tokens, packing))
+    with quiet():
+        return len(pack_dataset(given.sequences.shuffle(seed=recipe.train.seed), recipe.data.block_tokens, packing))
 
 
 def steps_of_epoch(recipe: Recipe, sequences: int) -> int:

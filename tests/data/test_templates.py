@@ -119,6 +119,28 @@ def test_an_answer_with_a_weight_of_zero_is_not_learned(tmp_path: Path, name: st
         assert learned(made, row) == expected
 
 
+@pytest.mark.parametrize(("name", "text"), MARKED.items(), ids=MARKED)
+def test_tokenizers_that_do_not_say_where_tokens_stand(tmp_path: Path, name: str, text: str) -> None:
+    """Slow ones: there the tokens before a place are counted instead."""
+
+    class Slow:
+        is_fast = False
+
+        def __init__(self, made: PreTrainedTokenizerFast) -> None:
+            self.made = made
+
+        def __getattr__(self, key: str) -> Any:
+            return getattr(self.made, key)
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            assert "return_offsets_mapping" not in options
+            return self.made(*args, **options)
+
+    made = tokenizer(name, source(name), text)
+    row = row_of(tmp_path, TALK if name == "gemma2" else [SYSTEM, *TALK])
+    assert learned(Slow(made), row) == text
+
+
 CALLED = marked("calls")
 
 

@@ -140,7 +140,7 @@ def _csv_rows(file: Path) -> Iterator[Located]:
 
 def _cells(file: Path, reader: Any) -> Iterator[Located]:
     try:
-        names = next(reader, [])
+        names: list[str] = next(reader, [])
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice or "" in names:
             what = f"the column {twice[0]!r} stands there twice" if twice else "a column has no name"

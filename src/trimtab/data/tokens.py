@@ -95,7 +95,10 @@ class Encoded:
         shared = shared_head(ids, self._all)
         if self._places is not None:
             return self._places[shared][0] if shared < len(self._places) else len(self.text)
-        return next((i for i, (a, b) in enumerate(zip(self.text, other, strict=False)) if a != b), len(self.text))
+        at = next((i for i, (a, b) in enumerate(zip(self.text, other, strict=False)) if a != b), len(self.text))
+        while at and self._before(at)[1]:  # back to where a token begins
+            at -= 1
+        return at
 
     def special_at(self, at: int) -> int | None:
         """Where the special token ends that stands at a character; None if none does."""

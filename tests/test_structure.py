@@ -66,8 +66,8 @@ MAX_IMPORT_SECONDS = 1.0
 
 PUBLIC_NAMES = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "compare", "evaluate", "export", "fold", "harness", "load", "methods", "param_groups", "parity", "plan",
-    "prepare", "prune", "push", "reference", "run", "save", "search", "simulate", "tune", "verify", "write_report",
+    "chat", "compare", "evaluate", "export", "fold", "harness", "load", "methods", "overview", "param_groups", "parity",
+    "plan", "prepare", "prune", "push", "reference", "run", "save", "search", "simulate", "tune", "verify", "write_report",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------

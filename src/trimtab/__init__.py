@@ -20,7 +20,7 @@ from trimtab.models import registration
 
 if TYPE_CHECKING:
     from trimtab import methods
-    from trimtab.api import chat, evaluate, export, harness, parity, plan, prune, run, search, verify
+    from trimtab.api import chat, evaluate, export, harness, overview, parity, plan, prune, run, search, verify
     from trimtab.errors import UserError
     from trimtab.formats.native.write import save
     from trimtab.formats.push import push
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "compare", "evaluate", "export", "fold", "harness", "load", "methods", "param_groups", "parity", "plan",
-    "prepare", "prune", "push", "reference", "run", "save", "search", "simulate", "tune", "verify", "write_report",
+    "chat", "compare", "evaluate", "export", "fold", "harness", "load", "methods", "overview", "param_groups", "parity",
+    "plan", "prepare", "prune", "push", "reference", "run", "save", "search", "simulate", "tune", "verify", "write_report",
 ]  # fmt: skip
 
 _HOME = {

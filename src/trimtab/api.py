@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from trimtab.memory.peak import Plan
     from trimtab.pipeline.stages import Observer
     from trimtab.pruning import Pruned
+    from trimtab.training.overview import Overview
 
 AnyPath = str | os.PathLike[str]
 AnyRecipe = Recipe | Mapping[str, Any] | AnyPath
@@ -59,6 +60,20 @@ def plan(recipe: AnyRecipe, overrides: Sequence[str] = (), *, memory: str | int 
 
     chosen, notes = planning.to_plan(recipe, overrides)
     return replace(planning.plan(chosen, None if memory is None else parse_bytes(memory, "memory")), notes=notes)
+
+
+def overview(recipe: AnyRecipe, overrides: Sequence[str] = ()) -> "Overview":
+    """What training will see of a recipe's data: rows, tokens, what is learned of them, and the first example.
+
+    Args:
+        recipe: a file, a mapping or a `Recipe`; its model's tokenizer is read, and no weight.
+        overrides: `key=value` with dotted keys, for example `data.loss=last`.
+    """
+    chosen = as_recipe(recipe, overrides)
+    require("`trimtab data`", "train")
+    from trimtab.pipeline.looking import look
+
+    return look(chosen)
 
 
 def run(
@@ -140,28 +155,33 @@ def evaluate(
         tokens: at most this many; None for the recipe's, or all where `data` is given.
     """
     require_library("`trimtab eval`", "datasets")
-    ignore: Sequence[str] = ()
     from trimtab.data.rows import load_rows
-    from trimtab.data.sequences import check_tokens, token_windows
+    from trimtab.data.sequences import check_tokens, length_of, token_windows
     from trimtab.evaluation.perplexity import perplexity
     from trimtab.models.load import load_as_it_is
     from trimtab.models.positions import check_length
     from trimtab.recipe.inputs import held_out
+    from trimtab.recipe.texts import held_out as held_out_rows
 
     for option, value in (("block_tokens", block_tokens), ("tokens", tokens)):
         if value is not None and value < 2:
             raise UserError(f"{option}: {value} tokens predict nothing; give at least 2")
     if data is None:
         block = held_out(Path(path))
-        if block is None or block.eval_path is None:
+        if block is not None and split is not None:
+            block = block.model_copy(update={"eval_split": split})
+        rows = None if block is None else held_out_rows(block)
+        if block is None or rows is None:
             raise UserError(f"{path}: its recipe names no held-out data; pass --data")
-        data, split = block.eval_path, block.eval_split if split is None else split
+        data, split = block.eval_path or f"rows held out of {block.named}", block.eval_split
         tokens = block.eval_tokens if tokens is None else tokens
-        block_tokens = block.block_tokens if block_tokens is None else block_tokens
-        ignore = block.ignore
-    split, block_tokens = "train" if split is None else split, 1024 if block_tokens is None else block_tokens
-    rows = load_rows(data, split=split, ignore=ignore)
-    model, tokenizer = load_as_it_is(path)
+        most = block.block_tokens if block_tokens is None else block_tokens
+        model, tokenizer = load_as_it_is(path)
+        block_tokens = most if block.eval_path else max(2, length_of(rows, tokenizer, most))
+    else:
+        split, block_tokens = "train" if split is None else split, 1024 if block_tokens is None else block_tokens
+        rows = load_rows(data, split=split)
+        model, tokenizer = load_as_it_is(path)
     windows = token_windows(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
     check_tokens(windows, tokenizer, model.config.get_text_config().vocab_size, data)
     check_length(model, block_tokens, "block_tokens")

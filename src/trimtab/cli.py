@@ -103,6 +103,12 @@ def plan(
         terminal.say(planned.speed(planning.probed(chosen, found.total)))
 
 
+@app.command()
+def data(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Show what training will see: rows, tokens, what is learned, the first example; reads no weight."""
+    _terminal().data(trimtab.overview(recipe, overrides or ()))
+
+
 @app.command("eval")
 def evaluate(
     path: _Model,

@@ -135,6 +135,15 @@ def test_plan_of_a_model_for_a_memory(given: Path, command: Command, monkeypatch
     assert printed.splitlines()[-1].startswith("about ")
 
 
+def test_data(given: Path, command: Command) -> None:
+    """Numbers, sources and the first example with what is learned of it; nothing is written, no weight is read."""
+    before = sorted(given.rglob("*"))
+    said = command("data", given / "recipe.yaml", "data.loss=full", "train.steps=3")
+    for part in ("training data", "trained on", "texts", "first example", "⟦", "3 (", "cut"):
+        assert part in said
+    assert sorted(given.rglob("*")) == before
+
+
 def test_methods_and_recipe(command: Command) -> None:
     printed = command("methods")
     for method in methods.ALL:

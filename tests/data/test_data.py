@@ -113,7 +113,11 @@ BAD_ROWS = [
     ("number", {"text": 3}, "'text' is int"),
     ("null output", {"instruction": "a", "output": None}, "'output' is null"),
     ("bad input", {"instruction": "a", "input": ["b"], "output": "c"}, "'input' is list"),
-    ("unknown keys", {"question": "a", "answer": "b"}, r"keys: question, answer\); accepted are .*\"messages\""),
+    (
+        "unknown keys",
+        {"sentence": "a", "label": 1},
+        r"keys: sentence, label\); accepted are .*\"messages\".*data.columns",
+    ),
     ("no keys", {}, r"keys: none"),
     ("half a form", {"instruction": "a"}, "keys: instruction"),
     ("invalid JSON", '{"text": "a"', r"invalid JSON \(Expecting.*column"),
@@ -226,9 +230,9 @@ def test_local_data_is_not_split(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_of_file(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("text\na\n")
-    with pytest.raises(UserError, match=r"rows\.csv: unknown kind of file '\.csv'; give one of \.jsonl"):
-        load_rows(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.xlsx").write_text("text\na\n")
+    with pytest.raises(UserError, match=r"rows\.xlsx: unknown kind of file '\.xlsx'; give one of \.jsonl"):
+        load_rows(str(tmp_path / "rows.xlsx"))
 
 
 def test_limit(tmp_path: Path) -> None:

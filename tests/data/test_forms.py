@@ -72,12 +72,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a row that is not trained": ({"text": "a", "train": False}, "'train' is False"),
     "a weight that is no number": ({"text": "a", "weight": "1"}, "'weight' is '1'"),
     "an earlier answer with a weight": (
-        {"messages": [USER, {**ANSWER, "weight": 1}, USER, ANSWER]},
-        "'weight' of message 2 is 1, but messages before the last answer are not trained",
+        {"messages": [USER, {**ANSWER, "weight": 0.5}, USER, ANSWER]},
+        "'weight' of message 2 is 0.5, but an answer is learned whole or not at all; make it 0 or 1",
     ),
-    "an answer without a weight": (
-        {"messages": [USER, {**ANSWER, "weight": 0}]},
-        "'weight' of message 2 is 0, but the answer at the end is trained whole",
+    "a question with a weight": (
+        {"messages": [{**USER, "weight": 1}, ANSWER]},
+        "'weight' of message 1 is 1, but only an assistant's answers are learned; make it 0",
     ),
     "a question as a completion": (
         {"prompt": [USER], "completion": [USER, ANSWER]},

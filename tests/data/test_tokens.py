@@ -10,9 +10,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tiny
+from trimtab.data.conversations import end_of_turns, left_out, rendered
+from trimtab.data.learned import tokens_of_row
 from trimtab.data.rows import load_rows
 from trimtab.data.sequences import text_of, token_windows
-from trimtab.data.tokens import end_of_turns, head_of, left_out, rendered, tokens_of, tokens_of_row
+from trimtab.data.tokens import head_of, tokens_of
 from trimtab.errors import UserError
 
 BOS = 257
@@ -109,7 +111,7 @@ def test_tokens_and_labels_are_those_of_trl(tmp_path: Path, rows: list[Any], beg
     trainer = sft.SFTTrainer(model=LlamaForCausalLM(small), args=args, train_dataset=dataset, processing_class=made)
     head = head_of(made)
     talk = isinstance(dataset[0].get("prompt"), list)
-    ours = [tokens_of_row(r, made, "row", head, rendered(r, made, "row") if talk else None) for r in dataset]
+    ours = [tokens_of_row(r, made, "row", head, rendered(r, made, "row") if talk else None, "last") for r in dataset]
     assert [(t.ids, t.labels(-100)) for t in ours] == [(r["input_ids"], r["labels"]) for r in trainer.train_dataset]
 
 

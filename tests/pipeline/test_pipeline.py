@@ -340,7 +340,7 @@ ROWS: dict[str, tuple[list[dict[str, Any]], str | None]] = {
             {
                 "messages": [
                     {"role": "user", "content": "hello"},
-                    {"role": "assistant", "content": "not trained"},
+                    {"role": "assistant", "content": "not trained", "weight": 0},
                     {"role": "user", "content": f"say {i}"},
                     {"role": "assistant", "content": f"<{i}!>"},
                 ]
@@ -349,8 +349,18 @@ ROWS: dict[str, tuple[list[dict[str, Any]], str | None]] = {
         ],
         "<{}!>\n",
     ),
+    "every answer": (
+        [
+            {"conversations": [
+                {"from": "human", "value": "ready?"}, {"from": "gpt", "value": "yes"},
+                {"from": "human", "value": f"say {i}"}, {"from": "gpt", "value": f"<{i}!>"},
+            ]}
+            for i in range(12)
+        ],
+        "yes\n<{}!>\n",
+    ),
     "strings": ([{"prompt": f"say {i} ", "completion": f"<{i}!>"} for i in range(12)], "<{}!><eos>"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("form", "packing"), [*((form, "auto") for form in ROWS), ("messages", "none")])

@@ -10,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from trimtab.api import evaluate
 from trimtab.errors import UserError
 from trimtab.pipeline import checks
 from trimtab.pipeline.run import run
-from trimtab.recipe.recipe import from_dict
+from trimtab.recipe import texts
+from trimtab.recipe.recipe import from_dict, read
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -96,3 +98,46 @@ def test_nothing_is_loaded_for_nothing_to_learn(model: Path, tmp_path: Path, mon
     with pytest.raises(UserError, match=r"data\.eval_path: holds '<eos>', token 256"):
         run(recipe(model, [{"text": "a"}], tmp_path, train={"steps": 0}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_model_learns_conversations_from_several_files(tmp_path: Path) -> None:
+    """No chat template, no held-out text, no number of steps: all three follow from the recipe and are saved."""
+    model = tiny.model(tmp_path / "base", template=None)
+    one = [{"question": f"{i}?", "answer": f"{i}! " * (i % 5 + 1), "id": i} for i in range(16)]
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+    two = [{"conversations": [*talk, {"from": "gpt", "value": f"d {i}"}]} for i in range(4)]
+    files = [tiny.jsonl(tmp_path / f"{name}.jsonl", *rows) for name, rows in (("one", one), ("two", two))]
+    data = {
+        "path": [str(files[0]), {"path": str(files[1]), "weight": 2}], "template": "chatml", "holdout": 0.2,
+        "block_tokens": 128, "packing": "none",
+    }  # fmt: skip
+    values = tiny.recipe(model, files[0], tmp_path / "run")
+    values |= {
+        "data": data,
+        "train": {
+            "epochs": 1,
+            "batch_tokens": 512,
+            "micro_batch": 4,
+            "save_steps": 5,
+            "activation_checkpointing": False,
+        },
+    }
+    heard = Heard()
+    metrics = run(from_dict(values), show=heard)
+    said = [line for line in heard.lines if line.startswith(("held out", "training data", "first example"))]
+    assert ["held out: " in said[0], "of 2 sources" in said[1], "assistant\n⟦0! <eos>\n⟧" in said[2]] == [True] * 3
+    saved = read(tmp_path / "run" / "recipe.yaml")
+    assert saved.data is not None
+    assert (saved.train.epochs, saved.data.holdout) == (None, 0.2)
+    read_again = texts.training(saved.data)
+    assert saved.train.steps == -(-len(read_again.rows) // 4) == len(metrics["losses"])
+    assert sorted(key for key in saved.inputs or {} if key.startswith("data")) == ["data.path.0", "data.path.1"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert "<|im_start|>" in tokenizer.chat_template
+    assert json.loads((tmp_path / "run" / "parity.json").read_text())["text"] == "held-out"
+    found = evaluate(str(tmp_path / "run"))
+    assert found.perplexity == pytest.approx(metrics["perplexity"]["tuned"], rel=1e-3)
+    assert found.data.startswith("rows held out of ")
+    more = values | {"train": {**values["train"], "epochs": 2}, "evaluate": {"parity": False}}
+    assert len(run(from_dict(more), resume=True, show=Heard())["losses"]) == saved.train.steps  # those of this process
+    assert read(tmp_path / "run" / "recipe.yaml").train.steps == 2 * saved.train.steps

@@ -15,7 +15,7 @@ from trimtab.recipe.recipe import Recipe
 
 _MAY_CHANGE = {"trials", "workers", "storage", "budget", "budget_training", "uniform", "seed"}
 """Of a search that goes on."""
-_OWN_LENGTH = {"steps", "save_steps", "keep_checkpoints", "log_steps", "report_to"}
+_OWN_LENGTH = {"steps", "epochs", "save_steps", "keep_checkpoints", "log_steps", "report_to"}
 """Of the run's training, no trial's."""
 
 

@@ -93,7 +93,7 @@ class Tuned:
 
 def at_length(recipe: Recipe, rules: Sequence[Rule], steps: int, folder: str) -> Recipe:
     """The recipe of a trial."""
-    quiet = {"report_to": "none", "evaluate_steps": None, "early_stop": None}
+    quiet = {"report_to": "none", "evaluate_steps": None, "early_stop": None, "epochs": None}
     training = recipe.train.model_copy(update={"steps": steps, "save_steps": steps + 1, **quiet})
     changes = {"rules": list(rules), "train": training, "output": folder, "search": None, "prune": None}
     return recipe.model_copy(update=changes)

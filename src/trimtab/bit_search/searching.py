@@ -28,7 +28,8 @@ from trimtab.bit_search.ledger import Ledger, Trial, Wish, shown
 from trimtab.bit_search.objective import Rounded, Tuned, for_every_width
 from trimtab.bit_search.proposal import Problem, Tried, propose
 from trimtab.bit_search.space import Space, space, units
-from trimtab.data.rows import load_rows
+from trimtab.data.sources import Texts
+from trimtab.data.templates import set_template
 from trimtab.errors import Diverged, UserError
 from trimtab.formats.export import check_exports
 from trimtab.formats.file_size import float_bytes, parse_bytes
@@ -38,6 +39,7 @@ from trimtab.models.load import load_float
 from trimtab.models.prepare import placed_targets, targets
 from trimtab.models.sources import open_source
 from trimtab.quant.grid import AnyGrid
+from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
 from trimtab.training.build import RunContext, calibration
@@ -131,13 +133,18 @@ class Search:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return self._source.tokenizer()
+        tokenizer = self._source.tokenizer()
+        set_template(tokenizer, None if self.recipe.data is None else self.recipe.data.template)
+        return tokenizer
+
+    @cached_property
+    def _texts(self) -> Texts:
+        assert self.recipe.data is not None
+        return texts.training(self.recipe.data)
 
     @cached_property
     def _rows(self) -> Any:
-        assert self.recipe.data is not None
-        block = self.recipe.data
-        return load_rows(block.path, split=block.split, limit=block.limit, ignore=block.ignore)
+        return self._texts.rows
 
     @cached_property
     def _labelled(self) -> Labelled:
@@ -154,9 +161,8 @@ class Search:
     def _held_out(self) -> Any:
         block = self.recipe.data
         assert block is not None
-        if block.eval_path is None:
-            return self._rows
-        return load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
+        found = texts.held_out(block, None if block.eval_path else self._texts)
+        return self._rows if found is None else found
 
     @cached_property
     def _loss(self) -> held_out.Loss:

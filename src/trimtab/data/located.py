@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from trimtab.data.rows import PYDOC_TOPICS, data_files
+from trimtab.data.files import data_files
+from trimtab.data.rows import PYDOC_TOPICS
 from trimtab.errors import UserError
 
 

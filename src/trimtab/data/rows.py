@@ -1,21 +1,22 @@
 """From what a recipe calls data (files, folders, Python's manual, a dataset of the hub) to rows in TRL's forms.
 
-What one row may hold, and what becomes of it, is in `forms`. Every row is checked here, with its file and line, rather than
-failing hours later inside a tokenizer; hence rows are read into memory (`limit` bounds them) instead of being mapped from
-disk.
+How files hold rows is in `files`, what one row may hold and what becomes of it in `forms`. Every row is checked here, with
+its file and line, rather than failing hours later inside a tokenizer; hence rows are read into memory (`limit` bounds them)
+instead of being mapped from disk.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trimtab.data.forms import RENDERING, Converted, convert, kind
+from trimtab.data.columns import check_columns, renamed
+from trimtab.data.files import READERS, SUFFIXES, Located, file_rows, folder_rows, of_table, one_line
+from trimtab.data.forms import RENDERING, Converted, convert
 from trimtab.errors import UserError, nearest
 from trimtab.extras import require_library
 
@@ -24,117 +25,6 @@ if TYPE_CHECKING:
 
 PYDOC_TOPICS = "pydoc-topics"
 HELD_OUT_SPLITS = ("heldout", "test", "validation")
-
-Located = tuple[str, Any]
-"""A raw row behind the words that say where it stands, such as `alpaca.jsonl, line 3`."""
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")  # Windows tools like to start a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start}: {error.reason}); save the file as UTF-8") from error
-
-
-def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    """A JSON object; a key that stands in it twice has two values, of which Python would drop one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise UserError(f"{where}: the key {twice!r} stands in one object twice; remove one of them")
-    return found
-
-
-def _of_table(row: dict[str, Any]) -> dict[str, Any]:
-    """A table's row: a struct has every field of its column, null where the row had none."""
-
-    def without(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: without(v) for k, v in value.items() if v is not None}
-        return [without(v) for v in value] if isinstance(value, list) else value
-
-    return {key: without(value) for key, value in row.items()}
-
-
-def _json_rows(file: Path) -> Iterator[Located]:
-    with file.open("rb") as lines:  # in bytes only "\n" ends a line: a raw U+2028 inside a JSON string does not
-        for number, raw in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            line = _decoded(raw, where).strip()
-            if not line:
-                continue
-            remedy = "put one JSON object on each line (an array becomes lines with: jq -c '.[]')"
-            try:
-                row = json.loads(line, object_pairs_hook=partial(_object, where=where))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: invalid JSON ({error.msg}, column {error.colno}); {remedy}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: {kind(row)} where an object is needed; {remedy}")
-            yield where, row
-
-
-def _parquet_rows(file: Path) -> Iterator[Located]:
-    import pyarrow  # type: ignore[import-untyped, unused-ignore]
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", _of_table(row)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: cannot be read as parquet after row {number}: {_one_line(error)}") from error
-
-
-def _text_rows(file: Path) -> Iterator[Located]:
-    text = _decoded(file.read_bytes(), str(file)).replace("\r\n", "\n")
-    if text.strip():
-        yield str(file), {"text": text}
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
-    ".parquet": _parquet_rows,
-    ".txt": _text_rows,
-    ".md": _text_rows,
-}
-_SUFFIXES = ", ".join(_READERS)
-
-
-def _file_rows(file: Path) -> Iterator[Located]:
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise UserError(f"{file}: unknown kind of file {file.suffix!r}; give one of {_SUFFIXES}")
-    empty = True
-    for located in reader(file):
-        empty = False
-        yield located
-    if empty:
-        raise UserError(f"{file}: empty file; give at least one row")
-
-
-def data_files(folder: Path) -> list[Path]:
-    """The files of a directory that are read as data, sorted."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in _READERS)
-
-
-def _folder_rows(folder: Path) -> Iterator[Located]:
-    files = data_files(folder)
-    if not files:
-        raise UserError(f"{folder}: no data files in this directory; it must hold one of {_SUFFIXES}")
-    for file in files:
-        if _READERS[file.suffix.lower()] is not _READERS[files[0].suffix.lower()]:
-            names = f"{files[0].name} and {file.name}"
-            raise UserError(f"{folder}: files of different kinds ({names}); give a directory of one kind, or one file")
-    for file in files:
-        yield from _file_rows(file)
 
 
 def _pydoc_rows(split: str) -> Iterator[Located]:
@@ -162,43 +52,52 @@ def _pydoc_rows(split: str) -> Iterator[Located]:
             yield f"{PYDOC_TOPICS}, topic {name}", {"text": "\n\n".join(kept)}
 
 
-def _hub_rows(path: str, split: str) -> Iterator[Located]:
-    from datasets import load_dataset
+def _hub_rows(path: str, split: str, subset: str | None) -> Iterator[Located]:
+    from datasets import ClassLabel, load_dataset
     from datasets.exceptions import DatasetsError
 
     repo, _, commit = path.partition("@")
+    options = ({"revision": commit} if commit else {}) | ({"name": subset} if subset else {})
     try:
-        dataset = load_dataset(repo, split=split, **({"revision": commit} if commit else {}))
+        dataset = load_dataset(repo, split=split, **options)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # unknown, offline, bad split, needs a script
+        of = f" of {subset!r}" if subset else ""
         raise UserError(
-            f"{path}: not a local file, and the hub did not give the split {split!r} of it ({_one_line(error)}); check "
-            f"the name, the split and the network, or download it and give a local file ({_SUFFIXES})"
+            f"{path}: not a local file, and the hub did not give the split {split!r}{of} of it ({one_line(error)}); check "
+            f"the name, the split and the network, or download it and give a local file ({SUFFIXES})"
         ) from error
+    classes = {key: of for key, of in (getattr(dataset, "features", None) or {}).items() if isinstance(of, ClassLabel)}
     for number, row in enumerate(dataset, start=1):
-        yield f"{path}, row {number}", _of_table(row)
+        found = of_table(row)
+        # A class is its name, which is what a model can be taught to say; -1 is how the hub writes that there is none.
+        named = {k: of.int2str(found[k]) for k, of in classes.items() if isinstance(found[k], int) and found[k] >= 0}
+        yield f"{path}, row {number}", found | named
 
 
-def _located_rows(path: str, split: str) -> Iterator[Located]:
+def located_rows(path: str, split: str = "train", subset: str | None = None) -> Iterator[Located]:
     """Every row of a source, as it stands there; arguments as of `load_rows`."""
+    local = Path(path).expanduser()
+    here = local.is_file() or local.is_dir()
+    if subset is not None and (here or path == PYDOC_TOPICS):
+        raise UserError(f"{path}: has no subsets ({subset!r}); only a data set of the hub has")
     if path == PYDOC_TOPICS:
         return _pydoc_rows(split)
-    local = Path(path).expanduser()
-    if local.is_file() or local.is_dir():
+    if here:
         if split != "train":
             # Handing out the same rows under another name would evaluate on the training data.
             raise UserError(f"{path}: local data has no split {split!r}; give those rows as a file of their own")
-        return _folder_rows(local) if local.is_dir() else _file_rows(local)
+        return folder_rows(local) if local.is_dir() else file_rows(local)
     # One slash exactly: without an owner, `load_dataset` takes "json" or "text" for a loader of the working directory.
-    if local.suffix.lower() in _READERS or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if local.suffix.lower() in READERS or path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") != 1:
         raise UserError(f"{path}: no such file or directory; check the path (a hub dataset is named owner/name)")
-    return _hub_rows(path, split)
+    return _hub_rows(path, split, subset)
 
 
-def _converted(rows: Iterable[Located], ignore: Sequence[str]) -> Iterator[Converted]:
+def _converted(rows: Iterable[Located], ignore: Sequence[str], columns: Mapping[str, str]) -> Iterator[Converted]:
     """Every row in TRL's form, held to the form of the first one."""
     first_form = first_where = ""
     for where, row in rows:
-        found = convert(row, where, ignore)
+        found = convert(renamed(row, columns, where, ignore) if columns else row, where, ignore)
         if not first_form:
             first_form, first_where = found.form, where
         elif found.form != first_form:
@@ -209,26 +108,41 @@ def _converted(rows: Iterable[Located], ignore: Sequence[str]) -> Iterator[Conve
 # --- the public functions --------------------------------------------------------------------------------------------
 
 
-def load_rows(path: str, *, split: str = "train", limit: int | None = None, ignore: Sequence[str] = ()) -> Dataset:
-    """The rows of `path` in TRL's forms: `{"text"}` or `{"prompt", "completion"}`.
+def load_rows(
+    path: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+    ignore: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+) -> Dataset:
+    """The rows of `path` in TRL's forms: `{"text"}`, `{"prompt", "completion"}` or `{"prompt", "chosen", "rejected"}`.
 
-    `path` is a file of JSON lines (`.jsonl`, `.json`), a `.parquet` file, a text (`.txt`, `.md`: one document a file),
-    a directory of such files of one kind (all of them, sorted by name), `pydoc-topics`, or the id of a hub dataset (with
-    `@commit` for one state of it).
-    `split` is for the last two; `pydoc-topics` has `train` and `heldout`. At most `limit` rows are read and checked.
-    `ignore` are keys of rows that belong neither to prompt nor to answer; see `forms` for those that are known.
+    `path` is a file of JSON lines or a JSON array (`.jsonl`, `.json`), of `.csv` or `.tsv`, a `.parquet` file, a text
+    (`.txt`, `.md`: one document a file), a directory of such files of one kind (all of them, sorted by name),
+    `pydoc-topics`, or the id of a hub dataset (with `@` and a commit, tag or branch for one state of it).
+    `split` is for the last two, `subset` (its configuration) for the last; `pydoc-topics` has `train` and `heldout`.
+    At most `limit` rows are read and checked. `ignore` are keys of rows that belong neither to prompt nor to answer; see
+    `forms` for those that are known. `columns` gives a row's own keys the names of a form, see `columns`.
     """
     require_library(f"reading {path}", "datasets")
-    from datasets import Dataset, DatasetInfo, Features, Value
-
+    check_columns(columns or {})
     if limit is not None and limit < 1:
         raise UserError(f"limit: {limit} rows asked of {path}; give at least 1, or leave it out for all rows")
-    found = list(_converted(islice(_located_rows(path, split), limit), ignore))
+    found = list(_converted(islice(located_rows(path, split, subset), limit), ignore, columns or {}))
     if not found:  # a file says so itself, with its name; what is left is an empty split of a hub dataset
         raise UserError(f"{path}: no rows in the split {split!r}; choose another split")
+    return _dataset(found)
+
+
+def _dataset(found: list[Converted]) -> Dataset:
+    from datasets import Dataset, DatasetInfo, Features, Value
+
     # Stated, not inferred: the schema must not depend on the rows that happen to come first.
     message_list = [{"role": Value("string"), "content": Value("string")}]
-    features = {k: message_list if isinstance(value, list) else Value("string") for k, value in found[0].row.items()}
+    kinds = {list: message_list, bool: Value("bool"), str: Value("string")}
+    features = {key: kinds[type(value)] for key, value in found[0].row.items()}
     columns: dict[str, list[Any]] = {key: [row.row[key] for row in found] for key in features}
     if any(row.rendering for row in found):
         features[RENDERING] = Value("string")
@@ -249,9 +163,10 @@ class Place(NamedTuple):
     split: str
     number: int
     """From 1."""
+    subset: str | None = None
 
     def __str__(self) -> str:
-        rows = islice(_located_rows(self.path, self.split), self.number - 1, None)
+        rows = islice(located_rows(self.path, self.split, self.subset), self.number - 1, None)
         return f"row {self.number}" + "".join(f" ({where})" for where, _ in islice(rows, 1))
 
 
@@ -260,3 +175,23 @@ def conversational(dataset: Dataset) -> bool:
     from datasets import Value
 
     return "prompt" in dataset.features and not isinstance(dataset.features["prompt"], Value)
+
+
+def judged(dataset: Dataset) -> bool:
+    """Whether the rows are preferences, which DPO and KTO train on, rather than answers to learn."""
+    return "chosen" in dataset.features or "label" in dataset.features
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of the library datasets within: what is done there is over in a moment."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trimtab.data.conversations import NO_TEMPLATE, answer_of, rendered
 from trimtab.data.rows import conversational
-from trimtab.data.tokens import head_of, rendered, tokens_of
+from trimtab.data.tokens import head_of, tokens_of
 from trimtab.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +31,11 @@ def text_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
     """Each row as one text, conversations through the tokenizer's chat template."""
     if conversational(dataset):
         if not tokenizer.chat_template:
-            remedy = 'give plain {"text"} or {"prompt", "completion"} rows, or a tokenizer with a chat template'
-            raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {remedy}")
+            raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {NO_TEMPLATE}")
         return (rendered(row, tokenizer, f"row {number}") for number, row in enumerate(dataset, start=1))
     if "text" in dataset.features:
         return (row["text"] for row in dataset)
-    return (row["prompt"] + row["completion"] for row in dataset)
+    return (row["prompt"] + answer_of(row) for row in dataset)
 
 
 _ROWS_A_TOKEN = 4
@@ -94,6 +94,17 @@ def token_windows(
     return torch.cat([torch.tensor(head, dtype=torch.int64).expand(blocks, len(head)), texts], dim=1)
 
 
+def length_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, most: int) -> int:
+    """Tokens of a window that `token_windows` can make of the rows: at most `most`, and all there are of fewer."""
+    head, there = head_of(tokenizer), 0
+    for text in text_of(dataset, tokenizer):
+        document = tokens_of(text, tokenizer, head)[len(head) :]
+        there += len(document) + (bool(document) and document[-1] != tokenizer.eos_token_id)
+        if there + len(head) >= most:
+            return most
+    return there + len(head)
+
+
 def check_tokens(windows: torch.Tensor | None, tokenizer: Any, vocabulary: int, key: str) -> None:
     """Raise a `UserError` where a text has a token that a model of `vocabulary` tokens does not have."""
     if windows is None or (largest := int(windows.max())) < vocabulary:
@@ -116,10 +127,10 @@ def describe(dataset: Dataset) -> str:
     """One short line, such as `79 documents, 465 kB of text` (UTF-8 bytes, without what a chat template adds)."""
     if conversational(dataset):
         noun = "conversation"
-        texts = (message["content"] for row in dataset for message in row["prompt"] + row["completion"])
+        texts = (message["content"] for row in dataset for message in row["prompt"] + answer_of(row))
     else:
         noun = "document" if "text" in dataset.features else "prompt-completion pair"
-        texts = (text for row in dataset for text in row.values())
+        texts = (row["text"] if "text" in row else row["prompt"] + answer_of(row) for row in dataset)
     text_bytes = sum(len(text.encode()) for text in texts)
     size = f"{text_bytes} bytes"
     for unit, unit_bytes in (("kB", 10**3), ("MB", 10**6), ("GB", 10**9)):

@@ -1,38 +1,33 @@
-"""From one row to token ids: for training, for measuring and for asking, by the same functions.
+"""From text to token ids: for training, for measuring and for asking, by the same functions.
 
 A text begins as the tokenizer begins every text, once: Llama, Mistral and Gemma were never shown a text without their
 beginning-of-sequence token, nor one with two, and many texts have it written out (`<s>Once upon a time.`). A conversation
-begins as its chat template says, since servers add nothing to what a template renders.
-
-    text                     [head] t t t t t E          E: the end-of-sequence token, unless the text ends in it
-    prompt, completion       [head] p p p c c c E        learned from the first c; where the last letters of the prompt and
-                                                         the first of the completion share a token, from that one
-    messages                 as the chat template renders them, learned from where the prompt's rendering ends
+begins as its chat template says, since servers add nothing to what a template renders. Which tokens of a row are learned is
+in `learned`.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
-import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
-from trimtab.data.forms import RENDERING
-from trimtab.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+Span = tuple[int, int]
+"""From and to, the end not included."""
+
 
 def head_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer itself puts before every text: one beginning-of-sequence token, as a rule, or nothing."""
-    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    starts = (i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    starts = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
     return list(whole[: next(starts, 0)])
 
 
@@ -45,10 +40,10 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, head: list[int] | N
         head: of `head_of`, if it is at hand.
     """
     head = head_of(tokenizer) if head is None else head
-    return head + _bare(text, tokenizer, head)
+    return head + bare(text, tokenizer, head)
 
 
-def _bare(text: str, tokenizer: PreTrainedTokenizerBase, head: list[int]) -> list[int]:
+def bare(text: str, tokenizer: PreTrainedTokenizerBase, head: list[int]) -> list[int]:
     """A text's tokens without those that begin it, written out or not."""
     # verbose=False: a document longer than the model's context is expected here.
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -57,27 +52,104 @@ def _bare(text: str, tokenizer: PreTrainedTokenizerBase, head: list[int]) -> lis
     return ids
 
 
+class Encoded:
+    """A rendered conversation's tokens, and where each stands in its text.
+
+    Args:
+        text: of a chat template.
+        tokenizer: the model's.
+        head: what may stand at its beginning once at most: a template writes it, and the first message may have it, too.
+    """
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, head: list[int]) -> None:
+        self.text, self._tokenizer = text, tokenizer
+        options = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+        found = tokenizer(text, add_special_tokens=False, verbose=False, **options)
+        self._all: list[int] = list(found["input_ids"])
+        self._places: list[Span] | None = found.get("offset_mapping")
+        self._skipped = 0
+        while head and self._all[self._skipped : self._skipped + 2 * len(head)] == head * 2:
+            self._skipped += len(head)
+        self.ids = self._all[self._skipped :]
+        self._ends: list[int] | None = None
+        if self._places is not None:  # where the ends do not rise (they do in every tokenizer we know) none is searched
+            ends = [end for _, end in self._places]
+            self._ends = ends if all(a <= b for a, b in pairwise(ends)) else None
+
+    def tokens(self, start: int, end: int) -> Span:
+        """The tokens that hold any of the characters from `start` to `end`, which may share their first and last one."""
+        if self._ends is None or self._places is None:
+            first, (last, broken) = self._before(start)[0], self._before(end)
+            last += broken
+        else:
+            first = bisect_right(self._ends, start)
+            last = bisect_right(self._ends, end)
+            last += last < len(self._places) and self._places[last][0] < end
+        return max(0, first - self._skipped), max(0, last - self._skipped)
+
+    def apart(self, other: str) -> int:
+        """The character from which on the tokens of another text are other ones."""
+        if self.text.startswith(other):
+            return len(other)
+        ids = list(self._tokenizer(other, add_special_tokens=False, verbose=False)["input_ids"])
+        shared = shared_head(ids, self._all)
+        if self._places is not None:
+            return self._places[shared][0] if shared < len(self._places) else len(self.text)
+        at = next((i for i, (a, b) in enumerate(zip(self.text, other, strict=False)) if a != b), len(self.text))
+        while at and self._before(at)[1]:  # back to where a token begins
+            at -= 1
+        return at
+
+    def special_at(self, at: int) -> int | None:
+        """Where the special token ends that stands at a character; None if none does."""
+        special = set(self._tokenizer.all_special_ids)
+        special |= {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        for id_, (start, end) in zip(self._all, self._places or (), strict=False):
+            if start >= at:
+                return end if id_ in special and not self.text[at:start].strip() else None
+        return None
+
+    def _before(self, at: int) -> tuple[int, bool]:
+        """Tokens before a character, and whether it stands inside of one."""
+        ids = list(self._tokenizer(self.text[:at], add_special_tokens=False, verbose=False)["input_ids"])
+        shared = shared_head(ids, self._all)
+        return shared, shared < len(ids)
+
+
+def shared_head(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two sequences begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 class Tokens(NamedTuple):
     """A row as the model is shown it."""
 
     ids: Sequence[int]
-    learned_from: int
-    """The first token that is learned; those before it are given. The first of all cannot be learned."""
+    spans: tuple[Span, ...]
+    """The tokens that are learned, in order; all others are given. The first of all cannot be learned."""
     merged: bool = False
     """Whether the prompt alone has other tokens than at the head of prompt and answer."""
+
+    @property
+    def learned_from(self) -> int:
+        """The first token that is learned; all of them, where none is."""
+        return self.spans[0][0] if self.spans else len(self.ids)
 
     def learned(self, length: int | None = None) -> int:
         """Tokens that are learned of the first `length`."""
         there = len(self.ids) if length is None else min(length, len(self.ids))
-        return max(0, there - max(1, self.learned_from))
+        return sum(max(0, min(end, there) - max(1, start)) for start, end in self.spans)
 
     def labels(self, ignored: int) -> list[int]:
         """The token ids, `ignored` where they are given."""
-        return [ignored] * self.learned_from + list(self.ids[self.learned_from :])
+        made = [ignored] * len(self.ids)
+        for start, end in self.spans:
+            made[start:end] = self.ids[start:end]
+        return made
 
     def compact(self) -> Tokens:
         """The same in four bytes a token, where a list takes up to 36: all rows of a data set are held at once."""
-        return Tokens(array("i", self.ids), self.learned_from, self.merged)
+        return Tokens(array("i", self.ids), self.spans, self.merged)
 
 
 def dataset_of(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Dataset:
@@ -89,174 +161,3 @@ def dataset_of(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Dataset:
         for column, values in zip(columns.values(), row, strict=True):
             column.append(np.array(values, dtype=np.int32))
     return Dataset.from_dict(columns, features=Features({name: List(Value("int32")) for name in columns}))
-
-
-def tokens_of_row(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: object, head: list[int], text: str | None = None
-) -> Tokens:
-    """The tokens of a row of `load_rows`, ended; an empty text has none.
-
-    Args:
-        row: in one of TRL's forms.
-        tokenizer: the model's.
-        where: formats to the words that say where the row stands.
-        head: of `head_of`.
-        text: of a conversation, as `rendered` gave it.
-    """
-    eos_id = tokenizer.eos_token_id
-    if "text" in row:
-        ids = _bare(row["text"], tokenizer, head)
-        return Tokens(_ended(head + ids, eos_id) if ids else [], 0)
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        asked, whole = tokens_of(prompt, tokenizer, head), tokens_of(prompt + completion, tokenizer, head)
-        whole = _ended(whole, eos_id) if completion else [*whole, *_end(eos_id)]
-    else:
-        given = _Given.of(row)
-        begin = head if head else [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        asked = _once(_bare(render(given, tokenizer, where, asked=True), tokenizer, []), begin)
-        assert text is not None
-        whole = _once(_bare(text, tokenizer, []), begin)
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), min(len(asked), len(whole))
-    )
-    return Tokens(whole, shared, shared < len(asked))
-
-
-def _end(eos_id: int | None) -> list[int]:
-    assert eos_id is not None, "it was checked that the tokenizer has an end"
-    return [eos_id]
-
-
-def _ended(ids: list[int], eos_id: int | None) -> list[int]:
-    return ids if ids and ids[-1] == eos_id else [*ids, *_end(eos_id)]
-
-
-def _once(ids: list[int], head: list[int]) -> list[int]:
-    """Token ids that begin with `head` once at most: a template writes it, and the first message may have it, too."""
-    while head and ids[: 2 * len(head)] == head * 2:
-        ids = ids[len(head) :]
-    return ids
-
-
-# ---- conversations ---------------------------------------------------------------------------------------------------
-
-
-class _Given(NamedTuple):
-    """What a chat template is given."""
-
-    messages: list[dict[str, Any]]
-    asked: int
-    """How many of them are the prompt."""
-    rendering: dict[str, Any]
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> _Given:
-        rendering = json.loads(row.get(RENDERING) or "{}")
-        return cls([*row["prompt"], *row["completion"]], len(row["prompt"]), rendering)
-
-    def without(self, *path: str) -> _Given:
-        """The same without one entry of `rendering`."""
-        rendering = json.loads(json.dumps(self.rendering))
-        block = rendering
-        for key in path[:-1]:
-            block = block[key]
-        del block[path[-1]]
-        return _Given(self.messages, self.asked, rendering)
-
-
-def render(given: _Given, tokenizer: PreTrainedTokenizerBase, where: object, *, asked: bool = False) -> str:
-    """A conversation through the chat template: all of it, or the prompt with the head of an answer."""
-    from jinja2 import TemplateError
-
-    keys = given.rendering.get("keys", {})
-    messages = [{**message, **keys.get(str(i), {})} for i, message in enumerate(given.messages)]
-    arguments = given.rendering.get("chat_template_kwargs", {})
-    own = [name for name in arguments if name in inspect.signature(tokenizer.apply_chat_template).parameters]
-    if own:
-        raise UserError(
-            f"data, {where}: chat_template_kwargs has {own[0]!r}, which is no argument of a template; remove it"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            messages[: given.asked] if asked else messages,
-            tools=given.rendering.get("tools"),
-            tokenize=False,
-            add_generation_prompt=asked,
-            **arguments,
-        )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        # A template is a program: it refuses what its model never saw (a system role, two users in a row), and it fails.
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"data, {where}: the tokenizer's chat template refuses it ({what}); change the row's roles, or the template"
-        ) from error
-    assert isinstance(text, str)
-    return text
-
-
-def rendered(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: object) -> str:
-    """A conversation as one text; what the template does not read of the row is refused."""
-    given = _Given.of(row)
-    text = render(given, tokenizer, where)
-    if given.rendering:
-        _check_read(given, text, tokenizer, where)
-    return text
-
-
-def _check_read(given: _Given, text: str, tokenizer: PreTrainedTokenizerBase, where: object) -> None:
-    """Refuse what the template renders nothing of: it would be dropped."""
-    source = tokenizer.get_chat_template(tools=given.rendering.get("tools"))
-    named = frozenset(re.findall(r"\w+", source))
-    for path, what, known in _entries(given):
-        if (
-            known and path[-1] in named
-        ):  # an argument may have its default value, an earlier turn's thoughts are left out
-            continue
-        if render(given.without(*path), tokenizer, where) == text:
-            raise UserError(
-                f"data, {where}: the tokenizer's chat template does not render {what}, so it would be dropped; remove it, "
-                "write it into the messages, or use a template that does"
-            )
-
-
-def _entries(given: _Given) -> Iterator[tuple[tuple[str, ...], str, bool]]:
-    """Each entry of `rendering`, what it is, and whether it is enough that the template names it."""
-    if "tools" in given.rendering:
-        yield ("tools",), "'tools'", False
-    for name in given.rendering.get("chat_template_kwargs", {}):
-        yield ("chat_template_kwargs", name), f"the argument {name!r} of chat_template_kwargs", True
-    for number, keys in given.rendering.get("keys", {}).items():
-        for key in keys:
-            yield ("keys", number, key), f"{key!r} of message {int(number) + 1}", int(number) < given.asked
-
-
-def left_out(row: Mapping[str, Any], text: str) -> tuple[bool, bool]:
-    """Whether the template has changed the answer, and any message before it, beyond white space."""
-    spaced = " ".join(text.split())
-    changed = [
-        [" ".join(message["content"].split()) not in spaced for message in row[part]]
-        for part in ("completion", "prompt")
-    ]
-    return any(changed[0]), any(changed[1])
-
-
-def end_of_turns(row: Mapping[str, Any], text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str]:
-    """The token by which a template ends an answer, if it has one of its own; and what follows the answer.
-
-    Args:
-        row: a conversation.
-        text: of `rendered`.
-        tokenizer: the model's.
-    """
-    answer = row["completion"][-1]["content"].strip()
-    behind = text[text.rindex(answer) + len(answer) :] if answer and answer in text else text[-20:]
-    added = tokenizer.added_tokens_decoder
-    special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-    special -= {tokenizer.unk_token_id}
-    ids = _bare(behind, tokenizer, [])
-    for ending in (special, set(added)):
-        for id_ in ids:
-            if id_ in ending:
-                return id_, behind
-    return None, behind

@@ -25,6 +25,7 @@ from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.models.load import load
 from trimtab.models.sources import open_source
+from trimtab.recipe import texts
 from trimtab.recipe.inputs import held_out
 
 _SCRIPTS = {
@@ -153,14 +154,13 @@ def parity(
     model, tokenizer = load(str(native), quiet=True)
     if path is None:
         block = held_out(native)
-        if block is None or block.eval_path is None:
+        rows = None if block is None else texts.held_out(block)
+        if rows is None:
             raise UserError(f"{native}: its recipe names no held-out data; pass --data")
-        path, split, ignore = block.eval_path, block.eval_split, block.ignore
     else:
-        split, ignore = "train", ()
+        rows = load_rows(path)
     if tokenizer is None:
         raise UserError(f"{native}: was saved without a tokenizer; add its tokenizer files to it")
-    rows = load_rows(path, split=split, ignore=ignore)
     windows = token_windows(rows, tokenizer, block_tokens=min(window, tokens), limit_tokens=tokens)
     served = engine_logprobs(folder, engine, windows, python)
     found = compare(engine, model_logprobs(model, windows), served, windows)

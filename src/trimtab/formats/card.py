@@ -68,9 +68,10 @@ def _metadata(own: Held, recipe: Recipe | None) -> str:
     }
     if recipe is not None:
         tags += [recipe.method.name, *_bits(recipe)]
-        base, data = hub_id(recipe.model.path), hub_id(None if recipe.data is None else recipe.data.path)
+        base, sources = hub_id(recipe.model.path), () if recipe.data is None else recipe.data.sources
+        data = list(dict.fromkeys(name for source in sources if (name := hub_id(source.path)) is not None))
         values |= {} if base is None else {"base_model": base, "base_model_relation": _relation(own)}
-        values |= {} if data is None else {"datasets": [data]}
+        values |= {"datasets": data} if data else {}
     values["tags"] = list(dict.fromkeys(tags))
     lines = ["---"]
     for key, value in values.items():  # YAML reads JSON's strings as they are
@@ -148,7 +149,9 @@ def _made(recipe: Recipe) -> str:
     rows += [("", f"and {more} rules more")] if more > 0 else []
     if recipe.data is not None and recipe.train.steps:
         train = recipe.train
-        rows.append(("data", hub_id(recipe.data.path) or Path(recipe.data.path).name))
+        rows.append(
+            ("data", ", ".join(hub_id(source.path) or Path(source.path).name for source in recipe.data.sources))
+        )
         rows.append(("training", f"{train.steps} steps of {train.batch_tokens} tokens, {train.schedule} schedule"))
     lines = ["## Made by\n", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows), ""]
     return "\n".join(lines)

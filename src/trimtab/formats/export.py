@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data.rows import load_rows
-from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get, writer
@@ -37,7 +35,8 @@ from trimtab.models.load import load
 from trimtab.models.prepare import Target
 from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
-from trimtab.recipe import inputs, recipe
+from trimtab.recipe import inputs, recipe, texts
+from trimtab.recipe.texts import windows_of
 
 _log = logging.getLogger("trimtab")
 
@@ -266,12 +265,11 @@ def _held_out_blocks(folder: Path, tokenizer: Any) -> Tensor | str:
     """The held-out tokens (W, L) that a saved model's recipe names, or why there are none: an export needs them not."""
     try:
         block = inputs.held_out(folder)
-        if block is None or block.eval_path is None:
-            return "the model's recipe names no held-out data (data.eval_path)"
+        rows = None if block is None else texts.held_out(block)
+        if block is None or rows is None:
+            return "the model's recipe names no held-out data (data.eval_path, data.holdout)"
         if tokenizer is None:
             return "the model was saved without a tokenizer"
-        rows = load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
-        limit = block.eval_tokens
-        return token_windows(rows, tokenizer, block_tokens=block.block_tokens, limit_tokens=limit)
+        return windows_of(block, rows, tokenizer)
     except UserError as error:
         return str(error)

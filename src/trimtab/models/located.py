@@ -1,10 +1,12 @@
 """Where a model lies: the files behind a path, and the path as it is found from any directory."""
 
+import re
 from pathlib import Path
 
 from trimtab.models import checkpoint
 from trimtab.models.sources import resolve
 
+_COMMIT = re.compile("[0-9a-f]{6,40}")
 _BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
            "vocab.*", "merges.txt", "*.jinja", "*.model", "*.safetensors.index.json")  # fmt: skip
 """Files of a directory that say what its tensors mean."""
@@ -33,16 +35,21 @@ def pinned(path: str) -> str:
 
 
 def pinned_data(path: str) -> str:
-    """The same of a data set: absolute, or one of the hub at its present commit; as it is where the hub is not reached."""
+    """The same of a data set: absolute, or one of the hub at the commit that it, or its branch or tag, is at now.
+
+    A path stays as it is where the hub is not reached.
+    """
     local = Path(path).expanduser()
     if local.exists():
         return str(local.resolve())
-    if "@" in path or path.count("/") != 1:
+    name, _, revision = path.partition("@")
+    if name.count("/") != 1 or _COMMIT.fullmatch(revision):
         return path
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        return f"{path}@{HfApi().dataset_info(path).sha}"
+        found = HfApi().dataset_info(name, revision=revision) if revision else HfApi().dataset_info(name)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         return path
+    return f"{name}@{found.sha}"

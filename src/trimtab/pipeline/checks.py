@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data.preferences import answers
-from trimtab.data.rows import load_rows
-from trimtab.data.sequences import check_tokens, token_windows
+from trimtab.data.objectives import answers
+from trimtab.data.sequences import check_tokens
+from trimtab.data.sources import Texts
+from trimtab.data.templates import set_template
 from trimtab.errors import UserError
 from trimtab.evaluation.harness import check_tasks
 from trimtab.extras import require
@@ -17,7 +18,7 @@ from trimtab.models.positions import check_length
 from trimtab.models.prepare import targets
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.pipeline.output import Work
-from trimtab.recipe import inputs
+from trimtab.recipe import inputs, texts
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.build import RunContext, calibration
 from trimtab.training.checkpoints import check_reached
@@ -39,19 +40,28 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     last = work.last()
     if resume and last is not None:
         check_reached(last, recipe)
-    rows, held_out = _rows(recipe)
+    read, held_out = _rows(recipe)
+    rows = None if read is None else read.rows
     source = open_source(recipe.model.path)
     tokenizer = _tokenizer(recipe, source)
+    template = set_template(tokenizer, None if recipe.data is None else recipe.data.template)
     _check_padding(recipe, source)
     layout = source.layout()
     _check_stages(recipe, source, layout)
     vocabulary, notes = layout.config.get_text_config().vocab_size, _check_length(recipe, layout)
-    labelled = None
+    labelled = seen = None
     if rows is not None and recipe.train.steps:
+        from trimtab.training.labelled import Labelled
+        from trimtab.training.overview import overview
         from trimtab.training.trainer import ready
 
         labelled = ready(recipe, tokenizer, rows, vocabulary)
-        rows, notes = labelled.rows, notes + labelled.notes
+        if isinstance(labelled, Labelled):
+            assert read is not None
+            seen = overview(recipe, read, labelled, tokenizer, () if template is None else (template,))
+            notes += (*seen.notes, *seen.lines())
+        else:
+            rows, notes = labelled.rows, notes + labelled.notes
     elif rows is not None and recipe.train.objective != "sft":
         rows = answers(rows)
     blocks = _blocks(recipe, held_out, tokenizer)
@@ -61,7 +71,7 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     watched = None
     if recipe.train.steps and recipe.train.evaluate_steps is not None:
         watched = while_training(recipe, tokenizer, held_out, vocabulary, blocks)
-    return RunContext(source, tokenizer, rows, labelled, blocks, start, notes, watched)
+    return RunContext(source, tokenizer, rows, labelled, blocks, start, notes, watched, read, seen)
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -134,21 +144,18 @@ def _check_length(recipe: Recipe, layout: PreTrainedModel) -> tuple[str, ...]:
     return () if line is None else (line,)
 
 
-def _rows(recipe: Recipe) -> tuple[Any, Any]:
-    """Training rows and held-out rows, read before any model is."""
+def _rows(recipe: Recipe) -> tuple[Texts | None, Any]:
+    """What is trained on and the held-out rows, read before any model is."""
     block = recipe.data
     if block is None:
         return None, None
     wanted = recipe.train.steps or (recipe.activations is not None and recipe.activations.mode == "static")
-    rows = None
+    read = None
     if wanted:
         from trimtab.training.trainer import training_rows
 
-        rows = training_rows(recipe)
-    held_out = (
-        None if block.eval_path is None else load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
-    )
-    return rows, held_out
+        read = training_rows(recipe)
+    return read, texts.held_out(block, read) if read is not None or block.eval_path or block.holdout else None
 
 
 def _tokenizer(recipe: Recipe, source: ModelSource) -> Any:
@@ -164,5 +171,4 @@ def _blocks(recipe: Recipe, held_out: Any, tokenizer: Any) -> Tensor | None:
     """Held-out tokens (W, L)."""
     if recipe.data is None or held_out is None:
         return None
-    limit = recipe.data.eval_tokens
-    return token_windows(held_out, tokenizer, block_tokens=recipe.data.block_tokens, limit_tokens=limit)
+    return texts.windows_of(recipe.data, held_out, tokenizer)

@@ -2,8 +2,9 @@
 
 import math
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from trimtab.errors import UserError
 from trimtab.formats.file_size import parse_bytes
@@ -11,6 +12,8 @@ from trimtab.models.architecture import architecture_of
 from trimtab.models.sources import open_source
 from trimtab.pruning import Options, Pruned, checkpoint, prune_checkpoint
 from trimtab.quant.grid import CodebookGrid, Grid
+from trimtab.recipe import texts
+from trimtab.recipe.fields import DataBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Placement
 
@@ -33,7 +36,7 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
     out, options = recipe.out / "pruned", prune_options(recipe)
     if options.reads_text and recipe.data is None:
         raise UserError("prune: needs calibration text; set data.path")
-    text = ("", "") if recipe.data is None else (recipe.data.path, recipe.data.split)
+    text = ("", "") if recipe.data is None else (recipe.data.named, recipe.data.split)
     sizes = block.tokens, block.block_tokens
     made = checkpoint.made_from(out)
     if made is None:
@@ -48,7 +51,8 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
             tokens=sizes[0],
             block_tokens=sizes[1],
             dtype=recipe.model.dtype,
-            ignore=() if recipe.data is None else recipe.data.ignore,
+            rows=None if recipe.data is None else partial(_rows, recipe.data),
+            template=None if recipe.data is None else recipe.data.template,
         )
         if show is not None:
             show.pruned(done, str(out))
@@ -59,6 +63,11 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
         )
     model = recipe.model.model_copy(update={"path": str(Path(out))})
     return recipe.model_copy(update={"model": model, "prune": None})
+
+
+def _rows(block: DataBlock) -> Any:
+    """What a block has to train on, which is calibrated on, too."""
+    return texts.training(block).rows
 
 
 def pruned_already(recipe: Recipe) -> Recipe:

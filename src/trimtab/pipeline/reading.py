@@ -21,13 +21,8 @@ def marks_of(recipe: Recipe) -> inputs.Marks:
         folder = Path(recipe.model.adapter).expanduser()
         names = ("adapter_config.json", "adapter_model.safetensors")
         marks["model.adapter"] = inputs.mark([folder / n for n in names if (folder / n).is_file()], folder)
-    block = recipe.data
-    texts = {
-        "start.path": recipe.start.path,
-        "data.path": block and block.path,
-        "data.eval_path": block and block.eval_path,
-    }
-    marks |= {key: inputs.mark(data.files_of(path), path) for key, path in texts.items() if path}
+    texts = inputs.texts_of(recipe.data) | ({"start.path": recipe.start.path} if recipe.start.path else {})
+    marks |= {key: inputs.mark(data.files_of(path), path) for key, path in texts.items()}
     if recipe.evaluate.tasks and recipe.evaluate.tasks_data is not None:
         folder = Path(recipe.evaluate.tasks_data).expanduser()
         marks["evaluate.tasks_data"] = inputs.mark([file_of(t, folder) for t in recipe.evaluate.tasks], folder)

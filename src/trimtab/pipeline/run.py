@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trimtab.data.sequences import describe
+from trimtab.data.split import SHARE
 from trimtab.evaluation import harness, parity
 from trimtab.evaluation.chat import answer
 from trimtab.evaluation.parity import Parity
@@ -99,6 +100,7 @@ def run(
     given = checks.gather(recipe, overwrite, resume)
     for line in given.notes:
         watch.say(line)
+    recipe = _resolved(recipe, given)
     down = written_down(recipe)
     _compare(recipe, down, work.recorded() if resume else None, watch)
     with work.begun(down, overwrite, resume):
@@ -108,11 +110,25 @@ def run(
     return metrics
 
 
+def _resolved(recipe: Recipe, given: RunContext) -> Recipe:
+    """The recipe with what only its data could tell: steps in place of epochs, and whether a share of it is held out."""
+    if given.overview is not None:
+        recipe = recipe.model_copy(
+            update={"train": recipe.train.model_copy(update={"steps": given.overview.steps, "epochs": None})}
+        )
+    block = recipe.data
+    if block is None or block.holdout is not None or block.eval_path is not None or given.texts is None:
+        return recipe
+    share = 0.0 if given.texts.held_out is None else SHARE
+    return recipe.model_copy(update={"data": block.model_copy(update={"holdout": share})})
+
+
 def _compare(recipe: Recipe, down: Recipe, begun: Recipe | None, watch: Observer) -> None:
     """Refuse to go on with other files than a run began with; say which have changed since a recipe was saved."""
     now = down.inputs or {}
     if begun is not None:
         inputs.check_same(begun.inputs or {}, now, "--resume")
+        inputs.check_same_data(begun, down, "--resume")
     for key, before in (recipe.inputs or {}).items():
         changed = inputs.changes(before, now[key]) if begun is None and key in now else ""
         if changed:
@@ -283,7 +299,7 @@ def _fold_and_save(
     export([name for name in formats if name not in unfolded])
     if some is None or trained is None:
         return []
-    on = "" if held_out is not None else ", on random tokens for want of held-out data (data.eval_path)"
+    on = "" if held_out is not None else ", on random tokens for want of held-out data (data.eval_path, data.holdout)"
     watch.say(f"comparing trained, folded, and reloaded in a fresh process{on}")
     parities = parity.report(trained, parity.logits_of(model, some), work.model, some, recipe.dtype)
     metrics["max_logit_difference"] = max(p.max_difference for p in parities)

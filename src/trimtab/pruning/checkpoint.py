@@ -9,7 +9,7 @@ The directory is written beside its destination and moved there in one step: it 
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 
 from trimtab.data.rows import PYDOC_TOPICS, load_rows
 from trimtab.data.sequences import token_windows
+from trimtab.data.templates import set_template
 from trimtab.errors import UserError
 from trimtab.formats.directory import replacing
 from trimtab.formats.manifest import write_json
@@ -41,7 +42,8 @@ def prune_checkpoint(
     tokens: int = 8192,
     block_tokens: int = 256,
     dtype: str = "bfloat16",
-    ignore: Sequence[str] = (),
+    rows: Callable[[], Any] | None = None,
+    template: str | None = None,
 ) -> Pruned:
     """Load a float model, prune it, and write it.
 
@@ -54,7 +56,8 @@ def prune_checkpoint(
         tokens: calibration tokens, at most.
         block_tokens: length of a calibration window.
         dtype: of the model, in memory and in the file: bfloat16, float16 or float32.
-        ignore: keys of rows that are no text to calibrate on.
+        rows: reads the calibration rows, in place of `text`, which then only names them.
+        template: chat template of the tokenizer, by name or file; None for its own.
     """
     target, about = check_empty(out), asked(path, options, text, split, tokens, block_tokens, dtype)
     if dtype not in _DTYPES:
@@ -64,8 +67,9 @@ def prune_checkpoint(
         raise UserError(f"{path}: already quantized; prune the float model first, then quantize what is left")
     tokenizer, windows = source.tokenizer(), None
     if options.reads_text:
-        rows = load_rows(text, split=split, ignore=ignore)
-        windows = token_windows(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
+        set_template(tokenizer, template)
+        read = load_rows(text, split=split) if rows is None else rows()
+        windows = token_windows(read, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
     model = load_float(path, dtype=_DTYPES[dtype], source=source)
     pruned = prune(model, options, windows)
     save(model, target, tokenizer, about | asdict(pruned))

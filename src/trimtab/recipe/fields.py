@@ -1,8 +1,13 @@
 """The blocks of a recipe: pydantic models of frozen values, whose field docstrings are the help that users read."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from trimtab.data.learned import Loss
+from trimtab.data.sources import Source
+from trimtab.errors import UserError
 
 FormatName = Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft"]
 """Formats that a recipe can export to: those of `trimtab.formats`."""
@@ -52,27 +57,109 @@ class StartBlock(Block):
     """Round columns in the order of the Hessian's diagonal; the ranges of groups are then set beforehand."""
 
 
+class SourceBlock(Block):
+    """One of several sources; what is null is as the whole block says."""
+
+    path: str
+    """File, directory, hub id, or `pydoc-topics`."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often each row counts: 2 twice in every epoch, 0.5 every second row, chosen by what it holds."""
+    split: str | None = None
+    """Split of a hub data set or of `pydoc-topics`."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read only this many rows."""
+    ignore: tuple[str, ...] | None = None
+    """Keys of rows that belong neither to prompt nor to answer."""
+    columns: dict[str, str] | None = None
+    """The rows' own keys by the names of a form."""
+
+
 class DataBlock(Block):
     """What to train on, and what to measure perplexity on."""
 
-    path: str
-    """JSONL, Parquet or text file, directory of such, hub id, or `pydoc-topics`."""
+    path: str | tuple[SourceBlock, ...]
+    """JSONL, JSON array, CSV, Parquet or text file, directory of such, hub id, or `pydoc-topics`; or a list of these, each
+    a path or {path, weight, split, subset, revision, limit, ignore, columns}."""
     split: str = "train"
     """Split of a hub data set or of `pydoc-topics`."""
+    subset: str | None = None
+    """Configuration of a hub data set (`wikitext-2-raw-v1`)."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set; null is the newest, and the recipe beside the model says which that was."""
     limit: int | None = Field(default=None, ge=1)
-    """Read only this many rows."""
+    """Read only this many rows, of each source."""
     ignore: tuple[str, ...] = ()
     """Keys of rows that belong neither to prompt nor to answer; a key that is not known to is refused, not dropped."""
+    columns: dict[str, str] = Field(default={})
+    """The rows' own keys by the names of a form, {prompt: sentence, completion: label}; or texts made of them,
+    {prompt: "Review: {sentence}"}."""
+    template: str | None = None
+    """Chat template, saved with the model: alpaca, chatml or a .jinja file; null is the tokenizer's own."""
+    loss: Loss = "all"
+    """What is learned of a row: all answers of a conversation (the completion of a pair), the last one, or the full row."""
     block_tokens: int = Field(default=1024, ge=2)
     """Length of a training sequence, in tokens."""
     packing: Literal["auto", "wrapped", "bfd", "none"] = "auto"
     """How rows fill sequences: wrapped (cut to blocks), bfd (whole rows, best fit), none; auto: wrapped for text."""
+    holdout: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the rows to hold out of training, chosen by what they hold, and to measure on: 0.02. Null is that share of
+    500 rows or more, where eval_path names no others; 0 is none."""
     eval_path: str | None = None
-    """Held-out data for perplexity, in the same forms; null for none."""
+    """Held-out data for perplexity, in the same forms; null for what holdout splits off."""
     eval_split: str = "train"
     """Split of the held-out data."""
     eval_tokens: int | None = Field(default=None, ge=2)
     """Measure on at most this many tokens."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> str | tuple[SourceBlock, ...]:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list | tuple) or not value:
+            raise UserError(f"data.path: {value!r} is no path; give a file, a hub id, or a list of them")
+        return tuple(_source(entry, i) for i, entry in enumerate(value))
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What is read to train on, one after another."""
+        listed = (SourceBlock(path=self.path),) if isinstance(self.path, str) else self.path
+        return tuple(self._as_source(block) for block in listed)
+
+    def _as_source(self, block: SourceBlock) -> Source:
+        revision = block.revision or self.revision
+        return Source(
+            path=f"{block.path}@{revision}" if revision else block.path,
+            split=self.split if block.split is None else block.split,
+            subset=self.subset if block.subset is None else block.subset,
+            limit=self.limit if block.limit is None else block.limit,
+            ignore=self.ignore if block.ignore is None else block.ignore,
+            columns=self.columns if block.columns is None else block.columns,
+            weight=block.weight,
+        )
+
+    @property
+    def named(self) -> str:
+        """The sources by their paths, for people."""
+        return ", ".join(source.path for source in self.sources)
+
+
+def _source(entry: Any, number: int) -> SourceBlock:
+    if isinstance(entry, SourceBlock):
+        return entry
+    if not isinstance(entry, str | Mapping):
+        raise UserError(f"data.path.{number}: {entry!r} is no path; give a file, a hub id, or {{path: .., weight: ..}}")
+    try:
+        return SourceBlock(**({"path": entry} if isinstance(entry, str) else entry))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, (number, *first["loc"])))
+        known = f"; known are {', '.join(SourceBlock.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise UserError(f"data.path.{key}: {first['msg']}{known}") from None
 
 
 class TrainBlock(Block):
@@ -82,6 +169,8 @@ class TrainBlock(Block):
     """sft (the answers), dpo (chosen over rejected ones), kto (answers that are good or bad), grpo (a reward of yours)."""
     steps: int = Field(default=1000, ge=0)
     """Optimizer steps."""
+    epochs: float | None = Field(default=None, gt=0)
+    """In place of steps: how often every row is trained on; the run says how many steps that makes."""
     batch_tokens: int = Field(default=8192, ge=2)
     """Tokens in one optimizer step, over all sequences and accumulation."""
     micro_batch: int = Field(default=4, ge=1)

@@ -11,8 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from trimtab.data.located import files_of
+from trimtab.data.templates import NAMED
 from trimtab.errors import UserError
-from trimtab.recipe.fields import DataBlock, FileMark
+from trimtab.recipe.fields import DataBlock, FileMark, SourceBlock
 from trimtab.recipe.recipe import Recipe, read
 
 Marks = dict[str, dict[str, FileMark]]
@@ -26,16 +27,31 @@ def paths(recipe: Recipe) -> dict[str, Path]:
         "model.path": recipe.model.path,
         "model.adapter": recipe.model.adapter,
         "start.path": recipe.start.path,
-        "data.path": data and data.path,
-        "data.eval_path": data and data.eval_path,
         "distill.cache": distill and recipe.teacher_cache and str(recipe.teacher_cache),
         "train.reference": recipe.train.reference,
         "evaluate.tasks_data": recipe.evaluate.tasks_data,
         "search.storage": search and _file_of_storage(search.storage),
         "the recipe": recipe.file,
-    }
+    } | texts_of(data)
     local = {key: Path(path).expanduser() for key, path in named.items() if path}
     return {key: path.resolve() for key, path in local.items() if path.exists()}
+
+
+def texts_of(data: DataBlock | None) -> dict[str, str]:
+    """Everything that a data block reads, by key: its sources (`data.path`, or `data.path.0` and so on), held-out data, and
+    the file of a chat template.
+    """
+    if data is None:
+        return {}
+    one = isinstance(data.path, str)
+    found = {"data.path" if one else f"data.path.{i}": source.path for i, source in enumerate(data.sources)}
+    found |= {} if data.eval_path is None else {"data.eval_path": data.eval_path}
+    return found | ({} if _template_file(data) is None else {"data.template": str(_template_file(data))})
+
+
+def _template_file(data: DataBlock) -> Path | None:
+    """The file of a chat template, if one is named."""
+    return None if data.template is None or data.template in NAMED else Path(data.template).expanduser()
 
 
 def _file_of_storage(url: str | None) -> str | None:
@@ -115,6 +131,18 @@ def check_same(before: Marks, now: Marks, begin: str) -> None:
             raise UserError(f"{begin}: {key}: {what} since the run began; put it back, or start anew")
 
 
+def check_same_data(before: Recipe, now: Recipe, begin: str) -> None:
+    """Raise a `UserError` for a data set of the hub that is at another commit than it was; both are recipes as saved."""
+    earlier, later = texts_of(before.data), texts_of(now.data)
+    for key in sorted(earlier.keys() & later.keys()):
+        name, _, commit = later[key].partition("@")
+        was, _, pinned = earlier[key].partition("@")
+        if commit and pinned and name == was and commit != pinned:
+            raise UserError(
+                f"{begin}: {key}: {name} is at {commit}, and was at {pinned} when the run began; set data.revision to that"
+            )
+
+
 def held_out(folder: Path) -> DataBlock | None:
     """The data block of the recipe in a saved model's folder, which names held-out text as it was; None if none does.
 
@@ -123,16 +151,18 @@ def held_out(folder: Path) -> DataBlock | None:
     """
     saved = folder / "recipe.yaml"
     recipe = read(saved) if saved.is_file() else None
-    if recipe is None or recipe.data is None or recipe.data.eval_path is None:
+    if recipe is None or recipe.data is None or not (recipe.data.eval_path or recipe.data.holdout):
         return None
-    before, path = (recipe.inputs or {}).get("data.eval_path"), recipe.data.eval_path
-    if before:
+    for key, path in texts_of(recipe.data).items():
+        before = (recipe.inputs or {}).get(key)
+        if not before or (key == "data.eval_path") != (recipe.data.eval_path is not None):
+            continue
         try:
             what = changes(before, mark(files_of(path), path))
         except UserError as error:
             what = str(error)
         if what:
-            raise UserError(f"{saved}: data.eval_path: {path}: {what} since the model was made; pass --data")
+            raise UserError(f"{saved}: {key}: {path}: {what} since the model was made; pass --data")
     return recipe.data
 
 
@@ -160,8 +190,25 @@ def saved(
         "model": recipe.model.model_copy(update={"path": model, "adapter": whole(recipe.model.adapter)}),
         "start": recipe.start.model_copy(update={"path": text(recipe.start.path)}),
         "train": recipe.train.model_copy(update={"reference": reference}),
-        "data": data and data.model_copy(update={"path": text(data.path), "eval_path": text(data.eval_path)}),
+        "data": data and _whole(data, pinned),
         "evaluate": recipe.evaluate.model_copy(update={"tasks_data": whole(recipe.evaluate.tasks_data)}),
         "distill": recipe.distill and recipe.distill.model_copy(update={"cache": cache and whole(str(cache))}),
     }
     return recipe.model_copy(update=blocks | {"output": str(recipe.out.resolve()), "inputs": marks})
+
+
+def _whole(data: DataBlock, pinned: Callable[[str], str]) -> DataBlock:
+    """A data block that reads the same from any directory, its revisions in its paths."""
+    paths = [pinned(source.path) for source in data.sources]
+    listed = () if isinstance(data.path, str) else data.path
+    several = tuple(
+        block.model_copy(update={"path": p, "revision": None}) for block, p in zip(listed, paths, strict=False)
+    )
+    template = _template_file(data)
+    changed: dict[str, str | tuple[SourceBlock, ...] | None] = {
+        "path": several or paths[0],
+        "revision": None,
+        "eval_path": data.eval_path and pinned(data.eval_path),
+        "template": data.template if template is None else str(template.resolve()),
+    }
+    return data.model_copy(update=changed)

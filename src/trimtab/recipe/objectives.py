@@ -37,6 +37,10 @@ def check_objective(recipe: "Recipe", where: str) -> None:
     assert recipe.data is not None
     if recipe.data.packing not in ("auto", "none"):
         raise UserError(f"{where}: data.packing: {objective} packs no rows; leave it at auto")
+    if recipe.data.holdout:
+        raise UserError(f"{where}: data.holdout: splits texts, not rows of {objective}; name data.eval_path")
+    if block.epochs is not None:
+        raise UserError(f"{where}: train.epochs: goes with objective: sft; give {objective} train.steps")
     if objective == "dpo" and block.micro_batch % 2:
         raise UserError(f"{where}: train.micro_batch: of dpo counts chosen and rejected answers; make it even")
     if objective == "kto" and block.micro_batch < 2:

@@ -22,6 +22,7 @@ from trimtab.layers import rates
 from trimtab.layers.rates import Parametrization, Rates
 from trimtab.methods.base import Method
 from trimtab.quant.activations import Activations, KvCache
+from trimtab.recipe import agreement
 from trimtab.recipe.fields import (
     Block,
     DataBlock,
@@ -35,7 +36,6 @@ from trimtab.recipe.fields import (
     StartBlock,
     TrainBlock,
 )
-from trimtab.recipe.objectives import check_objective
 from trimtab.recipe.rules import Rule, parse_rules
 
 
@@ -89,6 +89,11 @@ class Recipe(Block):
         made = methods.make(name, **options)
         # The dataclass is the YAML block; pydantic checks the types that a dataclass does not.
         return TypeAdapter(type(made)).validate_python(options)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | list) else value
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -154,6 +159,8 @@ class Recipe(Block):
             "lr_scale": self.rates.scale,
             "parametrization": self.parametrization,
         }
+        if self.train.epochs is not None:  # what stands for a number of steps, until the rows are counted
+            del values["train"]["steps"]
         if self.inputs is None:
             del values["inputs"]
         return yaml.safe_dump({key: values[key] for key in Recipe.model_fields if key in values}, sort_keys=False)
@@ -178,7 +185,7 @@ def from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise UserError(f"{where}: keys must be words ({error})") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    _check(recipe, where)
+    agreement.check(recipe, where)
     return recipe
 
 
@@ -204,65 +211,6 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
         if block is None:
             return []
     return [f.name for f in fields(block)] if is_dataclass(block) else list(block.model_fields)
-
-
-def _check(recipe: Recipe, where: str) -> None:
-    """What single fields cannot say."""
-    if recipe.train.steps and recipe.data is None:
-        raise UserError(f"{where}: data: missing; training needs it (or set train.steps to 0)")
-    if recipe.start.name == "gptq" and recipe.start.path is None and recipe.data is None:
-        raise UserError(f"{where}: start.path: gptq is calibrated on text; name some, or set data.path")
-    if not recipe.method.trains and recipe.train.steps:
-        raise UserError(f"{where}: train.steps: {recipe.method.name} trains nothing; set it to 0")
-    if recipe.activations is not None and recipe.activations.mode == "static" and recipe.data is None:
-        raise UserError(f"{where}: data: missing; static activations are measured on it (or set mode: dynamic)")
-    if recipe.activations is not None and recipe.merge:
-        raise UserError(
-            f"{where}: merge: an adapter beside rounded inputs fits into no weight; set merge: false, or leave "
-            "activations out"
-        )
-    if recipe.evaluate.baselines and (recipe.data is None or recipe.data.eval_path is None):
-        raise UserError(f"{where}: evaluate.baselines: are compared on held-out data; set data.eval_path")
-    if recipe.train.evaluate_steps is not None and (recipe.data is None or recipe.data.eval_path is None):
-        raise UserError(f"{where}: train.evaluate_steps: measures on held-out data; set data.eval_path")
-    if recipe.train.early_stop is not None and recipe.train.evaluate_steps is None:
-        raise UserError(
-            f"{where}: train.early_stop: counts measurements of the held-out loss; set train.evaluate_steps"
-        )
-    cache = recipe.teacher_cache
-    if cache is not None and recipe.out.resolve() in (cache.resolve(), *cache.resolve().parents):
-        raise UserError(f"{where}: distill.cache: {cache} is in the output directory; give it one of its own")
-    _check_search(recipe, where)
-    if recipe.data is None or not recipe.train.steps:
-        return
-    check_objective(recipe, where)
-    sequences, rest = divmod(recipe.train.batch_tokens, recipe.data.block_tokens)
-    if rest or sequences % recipe.train.micro_batch or not sequences:
-        whole = recipe.train.micro_batch * recipe.data.block_tokens
-        raise UserError(
-            f"{where}: train.batch_tokens: {recipe.train.batch_tokens} is no multiple of "
-            f"micro_batch x block_tokens = {whole}; use {max(round(recipe.train.batch_tokens / whole), 1) * whole}"
-        )
-
-
-def _check_search(recipe: Recipe, where: str) -> None:
-    block = recipe.search
-    if block is None:
-        return
-    if recipe.data is None:
-        raise UserError(f"{where}: data: missing; a search measures on text")
-    if block.objective == "tuned" and recipe.data.eval_path is None:
-        raise UserError(f"{where}: search.objective: tuned trials are measured on held-out data; set data.eval_path")
-    if block.objective == "tuned" and not recipe.method.trains:
-        raise UserError(
-            f"{where}: search.objective: {recipe.method.name} trains nothing; use rounded, or another method"
-        )
-    if block.promote is not None and (block.objective != "tuned" or block.promote <= block.steps):
-        raise UserError(f"{where}: search.promote: is a number of steps above search.steps, for tuned trials")
-    if not all(1 <= b <= 8 or b == 16 for b in block.bits):
-        raise UserError(f"{where}: search.bits: {list(block.bits)} are not widths; 1 to 8, or 16 for float")
-    if recipe.method.grid is None and recipe.rules is None:
-        raise UserError(f"{where}: search: {recipe.method.name} quantizes nothing by itself; give a grid in the rules")
 
 
 def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

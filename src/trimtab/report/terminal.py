@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trimtab.formats.export import Report
     from trimtab.memory.peak import Plan
     from trimtab.pruning import Pruned
+    from trimtab.training.overview import Overview
     from trimtab.training.trainer import Step
 
 _TRAINING = (
@@ -167,6 +168,12 @@ class Terminal:
                 self.say(shown)
             else:
                 self.rows(shown.title, shown.header, shown.rows)
+
+    def data(self, found: "Overview") -> None:
+        """What training will see of its data."""
+        from trimtab.report.data_table import show
+
+        show(self.console, found)
 
     def accuracies(self, found: "Accuracies") -> None:
         """Scores of one model or two, and their paired differences."""

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data.rows import load_rows
 from trimtab.data.sequences import token_windows
+from trimtab.data.sources import Texts
 from trimtab.models import simulate as simulating
 from trimtab.models.gptq import Gptq
 from trimtab.models.load import load
 from trimtab.models.peft_init import start_from
 from trimtab.models.sources import ModelSource
+from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.held_out import HeldOut
+from trimtab.training.overview import Overview
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class RunContext:
     """What is to be known before a run, a line each."""
     while_training: HeldOut | None = None
     """What `train.evaluate_steps` measures on, or None."""
+    texts: Texts | None = None
+    """What was read to train on, or None."""
+    overview: Overview | None = None
+    """What of it training will see; None without training."""
 
 
 def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
@@ -44,16 +50,12 @@ def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
     if block.name == "rtn":
         return None
     if block.path is not None:
-        rows = load_rows(block.path, split=block.split, ignore=_ignored(recipe))
+        rows = texts.calibration(block, recipe.data)
     elif rows is None and recipe.data is not None:
-        rows = load_rows(recipe.data.path, split=recipe.data.split, limit=recipe.data.limit, ignore=recipe.data.ignore)
+        rows = texts.training(recipe.data).rows
     length = min(recipe.data.block_tokens if recipe.data is not None else 1024, block.tokens)
     windows = token_windows(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
     return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
-
-
-def _ignored(recipe: Recipe) -> tuple[str, ...]:
-    return () if recipe.data is None else recipe.data.ignore
 
 
 def build(recipe: Recipe, given: RunContext) -> PreTrainedModel:

@@ -58,7 +58,7 @@ def last_checkpoint(recipe: Recipe) -> Path:
 
 def check_reached(last: Path, recipe: Recipe) -> None:
     """Raise a `UserError` if a checkpoint is past the last step of a recipe."""
-    if step_of(last) > recipe.train.steps:
+    if recipe.train.epochs is None and step_of(last) > recipe.train.steps:  # epochs are steps once the rows are counted
         raise UserError(f"--resume: {last} is past train.steps = {recipe.train.steps}; raise it, or start anew")
 
 

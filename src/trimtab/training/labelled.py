@@ -16,11 +16,29 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.data.rows import Place, conversational, unused_keys
-from trimtab.data.tokens import Tokens, dataset_of, end_of_turns, head_of, left_out, rendered, tokens_of_row
+from trimtab.data.conversations import NO_TEMPLATE, Given, answer_of, end_of_turns, left_out, rendered
+from trimtab.data.learned import tokens_of_row
+from trimtab.data.rows import Place, conversational, judged, unused_keys
+from trimtab.data.sources import ORIGIN, place_of
+from trimtab.data.tokens import Tokens, dataset_of, head_of
 from trimtab.errors import UserError
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.loss import IGNORED
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What there is of the rows, before any is cut."""
+
+    tokens: int
+    learned: int
+    """Tokens that are learned."""
+    longest: int
+    """Tokens of the longest row."""
+    cut: int
+    """Rows that lose what is beyond block_tokens."""
+    left_out: int
+    """Rows of which nothing is left to learn."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,7 @@ class Labelled:
     """The token that ends an answer, or None where it is no token of its own."""
     notes: tuple[str, ...]
     """What is to be known before training, a line each."""
+    counts: Counts
 
 
 def packing_of(recipe: Recipe, rows: Any) -> str:
@@ -45,7 +64,7 @@ def packing_of(recipe: Recipe, rows: Any) -> str:
     return "wrapped" if "text" in rows.column_names else "bfd"
 
 
-def label(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int) -> Labelled:
+def label(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int, *, preferences: bool = False) -> Labelled:
     """Tokenize the training rows, and look at what is left to learn.
 
     Args:
@@ -53,12 +72,15 @@ def label(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int) -> Labelle
         tokenizer: the model's.
         rows: of `load_rows`, or what this function made of them, which is given back.
         vocabulary: rows of the model's embedding.
+        preferences: whether rows of two answers are looked at, too: as if the chosen one were learned.
 
     Raises:
         UserError: for rows that cannot be rendered, tokens that the model does not have, or nothing to learn.
     """
     if isinstance(rows, Labelled):
         return rows
+    if not preferences:
+        _check_answers(rows)
     made = _Maker(recipe, tokenizer, rows, vocabulary)
     return made.labelled()
 
@@ -71,6 +93,17 @@ def check_end(tokenizer: Any, rows: Any) -> None:
     named = "" if tokenizer.eos_token is None else f" ({tokenizer.eos_token!r} is none of its tokens)"
     why = "nor a padding token" if conversational(rows) else "so that a trained text could not end"
     raise UserError(f"{name}{named}, {why}; name one of its tokens as `eos_token` in its tokenizer_config.json")
+
+
+def _check_answers(rows: Any) -> None:
+    """Raise a `UserError` for preferences, of which there is no one answer to learn."""
+    if judged(rows):
+        remedy = "set train.objective to dpo or kto" if "chosen" in rows.column_names else "set train.objective to kto"
+        more = ", or name the answer: data.columns: {completion: chosen}, data.ignore: [rejected]"
+        raise UserError(
+            f"data: the rows are preferences ({', '.join(rows.column_names)}), of which there is no one answer to learn; "
+            f"{remedy}{more if 'chosen' in rows.column_names else ''}"
+        )
 
 
 def check_learned(recipe: Recipe, sequences: Any) -> None:
@@ -93,6 +126,7 @@ class _Maker:
         self._packing, self._seed = packing_of(recipe, rows), recipe.train.seed
         self._end: int | None = tokenizer.eos_token_id
         self._behind: str | None = None
+        self._origins = rows[ORIGIN] if ORIGIN in rows.column_names else None
         self._found: dict[str, list[int]] = {}
         """Numbers of the rows, from 1, by what is to be said of them."""
 
@@ -108,10 +142,18 @@ class _Maker:
         sequences = dataset_of((t.ids, t.labels(IGNORED)) for t in kept)
         if self._packing == "wrapped" and "prompt" in self._rows.column_names:
             self._found["parted"] = _parted(kept, self._block.block_tokens, self._seed)
-        return Labelled(self._rows, sequences, self._end, tuple(self._notes(tokens)))
+        counts = Counts(
+            tokens=sum(len(t.ids) for t in tokens),
+            learned=sum(t.learned() for t in tokens),
+            longest=max(len(t.ids) for t in tokens),
+            cut=len(self._found.get("cut", [])),
+            left_out=len(tokens) - len(kept),
+        )
+        return Labelled(self._rows, sequences, self._end, tuple(self._notes(tokens)), counts)
 
     def _where(self, number: int) -> Place:
-        return Place(self._block.path, self._block.split, number)
+        origin = None if self._origins is None else self._origins[number - 1]
+        return place_of(self._block.sources, number, origin)
 
     def _note(self, what: str, number: int) -> None:
         self._found.setdefault(what, []).append(number)
@@ -120,16 +162,15 @@ class _Maker:
         """Of every row, checked."""
         tokenizer, head, talk = self._tokenizer, head_of(self._tokenizer), conversational(self._rows)
         if talk and not tokenizer.chat_template:
-            remedy = 'give plain {"text"} or {"prompt", "completion"} rows, or a tokenizer with a chat template'
-            raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {remedy}")
+            raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {NO_TEMPLATE}")
         for number, row in enumerate(self._rows, start=1):
             text, where = None, self._where(number)
             if talk:
                 text = rendered(row, tokenizer, where)
                 self._look_at(row, text, number)
-            elif not row.get("completion", "-").strip():
+            elif "text" not in row and not answer_of(row).strip():
                 self._note("empty", number)
-            found = tokens_of_row(row, tokenizer, where, head, text)
+            found = tokens_of_row(row, tokenizer, where, head, text, self._block.loss)
             if found.ids and max(found.ids) >= self._vocabulary:
                 id_ = next(i for i in found.ids if i >= self._vocabulary)
                 raise UserError(
@@ -147,8 +188,9 @@ class _Maker:
         for what, is_so in (("answer", answer), ("before", before)):
             if is_so:
                 self._note(what, number)
-        if not row["completion"][-1]["content"].strip():
-            self._note("empty", number)
+        if not answer_of(row)[-1]["content"].strip():
+            if not Given.of(row).called(-1):
+                self._note("empty", number)
         elif self._behind is None:
             self._end, self._behind = end_of_turns(row, text, self._tokenizer)
 
@@ -225,7 +267,7 @@ def _parted(rows: list[Tokens], length: int, seed: int) -> list[int]:
 
     begins, learned = 1, 2
     stand_ins = [
-        ([number] * len(row.ids), [begins, *(learned if i >= row.learned_from else 0 for i in range(1, len(row.ids)))])
+        ([number] * len(row.ids), [begins, *(learned if label != IGNORED else 0 for label in row.labels(IGNORED)[1:])])
         for number, row in enumerate(rows, start=1)
     ]
     found: set[int] = set()

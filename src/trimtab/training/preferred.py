@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.data.preferences import answers, shuffled
+from trimtab.data.conversations import end_of_turns, rendered
+from trimtab.data.learned import tokens_of_row
+from trimtab.data.objectives import answers, shuffled
 from trimtab.data.rows import Place, conversational, unused_keys
-from trimtab.data.tokens import Tokens, end_of_turns, head_of, rendered, tokens_of_row
+from trimtab.data.sources import ORIGIN, place_of
+from trimtab.data.tokens import Tokens, head_of
 from trimtab.errors import UserError
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.labelled import check_end
@@ -43,7 +46,7 @@ def prefer(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int) -> Prefer
     Args:
         recipe: `data` and `train.objective` are read.
         tokenizer: the model's.
-        rows: of `load_preferences`, or what this function made of them, which is given back.
+        rows: of `training_rows`, or what this function made of them, which is given back.
         vocabulary: rows of the model's embedding.
 
     Raises:
@@ -88,7 +91,7 @@ class _Maker:
     def _tokens(self) -> Iterator[dict[str, Any]]:
         """The columns of every row, checked."""
         for number, row in enumerate(self._rows, start=1):
-            where = Place(self._block.path, self._block.split, number)
+            where = self._where(number)
             found = {name: self._of(row, name, where) for name in _ANSWERS[self._objective]}
             given = min(tokens.learned_from for tokens in found.values())
             made: dict[str, Any] = {"prompt_ids": list(next(iter(found.values())).ids[:given])}
@@ -101,7 +104,7 @@ class _Maker:
         text = rendered(one, self._tokenizer, where) if self._talk else None
         if text is not None and not self._seen_end and one["completion"][-1]["content"].strip():
             self._end, self._seen_end = end_of_turns(one, text, self._tokenizer)[0], True
-        tokens = tokens_of_row(one, self._tokenizer, where, self._head, text)
+        tokens = tokens_of_row(one, self._tokenizer, where, self._head, text, "last")
         if max(tokens.ids, default=0) >= self._vocabulary:
             id_ = next(i for i in tokens.ids if i >= self._vocabulary)
             raise UserError(
@@ -120,8 +123,12 @@ class _Maker:
             yield (
                 f"data: of {len(made)} rows, {len(cut)} lose a part of an answer and {len(gone)} are left out: they are "
                 f"longer than data.block_tokens = {size} (the longest has {max(longest)}); the first is "
-                f"{Place(self._block.path, self._block.split, min(cut + gone))}"
+                f"{self._where(min(cut + gone))}"
             )
+
+    def _where(self, number: int) -> Place:
+        origin = self._rows[number - 1][ORIGIN] if ORIGIN in self._rows.column_names else None
+        return place_of(self._block.sources, number, origin)
 
     @staticmethod
     def _labels(rows: list[dict[str, Any]]) -> Iterator[str]:

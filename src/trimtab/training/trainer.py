@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from trimtab.data.preferences import load_preferences
-from trimtab.data.rows import load_rows
+from trimtab.data.objectives import check_columns, prompts
+from trimtab.data.sources import Texts, mixed
 from trimtab.kernels import tuning, workspace
 from trimtab.models.transformers_bridge import attach
+from trimtab.recipe import texts
 from trimtab.recipe.fields import DistillBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
@@ -184,7 +185,7 @@ def fit(
     """
     assert recipe.data is not None, "the recipe was checked to have data"
     if rows is None:
-        rows = training_rows(recipe)
+        rows = training_rows(recipe).rows
     vocabulary = model.config.get_text_config().vocab_size
     given = ready(recipe, tokenizer, rows, vocabulary)
     for line in () if given is rows else given.notes:
@@ -199,7 +200,9 @@ def fit(
     meter = _Meter(on_step, slot)
     attach(model)
     model.config.use_cache = False
-    callbacks = [*during.callbacks, meter, LossWatch(recipe, say)]
+    callbacks = [*during.callbacks, meter]
+    if isinstance(given, Labelled):  # other losses begin where they may stay
+        callbacks.append(LossWatch(recipe, say))
     trainer = _trainer_for(model, tokenizer, recipe, given, callbacks)
     trainer.groups = groups_of(model, recipe)
     slot.append(trainer)
@@ -217,14 +220,18 @@ def fit(
     return Trained(result.global_step, trainer.tokens_seen, seconds, meter.losses, meter.measures, measured)
 
 
-def training_rows(recipe: Recipe) -> Any:
-    """The rows that a recipe trains on, in the form that its objective needs."""
-    block = recipe.data
+def training_rows(recipe: Recipe) -> Texts:
+    """What a recipe trains on, in the form that its objective needs."""
+    block, objective = recipe.data, recipe.train.objective
     assert block is not None, "the recipe was checked to have data"
-    options: dict[str, Any] = {"split": block.split, "limit": block.limit, "ignore": block.ignore}
-    if recipe.train.objective == "sft":
-        return load_rows(block.path, **options)
-    return load_preferences(block.path, recipe.train.objective, **options)
+    if objective == "sft":
+        return texts.training(block)
+    if objective == "grpo":
+        rows = prompts(block.sources)
+        return Texts(rows, None, block.sources, (len(rows),))
+    found = mixed(block.sources)
+    check_columns(found.rows, objective, block.named)
+    return found
 
 
 def ready(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int) -> Labelled | Preferred:

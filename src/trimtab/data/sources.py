@@ -1,0 +1,140 @@
+"""Several sources as one set of rows: how often each counts, and what of it is held out.
+
+path: [a.jsonl, {path: b.csv, weight: 2}]       the rows of b are there twice, those of a once
+weight: 0.5                                      of every two rows one, chosen by what they hold
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trimtab.data.forms import RENDERING
+from trimtab.data.rows import Place, conversational, load_rows, unused_keys
+from trimtab.data.split import ROWS, SHARE, apart, content_of, share_of
+from trimtab.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ORIGIN = "origin"
+"""Column that says which source a row is of, and which row of it; only where rows are not simply those of one source."""
+
+
+class Source(NamedTuple):
+    """Where rows come from; fields as of `load_rows`."""
+
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    limit: int | None = None
+    ignore: tuple[str, ...] = ()
+    columns: Mapping[str, str] | None = None
+    weight: float = 1.0
+    """How often each of its rows counts."""
+
+    def rows(self) -> Dataset:
+        """All of them, each once."""
+        options = {"limit": self.limit, "ignore": self.ignore, "columns": self.columns}
+        return load_rows(self.path, split=self.split, subset=self.subset, **options)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What training reads."""
+
+    rows: Dataset
+    """To train on, in TRL's forms."""
+    held_out: Dataset | None
+    """Rows that were split off to measure on; None for none."""
+    sources: tuple[Source, ...]
+    counts: tuple[int, ...]
+    """Rows that each source has."""
+    near_duplicates: int = 0
+    """Rows that are in neither: they would have been held out, but nearly the same stands in what is trained on."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known before training, a line each."""
+        if self.held_out is None and not self.near_duplicates:
+            return ()
+        there = 0 if self.held_out is None else len(self.held_out)
+        line = f"held out: {there:,} of {sum(self.counts):,} rows, by what they hold (data.holdout: 0 trains on all)"
+        if self.near_duplicates:
+            line += f"; {self.near_duplicates:,} more were dropped, since nearly the same is trained on"
+        return (line,)
+
+    def place(self, number: int, origin: Mapping[str, int] | None = None) -> Place:
+        """Where a row stands that is number `number`, from 1, of `rows`, with its value of the column `ORIGIN`."""
+        return place_of(self.sources, number, origin)
+
+
+def place_of(sources: Sequence[Source], number: int, origin: Mapping[str, int] | None = None) -> Place:
+    """Where a row stands in its source, from its number and its value of the column `ORIGIN`, if it has one."""
+    source = sources[0 if origin is None else origin["source"]]
+    return Place(source.path, source.split, number if origin is None else origin["row"], source.subset)
+
+
+def mixed(sources: Sequence[Source], holdout: float | None = 0.0) -> Texts:
+    """The rows of all sources, each as often as its weight says, and what is held out of them.
+
+    Args:
+        sources: at least one; their rows are of one kind (texts, conversations, ...).
+        holdout: the share of the rows to split off, each once whatever its weight; 0 for none, None for a fiftieth of many.
+
+    Raises:
+        UserError: for rows of different kinds, or a share that leaves no rows on one side.
+    """
+    parts = [source.rows() for source in sources]
+    counts = tuple(map(len, parts))
+    if holdout is None:
+        holdout = SHARE if sum(counts) >= ROWS else 0.0
+    if len(parts) == 1 and not holdout and sources[0].weight == 1:
+        return Texts(parts[0], None, tuple(sources), counts)
+    whole = _together(sources, parts)
+    contents = [content_of(row) for row in whole] if holdout or any(s.weight % 1 for s in sources) else []
+    split = apart(contents, holdout) if holdout else None
+    kept = range(len(whole)) if split is None else split.training
+    weights = [source.weight for source in sources]
+    of = [origin["source"] for origin in whole[ORIGIN]]
+    times = {n: _times(weights[of[n]], contents[n] if contents else "") for n in kept}
+    indices = [n for n in kept for _ in range(times[n])]
+    if not indices:
+        raise UserError("data.path: the weights leave no row to train on; raise them")
+    held_out = whole.select(split.held_out) if split is not None and split.held_out else None
+    return Texts(whole.select(indices), held_out, tuple(sources), counts, 0 if split is None else split.dropped)
+
+
+def _times(weight: float, content: str) -> int:
+    """How often a row is there."""
+    whole = int(weight)
+    return whole + (weight > whole and share_of(content, "weight") < weight - whole)
+
+
+def _together(sources: Sequence[Source], parts: list[Dataset]) -> Dataset:
+    """One data set of all, with the column `ORIGIN`."""
+    from datasets import concatenate_datasets
+
+    made: list[Any] = []
+    first = set(parts[0].column_names) - {RENDERING}
+    rendered = any(RENDERING in part.column_names for part in parts)
+    for number, (source, part) in enumerate(zip(sources, parts, strict=True)):
+        columns = set(part.column_names) - {RENDERING}
+        if columns != first or any(part.features[c] != parts[0].features[c] for c in columns):
+            raise UserError(
+                f"data.path: rows of {source.path} are {_kind(part)}, those of {sources[0].path} {_kind(parts[0])}; bring "
+                "them into one form (data.columns renames keys), or train on one after the other"
+            )
+        if rendered and RENDERING not in part.column_names:
+            part = part.add_column(RENDERING, ["{}"] * len(part))
+        part = part.add_column(ORIGIN, [{"source": number, "row": row} for row in range(1, len(part) + 1)])
+        made.append(part.select_columns([*sorted(first), *([RENDERING] if rendered else []), ORIGIN]))
+    whole = concatenate_datasets(made)
+    unused = sorted({key for part in parts for key in unused_keys(part).split(", ") if key})
+    whole.info.description = ", ".join(unused)
+    return whole
+
+
+def _kind(part: Dataset) -> str:
+    names = "{" + ", ".join(name for name in part.column_names if name != RENDERING) + "}"
+    return f"{names} of messages" if conversational(part) else names

@@ -1,0 +1,111 @@
+"""What single fields of a recipe cannot say: keys that need, or exclude, one another."""
+
+from typing import TYPE_CHECKING
+
+from trimtab.data.columns import check_columns
+from trimtab.data.templates import check_template
+from trimtab.errors import UserError
+from trimtab.recipe.fields import DataBlock
+from trimtab.recipe.objectives import check_objective
+
+if TYPE_CHECKING:
+    from trimtab.recipe.recipe import Recipe
+
+
+def check(recipe: "Recipe", where: str) -> None:
+    """Raise a `UserError` naming the first key that does not go with the others."""
+    if recipe.train.steps and recipe.data is None:
+        raise UserError(f"{where}: data: missing; training needs it (or set train.steps to 0)")
+    if recipe.start.name == "gptq" and recipe.start.path is None and recipe.data is None:
+        raise UserError(f"{where}: start.path: gptq is calibrated on text; name some, or set data.path")
+    if not recipe.method.trains and recipe.train.steps:
+        raise UserError(f"{where}: train.steps: {recipe.method.name} trains nothing; set it to 0")
+    if recipe.activations is not None and recipe.activations.mode == "static" and recipe.data is None:
+        raise UserError(f"{where}: data: missing; static activations are measured on it (or set mode: dynamic)")
+    if recipe.activations is not None and recipe.merge:
+        raise UserError(
+            f"{where}: merge: an adapter beside rounded inputs fits into no weight; set merge: false, or leave "
+            "activations out"
+        )
+    if recipe.evaluate.baselines and not _holds_out(recipe):
+        raise UserError(
+            f"{where}: evaluate.baselines: are compared on held-out data; set data.eval_path or data.holdout"
+        )
+    if recipe.train.evaluate_steps is not None and not _holds_out(recipe):
+        raise UserError(f"{where}: train.evaluate_steps: measures on held-out data; set data.eval_path or data.holdout")
+    if recipe.train.early_stop is not None and recipe.train.evaluate_steps is None:
+        raise UserError(
+            f"{where}: train.early_stop: counts measurements of the held-out loss; set train.evaluate_steps"
+        )
+    _check_data(recipe, where)
+    cache = recipe.teacher_cache
+    if cache is not None and recipe.out.resolve() in (cache.resolve(), *cache.resolve().parents):
+        raise UserError(f"{where}: distill.cache: {cache} is in the output directory; give it one of its own")
+    _check_search(recipe, where)
+    if recipe.data is None or not recipe.train.steps:
+        return
+    check_objective(recipe, where)
+    sequences, rest = divmod(recipe.train.batch_tokens, recipe.data.block_tokens)
+    if rest or sequences % recipe.train.micro_batch or not sequences:
+        whole = recipe.train.micro_batch * recipe.data.block_tokens
+        raise UserError(
+            f"{where}: train.batch_tokens: {recipe.train.batch_tokens} is no multiple of "
+            f"micro_batch x block_tokens = {whole}; use {max(round(recipe.train.batch_tokens / whole), 1) * whole}"
+        )
+
+
+def _holds_out(recipe: "Recipe") -> bool:
+    """Whether some data is held out for certain."""
+    return recipe.data is not None and bool(recipe.data.eval_path or recipe.data.holdout)
+
+
+def _check_data(recipe: "Recipe", where: str) -> None:
+    """What a data block and the length of training say twice, or not at all."""
+    block, train = recipe.data, recipe.train
+    if train.epochs is not None and "steps" in train.model_fields_set:
+        raise UserError(
+            f"{where}: train.epochs: stands beside train.steps = {train.steps}; give one of them (null the other)"
+        )
+    if block is None:
+        return
+    try:
+        check_columns(block.columns)
+        for source in block.sources:
+            check_columns(source.columns or {})
+        if block.template is not None:
+            check_template(block.template)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if block.eval_path is not None and block.holdout:
+        raise UserError(
+            f"{where}: data.holdout: stands beside data.eval_path, which is held out already; give one of them"
+        )
+    for key, source in zip(_keys_of_sources(block), block.sources, strict=True):
+        if source.path.count("@") > 1:
+            raise UserError(f"{where}: {key}: {source.path} names two revisions; give one of them")
+
+
+def _keys_of_sources(block: DataBlock) -> list[str]:
+    return ["data.path"] if isinstance(block.path, str) else [f"data.path.{i}" for i in range(len(block.path))]
+
+
+def _check_search(recipe: "Recipe", where: str) -> None:
+    block = recipe.search
+    if block is None:
+        return
+    if recipe.data is None:
+        raise UserError(f"{where}: data: missing; a search measures on text")
+    if block.objective == "tuned" and not _holds_out(recipe):
+        raise UserError(
+            f"{where}: search.objective: tuned trials are measured on held-out data; set data.eval_path or data.holdout"
+        )
+    if block.objective == "tuned" and not recipe.method.trains:
+        raise UserError(
+            f"{where}: search.objective: {recipe.method.name} trains nothing; use rounded, or another method"
+        )
+    if block.promote is not None and (block.objective != "tuned" or block.promote <= block.steps):
+        raise UserError(f"{where}: search.promote: is a number of steps above search.steps, for tuned trials")
+    if not all(1 <= b <= 8 or b == 16 for b in block.bits):
+        raise UserError(f"{where}: search.bits: {list(block.bits)} are not widths; 1 to 8, or 16 for float")
+    if recipe.method.grid is None and recipe.rules is None:
+        raise UserError(f"{where}: search: {recipe.method.name} quantizes nothing by itself; give a grid in the rules")

@@ -1,0 +1,60 @@
+"""The rows that a recipe's data block names: those to train on, and those to measure on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from trimtab.data.rows import load_rows
+from trimtab.data.sequences import length_of, token_windows
+from trimtab.data.sources import Texts, mixed
+from trimtab.errors import UserError
+from trimtab.recipe.fields import DataBlock, StartBlock
+
+
+def training(block: DataBlock) -> Texts:
+    """The rows to train on, and what is split off them.
+
+    Raises:
+        UserError: for anything in them that the user can mend.
+    """
+    return mixed(block.sources, 0.0 if block.holdout is None and block.eval_path is not None else block.holdout)
+
+
+def held_out(block: DataBlock, texts: Texts | None = None) -> Any:
+    """The rows to measure on, or None.
+
+    Args:
+        block: names them, or the share to split off.
+        texts: of `training`, if it is at hand.
+    """
+    if block.eval_path is not None:
+        return load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore, columns=block.columns)
+    if block.holdout == 0:
+        return None
+    found = training(block) if texts is None else texts
+    if found.held_out is None and block.holdout is not None:
+        raise UserError(
+            f"data.holdout: none of {sum(found.counts)} rows is left to measure on: nearly the same stands in the others; "
+            "name held-out data in data.eval_path, or set data.holdout to 0"
+        )
+    return found.held_out
+
+
+def windows_of(block: DataBlock, rows: Any, tokenizer: Any) -> Tensor:
+    """The tokens (W, L) to measure on, of rows of `held_out`.
+
+    Windows have `block_tokens`; of rows that were split off, all tokens where these are fewer.
+    """
+    length = block.block_tokens
+    if block.eval_path is None:
+        length = max(2, length_of(rows, tokenizer, length))
+    return token_windows(rows, tokenizer, block_tokens=length, limit_tokens=block.eval_tokens)
+
+
+def calibration(block: StartBlock, data: DataBlock | None) -> Any:
+    """The rows that a start is calibrated on where it names its own, by the keys that the training data has."""
+    assert block.path is not None
+    more = {} if data is None else {"ignore": data.ignore, "columns": data.columns}
+    return load_rows(block.path, split=block.split, **more)  # type: ignore[arg-type]

@@ -1,0 +1,205 @@
+"""A recipe's data block: what it may say, the rows that it names, and that a saved recipe names them for good."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+import yaml
+
+import tiny
+from trimtab.data.sources import Source
+from trimtab.errors import UserError
+from trimtab.models import located
+from trimtab.recipe import inputs, texts
+from trimtab.recipe.recipe import Recipe, from_dict, read
+
+
+def recipe_of(folder: Path, data: Any, **changes: Any) -> Recipe:
+    values = tiny.recipe(folder / "model", folder / "rows.jsonl", folder / "run", **changes)
+    return from_dict({**values, "data": data})
+
+
+def file_of(folder: Path, name: str = "rows.jsonl", count: int = 3) -> str:
+    return str(tiny.jsonl(folder / name, *({"text": f"{name} {i}"} for i in range(count))))
+
+
+def test_what_data_may_be(tmp_path: Path) -> None:
+    assert recipe_of(tmp_path, "a.jsonl", train={"batch_tokens": 8192, "micro_batch": 1}).data.sources == (  # type: ignore[union-attr]
+        Source("a.jsonl", columns={}),
+    )
+    block = {
+        "path": ["a.jsonl", {"path": "owner/name", "weight": 2, "revision": "v1", "split": "test", "ignore": ["x"]}],
+        "limit": 5, "columns": {"text": "body"}, "subset": "s", "block_tokens": 32,
+    }  # fmt: skip
+    recipe = recipe_of(tmp_path, block)
+    assert recipe.data is not None
+    both = {"subset": "s", "limit": 5, "columns": {"text": "body"}}
+    assert recipe.data.sources == (
+        Source("a.jsonl", **both),
+        Source("owner/name@v1", split="test", ignore=("x",), weight=2, **both),
+    )
+    assert recipe.data.named == "a.jsonl, owner/name@v1"
+    assert from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ({"path": []}, r"data\.path: \[\] is no path"),
+        ({"path": 3}, r"data\.path: 3 is no path"),
+        ({"path": ["a", 3]}, r"data\.path\.1: 3 is no path"),
+        ({"path": ["a", {"weight": 2}]}, r"data\.path\.1\.path: Field required"),
+        ({"path": ["a", {"path": "b", "wieght": 2}]}, r"data\.path\.1\.wieght: .*known are path, weight"),
+        ({"path": [{"path": "b", "weight": 0}]}, r"data\.path\.0\.weight: Input should be greater than 0"),
+        (
+            {"path": "a", "columns": {"promt": "x"}},
+            r"data\.columns: 'promt' is no key of a row \(did you mean 'prompt'",
+        ),
+        ({"path": [{"path": "b", "columns": {"x": "y"}}]}, r"data\.columns: 'x' is no key of a row"),
+        ({"path": "a", "template": "chatm"}, r"data\.template: 'chatm' is no template \(did you mean 'chatml'"),
+        ({"path": "a", "holdout": 0.1, "eval_path": "b"}, r"data\.holdout: stands beside data\.eval_path"),
+        ({"path": "a", "holdout": 1}, r"data\.holdout: Input should be less than 1"),
+        ({"path": "a", "loss": "some"}, r"data\.loss"),
+        ({"path": "owner/name@v1", "revision": "v2"}, "names two revisions"),
+    ],
+)
+def test_what_it_may_not_be(tmp_path: Path, data: Any, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        recipe_of(tmp_path, {"block_tokens": 32, **data})
+
+
+def test_steps_or_epochs(tmp_path: Path) -> None:
+    data = {"path": "a", "block_tokens": 32}
+    both = {"train": {"steps": 3, "epochs": 2}}
+    with pytest.raises(UserError, match=r"train\.epochs: stands beside train\.steps = 3; give one of them"):
+        recipe_of(tmp_path, data, **both)
+    values = tiny.recipe(tmp_path / "m", tmp_path / "a", tmp_path / "r")
+    del values["train"]["steps"]
+    values["train"]["epochs"] = 1.5
+    recipe = from_dict(values)
+    assert "steps:" not in recipe.to_yaml().partition("train:")[2].partition("betas")[0]
+    assert from_dict(yaml.safe_load(recipe.to_yaml())).train.epochs == 1.5
+    baselines = {"evaluate": {"baselines": ["rounded"]}}
+    with pytest.raises(UserError, match=r"evaluate\.baselines: .* set data\.eval_path or data\.holdout"):
+        recipe_of(tmp_path, data, **baselines)
+    assert recipe_of(tmp_path, {**data, "holdout": 0.1}, **baselines)
+
+
+def test_what_is_held_out(tmp_path: Path) -> None:
+    file, other = file_of(tmp_path, count=600), file_of(tmp_path, "other.jsonl")
+    for data, count in (
+        ({"path": file}, 12), ({"path": file, "holdout": 0.5}, 300), ({"path": file, "holdout": 0}, None),
+        ({"path": file, "eval_path": other}, 3), ({"path": other}, None), ({"path": other, "holdout": 0.3}, 1),
+    ):  # fmt: skip
+        block = recipe_of(tmp_path, {**data, "block_tokens": 32}).data
+        assert block is not None
+        read = texts.training(block)
+        held_out = texts.held_out(block, read)
+        assert held_out is None if count is None else abs(len(held_out) - count) <= count / 4 + 1
+        again = texts.held_out(block)
+        assert held_out is None or again["text"][:] == held_out["text"][:]
+        whole = 3 if data["path"] == other else 600
+        assert len(read.rows) == whole - (0 if held_out is None or "eval_path" in data else len(held_out))
+
+
+def test_nothing_is_left_to_hold_out(tmp_path: Path) -> None:
+    """Every row a near duplicate of another one: refused where a share was asked for, else no row is held out."""
+    rows = [{"text": f"the very same words in every row, but for a number, which is {i}"} for i in range(10)]
+    block = recipe_of(
+        tmp_path, {"path": str(tiny.jsonl(tmp_path / "r.jsonl", *rows[:2])), "holdout": 0.3, "block_tokens": 32}
+    )
+    assert block.data is not None
+    with pytest.raises(UserError, match=r"data\.holdout: none of 2 rows is left to measure on"):
+        texts.held_out(block.data)
+
+
+# ---- a saved recipe ---------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Knows one data set, whose branch moves."""
+
+    sha = "a" * 40
+
+    def dataset_info(self, repo: str, revision: str | None = None) -> Any:
+        return SimpleNamespace(sha={None: self.sha, "v1": "b" * 40}[revision])
+
+
+def test_saved_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.chdir(tmp_path)
+    file_of(tmp_path, "a.jsonl")
+    (tmp_path / "own.jinja").write_text("{{ messages }}")
+    paths = ["a.jsonl", {"path": "owner/name", "weight": 2}, {"path": "owner/other", "revision": "v1"}]
+    recipe = recipe_of(tmp_path, {"path": paths, "template": "own.jinja", "block_tokens": 32})
+    assert sorted(key for key in inputs.paths(recipe) if key.startswith("data")) == ["data.path.0", "data.template"]
+    saved = inputs.saved(recipe, {}, "model", located.pinned_data)
+    assert saved.data is not None
+    assert [source.path for source in saved.data.sources] == [
+        str(tmp_path / "a.jsonl"), f"owner/name@{'a' * 40}", f"owner/other@{'b' * 40}",
+    ]  # fmt: skip
+    assert [source.weight for source in saved.data.sources] == [1, 2, 1]
+    assert saved.data.template == str(tmp_path / "own.jinja")
+    monkeypatch.setattr(Hub, "sha", "c" * 40)
+    now = inputs.saved(recipe, {}, "model", located.pinned_data)
+    with pytest.raises(UserError, match=rf"--resume: data\.path\.1: owner/name is at c+, and was at {'a' * 40} when"):
+        inputs.check_same_data(saved, now, "--resume")
+    inputs.check_same_data(saved, inputs.saved(saved, {}, "model", located.pinned_data), "--resume")
+    one = recipe_of(tmp_path, {"path": "owner/name", "revision": "v1", "block_tokens": 32})
+    pinned = inputs.saved(one, {}, "model", located.pinned_data).data
+    assert pinned is not None
+    assert (pinned.path, pinned.revision) == (f"owner/name@{'b' * 40}", None)
+
+
+def test_the_hub_is_asked_for_what_the_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A revision, a configuration, and classes by their names."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or made)
+    columns = {"prompt": "{text}: ", "completion": "label"}
+    block = {
+        "path": "owner/name",
+        "revision": "v1",
+        "subset": "s",
+        "split": "test",
+        "columns": columns,
+        "block_tokens": 32,
+    }
+    data = recipe_of(tmp_path, block).data
+    assert data is not None
+    rows = texts.training(data).rows
+    assert asked == [(("owner/name",), {"split": "test", "revision": "v1", "name": "s"})]
+    assert [dict(row) for row in rows] == [
+        {"prompt": "a: ", "completion": "good"}, {"prompt": "b: ", "completion": "bad"},
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"rows\.jsonl: has no subsets \('s'\)"):
+        texts.training(data.model_copy(update={"path": file_of(tmp_path), "revision": None, "split": "train"}))
+
+
+def test_held_out_rows_of_a_saved_model(tmp_path: Path) -> None:
+    file = file_of(tmp_path, count=100)
+    recipe = recipe_of(tmp_path, {"path": [file], "holdout": 0.2, "block_tokens": 32})
+    marks = {"data.path.0": inputs.mark([Path(file)], file)}
+    tiny.write(
+        tmp_path / "recipe.yaml", yaml.safe_load(inputs.saved(recipe, marks, "m", located.pinned_data).to_yaml())
+    )
+    block = inputs.held_out(tmp_path)
+    assert block is not None
+    assert recipe.data is not None
+    assert texts.held_out(block)["text"][:] == texts.held_out(recipe.data)["text"][:]
+    with Path(file).open("a") as more:
+        more.write('{"text": "x"}\n')
+    with pytest.raises(
+        UserError, match=r"data\.path\.0: .*rows\.jsonl has changed since the model was made; pass --data"
+    ):
+        inputs.held_out(tmp_path)
+    none = recipe_of(tmp_path, {"path": [file], "holdout": 0.0, "block_tokens": 32})
+    tiny.write(tmp_path / "recipe.yaml", yaml.safe_load(none.to_yaml()))
+    assert inputs.held_out(tmp_path) is None
+    assert read(tmp_path / "recipe.yaml").data == none.data

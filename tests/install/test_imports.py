@@ -29,6 +29,8 @@ NEED_AN_EXTRA = {
     "trimtab.evaluation.engine_mlx",
     "trimtab.formats.gguf.read",
     "trimtab.formats.gguf.write",
+    "trimtab.training.grpo",
+    "trimtab.training.preference_trainers",
     "trimtab.training.trainer",
 }
 IMPORT_ALL = """

@@ -230,3 +230,12 @@ def test_a_shape_by_default() -> None:
         shape.rank = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
         DeltaShape(4, 8, 2, 1.0)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("pool", "repeat"), [(8, 4), (8, 1), (1, 4), (2, 2)])
+def test_a_dense_update_has_memory_of_its_own(pool: int, repeat: int) -> None:
+    """A number spread over a row by strides of 0 is nothing that a kernel can read."""
+    delta = PooledDelta(DeltaShape(out_features=4, in_features=8, rank=None, scaling=1.0, pool=pool, repeat=repeat))
+    made = delta.dense()
+    assert made.is_contiguous()
+    assert made.untyped_storage().nbytes() == 4 * 8 * 4

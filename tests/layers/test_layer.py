@@ -315,3 +315,19 @@ def test_gradients_from_the_output_are_close_to_the_equations(name: str) -> None
         ours = layer.get_parameter(f"adapter.{parameter}").grad
         assert ours is not None
         assert (ours.double() - grad).norm() < 2e-2 * grad.norm(), parameter
+
+
+def test_levels_are_kept_as_asked_and_codes_as_they_are() -> None:
+    """Whole codes have no fraction to bring into another storage."""
+    w, grid = cases.random(N, K, seed=0), Grid(4, 32)
+    for storage in ("int", "fixed8"):
+        packed = AffineWeight.quantize(w, grid, storage)  # type: ignore[arg-type]
+        assert packed.kept_as("fp32") is packed.kept_as("int") is packed.kept_as("fixed8") is packed
+    fine = AffineWeight.quantize(w, grid, "fp32")
+    assert fine.kept_as("fp32") is fine
+    for storage in ("int", "fixed8", "bf16"):
+        other = fine.kept_as(storage)  # type: ignore[arg-type]
+        assert other.storage == storage
+        assert torch.equal(other.scale, fine.scale)
+        if storage != "bf16":
+            assert torch.equal(other.integer_codes(), fine.integer_codes())

@@ -271,7 +271,7 @@ def to_levels(weight_NK: Tensor, range_: Range, grid: Grid) -> Tensor:
 
     Differentiable in the weight and in every tensor of the range.
     """
-    return opaque.levels_of(weight_NK, *range_, float(grid.center))
+    return opaque.levels_of(weight_NK, *range_, grid.center)
 
 
 def from_codes(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:

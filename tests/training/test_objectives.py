@@ -92,7 +92,7 @@ def test_tokens_are_those_of_trl(name: str, model: Path, tmp_path: Path) -> None
     given = recipe.from_dict(
         values(model, tmp_path, rows, objective, data={"block_tokens": 64}, train={"batch_tokens": 128})
     )
-    ours = train.ready(given, tokenizer, train.training_rows(given), 260).sequences
+    ours = train.ready(given, tokenizer, train.training_rows(given).rows, 260).sequences
     kinds: tuple[Any, Any] = (DPOTrainer, DPOConfig) if objective == "dpo" else (KTOTrainer, KTOConfig)
     options: dict[str, Any] = {"report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 2}
     float_model = AutoModelForCausalLM.from_pretrained(model)
@@ -182,7 +182,7 @@ FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     ),
     "prompt in both texts": (
         [{"chosen": p["prompt"] + p["chosen"], "rejected": p["prompt"] + p["rejected"]} for p in PAIRS],
-        {"prompt": "3 plus 3 is", "chosen": " 6.", "rejected": " blue 3."},
+        {"prompt": "3 plus 3 is ", "chosen": "6.", "rejected": "blue 3."},
     ),
 }  # fmt: skip
 
@@ -190,19 +190,27 @@ FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_the_hub(form: str, model: Path, tmp_path: Path) -> None:
     rows, wanted = FORMS[form]
-    found = train.training_rows(recipe.from_dict(values(model, tmp_path, rows, "dpo")))
+    found = train.training_rows(recipe.from_dict(values(model, tmp_path, rows, "dpo"))).rows
     assert {key: found[3][key] for key in wanted} == wanted
 
 
 BAD: dict[str, tuple[str, Any, str]] = {
-    "another form": ("dpo", {"prompt": "a", "completion": "b"}, r"line 1: no 'chosen' .*dpo takes rows of"),
-    "no label": ("kto", {"prompt": "a", "completion": "b"}, r"line 1: no 'label'"),
-    "a label": ("kto", {"prompt": "a", "completion": "b", "label": "good"}, r"'label' is 'good' where true or false"),
+    "another form": (
+        "dpo",
+        {"prompt": "a", "completion": "b"},
+        r"rows of {prompt, completion}; train.objective: dpo takes",
+    ),
+    "no label": ("kto", {"prompt": "a", "completion": "b"}, r"train.objective: kto takes .*label"),
+    "a label": (
+        "kto",
+        {"prompt": "a", "completion": "b", "label": "good"},
+        r"line 1: the key 'label' would be dropped",
+    ),
     "the same": ("dpo", {"prompt": "a", "chosen": "b", "rejected": "b"}, r"are the same"),
     "two types": (
         "dpo",
         {"prompt": "a", "chosen": "b", "rejected": [turn("assistant", "b")]},
-        r"two strings, or two lists",
+        r"'chosen' is str where a list of",
     ),
     "nothing shared": ("dpo", {"chosen": "ab", "rejected": "ba"}, r"no prompt in common"),
     "another prompt": (
@@ -212,7 +220,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
             "chosen": [*TALKS[0]["prompt"], *TALKS[0]["chosen"]],
             "rejected": [*TALKS[0]["prompt"], *TALKS[0]["rejected"]],
         },
-        r"'prompt' stands in no message",
+        r"'prompt' is none of the messages",
     ),
     "a key": ("dpo", {**PAIRS[0], "hint": "blue"}, r"the key 'hint' would be dropped"),
     "long": ("dpo", {**PAIRS[0], "prompt": "word " * 60}, r"nothing to learn in 1 rows: every prompt alone fills"),
@@ -233,14 +241,14 @@ def test_what_is_cut_and_one_sided_is_said(model: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [*PAIRS, {**PAIRS[0], "chosen": "word " * 20}, {**PAIRS[1], "prompt": "word " * 20}]
     given = recipe.from_dict(values(model, tmp_path, rows, "dpo"))
-    made = train.ready(given, tokenizer, train.training_rows(given), 260)
+    made = train.ready(given, tokenizer, train.training_rows(given).rows, 260)
     assert len(made.sequences) == 9
     assert re.search(
         r"of 10 rows, 1 lose a part of an answer and 1 are left out.*longest has 1\d\d\).*line 9", made.notes[0]
     )
     few = recipe.from_dict(values(model, tmp_path, judged(PAIRS)[:7], "kto"))
     assert "4 of 7 answers are good: each bad one counts 1.33 times" in "".join(
-        train.ready(few, tokenizer, train.training_rows(few), 260).notes
+        train.ready(few, tokenizer, train.training_rows(few).rows, 260).notes
     )
 
 

@@ -204,7 +204,7 @@ _FORMS = (  # most structured first: the first whose keys are all there wins
         ("prompt", "completion", "label"),
         ("system", *_OF_TEMPLATES),
         _from_judged,
-        lambda row: isinstance(row["label"], bool),
+        lambda row: row["label"] in (0, 1),
     ),
     _Form(("messages",), ("system", *_OF_TEMPLATES), _from_messages),
     _Form(("conversations",), ("system", *_OF_TEMPLATES), _from_conversations),

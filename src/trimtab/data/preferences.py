@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.data.messages import Message, empty, kind, messages, string
+from trimtab.data.messages import Message, empty, messages, string
 from trimtab.errors import UserError
 
 ABOUT = {"score_chosen", "score_rejected", "chosen_score", "rejected_score", "chosen_rating", "rejected_rating", "margin",
@@ -58,11 +58,11 @@ def judged(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A prompt with one answer, and whether it is good."""
     prompt, completion, label = row["prompt"], row["completion"], row["label"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        return {key: string(row[key], key, where) for key in ("prompt", "completion")} | {"label": label}
+        return {key: string(row[key], key, where) for key in ("prompt", "completion")} | {"label": bool(label)}
     asked, answered = (messages(row[key], key, where) for key in ("prompt", "completion"))
     _check_answer(answered, "completion", where)
     asked = [*_system_of(row, asked, where), *asked]
-    return {"prompt": _plain(asked, where), "completion": _plain(answered, where), "label": label}
+    return {"prompt": _plain(asked, where), "completion": _plain(answered, where), "label": bool(label)}
 
 
 def _parted(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -114,7 +114,5 @@ def _plain(part: list[Message], where: str) -> list[Message]:
 
 def _differing(row: dict[str, Any], where: str) -> dict[str, Any]:
     if row["chosen"] == row["rejected"]:
-        raise UserError(
-            f"{where}: 'chosen' and 'rejected' are {kind(row['chosen'])}s that say the same; remove the row"
-        )
+        raise UserError(f"{where}: 'chosen' and 'rejected' are the same, so there is nothing to prefer; remove the row")
     return row

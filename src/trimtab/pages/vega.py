@@ -9,6 +9,7 @@ import tempfile
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from trimtab.extras import missing, require
 from trimtab.kernels.cpu import cache_folder
@@ -35,7 +36,8 @@ def script() -> str:
         return kept.read_text(encoding="utf-8")
     import vl_convert
 
-    made = str(vl_convert.javascript_bundle()).replace("</script", "<\\/script")
+    bundle: Any = vl_convert.javascript_bundle  # its types ask for a snippet, which it does not
+    made = str(bundle()).replace("</script", "<\\/script")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as staging:

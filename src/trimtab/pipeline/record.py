@@ -31,6 +31,7 @@ from trimtab.models.transformers_bridge import quant_layers
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.build import RunContext
 from trimtab.training.checkpoints import whole_checkpoint
+from trimtab.training.labelled import Labelled
 
 _EXAMPLE_TOKENS = 512
 _LIBRARIES = (
@@ -60,7 +61,7 @@ class Record:
             planned = plan(recipe, given.source.layout())
             reset_peak()  # what is measured later has the pages of libraries in it, too
             self.values["plan"] = {"process": peak_bytes(), "total": planned.total, **_parts(planned)}
-        if given.labelled is not None:
+        if isinstance(given.labelled, Labelled):
             self.values["example"] = pieces(given.tokenizer, given.labelled.sequences[0])
 
     def rounded(self, model: PreTrainedModel, given: RunContext) -> None:

@@ -200,10 +200,7 @@ def fit(
     meter = _Meter(on_step, slot)
     attach(model)
     model.config.use_cache = False
-    callbacks = [*during.callbacks, meter]
-    if isinstance(given, Labelled):  # other losses begin where they may stay
-        callbacks.append(LossWatch(recipe, say))
-    trainer = _trainer_for(model, tokenizer, recipe, given, callbacks)
+    trainer = _trainer_for(model, tokenizer, recipe, given, [*during.callbacks, meter, *_watch(recipe, say)])
     trainer.groups = groups_of(model, recipe)
     slot.append(trainer)
     if isinstance(given, Labelled):
@@ -218,6 +215,11 @@ def fit(
     model.eval()
     measured = during.end(model, trainer.state)
     return Trained(result.global_step, trainer.tokens_seen, seconds, meter.losses, meter.measures, measured)
+
+
+def _watch(recipe: Recipe, say: Callable[[str], None]) -> list[TrainerCallback]:
+    """A look at the loss; of other objectives it begins where it may stay."""
+    return [LossWatch(recipe, say)] if recipe.train.objective == "sft" else []
 
 
 def training_rows(recipe: Recipe) -> Texts:

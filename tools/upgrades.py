@@ -649,7 +649,7 @@ REACHES = (
         where=(
             "training/preference_trainers.py::Dpo._prepare_dataset",
             "training/preferred.py::prefer",
-            "data/preferences.py::shuffled",
+            "data/objectives.py::shuffled",
         ),
         test="tests/training/test_objectives.py::test_tokens_are_those_of_trl",
         names=("_prepare_dataset", "prompt_ids", "KL_completion_ids"),

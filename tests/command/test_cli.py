@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 import tiny
-from trimtab import api, cli, methods
+from trimtab import cli, methods
 from trimtab.data.rows import load_rows
 from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
@@ -26,6 +26,7 @@ from trimtab.memory import speed as probe
 from trimtab.methods import LrQat
 from trimtab.models.load import load, load_float
 from trimtab.models.prepare import fold
+from trimtab.pipeline import planning
 from trimtab.recipe import explain, recipe
 from trimtab.report import tables
 from trimtab.report.terminal import Terminal, size
@@ -172,7 +173,7 @@ def test_errors_take_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def read(*_: object) -> None:
         raise UserError("first\n  second\n\nthird")
 
-    monkeypatch.setattr(api, "as_recipe", read)
+    monkeypatch.setattr(planning, "as_recipe", read)
     monkeypatch.setattr(sys, "argv", ["trimtab", "plan", "a.yaml"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -184,7 +185,7 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(api, "as_recipe", read)
+    monkeypatch.setattr(planning, "as_recipe", read)
     monkeypatch.setattr(sys, "argv", ["trimtab", "plan", "a.yaml"])
     with pytest.raises(ValueError, match="a bug"):
         cli.main()

@@ -202,7 +202,7 @@ def test_preferences(tmp_path: Path, row: dict[str, Any], expected: dict[str, An
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "say the same"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"chosen": "ab", "rejected": "cd"}, "no prompt in common"),
         ({"chosen": [ANSWER], "rejected": [WORSE]}, "no prompt in common"),
         ({"prompt": "x", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, "'prompt' is none of the messages"),
@@ -210,7 +210,7 @@ def test_preferences(tmp_path: Path, row: dict[str, Any], expected: dict[str, An
         ({"prompt": [{**USER, "images": ["x"]}], "chosen": [ANSWER], "rejected": [WORSE]}, "a message has 'images'"),
         ({"prompt": "a", "chosen": "b", "rejected": None}, "'rejected' is null"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "context": "d"}, "'context' would be dropped"),
-        ({"prompt": "a", "completion": "b", "label": 1}, "'label' would be dropped"),
+        ({"prompt": "a", "completion": "b", "label": 2}, "'label' would be dropped"),
     ],
 )
 def test_preferences_that_are_none(tmp_path: Path, row: dict[str, Any], complaint: str) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ from trimtab.training.held_out import HeldOut, held_out
 from trimtab.training.interrupt import Interrupted
 from trimtab.training.loss import IGNORED
 from trimtab.training.trainer import Step, Trained, fit
+
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """Ctrl-C as a terminal sends it: what a shell starts in the background is told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_columns_of_packed_sequences(given: Path, tmp_path: Path, packing: str) 
     recipe = parsed(given, tmp_path / "run", data={"packing": packing})
     assert recipe.data is not None
     model, tokenizer = load(recipe.model.path, recipe.method, recipe.rules)
-    sequences, collate = packed(model, tokenizer, recipe, trainer.load_rows(recipe.data.path))
+    sequences, collate = packed(model, tokenizer, recipe, trainer.training_rows(recipe).rows)
     columns = {"input_ids", "labels", *(["seq_lengths"] if packing == "bfd" else [])}
     assert set(sequences.column_names) - {"text"} == columns, (
         f"TRL packs sequences into columns {sequences.column_names} now"

@@ -314,7 +314,8 @@ def test_from_pretrained_reads_what_was_pruned(name: str, tmp_path: Path) -> Non
     assert config["num_key_value_heads"] == done.widths.groups
     assert config["num_attention_heads"] == 2 * done.widths.groups
     assert config["head_dim"] == again.base_model.layers[0].self_attn.head_dim
-    assert not [f.name for f in (tmp_path / "out").iterdir() if f.suffix not in (".json", ".safetensors", ".jinja")]
+    kinds = (".json", ".safetensors", ".jinja", ".md")
+    assert not [f.name for f in (tmp_path / "out").iterdir() if f.suffix not in kinds]
     generated = again.generate(IDS[:1, :4], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert torch.equal(generated, model.generate(IDS[:1, :4], max_new_tokens=4, min_new_tokens=4, do_sample=False))
 

@@ -73,7 +73,7 @@ def test_asking_for_the_weight_says_what_to_ask_for() -> None:
         _ = first.weight
 
 
-def test_a_head_has_a_weight_unless_an_adapter_would_be_left_out() -> None:
+def test_a_head_has_a_weight_with_its_adapter() -> None:
     head = layer()
     head.head_dtype = torch.float32
     assert torch.equal(head.weight, head.base.dequantize(torch.float32))
@@ -82,8 +82,9 @@ def test_a_head_has_a_weight_unless_an_adapter_would_be_left_out() -> None:
     assert not hasattr(head, "weights")
     tuned = layer("lora-int4-g32-integer")
     tuned.head_dtype = torch.float32
-    with pytest.raises(AttributeError, match="is a head with an adapter"):
-        _ = tuned.weight
+    with torch.no_grad():
+        tuned.adapter.delta.B.normal_()  # type: ignore[union-attr, operator]
+    assert torch.equal(tuned.weight, tuned.adapter.merged(tuned.base, torch.float32))  # type: ignore[union-attr, operator]
     assert layer().to(torch.bfloat16).head_dtype is None
 
 

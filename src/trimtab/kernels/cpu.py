@@ -26,12 +26,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 
 from trimtab.kernels.arguments import address as _at
 from trimtab.kernels.arguments import checked
+from trimtab.kernels.cache import cache_folder
 
 _SOURCES = tuple(sorted(Path(__file__).with_name("c").glob("*.[ch]")))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
@@ -111,11 +111,6 @@ def _build(compiler: str) -> Path:
         subprocess.run(command, capture_output=True, text=True, check=True)
         built.replace(folder / name)
     return folder / name
-
-
-def cache_folder() -> Path:
-    """Where what is made once is kept; it may not be there yet."""
-    return Path(os.environ.get("TRIMTAB_CACHE") or platformdirs.user_cache_path("trimtab", appauthor=False))
 
 
 def _processor() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.extras import missing, require
-from trimtab.kernels.cpu import cache_folder
+from trimtab.kernels.cache import cache_folder
 
 
 def lacking() -> bool:

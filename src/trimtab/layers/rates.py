@@ -47,7 +47,7 @@ class Rates(NamedTuple):
 
 
 _AT_100 = {
-    "output": Rates(0.010, 0.018),
+    "output": Rates(0.005, 0.018),
     "offset": Rates(0.010, 0.018),
     "blocks": Rates(0.015, 0.018),
     "levels": Rates(0.005, 0.018),

@@ -55,8 +55,8 @@ _AT_100 = {
     "master": Rates(0.004, 0.018),
 }
 """Shares for 100 steps, by `Kind`."""
-_FEWEST = 10
-"""Steps below which shares no longer grow."""
+_FEWEST = 30
+"""Steps below which shares no longer grow: what so few steps have no warm-up for, leaps."""
 _A = 10.0
 """How much faster A moves than levels do, each in its own unit: A of LoRA starts random, and has to turn."""
 _WIDTH = 15

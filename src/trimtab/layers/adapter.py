@@ -23,6 +23,9 @@ from trimtab.layers.weights import Spec, Weight
 from trimtab.quant.grid import AnyGrid
 
 FoldKind = Literal["bitwise", "algebraic", "lossy"]
+Kind = Literal["output", "offset", "blocks", "levels", "scales", "master"]
+"""What is trained: factors beside the weight or in its zeros, one number for a block, a shift of levels, scales alone, or
+the weight itself."""
 
 
 class Fold(NamedTuple):
@@ -40,6 +43,8 @@ class Adapter(nn.Module, ABC):
 
     place: ClassVar[str]
     """Its word in specs and reports."""
+    kind: Kind
+    """What it trains, which decides its default rates (`rates`)."""
     moves_weight: ClassVar[bool] = True
     """Whether W is made with it, and folding puts it into what is stored; else it acts beside W."""
     acts_in_codes: ClassVar[bool] = False

@@ -35,6 +35,7 @@ class DeltaOutput(Adapter):
     """delta_W x beside the product: LoRA and its kin. Stays an adapter, or merges into a dense copy of the weight."""
 
     place = "output"
+    kind = "output"
     moves_weight = False
     delta: PooledDelta
 
@@ -88,6 +89,7 @@ class DeltaOffset(Adapter):
     def __init__(self, delta: PooledDelta) -> None:
         super().__init__()
         self.delta = delta
+        self.kind = "offset" if delta.M is None else "blocks"
 
     def _effective(self, base: Weight) -> tuple[Tensor, Tensor | None]:
         """(o_eff, integer zeros), both (N, G) float32 with gradients; zeros are None for real offsets."""
@@ -169,6 +171,7 @@ class DeltaLevels(Adapter):
         super().__init__()
         self.delta = delta
         self.scale, self.offset = _masters(base)
+        self.kind = "scales" if delta is None else "levels"
 
     def weight_parameters(self) -> tuple[nn.Parameter, ...]:
         """Everything: the factors, the scales and the offsets."""
@@ -261,6 +264,7 @@ class MasterLevels(Adapter):
     """Full QAT (LSQ): u = W / s + z with a trained float W, so that ds = sum G * (q - z - inside * W / s)."""
 
     place = "master"
+    kind = "master"
     acts_in_codes = True
 
     def __init__(self, weight_NK: Tensor, base: AffineWeight) -> None:

@@ -27,14 +27,11 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
-from trimtab.layers.adapter import Adapter
+from trimtab.layers.adapter import Adapter, Kind
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
 
 Parametrization = Literal["relative", "paper"]
-Kind = Literal["output", "offset", "blocks", "levels", "scales", "master"]
-"""What is trained: factors beside the weight or in its zeros, one number for a block, a shift of levels, scales alone, or
-the weight itself."""
 
 
 class Rates(NamedTuple):
@@ -71,15 +68,6 @@ def default(kind: Kind, steps: int) -> Rates:
     return Rates(*(rate * factor for rate in _AT_100[kind]))
 
 
-def kind_of(adapter: Adapter) -> Kind:
-    """What an adapter trains."""
-    if adapter.place == "levels":
-        return "scales" if adapter.delta is None else "levels"
-    if adapter.place == "offset" and adapter.delta is not None and adapter.delta.M is not None:
-        return "blocks"
-    return adapter.place  # type: ignore[return-value]
-
-
 def param_groups(
     model: nn.Module,
     lr: float | None = None,
@@ -111,8 +99,8 @@ def param_groups(
     if parametrization == "paper" and (lr is None or lr_scale is None):
         raise UserError("param_groups: parametrization 'paper' has no rates of its own; give lr and lr_scale")
     found: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
-    for parameter, *about in _moved(model, lr, lr_scale, steps, parametrization, scale_bits):
-        found.setdefault(tuple(about), []).append(parameter)  # type: ignore[arg-type]
+    for parameter, is_scale, rate, length in _moved(model, lr, lr_scale, steps, parametrization, scale_bits):
+        found.setdefault((is_scale, rate, length), []).append(parameter)
     if not found:
         raise UserError(
             "param_groups: the model trains nothing; prepare it with a method that does, before it is folded"
@@ -136,7 +124,7 @@ def _moved(
     for layer in model.modules():
         if not isinstance(layer, QuantLinear) or layer.adapter is None:
             continue
-        given = default(kind_of(layer.adapter), steps)
+        given = default(layer.adapter.kind, steps)
         rates = Rates(given.delta if lr is None else lr, given.scale if lr_scale is None else lr_scale)
         lengths = _lengths(layer.adapter, layer.base) if relative else _meant_for(scale_bits, layer.base)
         for name, parameter in layer.adapter.named_parameters():

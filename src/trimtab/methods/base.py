@@ -13,9 +13,8 @@ from torch import Tensor
 
 from trimtab.errors import UserError
 from trimtab.layers import weights
-from trimtab.layers.adapters import Adapter
+from trimtab.layers.adapter import Adapter, Kind
 from trimtab.layers.deltas import AdapterDtype, DeltaShape, PooledDelta
-from trimtab.layers.rates import Kind
 from trimtab.layers.weights import AffineWeight, DenseWeight, Storage, Weight
 from trimtab.quant.grid import AnyGrid, Grid, group_size, same_form
 

@@ -207,6 +207,14 @@ def test_preferences(tmp_path: Path, row: dict[str, Any], expected: dict[str, An
         ({"chosen": [ANSWER], "rejected": [WORSE]}, "no prompt in common"),
         ({"prompt": "x", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, "'prompt' is none of the messages"),
         ({"prompt": [USER], "chosen": [ANSWER, USER], "rejected": [WORSE]}, r"'chosen\[1\]' has the role 'user'"),
+        (
+            {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [WORSE]},
+            "only one of 'chosen' and 'rejected' begins",
+        ),
+        (
+            {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER]},
+            "'rejected' has no message behind the prompt",
+        ),
         ({"prompt": [{**USER, "images": ["x"]}], "chosen": [ANSWER], "rejected": [WORSE]}, "a message has 'images'"),
         ({"prompt": "a", "chosen": "b", "rejected": None}, "'rejected' is null"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "context": "d"}, "'context' would be dropped"),

@@ -170,3 +170,30 @@ def test_a_number_that_follows_from_a_content_alone() -> None:
     row = {"prompt": [{"role": "user", "content": "A\n b"}], "completion": [{"role": "assistant", "content": "C"}]}
     assert content_of(row) == "a b c"
     assert content_of({"text": "A  b", ORIGIN: {"source": 0, "row": 1}}) == "a b"
+
+
+def test_rows_keep_their_side_when_one_with_tools_comes(tmp_path: Path) -> None:
+    """Its column of rendering is there for all rows then, and says nothing of the others."""
+    said = [(f"what is {i} and {i}", f"{2 * i}") for i in range(0, 4000, 97)]
+    asked = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in said]
+    tools = {**asked[0], "tools": [{"type": "function", "function": {"name": "add"}}]}
+    sides = []
+    for rows in (asked, [*asked, tools]):
+        read = mixed([Source(str(tiny.jsonl(tmp_path / f"{len(rows)}.jsonl", *rows)))], 0.2)
+        assert read.held_out is not None
+        sides.append({row["prompt"][0]["content"] for row in read.held_out if row.get("rendering") in (None, "{}")})
+    assert len(sides[0]) > 3
+    assert sides[0] <= sides[1] | {said[0][0]}
+    assert sides[1] <= sides[0]
+
+
+def test_where_every_row_has_a_twin_nothing_is_held_out_unasked(tmp_path: Path) -> None:
+    """Else the rows that were dropped for it would be lost to training, for no measurement."""
+    draw = random.Random(0)
+    texts = [" ".join(f"w{draw.randrange(10**6)}" for _ in range(60)) for _ in range(ROWS // 2)]
+    rows = [{"text": f"{text} {end}"} for text in texts for end in ("one", "two")]
+    source = Source(str(tiny.jsonl(tmp_path / "a.jsonl", *rows)))
+    asked, unasked = mixed([source], SHARE), mixed([source], None)
+    assert asked.held_out is None
+    assert asked.near_duplicates > 0
+    assert (unasked.held_out, unasked.near_duplicates, len(unasked.rows)) == (None, 0, ROWS)

@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 import tiny
+from trimtab.data.objectives import answers
 from trimtab.data.sources import Source
 from trimtab.errors import UserError
 from trimtab.models import located
 from trimtab.recipe import inputs, texts
+from trimtab.recipe.fields import DataBlock
 from trimtab.recipe.recipe import Recipe, from_dict, read
 
 
@@ -203,3 +205,36 @@ def test_held_out_rows_of_a_saved_model(tmp_path: Path) -> None:
     tiny.write(tmp_path / "recipe.yaml", yaml.safe_load(none.to_yaml()))
     assert inputs.held_out(tmp_path) is None
     assert read(tmp_path / "recipe.yaml").data == none.data
+
+
+def test_epochs_have_no_rates_until_they_are_steps(tmp_path: Path) -> None:
+    """A rate goes with a number of steps, which only the rows tell."""
+    tiny.text(tmp_path / "rows.jsonl")
+    given = {"path": str(tmp_path / "rows.jsonl"), "block_tokens": 32}
+    train = {"epochs": 1.0, "batch_tokens": 64, "micro_batch": 2}
+    recipe = from_dict({"model": {"path": "m"}, "method": "lr-qat", "data": given, "train": train})
+    again = from_dict(yaml.safe_load(recipe.to_yaml()))
+    assert (again.train.lr, again.train.lr_scale, again.parametrization) == (None, None, "relative")
+    own = from_dict({"model": {"path": "m"}, "method": "lr-qat", "data": given, "train": {**train, "lr": 0.5}})
+    assert from_dict(yaml.safe_load(own.to_yaml())).rates == own.rates
+
+
+def test_of_preferences_the_good_answers_are_measured(tmp_path: Path) -> None:
+    """As they are what is learned: perplexity does not count the bad ones."""
+    pairs = [{"prompt": "a ", "chosen": "good", "rejected": "bad"}]
+    judged = [{"prompt": "a ", "completion": c, "label": c == "good"} for c in ("good", "bad")]
+    for rows in (pairs, judged):
+        block = DataBlock(path="x", eval_path=str(tiny.jsonl(tmp_path / "held.jsonl", *rows)))
+        assert texts.held_out(block)["completion"][:] == ["good"]
+
+
+def test_a_reward_may_read_any_column(tmp_path: Path) -> None:
+    """Also those that other objectives read."""
+    rows = [{"prompt": "2+2?", "label": "4", "chosen": "x"}]
+    train = {"objective": "grpo", "reward": "math:sin", "generations": 2, "batch_tokens": 64, "micro_batch": 2}
+    recipe = recipe_of(
+        tmp_path, {"path": str(tiny.jsonl(tmp_path / "a.jsonl", *rows)), "block_tokens": 32}, train=train
+    )
+    found = texts.training_of(recipe).rows
+    assert found[0] == rows[0]
+    assert answers(found, "grpo")["text"][:] == ["2+2?"]

@@ -14,7 +14,7 @@ import tiny
 import trimtab as tt
 from trimtab.errors import UserError
 from trimtab.pipeline import run as pipeline
-from trimtab.recipe import recipe
+from trimtab.recipe import recipe, texts
 from trimtab.training import trainer as train
 
 
@@ -92,7 +92,7 @@ def test_tokens_are_those_of_trl(name: str, model: Path, tmp_path: Path) -> None
     given = recipe.from_dict(
         values(model, tmp_path, rows, objective, data={"block_tokens": 64}, train={"batch_tokens": 128})
     )
-    ours = train.ready(given, tokenizer, train.training_rows(given).rows, 260).sequences
+    ours = train.ready(given, tokenizer, texts.training_of(given).rows, 260).sequences
     kinds: tuple[Any, Any] = (DPOTrainer, DPOConfig) if objective == "dpo" else (KTOTrainer, KTOConfig)
     options: dict[str, Any] = {"report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 2}
     float_model = AutoModelForCausalLM.from_pretrained(model)
@@ -190,7 +190,7 @@ FORMS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_the_hub(form: str, model: Path, tmp_path: Path) -> None:
     rows, wanted = FORMS[form]
-    found = train.training_rows(recipe.from_dict(values(model, tmp_path, rows, "dpo"))).rows
+    found = texts.training_of(recipe.from_dict(values(model, tmp_path, rows, "dpo"))).rows
     assert {key: found[3][key] for key in wanted} == wanted
 
 
@@ -241,14 +241,14 @@ def test_what_is_cut_and_one_sided_is_said(model: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [*PAIRS, {**PAIRS[0], "chosen": "word " * 20}, {**PAIRS[1], "prompt": "word " * 20}]
     given = recipe.from_dict(values(model, tmp_path, rows, "dpo"))
-    made = train.ready(given, tokenizer, train.training_rows(given).rows, 260)
+    made = train.ready(given, tokenizer, texts.training_of(given).rows, 260)
     assert len(made.sequences) == 9
     assert re.search(
         r"of 10 rows, 1 lose a part of an answer and 1 are left out.*longest has 1\d\d\).*line 9", made.notes[0]
     )
     few = recipe.from_dict(values(model, tmp_path, judged(PAIRS)[:7], "kto"))
     assert "4 of 7 answers are good: each bad one counts 1.33 times" in "".join(
-        train.ready(few, tokenizer, train.training_rows(few).rows, 260).notes
+        train.ready(few, tokenizer, texts.training_of(few).rows, 260).notes
     )
 
 

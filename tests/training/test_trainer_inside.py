@@ -11,8 +11,8 @@ from transformers.trainer_callback import TrainerState
 import tiny
 from trimtab.models.architecture import architecture_of
 from trimtab.models.load import load
+from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe, from_dict
-from trimtab.training import trainer
 from trimtab.training.trainer import CHECKPOINT, Trained, fit, packed
 
 
@@ -91,7 +91,7 @@ def test_columns_of_packed_sequences(given: Path, tmp_path: Path, packing: str) 
     recipe = parsed(given, tmp_path / "run", data={"packing": packing})
     assert recipe.data is not None
     model, tokenizer = load(recipe.model.path, recipe.method, recipe.rules)
-    sequences, collate = packed(model, tokenizer, recipe, trainer.training_rows(recipe).rows)
+    sequences, collate = packed(model, tokenizer, recipe, texts.training_of(recipe).rows)
     columns = {"input_ids", "labels", *(["seq_lengths"] if packing == "bfd" else [])}
     assert set(sequences.column_names) - {"text"} == columns, (
         f"TRL packs sequences into columns {sequences.column_names} now"

@@ -33,7 +33,7 @@ FORMS = {
 _COLUMNS = {"dpo": {"prompt", "chosen", "rejected"}, "kto": {"prompt", "completion", "label"}}
 
 
-def check_columns(rows: Dataset, objective: str, named: str) -> None:
+def check_form(rows: Dataset, objective: str, named: str) -> None:
     """Raise a `UserError` where rows of `load_rows` are not those of an objective, dpo or kto."""
     if not _COLUMNS[objective] <= set(rows.column_names):
         found = ", ".join(name for name in rows.column_names if name != RENDERING)
@@ -85,12 +85,12 @@ def _check_prompt(row: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: 'prompt' ends with an answer of the assistant; end it with what is asked")
 
 
-def answers(rows: Dataset) -> Dataset:
-    """The same as prompts with their good answers (of GRPO: as texts), for whoever calibrates or describes."""
+def answers(rows: Dataset, objective: str) -> Dataset:
+    """The same as prompts with their good answers (of grpo: as texts), for whoever calibrates, measures or describes."""
     names = rows.column_names
-    if "chosen" in names:
+    if objective == "dpo":
         rows = rows.rename_column("chosen", "completion")
-    elif "label" in names:
+    elif objective == "kto":
         good = [i for i, label in enumerate(rows["label"]) if label]
         rows = rows.select(good) if good else rows
     elif isinstance(rows[0]["prompt"], str):

@@ -31,7 +31,10 @@ def pair(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     parts = [messages(part, key, where) for part, key in ((chosen, "chosen"), (rejected, "rejected"))]
     asked = messages(prompt, "prompt", where) if isinstance(prompt, list) else []
     alike = _alike(parts[0], parts[1])
-    if asked and parts[0][: len(asked)] != asked:
+    heads = [bool(asked) and part[: len(asked)] == asked for part in parts]
+    if heads[0] != heads[1]:
+        raise UserError(f"{where}: only one of 'chosen' and 'rejected' begins with the prompt; let both, or neither")
+    if asked and not heads[0]:
         alike = 0  # the prompt stands apart
     elif asked:
         alike, asked = max(alike, len(asked)), []
@@ -95,6 +98,8 @@ def _system_of(row: Mapping[str, Any], asked: list[Message], where: str) -> list
 
 
 def _check_answer(part: list[Message], key: str, where: str) -> None:
+    if not part:
+        raise UserError(f"{where}: '{key}' has no message behind the prompt; add the answer, or remove the row")
     for index, message in enumerate(part):
         if message["role"] != "assistant":
             raise UserError(

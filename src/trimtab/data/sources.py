@@ -87,6 +87,7 @@ def mixed(sources: Sequence[Source], holdout: float | None = 0.0) -> Texts:
     """
     parts = [source.rows() for source in sources]
     counts = tuple(map(len, parts))
+    automatic = holdout is None
     if holdout is None:
         holdout = SHARE if sum(counts) >= ROWS else 0.0
     if len(parts) == 1 and not holdout and sources[0].weight == 1:
@@ -94,6 +95,8 @@ def mixed(sources: Sequence[Source], holdout: float | None = 0.0) -> Texts:
     whole = _together(sources, parts)
     contents = [content_of(row) for row in whole] if holdout or any(s.weight % 1 for s in sources) else []
     split = apart(contents, holdout) if holdout else None
+    if automatic and split is not None and not split.held_out:
+        split = None  # nothing would be measured on, so nothing is lost for it
     kept = range(len(whole)) if split is None else split.training
     weights = [source.weight for source in sources]
     of = [origin["source"] for origin in whole[ORIGIN]]

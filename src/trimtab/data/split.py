@@ -51,7 +51,8 @@ def content_of(row: Mapping[str, Any]) -> str:
     """All that a row says, level in case and white space."""
     parts = [m if isinstance(m, str) else m["content"] for k in ("text", "prompt", "completion", "chosen", "rejected")
              for m in listed(row.get(k))]  # fmt: skip
-    return " ".join("\n".join([*parts, row.get(RENDERING) or ""]).lower().split())
+    rendering = row.get(RENDERING) or "{}"  # the same of a row that has none, whether others have one or not
+    return " ".join("\n".join([*parts, "" if rendering == "{}" else rendering]).lower().split())
 
 
 def share_of(content: str, what: str = "holdout") -> float:

@@ -63,7 +63,7 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
         else:
             rows, notes = labelled.rows, notes + labelled.notes
     elif rows is not None and recipe.train.objective != "sft":
-        rows = answers(rows)
+        rows = answers(rows, recipe.train.objective)
     blocks = _blocks(recipe, held_out, tokenizer)
     start = calibration(recipe, rows, tokenizer)
     for tokens, key in ((blocks, "data.eval_path"), (None if start is None else start.tokens, "start.path")):
@@ -150,11 +150,7 @@ def _rows(recipe: Recipe) -> tuple[Texts | None, Any]:
     if block is None:
         return None, None
     wanted = recipe.train.steps or (recipe.activations is not None and recipe.activations.mode == "static")
-    read = None
-    if wanted:
-        from trimtab.training.trainer import training_rows
-
-        read = training_rows(recipe)
+    read = texts.training_of(recipe) if wanted else None
     return read, texts.held_out(block, read) if read is not None or block.eval_path or block.holdout else None
 
 

@@ -17,7 +17,11 @@ def look(recipe: Recipe) -> Overview:
     """
     if recipe.data is None:
         raise UserError(f"{recipe.name}: data: missing; there is nothing to look at")
-    read = texts.training(recipe.data)
+    if recipe.train.objective == "grpo":
+        raise UserError(
+            "train.objective: grpo learns from answers that the model will give; there is nothing to look at"
+        )
+    read = texts.training_of(recipe)
     source = open_source(recipe.model.path)
     tokenizer = source.tokenizer()
     if tokenizer is None:

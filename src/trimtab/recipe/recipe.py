@@ -159,8 +159,9 @@ class Recipe(Block):
             "lr_scale": self.rates.scale,
             "parametrization": self.parametrization,
         }
-        if self.train.epochs is not None:  # what stands for a number of steps, until the rows are counted
+        if self.train.epochs is not None:  # until the rows are counted there is no number of steps, nor rates for it
             del values["train"]["steps"]
+            values["train"] |= {"lr": self.train.lr, "lr_scale": self.train.lr_scale}
         if self.inputs is None:
             del values["inputs"]
         return yaml.safe_dump({key: values[key] for key in Recipe.model_fields if key in values}, sort_keys=False)

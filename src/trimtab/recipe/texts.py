@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trimtab.data.rows import load_rows
+from trimtab.data import objectives
+from trimtab.data.rows import judged, load_rows
 from trimtab.data.sequences import length_of, token_windows
 from trimtab.data.sources import Texts, mixed
 from trimtab.errors import UserError
 from trimtab.recipe.fields import DataBlock, StartBlock
+
+if TYPE_CHECKING:
+    from trimtab.recipe.recipe import Recipe
 
 
 def training(block: DataBlock) -> Texts:
@@ -22,6 +26,24 @@ def training(block: DataBlock) -> Texts:
     return mixed(block.sources, 0.0 if block.holdout is None and block.eval_path is not None else block.holdout)
 
 
+def training_of(recipe: Recipe) -> Texts:
+    """What a recipe trains on, in the form that its objective needs: only supervised texts are split.
+
+    Raises:
+        UserError: for anything in it that the user can mend.
+    """
+    block, objective = recipe.data, recipe.train.objective
+    assert block is not None, "the recipe was checked to have data"
+    if objective == "sft":
+        return training(block)
+    if objective == "grpo":
+        rows = objectives.prompts(block.sources)
+        return Texts(rows, None, block.sources, (len(rows),))
+    found = mixed(block.sources)
+    objectives.check_form(found.rows, objective, block.named)
+    return found
+
+
 def held_out(block: DataBlock, texts: Texts | None = None) -> Any:
     """The rows to measure on, or None.
 
@@ -30,7 +52,10 @@ def held_out(block: DataBlock, texts: Texts | None = None) -> Any:
         texts: of `training`, if it is at hand.
     """
     if block.eval_path is not None:
-        return load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore, columns=block.columns)
+        rows = load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore, columns=block.columns)
+        # Of preferences the good answers are measured, as they are learned.
+        kind = "dpo" if "chosen" in rows.column_names else "kto"
+        return objectives.answers(rows, kind) if judged(rows) else rows
     if block.holdout == 0:
         return None
     found = training(block) if texts is None else texts

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.data.objectives import answers
 from trimtab.data.sequences import token_windows
 from trimtab.data.sources import Texts
 from trimtab.models import simulate as simulating
@@ -52,7 +53,8 @@ def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
     if block.path is not None:
         rows = texts.calibration(block, recipe.data)
     elif rows is None and recipe.data is not None:
-        rows = texts.training(recipe.data).rows
+        rows, objective = texts.training_of(recipe).rows, recipe.train.objective
+        rows = rows if objective == "sft" else answers(rows, objective)
     length = min(recipe.data.block_tokens if recipe.data is not None else 1024, block.tokens)
     windows = token_windows(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
     return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)

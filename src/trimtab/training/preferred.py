@@ -46,7 +46,7 @@ def prefer(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int) -> Prefer
     Args:
         recipe: `data` and `train.objective` are read.
         tokenizer: the model's.
-        rows: of `training_rows`, or what this function made of them, which is given back.
+        rows: of `texts.training_of`, or what this function made of them, which is given back.
         vocabulary: rows of the model's embedding.
 
     Raises:
@@ -75,7 +75,7 @@ class _Maker:
             raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {remedy}")
         notes = [f"data: keys of rows that are not used: {unused}"] if (unused := unused_keys(self._rows)) else []
         if self._objective == "grpo":
-            return Preferred(answers(self._rows), self._rows, None, tuple(notes))
+            return Preferred(answers(self._rows, self._objective), self._rows, None, tuple(notes))
         made = list(self._tokens())
         size = self._block.block_tokens
         kept = [row for row in made if len(row["prompt_ids"]) < size]
@@ -86,7 +86,7 @@ class _Maker:
             )
         notes += self._lengths(made)
         notes += self._labels(kept) if self._objective == "kto" else []
-        return Preferred(answers(self._rows), shuffled(kept, self._seed), self._end, tuple(notes))
+        return Preferred(answers(self._rows, self._objective), shuffled(kept, self._seed), self._end, tuple(notes))
 
     def _tokens(self) -> Iterator[dict[str, Any]]:
         """The columns of every row, checked."""

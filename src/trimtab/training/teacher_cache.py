@@ -61,6 +61,7 @@ class Key:
     rows: str
     tokenizer: str
     block_tokens: int
+    loss: str
     packing: str
     packer: str
     seed: int
@@ -79,6 +80,7 @@ class Key:
             rows=_hash(*(json.dumps(row, sort_keys=True).encode() for row in rows)),
             tokenizer=_hash(words.encode(), str(tokenizer.chat_template).encode()),
             block_tokens=recipe.data.block_tokens,
+            loss=recipe.data.loss,
             packing=recipe.data.packing,
             packer=f"trl {version('trl')}, on our tokens",
             seed=recipe.train.seed,

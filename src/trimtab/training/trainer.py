@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from trimtab.data.objectives import check_columns, prompts
-from trimtab.data.sources import Texts, mixed
 from trimtab.kernels import tuning, workspace
 from trimtab.models.transformers_bridge import attach
 from trimtab.recipe import texts
@@ -184,8 +182,9 @@ def fit(
         Interrupted: after Ctrl-C, with a checkpoint of the step that was then at work.
     """
     assert recipe.data is not None, "the recipe was checked to have data"
+    assert recipe.train.epochs is None, "a run has counted the rows, and put steps in their place"
     if rows is None:
-        rows = training_rows(recipe).rows
+        rows = texts.training_of(recipe).rows
     vocabulary = model.config.get_text_config().vocab_size
     given = ready(recipe, tokenizer, rows, vocabulary)
     for line in () if given is rows else given.notes:
@@ -220,20 +219,6 @@ def fit(
 def _watch(recipe: Recipe, say: Callable[[str], None]) -> list[TrainerCallback]:
     """A look at the loss; of other objectives it begins where it may stay."""
     return [LossWatch(recipe, say)] if recipe.train.objective == "sft" else []
-
-
-def training_rows(recipe: Recipe) -> Texts:
-    """What a recipe trains on, in the form that its objective needs."""
-    block, objective = recipe.data, recipe.train.objective
-    assert block is not None, "the recipe was checked to have data"
-    if objective == "sft":
-        return texts.training(block)
-    if objective == "grpo":
-        rows = prompts(block.sources)
-        return Texts(rows, None, block.sources, (len(rows),))
-    found = mixed(block.sources)
-    check_columns(found.rows, objective, block.named)
-    return found
 
 
 def ready(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int) -> Labelled | Preferred:
@@ -284,5 +269,5 @@ def packed(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any) ->
 
 
 __all__ = [
-    "CHECKPOINT", "Step", "Trained", "fit", "load_trainable", "packed", "ready", "trainable", "training_rows",
+    "CHECKPOINT", "Step", "Trained", "fit", "load_trainable", "packed", "ready", "trainable",
 ]  # fmt: skip

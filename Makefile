@@ -2,9 +2,9 @@
 # Set-up runs again only when pyproject.toml or constraints.txt has changed: a stamp in .venv is named after both.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-serving mutate upgrade-check lint bench clean
+.PHONY: help setup model demo test test-floor test-serving test-gpu fuzz mutate faults upgrade-check lint bench clean
 
-# Extra words for what is run: recipe overrides for demo, options for test (pytest), mutate and bench.
+# Extra words for what is run: recipe overrides for demo, options for test (pytest), fuzz, mutate and bench.
 #   make demo ARGS="train.steps=4"     make test ARGS="-k grid -x"
 ARGS ?=
 # The Python that makes .venv: by default the first of python3.11 and python3 that is at least 3.11.
@@ -22,6 +22,7 @@ LLAMA := .venv-llama
 LLAMA_STAMP := $(LLAMA)/.stamp-$(shell cksum < constraints-llama.txt | cut -d' ' -f1)
 MLX := .venv-mlx
 MLX_STAMP := $(MLX)/.stamp-$(shell cksum < constraints-mlx.txt | cut -d' ' -f1)
+FLOOR := .venv-floor
 UPGRADE := .venv-upgrade
 # The torch of upgrade-check: the newest one unless told otherwise, which may be a build for CUDA of many gigabytes.
 #   make upgrade-check UPGRADE_TORCH='torch==2.13.0'
@@ -30,13 +31,20 @@ UPGRADE_TORCH ?= torch
 WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trimtab/wheels
 MODEL_STAMP := .venv/.stamp-$(DEMO_MODEL)
 PIP_INSTALL := $(BIN)/python -m pip install --no-input --disable-pip-version-check --quiet
+FLOOR_INSTALL := $(FLOOR)/bin/python -m pip install --no-input --disable-pip-version-check --quiet
+# The torch of test-floor: the oldest that pyproject.toml allows, which may be a build for CUDA of many gigabytes.
+FLOOR_TORCH ?= $(shell sed -n 's/.*"torch>=\([0-9.]*\).*/torch==\1/p' pyproject.toml)
 UPGRADE_INSTALL := $(UPGRADE)/bin/python -m pip install --no-input --disable-pip-version-check --quiet
 
 help:
 	@echo "make demo   fine-tune, save and evaluate a small model (ARGS= adds recipe overrides)"
 	@echo "make test   ruff, mypy and the tests (ARGS= adds pytest options)"
+	@echo "make test-floor  the tests with the oldest versions that pyproject.toml allows; makes their environment first (minutes)"
 	@echo "make test-serving  exports in the engines that read them; makes their environments first (minutes)"
+	@echo "make test-gpu  tests/gpu and every Triton kernel on a GPU (DEVICE=cuda:1 for another); benchmarks/gpu/run.sh measures"
+	@echo "make fuzz  thousands of hostile files, and what each leads to (ARGS= adds options; half an hour)"
 	@echo "make mutate  breaks the numerical core on purpose and lists what no test notices (ARGS= adds options; half an hour)"
+	@echo "make faults  kills every command a hundred times, fills its disk, and sees that it goes on (ARGS= adds options; an hour)"
 	@echo "make upgrade-check  the newest versions of all libraries, and which of our reaches into them break (minutes)"
 	@echo "make lint   ruff and mypy only"
 	@echo "make bench  time one training step (ARGS= adds options)"
@@ -56,13 +64,38 @@ demo: $(SETUP_STAMP) $(MODEL_STAMP)
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
+# What pyproject.toml promises of old versions, kept: the same tests, in an environment of its own.
+test-floor: $(SETUP_STAMP)
+	@echo "test-floor: installing the oldest versions into $(FLOOR) (minutes)"
+	@$(BIN)/python -m venv $(FLOOR)
+	@$(BIN)/python tools/upgrades.py --floor-requirements > $(FLOOR)/requirements.txt
+	@$(FLOOR_INSTALL) '$(FLOOR_TORCH)'
+	@$(FLOOR_INSTALL) -r $(FLOOR)/requirements.txt
+	@$(FLOOR_INSTALL) --no-deps -e .
+	TRIMTAB_CACHE=$(CURDIR)/$(FLOOR)/kernels $(FLOOR)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
 test-serving: $(SETUP_STAMP) $(SERVING_STAMP) $(LLAMA_STAMP) $(MLX_STAMP)
 	TRIMTAB_VLLM_PYTHON=$(CURDIR)/$(SERVING)/bin/python TRIMTAB_LLAMA_CPP_PYTHON=$(CURDIR)/$(LLAMA)/bin/python \
 	    TRIMTAB_MLX_PYTHON=$(CURDIR)/$(MLX)/bin/python $(BIN)/python -m pytest tests/serving $(ARGS)
 
+# The same tests run on the CPU in `make test`, the kernels there in Triton's interpreter.
+DEVICE ?= cuda
+test-gpu: $(SETUP_STAMP)
+	TRIMTAB_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest tests/gpu tests/kernels/test_triton.py \
+	    tests/kernels/test_triton_compiled.py $(ARGS)
+
+# What `make test` tries a part of. ARGS="--case float:17" tries one case again, with its traceback.
+fuzz: $(SETUP_STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $(ARGS)
+
 # Bounded, and no part of `make test`: a run goes on where the last one stopped (runs/mutation).
 mutate: $(SETUP_STAMP)
 	$(BIN)/python tests/mutate.py $(ARGS)
+
+# Its bounded sample is part of `make test`; the result becomes a table of docs/reliability.md.
+faults: $(SETUP_STAMP)
+	$(BIN)/python tests/faults/sweep.py $(ARGS)
+	$(BIN)/python benchmarks/report.py reliability
 
 # Resolved anew each time, and past our own bounds: that is what is asked.
 upgrade-check: $(SETUP_STAMP)

@@ -4,6 +4,7 @@
     memory     plans against what is measured, and LLaMA-2-7B
     quality    perplexity and accuracy of every method
     search     searched widths, against the truth and after fine-tuning
+    scale      two processes, and a plan for eight GPUs
     pruning    what is left after pruning
     serving    formats, and the engines that read them
     results    what they all found

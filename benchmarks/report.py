@@ -15,12 +15,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.files import DOCS, RESULTS
+from benchmarks.gpu.report import gpu
 from benchmarks.memory.report import memory, seven
 from benchmarks.quality import rates_report as rates
 from benchmarks.quality import report as quality
+from benchmarks.reliability import report as reliability
+from benchmarks.scale import report as scale
 from benchmarks.search import report as search
 from benchmarks.serving import report as serving
-from benchmarks.speed.report import choices, dequantize, generate, products, step, step_1b
+from benchmarks.speed.report import choices, dequantize, generate, products, step, step_1b, step_compiled
 from trimtab.report.terminal import movements
 
 
@@ -66,13 +69,16 @@ def _performance() -> str:
     sections = {
         "step": step,
         "step_1b": step_1b,
+        "step_compiled": step_compiled,
+        "step_135m_10_compiled_float32": step_compiled,
         "dequantize": dequantize,
         "generate": generate,
         "products": products,
         "7b": seven,
         "memory": memory,
     }
-    return _page("Performance", [make(read[name]) for name, make in sections.items() if name in read])
+    measured = [make(read[name]) for name, make in sections.items() if name in read]
+    return _page("Performance", [*measured, gpu(RESULTS / "gpu")])
 
 
 def _read() -> dict[str, Any]:
@@ -98,6 +104,8 @@ PAGES = {
     "rates": lambda: _page("Rates", rates.page()),
     "search": search.page,
     "formats": serving.page,
+    "scale": lambda: scale.page(_read()),
+    "reliability": lambda: reliability.page(_read()),
 }
 
 

@@ -44,13 +44,16 @@ from mutation.trial import (
 )  # fmt: skip
 
 SOURCES = tuple(f"src/trimtab/{room}" for room in ("quant", "methods", "layers", "kernels"))
-NOT_BROKEN = ("triton_gpu.py",)  # runs on GPUs only
+NOT_BROKEN = ("triton_gpu.py", "triton_parts.py", "triton_products.py", "triton_channel.py")  # runs on GPUs only
 TESTS = (
     "tests/quant", "tests/methods", "tests/layers", "tests/kernels", "tests/recipe", "tests/memory/test_memory.py",
     "tests/models/test_gptq.py", "tests/models/test_prepare.py", "tests/formats/test_export_gptq.py",
 )  # fmt: skip
 SANITIZERS = "tests/kernels/test_sanitizers.py"
-NOT_RUN = ("tests/kernels/test_triton.py", "tests/layers/test_compile.py", SANITIZERS)  # a GPU's; minutes; apart
+NOT_RUN = (
+    "tests/kernels/test_triton.py", "tests/kernels/test_triton_compiled.py",  # a GPU's
+    "tests/layers/test_compile.py", SANITIZERS,  # minutes; apart
+)  # fmt: skip
 IN_OTHER_PROCESSES = (  # which import what is not broken
     "tests/memory/test_memory.py::test_a_plan_is_what_training_takes",
     "tests/memory/test_memory.py::test_peak_memory_is_the_packed_model_and_one_float_layer",

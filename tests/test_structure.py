@@ -9,8 +9,8 @@ import importlib
 import json
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -28,8 +28,10 @@ FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py"}
 # Lowest first. A room imports from itself and from rooms below it, never upwards and never in a circle.
 # `trimtab` is the package's own __init__: only the command line may import it.
 ROOMS = (
-    "errors", "extras", "quant", "kernels", "data", "layers", "methods", "recipe", "models", "evaluation", "formats",
-    "pages", "training", "memory", "pruning", "bit_search", "pipeline", "api", "report", "trimtab", "cli", "__main__",
+    "errors", "ending", "faults", "surroundings", "outputs", "disk", "reading", "extras", "devices", "words", "ranks",
+    "processes", "quant", "kernels", "data", "layers", "methods", "recipe", "models",
+    "evaluation", "formats", "pages", "training", "memory", "pruning", "bit_search", "pipeline", "api", "report",
+    "trimtab", "cli", "__main__",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ROOMS)}
 
@@ -52,6 +54,7 @@ SINGLE_PURPOSE_LIBRARIES = (
     "optuna",
     "peft",
     "pydantic",
+    "ray",
     "rich",
     "triton",
     "trl",
@@ -66,8 +69,9 @@ MAX_IMPORT_SECONDS = 1.0
 
 PUBLIC_NAMES = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "compare", "evaluate", "export", "fold", "harness", "load", "methods", "overview", "param_groups", "parity",
-    "plan", "prepare", "prune", "push", "reference", "run", "save", "search", "simulate", "tune", "verify", "write_report",
+    "chat", "compare", "evaluate", "export", "fold", "gather", "harness", "load", "methods", "overview", "param_groups",
+    "parity", "plan", "prepare", "prune", "push", "reference", "run", "save", "search", "shard", "simulate", "tune",
+    "verify", "write_report",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +141,10 @@ def oversized(source: str, file: str) -> list[str]:
 
 def misnamed(files: list[str]) -> list[str]:
     return [f"{file}: says nothing about what it holds" for file in files if Path(file).name in FORBIDDEN_NAMES]
+
+
+def same_names(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def unplaced(files: list[str]) -> list[str]:
@@ -245,6 +253,11 @@ def test_sizes(file: str) -> None:
 
 def test_file_names() -> None:
     assert not misnamed(list(sources()))
+
+
+def test_names_of_test_files() -> None:
+    """pytest imports a test file by its bare name: two of one name are one module, and the second is not collected."""
+    assert not same_names(path.name for path in Path(__file__).parent.rglob("test_*.py"))
 
 
 def test_every_module_has_a_level() -> None:
@@ -357,6 +370,10 @@ def test_rule_sizes() -> None:
 
 def test_rule_file_names() -> None:
     assert misnamed(["errors.py", "formats/utils.py"]) == ["formats/utils.py: says nothing about what it holds"]
+
+
+def test_rule_names_of_test_files() -> None:
+    assert same_names(["test_a.py", "test_b.py", "test_a.py"]) == ["test_a.py"]
 
 
 def test_rule_levels() -> None:

@@ -31,13 +31,13 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return fast
 
 
-def model(path: Path, *, template: str | None = TEMPLATE, tied: bool = True) -> Path:
-    """Writes a random model directory: hidden 64, MLP 128, two layers, bfloat16."""
+def model(path: Path, *, template: str | None = TEMPLATE, tied: bool = True, layers: int = 2) -> Path:
+    """Writes a random model directory: hidden 64, MLP 128, two layers unless told, bfloat16."""
     config = LlamaConfig(
         vocab_size=260,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,

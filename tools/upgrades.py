@@ -5,6 +5,7 @@ Each names one test that fails when the library no longer is what we took it for
 
     python tools/upgrades.py --write                   docs/upgrades.md, the table for people
     python tools/upgrades.py --newest-requirements     what pyproject.toml asks for, without bounds
+    python tools/upgrades.py --floor-requirements      the oldest of what pyproject.toml asks for
     python tools/upgrades.py --check                   runs the tests of the table here, and names what broke
 
 `make upgrade-check` puts the last two together, in an environment of its own. `tests/test_upgrades.py` holds the table to
@@ -69,6 +70,30 @@ REACHES = (
         where=("kernels/products.py::uninstall",),
         test="tests/kernels/test_products.py::test_torch_gets_its_kernels_back",
         names=("_destroy",),
+    ),
+    Reach(
+        library="torch",
+        what="settings of `torch._dynamo` and `torch._functorch`, and the errors of `torch._dynamo.exc`",
+        why="a layer that cannot be compiled, or compiled too often, is to be trained without, not left without a word",
+        where=("training/compiling.py::Compiling._configure", "training/compiling.py::CompiledForward.__call__"),
+        test="tests/training/test_compiling.py::test_what_cannot_be_compiled_warns_once_and_trains_on",
+        names=("_dynamo", "_functorch"),
+    ),
+    Reach(
+        library="torch",
+        what="where inductor keeps what it compiled, by default",
+        why="it goes into our own cache, unless a person named another folder",
+        where=("training/compiling.py::Compiling._configure",),
+        test="tests/training/test_compiling.py::test_a_compiled_training_is_the_same_training",
+        names=("_inductor",),
+    ),
+    Reach(
+        library="torch",
+        what="`Tensor._version`, which counts what was written into a tensor",
+        why="a micro-step is made again only if nothing of it has reached a gradient",
+        where=("training/ours.py::_gradients",),
+        test="tests/training/test_compiling.py::test_what_fails_in_backward_is_not_made_again",
+        names=("_version",),
     ),
     Reach(
         library="torch",
@@ -224,6 +249,14 @@ REACHES = (
         why="they would answer from codes and scales, and drop the state that was gathered",
         where=("models/prepared.py::Prepared", "models/prepared.py::become_prepared"),
         test="tests/models/test_prepared.py::test_it_stays_what_it_was",
+    ),
+    Reach(
+        library="transformers",
+        what="`_compile_jinja_template` replaced while a chat template is rendered, and its environment taken",
+        why="chat templates are programs of anybody, and are given a bound on time and size",
+        where=("data/bounded.py::_theirs", "data/bounded.py::bounded"),
+        test="tests/data/test_bounded.py::test_it_renders_as_transformers_does",
+        names=("_compile_jinja_template",),
     ),
     Reach(
         library="transformers",
@@ -384,6 +417,14 @@ REACHES = (
     ),
     Reach(
         library="transformers",
+        what="the device of `TrainingArguments`, set before there is a trainer",
+        why="it has no option: a single process takes the first GPU, and with two of them `nn.DataParallel`",
+        where=("training/placing.py::placed",),
+        test="tests/devices/test_on_a_device.py::test_a_run",
+        names=("_setup_devices", "_n_gpu"),
+    ),
+    Reach(
+        library="transformers",
         what="`_tied_weights_keys`, rewritten on the instance",
         why="`tie_weights`, which others call, would look for parameters that no longer exist",
         where=("models/transformers_bridge.py::untie",),
@@ -394,7 +435,7 @@ REACHES = (
         library="transformers",
         what="attention, and the maker of its masks, found by the name in `config._attn_implementation`",
         why="the name is all that a rounded KV cache hangs on; without a mask, packed documents see each other",
-        where=("models/kv_cache.py::_register", "models/kv_cache.py::current", "models/kv_cache.py::install"),
+        where=("models/kv_cache.py::_register", "models/kv_cache.py::attention_of", "models/kv_cache.py::install"),
         test="tests/models/test_simulate.py::test_packed_documents_do_not_attend_to_each_other",
         names=("_attn_implementation", "AttentionInterface", "AttentionMaskInterface"),
     ),
@@ -539,6 +580,46 @@ REACHES = (
     ),
     Reach(
         library="transformers",
+        what="`Trainer._save_optimizer_and_scheduler` extended",
+        why="moments of a parted model are saved whole",
+        where=("training/ours.py::Ours._save_optimizer_and_scheduler",),
+        test="tests/processes/test_several.py::test_a_checkpoint_holds_whole_tensors",
+        names=("_save_optimizer_and_scheduler",),
+    ),
+    Reach(
+        library="transformers",
+        what="`Trainer._defer_fsdp_gradient_reduction` replaced",
+        why="gradients of a parted model are summed at once",
+        where=("training/ours.py::Ours._defer_fsdp_gradient_reduction",),
+        test="tests/processes/test_several.py::test_gradients_are_summed_over_micro_steps",
+        names=("_defer_fsdp_gradient_reduction",),
+    ),
+    Reach(
+        library="accelerate",
+        what="`_hf_hook` of modules, and what an `AlignDevicesHook` does before and after a forward",
+        why="a weight in a layer of ours has no forward that is called, so the layer calls the hooks that fetch it",
+        where=("models/offloading.py::follow",),
+        test="tests/models/test_offloading.py::test_a_model_partly_on_the_disk_answers_as_a_whole_one",
+        names=("_hf_hook",),
+    ),
+    Reach(
+        library="transformers",
+        what="`config.distributed_config` is there when a quantizer is asked before weights are read",
+        why="tensor parallelism is refused in one line, where it would part codes and scales by plans for float weights",
+        where=("models/offloading.py::refuse_other_parting",),
+        test="tests/models/test_offloading.py::test_every_size_of_transformers_is_looked_at",
+        names=("distributed_config",),
+    ),
+    Reach(
+        library="transformers",
+        what="`Trainer.is_distributed_loading_by_transformers` set after a trainer is made",
+        why="it then leaves a model that is parted as it is, which accelerate would wrap in DDP",
+        where=("training/parted.py::part",),
+        test="tests/processes/test_several.py::test_they_train_as_one_does",
+        names=("is_distributed_loading_by_transformers",),
+    ),
+    Reach(
+        library="transformers",
         what="`Trainer._load_optimizer_and_scheduler` extended",
         why="rates, betas and decay are the recipe's when a run goes on",
         where=("training/ours.py::Ours._load_optimizer_and_scheduler",),
@@ -547,11 +628,19 @@ REACHES = (
     ),
     Reach(
         library="transformers",
-        what="trainer_state.json is the last file of a checkpoint",
-        why="a checkpoint that was cut off is told by its absence",
-        where=("training/checkpoints.py::whole_checkpoint",),
-        test="tests/training/test_trainer_inside.py::test_the_state_of_the_trainer_comes_last",
-        names=("trainer_state.json",),
+        what="names of the files of a checkpoint; `global_step` in trainer_state.json",
+        why="a checkpoint without one of them, or under the name of another step, is damaged",
+        where=("training/checkpoints.py::STATE", "training/checkpoints.py::_NEEDED"),
+        test="tests/training/test_damaged.py::test_the_files_are_these",
+        names=("trainer_state.json", "optimizer.pt", "scheduler.pt", "global_step"),
+    ),
+    Reach(
+        library="transformers",
+        what="`Trainer._save_checkpoint` extended, `_get_output_dir` replaced",
+        why="a checkpoint is written in a folder apart, and takes its name when it is whole",
+        where=("training/ours.py::Ours._save_checkpoint", "training/ours.py::Ours._get_output_dir"),
+        test="tests/training/test_resume.py::test_going_on_is_not_stopping",
+        names=("_save_checkpoint", "_get_output_dir"),
     ),
     Reach(
         library="transformers",
@@ -622,7 +711,7 @@ REACHES = (
         library="trl",
         what="rows that have `input_ids` and `labels` are only cut, ordered and packed (`pack_dataset`)",
         why="token ids and labels are ours, so that what is left to learn is counted before a model is loaded",
-        where=("training/labelled.py::_parted", "data/tokens.py::dataset_of"),
+        where=("training/labelled.py::_parted", "data/tokens.py::sequence_features"),
         test="tests/training/test_labelled.py::test_rows_that_are_cut_are_counted",
         names=("pack_dataset", "input_ids", "labels"),
     ),
@@ -649,7 +738,7 @@ REACHES = (
         where=(
             "training/preference_trainers.py::Dpo._prepare_dataset",
             "training/preferred.py::prefer",
-            "data/objectives.py::shuffled",
+            "data/tokens.py::answer_features",
         ),
         test="tests/training/test_objectives.py::test_tokens_are_those_of_trl",
         names=("_prepare_dataset", "prompt_ids", "KL_completion_ids"),
@@ -689,9 +778,9 @@ REACHES = (
     ),
     Reach(
         library="gguf",
-        what="the layout of blocks: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0",
+        what="the layout of blocks: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and the k-quants",
         why="files are read and written code for code",
-        where=("formats/gguf/blocks.py::to_blocks", "formats/gguf/read.py::from_blocks"),
+        where=("formats/gguf/blocks.py::to_blocks", "formats/gguf/read_blocks.py::from_blocks"),
         test="tests/formats/test_gguf_blocks.py::test_blocks_read_back_as_the_weight",
     ),
     Reach(
@@ -795,9 +884,17 @@ REACHES = (
         library="optuna",
         what="a journal is lines, and its lock is any object with `acquire` and `release`",
         why="our lock goes with its holder, and mends a line that was cut off",
-        where=("bit_search/ledger.py::_Lock", "bit_search/ledger.py::_mend", "bit_search/ledger.py::_storage"),
+        where=("bit_search/storage.py::_Lock", "bit_search/storage.py::_mend", "bit_search/storage.py::opened"),
         test="tests/bit_search/test_ledger.py::test_a_cut_line_is_mended",
         names=("JournalFileBackend", "lock_obj"),
+    ),
+    Reach(
+        library="optuna",
+        what="`get_storage`, a cache around a database; errors have SQLAlchemy's as causes; `remove_session`",
+        why="a call that finds the server away is made again, and what a server refuses is told in its own words",
+        where=("bit_search/storage.py::Patient._call", "bit_search/storage.py::_database"),
+        test="tests/bit_search/test_storage.py::test_a_restart_is_waited_for",
+        names=("get_storage", "remove_session", "__cause__"),
     ),
     Reach(
         library="lm-eval",
@@ -819,7 +916,11 @@ REACHES = (
         library="triton",
         what="the option `enable_fp_fusion` of a launch",
         why="values are those of torch to the bit only where a product and a sum round twice",
-        where=("kernels/triton_gpu.py::_launch",),
+        where=(
+            "kernels/triton_gpu.py::_launch",
+            "kernels/triton_products.py::_launch",
+            "kernels/triton_channel.py::level_weights_clipped",
+        ),
         test="tests/kernels/test_triton.py::test_agrees_with_the_reference",
         names=("enable_fp_fusion",),
     ),
@@ -890,7 +991,8 @@ def private_reaches(sources: Mapping[str, str]) -> Iterator[tuple[str, int, str]
     of a path in an import; and any name that is set on what was imported (`gguf.GGUFReader = ...`).
     """
     trees = {file: ast.parse(source) for file, source in sources.items()}
-    ours = {"_asdict", *(name for tree in trees.values() for name in _attributes(tree))}
+    public = {"_asdict", "_exit"}  # Python's own, and in its manual
+    ours = {*public, *(name for tree in trees.values() for name in _attributes(tree))}
     for file, tree in trees.items():
         imported = {name for node in ast.walk(tree) for name, _ in _foreign(node)}
         for node in ast.walk(tree):
@@ -990,6 +1092,19 @@ def newest_requirements(known: Mapping[str, tuple[str, str]]) -> list[str]:
         for name, (_, condition) in known.items()
         if plain(name) != "torch"
     ]
+
+
+def floor_requirements(known: Mapping[str, tuple[str, str]], tested: Mapping[str, str]) -> list[str]:
+    """What to install for the oldest versions that pyproject.toml allows; where it names none, the tested one.
+
+    Triton is left to torch, each of whose versions wants one of it.
+    """
+    found = []
+    for name, (bounds, condition) in known.items():
+        oldest = re.search(r">=\s*([\w.]+)", bounds)
+        pinned = oldest[1] if oldest else tested.get(plain(name)) if plain(name) != "triton" else None
+        found.append(name + (f"=={pinned}" if pinned else "") + (f"; {condition}" if condition else ""))
+    return found
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -1105,6 +1220,8 @@ def main(arguments: list[str]) -> int:
             PAGE.write_text(page(REACHES), encoding="utf-8")
         case ["--newest-requirements"]:
             print("\n".join(newest_requirements(requirements())))
+        case ["--floor-requirements"]:
+            print("\n".join(floor_requirements(requirements(), pins("constraints.txt"))))
         case ["--check", *options]:
             return 1 if check(options) else 0
         case _:

@@ -53,7 +53,7 @@ def measure(data: Path, work: Path) -> None:
     search = prepared(data, work)
     if "divergence" not in found:
         found["divergence"] = divergence(search)
-    trial = search.objective()
+    trial = search.bench.objective()
     for part, bits in [("", BITS), *((part, bits) for part in PARTS for bits in OTHERS)]:
         if any((row["part"], row["bits"]) == (part, bits) for row in found["rows"]):
             continue
@@ -76,7 +76,7 @@ def divergence(search: Any) -> dict[str, dict[int, float]]:
     from trimtab.models.load import load_float
 
     model = load_float(search.recipe.model.path, dtype=search.recipe.dtype)
-    blocks = search._windows(search._rows, SENSITIVITY_TOKENS)
+    blocks = search.bench.windows(search.bench.rows, SENSITIVITY_TOKENS)
     cost_UC = sensitivity.fisher(model, search.space.units, search.space.placements, blocks).cost_UC
     of = parts(search)
     return {

@@ -1,5 +1,6 @@
 """Sections of docs/performance.md and docs/results.md on speed; `benchmarks/report.py` writes them."""
 
+from statistics import median
 from typing import Any
 
 from benchmarks.tables import marked, table
@@ -28,6 +29,40 @@ def step(found: dict[str, Any]) -> list[str]:
 def step_1b(found: dict[str, Any]) -> list[str]:
     """The same on the layers of a larger model."""
     return ["## One training step, 1B shapes", "", "Four layers of hidden 2048, `--shape 1b`.", "", *_steps(found)]
+
+
+COMPILED_AIMS = {"qlora": 0.75, "q-bara": 0.8, "qa-hira": 0.6, "lr-qat-channel": 0.85, "lr-qat-g64": 0.85}
+"""The same with compiled layers."""
+
+
+def step_compiled(found: dict[str, Any]) -> list[str]:
+    """Step times with compiled decoder layers, beside the same rows without."""
+    by_name = {row["name"]: row for row in found["rows"]}
+    rows = []
+    for name, eager in by_name.items():
+        compiled = by_name.get(f"{name}+compiled")
+        if compiled is None:
+            continue
+        aim, ratio = COMPILED_AIMS.get(name), compiled["ratio_to_dense_lora"]
+        met = "" if aim is None else marked(f"{aim:.2f}", ratio <= aim)
+        paired = [b / a for a, b in zip(eager["seconds"], compiled["seconds"], strict=True)]
+        peaks = f"{eager['peak_bytes'] / 1e6:.0f}, {compiled['peak_bytes'] / 1e6:.0f}"
+        cells = [eager["label"], f"{eager['ratio_to_dense_lora']:.2f}", f"{ratio:.2f}", met, f"{median(paired):.2f}"]
+        rows.append([*cells, f"{compiled['first_step_seconds']:.0f}", peaks])
+    environment = found["environment"]
+    shape, known = environment["model"], ", ".join(environment["bfloat16_instructions"]) or "none"
+    head = "row | eager x dense LoRA | compiled | aim | compiled x eager | first step s | peak MB, eager and compiled"
+    return [
+        f"## One training step, decoder layers compiled: {shape['num_hidden_layers']} layers",
+        "",
+        f"{shape['num_hidden_layers']} layers of hidden {shape['hidden_size']}, {environment['dtype']} (the processor's",
+        f"instructions for bfloat16: {known}); medians of paired ratios to the eager dense LoRA step of the same",
+        f"round, {environment['rounds']} rounds.",
+        "The first step holds what compiling takes. `python benchmarks/speed/step.py --compiled`, with `--shape` and",
+        "`--dtype` as here.",
+        "",
+        *table(head, rows),
+    ]
 
 
 def _steps(found: dict[str, Any]) -> list[str]:

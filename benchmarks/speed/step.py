@@ -25,11 +25,15 @@ interpreter and libraries too; what those take is in `libraries_bytes`, and what
                     keeps them, and their activations, in float32 (row `lora-peft-float32`)
     torchao rows    want torchao, which is no part of the development environment, since transformers imports it
                     wherever it finds it: pip install --no-deps --target DIR torchao==0.18.0, then PYTHONPATH=DIR
+    ROW+compiled    (--compiled adds one to each row) every decoder layer through torch.compile, peft's by
+                    `layer.compile()`, ours as `train.compile` does it; `first_step_seconds` holds what compiling took
     products        no model: only the matrix products that any method needs (x W^T and dy W of every linear layer and the
                     head), one after another; `products-trained` adds dy^T x of the linear layers
 
     python benchmarks/speed/step.py                       all rows, 9 rounds, writes benchmarks/results/step.json
     python benchmarks/speed/step.py --shape 1b            four layers of 1B shapes, writes step_1b.json
+    python benchmarks/speed/step.py --compiled            each row twice, writes step_compiled.json
+    python benchmarks/speed/step.py --dtype float32       for processors that multiply bfloat16 slowly
     python benchmarks/speed/step.py --rows lora-peft lr-qat --rounds 5 --out /tmp/step.json
     python benchmarks/speed/step.py --profile qlora       where a step's time goes, by torch's profiler; writes nothing
 """
@@ -79,7 +83,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """A whole small model, and four layers of a model of a billion parameters."""
+SHAPES["135m-10"] = {**SHAPES["135m"], "num_hidden_layers": 10}
+"""A third of the small model, for machines on which twenty whole ones do not fit."""
 SHAPE = SHAPES["135m"]
+DTYPE = "bfloat16"
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, TOKENS = 4, 256
 REFERENCE = "lora-peft"
@@ -114,7 +121,7 @@ def _float_model() -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, attn_implementation="sdpa", use_cache=False)
-    return LlamaForCausalLM(config).to(torch.bfloat16).train()
+    return LlamaForCausalLM(config).to(getattr(torch, DTYPE)).train()
 
 
 def _nf4_layers(model: Any) -> None:
@@ -129,7 +136,7 @@ def _nf4_layers(model: Any) -> None:
             layer.in_features,
             layer.out_features,
             bias=False,
-            compute_dtype=torch.bfloat16,
+            compute_dtype=getattr(torch, DTYPE),
             compress_statistics=True,
             quant_type="nf4",
         )
@@ -142,14 +149,17 @@ def _nf4_layers(model: Any) -> None:
     model.is_loaded_in_4bit = True  # what peft asks before it takes its bitsandbytes path
 
 
-def _peft(rank: int, nf4: bool, float32: bool = False) -> tuple[Step, int]:
+def _peft(rank: int, nf4: bool, float32: bool = False, compiled: bool = False) -> tuple[Step, int]:
     import peft
 
     model = _float_model()
     if nf4:
         _nf4_layers(model)
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM")
-    return _training(peft.get_peft_model(model, config, autocast_adapter_dtype=float32))
+    made = peft.get_peft_model(model, config, autocast_adapter_dtype=float32)
+    for layer in model.model.layers if compiled else ():
+        layer.compile()
+    return _training(made)
 
 
 def _torchao(rank: int | None) -> tuple[Step, int]:
@@ -170,12 +180,20 @@ def _torchao(rank: int | None) -> tuple[Step, int]:
     return _training(peft.get_peft_model(model, config, autocast_adapter_dtype=False))
 
 
-def _trimtab(method: str, grid: dict[str, Any] | None = None, **options: Any) -> tuple[Step, int]:
+def _trimtab(
+    method: str, grid: dict[str, Any] | None = None, compiled: bool = False, **options: Any
+) -> tuple[Step, int]:
     import trimtab
 
     # `*` names neither the embedding nor a tied head, so both stay dense, as does everything without a rule.
     rules = None if grid is None else [{"match": "*", "grid": grid}]
-    return _training(trimtab.prepare(_float_model(), trimtab.methods.make(method, **options), rules), ours=True)
+    model = trimtab.prepare(_float_model(), trimtab.methods.make(method, **options), rules)
+    if compiled:
+        from trimtab.training.compiling import CompiledForward
+
+        for layer in model.model.layers:
+            layer.forward = CompiledForward(layer)
+    return _training(model, ours=True)
 
 
 def _training(model: Any, ours: bool = False) -> tuple[Step, int]:
@@ -260,6 +278,12 @@ ROWS = {
     "products": Row("matrix products alone", _products, {"trained": False}),
     "products-trained": Row("  with those of weight gradients", _products, {"trained": True}),
 }
+COMPILED = {
+    f"{name}+compiled": Row(f"{row.label}, compiled", row.setup, {**row.options, "compiled": True}, row.imports)
+    for name, row in ROWS.items()
+    if row.setup in (_peft, _trimtab)
+}
+ROWS |= COMPILED
 
 
 # ---- a worker ---------------------------------------------------------------------------------------------------
@@ -279,12 +303,12 @@ def _busy_seconds() -> float:
     return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
 
 
-def _use(shape: str) -> None:
-    global SHAPE
-    SHAPE = SHAPES[shape]
+def _use(shape: str, dtype: str) -> None:
+    global SHAPE, DTYPE
+    SHAPE, DTYPE = SHAPES[shape], dtype
 
 
-def _work(name: str, shape: str, threads: int, pipe: Connection) -> None:
+def _work(name: str, shape: str, dtype: str, threads: int, pipe: Connection) -> None:
     """The body of a worker: set up, then one step for each message, until the message is None."""
     import importlib
     import logging
@@ -295,7 +319,7 @@ def _work(name: str, shape: str, threads: int, pipe: Connection) -> None:
     logging.disable(logging.WARNING)  # bitsandbytes on its optional inference kernels
     warnings.simplefilter("ignore", FutureWarning)  # peft on transformers' old names
     torch.set_num_threads(threads)
-    _use(shape)
+    _use(shape, dtype)
     row = ROWS[name]
     for library in row.imports:
         importlib.import_module(library)
@@ -325,11 +349,11 @@ class Worker:
     steps: list[dict[str, float]]
 
     @classmethod
-    def start(cls, name: str, shape: str, threads: int) -> "Worker":
+    def start(cls, name: str, shape: str, dtype: str, threads: int) -> "Worker":
         """Start a process for a row and wait until its model stands."""
         context = multiprocessing.get_context("spawn")
         pipe, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(name, shape, threads, theirs), daemon=True)
+        process = context.Process(target=_work, args=(name, shape, dtype, threads, theirs), daemon=True)
         process.start()
         theirs.close()
         worker = cls(name, process, pipe, {}, [])
@@ -359,12 +383,12 @@ class Worker:
 # ---- the run ----------------------------------------------------------------------------------------------------
 
 
-def measure(names: list[str], shape: str, rounds: int, warmup: int, threads: int) -> list[Worker]:
+def measure(names: list[str], shape: str, dtype: str, rounds: int, warmup: int, threads: int) -> list[Worker]:
     """Run every row `warmup + rounds` times in turn; the warm-up steps are dropped (not their memory)."""
     workers = []
     for name in names:
         print(f"starting {name}", file=sys.stderr, flush=True)
-        workers.append(Worker.start(name, shape, threads))
+        workers.append(Worker.start(name, shape, dtype, threads))
     for i in range(warmup + rounds):
         shift = i % len(workers)
         for worker in workers[shift:] + workers[:shift]:
@@ -373,6 +397,7 @@ def measure(names: list[str], shape: str, rounds: int, warmup: int, threads: int
         print(f"{'warm-up' if i < warmup else 'round'} {i + 1}: {seconds}", file=sys.stderr, flush=True)
     for worker in workers:
         worker.stop()
+        worker.facts["first_step_seconds"] = worker.steps[0]["seconds"]
         worker.facts["peak_bytes"] = int(worker.steps[-1]["peak_bytes"])
         worker.steps = worker.steps[warmup:]
     return workers
@@ -427,6 +452,7 @@ def environment(rounds: int, warmup: int, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _VERSIONED if find_spec(name)},
         "model": SHAPE,
+        "dtype": DTYPE,
         "batch": [BATCH, TOKENS],
         "rounds": rounds,
         "warmup_rounds": warmup,
@@ -476,23 +502,38 @@ def main() -> None:
         "--rows",
         nargs="+",
         choices=list(ROWS),
-        default=[n for n, row in ROWS.items() if all(map(find_spec, row.imports))],
+        default=[n for n, row in ROWS.items() if n not in COMPILED and all(map(find_spec, row.imports))],
         metavar="ROW",
         help=", ".join(ROWS),
     )
+    parser.add_argument("--compiled", action="store_true", help="each row also with its decoder layers compiled")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default=DTYPE, help=f"of the model (default {DTYPE})"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of each worker (default 2)")
     parser.add_argument("--shape", choices=list(SHAPES), default="135m", help="model (default 135m)")
-    parser.add_argument("--out", type=Path, help=f"JSON file (default {OUT}, step_1b.json beside it for 1b)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"JSON file (default {OUT}, beside it with the shape, `compiled` and the dtype in its name)",
+    )
     parser.add_argument("--profile", choices=list(ROWS), metavar="ROW", help="only profile one step of this row")
     args = parser.parse_args()
-    _use(args.shape)
+    _use(args.shape, args.dtype)
     if args.profile:
         print(profile(args.profile, args.threads))
         return
     if args.rounds < 1 or args.warmup < 0 or args.threads < 1:
         parser.error("--rounds and --threads must be at least 1, --warmup at least 0")
-    out = args.out or (OUT if args.shape == "135m" else OUT.with_name(f"step_{args.shape}.json"))
-    rows = summarize(measure(list(dict.fromkeys(args.rows)), args.shape, args.rounds, args.warmup, args.threads))
+    names = [name for row in dict.fromkeys(args.rows) for name in (row, f"{row}+compiled")[: 2 if args.compiled else 1]]
+    suffixes = (
+        [args.shape.replace("-", "_")] * (args.shape != "135m")
+        + ["compiled"] * args.compiled
+        + [args.dtype] * (args.dtype != "bfloat16")
+    )
+    out = args.out or OUT.with_stem("_".join(["step", *suffixes]))
+    names = [name for name in names if name in ROWS]
+    rows = summarize(measure(names, args.shape, args.dtype, args.rounds, args.warmup, args.threads))
     result = {"environment": environment(args.rounds, args.warmup, args.threads), "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trimtab.models.load import load
     from trimtab.models.prepare import fold, prepare
     from trimtab.models.reference import reference
+    from trimtab.models.sharding import gather, shard
     from trimtab.models.simulate import simulate
     from trimtab.pages.report import write_report
     from trimtab.pipeline.comparison import compare
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
-    "chat", "compare", "evaluate", "export", "fold", "harness", "load", "methods", "overview", "param_groups", "parity",
-    "plan", "prepare", "prune", "push", "reference", "run", "save", "search", "simulate", "tune", "verify", "write_report",
+    "chat", "compare", "evaluate", "export", "fold", "gather", "harness", "load", "methods", "overview", "param_groups",
+    "parity", "plan", "prepare", "prune", "push", "reference", "run", "save", "search", "shard", "simulate", "tune",
+    "verify", "write_report",
 ]  # fmt: skip
 
 _HOME = {
@@ -54,12 +56,14 @@ _HOME = {
     "UserError": "errors",
     "compare": "pipeline.comparison",
     "fold": "models.prepare",
+    "gather": "models.sharding",
     "load": "models.load",
     "param_groups": "layers.rates",
     "prepare": "models.prepare",
     "push": "formats.push",
     "reference": "models.reference",
     "save": "formats.native.write",
+    "shard": "models.sharding",
     "simulate": "models.simulate",
     "tune": "kernels.tuning",
     "write_report": "pages.report",
@@ -69,7 +73,14 @@ the room in the function's place."""
 
 registration.install()
 registration.readers(
-    {"gguf": "trimtab.formats.gguf.read:GgufSource", "trimtab": "trimtab.formats.native.read:NativeSource"}
+    {
+        ".gguf": "trimtab.formats.gguf.read:GgufSource",
+        "trimtab": "trimtab.formats.native.read:NativeSource",
+        "gptq": "trimtab.formats.gptq.read:opened",
+        "awq": "trimtab.formats.awq.read:opened",
+        "compressed-tensors": "trimtab.formats.compressed_tensors.read:opened",
+        "bitsandbytes": "trimtab.formats.bitsandbytes.read:opened",
+    }
 )
 
 

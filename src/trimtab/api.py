@@ -12,15 +12,21 @@ The same thing has the same name everywhere: `path` is a model (a directory, a .
 mapping or a `Recipe`, `data` text in the forms of a recipe's `data.path`, `out` where something is written. What needs an
 extra that is not installed says so in one line before any work is done.
 
+`device` is where models are computed: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu. A recipe says it itself
+(`model.device`), so that where a function takes a recipe, `device` stands in place of what it says.
+
 `prepare`, `load`, `fold` and `save`, the parts of a run for people's own training loops, are in `models` and `formats`.
 """
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from trimtab.devices import resolve
 from trimtab.errors import UserError
 from trimtab.extras import require, require_library
 from trimtab.recipe.recipe import Recipe, as_recipe
@@ -28,10 +34,10 @@ from trimtab.recipe.recipe import Recipe, as_recipe
 if TYPE_CHECKING:
     from trimtab.bit_search.searching import Search
     from trimtab.evaluation.chat import Sampling, Talk
-    from trimtab.evaluation.harness import Difference, Score
     from trimtab.evaluation.serving import Served
     from trimtab.formats.export import Report
     from trimtab.memory.peak import Plan
+    from trimtab.pipeline.evaluating import Accuracies, Evaluation
     from trimtab.pipeline.stages import Observer
     from trimtab.pruning import Pruned
     from trimtab.training.overview import Overview
@@ -39,9 +45,22 @@ if TYPE_CHECKING:
 AnyPath = str | os.PathLike[str]
 AnyRecipe = Recipe | Mapping[str, Any] | AnyPath
 """A recipe, its values, or its file."""
+Device = str | torch.device
 
 
-def plan(recipe: AnyRecipe, overrides: Sequence[str] = (), *, memory: str | int | None = None) -> "Plan":
+def _on(overrides: Sequence[str], device: Device | None) -> Sequence[str]:
+    """The overrides, with a device in place of the recipe's where one is named."""
+    return overrides if device is None else (*overrides, f"model.device={device}")
+
+
+def plan(
+    recipe: AnyRecipe,
+    overrides: Sequence[str] = (),
+    *,
+    memory: str | int | None = None,
+    probe: bool = False,
+    device: Device | None = None,
+) -> "Plan":
     """Predict the memory that a recipe's training needs; nothing is loaded but names and shapes.
 
     Args:
@@ -49,6 +68,8 @@ def plan(recipe: AnyRecipe, overrides: Sequence[str] = (), *, memory: str | int 
             which only the config is fetched), which is planned with the defaults.
         overrides: `key=value` with dotted keys, for example `train.micro_batch=2`.
         memory: what there is for training, `24GiB`: `.settings` are then those that fit.
+        probe: train layers of random weights for ten seconds: `.speed` is then that of the recipe's training here.
+        device: in place of the recipe's; its free memory is what a plan is compared with.
 
     Returns:
         Bytes by what they are for; `.total` is the predicted peak above the interpreter and its libraries, `.sizes` are
@@ -58,8 +79,9 @@ def plan(recipe: AnyRecipe, overrides: Sequence[str] = (), *, memory: str | int 
     from trimtab.formats.file_size import parse_bytes
     from trimtab.pipeline import planning
 
-    chosen, notes = planning.to_plan(recipe, overrides)
-    return replace(planning.plan(chosen, None if memory is None else parse_bytes(memory, "memory")), notes=notes)
+    chosen, notes = planning.to_plan(recipe, _on(overrides, device))
+    found = replace(planning.plan(chosen, None if memory is None else parse_bytes(memory, "memory")), notes=notes)
+    return replace(found, speed=planning.probed(chosen, found.total + found.beside)) if probe else found
 
 
 def overview(recipe: AnyRecipe, overrides: Sequence[str] = ()) -> "Overview":
@@ -82,6 +104,7 @@ def run(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    device: Device | None = None,
     show: "Observer | None" = None,
 ) -> dict[str, Any]:
     """Carry out a recipe: prune and search if it says so, then quantize, tune, fold, save, reload and compare.
@@ -91,6 +114,7 @@ def run(
         overrides: `key=value` with dotted keys.
         overwrite: replace what an earlier run left in the output directory.
         resume: continue from its last checkpoint.
+        device: in place of the recipe's.
         show: told what happens (`trimtab.report.terminal.Terminal()` prints it); None for silence.
 
     Returns:
@@ -101,40 +125,34 @@ def run(
     """
     from trimtab.pipeline import stages
 
-    return stages.run(as_recipe(recipe, overrides), overwrite=overwrite, resume=resume, show=show)
+    return stages.run(as_recipe(recipe, _on(overrides, device)), overwrite=overwrite, resume=resume, show=show)
 
 
-def search(recipe: AnyRecipe, overrides: Sequence[str] = (), *, show: "Observer | None" = None) -> "Search":
+def search(
+    recipe: AnyRecipe,
+    overrides: Sequence[str] = (),
+    *,
+    device: Device | None = None,
+    show: "Observer | None" = None,
+) -> "Search":
     """Search bits per layer within the recipe's budget; after an interruption the same call resumes it.
 
     Args:
         recipe: a file, a mapping or a `Recipe` with a `search` block.
         overrides: `key=value` with dotted keys.
+        device: in place of the recipe's.
         show: told when a trial begins or ends; None for silence.
 
     Returns:
         The search: `.front(search.ledger.trials())` is the Pareto front. Tables, pictures and a recipe for every point
         are in `<output>/search`.
     """
-    chosen = as_recipe(recipe, overrides)
+    chosen = as_recipe(recipe, _on(overrides, device))
     if chosen.search is None:
         raise UserError(f"{chosen.name}: search: missing; write for example search: {{budget: 90MiB}}")
     from trimtab.pipeline import stages
 
     return stages.search(chosen, show=show)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Perplexity on held-out data."""
-
-    perplexity: float
-    tokens: int
-    """Tokens in all windows."""
-    data: str
-    split: str
-    block_tokens: int
-    """Tokens in a window."""
 
 
 def evaluate(
@@ -144,7 +162,8 @@ def evaluate(
     split: str | None = None,
     block_tokens: int | None = None,
     tokens: int | None = None,
-) -> Evaluation:
+    device: Device = "auto",
+) -> "Evaluation":
     """Perplexity of a model, saved by trimtab or in float, on held-out data.
 
     Args:
@@ -153,50 +172,12 @@ def evaluate(
         split: of a hub data set or of `pydoc-topics`; None for the recipe's, or `train` where `data` is given.
         block_tokens: length of a window; None for the recipe's, or 1024.
         tokens: at most this many; None for the recipe's, or all where `data` is given.
+        device: see the top of this file.
     """
     require_library("`trimtab eval`", "datasets")
-    from trimtab.data.rows import load_rows
-    from trimtab.data.sequences import check_tokens, length_of, token_windows
-    from trimtab.evaluation.perplexity import perplexity
-    from trimtab.models.load import load_as_it_is
-    from trimtab.models.positions import check_length
-    from trimtab.recipe.inputs import held_out
-    from trimtab.recipe.texts import held_out as held_out_rows
+    from trimtab.pipeline import evaluating
 
-    for option, value in (("block_tokens", block_tokens), ("tokens", tokens)):
-        if value is not None and value < 2:
-            raise UserError(f"{option}: {value} tokens predict nothing; give at least 2")
-    if data is None:
-        block = held_out(Path(path))
-        if block is not None and split is not None:
-            block = block.model_copy(update={"eval_split": split})
-        rows = None if block is None else held_out_rows(block)
-        if block is None or rows is None:
-            raise UserError(f"{path}: its recipe names no held-out data; pass --data")
-        data, split = block.eval_path or f"rows held out of {block.named}", block.eval_split
-        tokens = block.eval_tokens if tokens is None else tokens
-        most = block.block_tokens if block_tokens is None else block_tokens
-        model, tokenizer = load_as_it_is(path)
-        block_tokens = most if block.eval_path else max(2, length_of(rows, tokenizer, most))
-    else:
-        split, block_tokens = "train" if split is None else split, 1024 if block_tokens is None else block_tokens
-        rows = load_rows(data, split=split)
-        model, tokenizer = load_as_it_is(path)
-    windows = token_windows(rows, tokenizer, block_tokens=block_tokens, limit_tokens=tokens)
-    check_tokens(windows, tokenizer, model.config.get_text_config().vocab_size, data)
-    check_length(model, block_tokens, "block_tokens")
-    return Evaluation(perplexity(model, windows), windows.numel(), data, split, block_tokens)
-
-
-@dataclass(frozen=True)
-class Accuracies:
-    """Scores of one model or two, and the second's differences from the first."""
-
-    scores: "dict[str, list[Score]]"
-    """By path."""
-    differences: "list[Difference]"
-    out: str
-    """The JSON file that holds them."""
+    return evaluating.perplexity(path, data, split, block_tokens, tokens, resolve(device, "device"))
 
 
 def harness(
@@ -207,7 +188,8 @@ def harness(
     data: str | None = None,
     limit: int | None = None,
     out: str | None = None,
-) -> Accuracies:
+    device: Device = "auto",
+) -> "Accuracies":
     """Accuracies by lm-evaluation-harness on local files, with standard errors; of two models, paired differences.
 
     Args:
@@ -217,24 +199,12 @@ def harness(
         data: the directory that holds <task>/<split>.jsonl in the data sets' original fields.
         limit: items of each task, spread evenly; None for all.
         out: JSON file; None for `harness.json` in `path`.
+        device: see the top of this file.
     """
     require("`trimtab harness`", "eval")
-    from trimtab.evaluation import harness as asking
-    from trimtab.formats.manifest import add
-    from trimtab.models.load import load_as_it_is
+    from trimtab.pipeline import evaluating
 
-    asking.check_tasks(tasks, data)
-    if out is None and not Path(path).is_dir():
-        raise UserError(f"{path}: is no directory to write harness.json into; pass --out")
-    file = out or str(Path(path) / "harness.json")
-    asking.check_out(file)
-    paths = (path,) if other is None else (path, other)
-    scores = {name: asking.run(*load_as_it_is(name), tasks, data or "", limit=limit) for name in paths}
-    found = [] if other is None else asking.differences(scores[path], scores[other])
-    asking.write(file, scores, found)
-    if out is None:
-        add(Path(path), ("harness.json",))
-    return Accuracies(scores, found, file)
+    return evaluating.accuracies(path, other, tasks, data, limit, out, resolve(device, "device"))
 
 
 def export(
@@ -246,6 +216,7 @@ def export(
     allow_lossy: bool = False,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
+    device: Device = "auto",
 ) -> "Report":
     """Write a model that trimtab saved in another format, from its stored codes.
 
@@ -257,6 +228,8 @@ def export(
         allow_lossy: round what the format does not hold to the nearest that it holds, instead of refusing.
         overwrite: replace an earlier export.
         max_shard_size: size of a safetensors file.
+        device: see the top of this file; stored codes are written as they are from every one, last bits of merged adapters
+            may differ.
 
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
@@ -266,7 +239,8 @@ def export(
     options = exporting.Options(
         engine=engine, allow_lossy=allow_lossy, overwrite=overwrite, max_shard_size=max_shard_size
     )
-    return exporting.export(path, format, None if out is None else Path(out), options)
+    target = None if out is None else Path(out)
+    return exporting.export(path, format, target, options, resolve(device, "device"))
 
 
 def parity(
@@ -277,6 +251,7 @@ def parity(
     trained: str | None = None,
     data: str | None = None,
     tokens: int = 512,
+    device: Device = "auto",
 ) -> "Served":
     """Compare what an engine computes from an exported directory with the model that was trained.
 
@@ -287,12 +262,14 @@ def parity(
         trained: the directory that trimtab saved; None for the one that holds `path`.
         data: held-out text; None for what the recipe names.
         tokens: how many to compare on.
+        device: of the trained model and of the engine transformers; other engines run where they see fit.
     """
     require_library("`trimtab parity`", "datasets")
     from trimtab.evaluation import serving
     from trimtab.formats.manifest import add
 
-    served = serving.parity(path, engine, python=python, trained=trained, path=data, tokens=tokens)
+    where = resolve(device, "device")
+    served = serving.parity(path, engine, python=python, trained=trained, path=data, tokens=tokens, device=where)
     add(Path(path), (f"parity-{engine}.json",))
     return served
 
@@ -308,7 +285,14 @@ def verify(path: AnyPath) -> int:
     return verify_files(Path(path))
 
 
-def chat(path: str, *, system: str | None = None, sampling: "Sampling | None" = None, engine: str = "auto") -> "Talk":
+def chat(
+    path: str,
+    *,
+    system: str | None = None,
+    sampling: "Sampling | None" = None,
+    engine: str = "auto",
+    device: Device = "auto",
+) -> "Talk":
     """A model to talk to: `.answer(question)` alone, or `.say(question)`, piece by piece and remembered until `.reset()`.
 
     Args:
@@ -316,11 +300,13 @@ def chat(path: str, *, system: str | None = None, sampling: "Sampling | None" = 
         system: what the model is told first.
         sampling: `trimtab.evaluation.chat.Sampling`; None for the likeliest token each time, 256 at most.
         engine: auto, transformers or llama.cpp.
+        device: see the top of this file; llama.cpp decides for itself.
     """
     from trimtab.evaluation.chat import Sampling
     from trimtab.pipeline.talking import talk
 
-    return talk(path, system=system, sampling=sampling or Sampling(), engine=engine)
+    how = sampling or Sampling()
+    return talk(path, system=system, sampling=how, engine=engine, device=resolve(device, "device"))
 
 
 def prune(
@@ -341,6 +327,7 @@ def prune(
     block_tokens: int = 256,
     dtype: str = "bfloat16",
     seed: int = 0,
+    device: Device = "auto",
 ) -> "Pruned":
     """Take attention heads and MLP channels, or whole layers, out of a float model; writes an ordinary checkpoint.
 
@@ -361,6 +348,7 @@ def prune(
         block_tokens: length of a calibration window.
         dtype: of the pruned model: bfloat16, float16 or float32.
         seed: of random importance.
+        device: see the top of this file.
     """
     from trimtab.formats.file_size import parse_bytes
     from trimtab.pruning import Options, prune_checkpoint
@@ -379,4 +367,5 @@ def prune(
     if options.reads_text:
         require_library("pruning on a calibration set", "datasets")
     text = {"text": data, "split": split, "tokens": tokens, "block_tokens": block_tokens}
-    return prune_checkpoint(path, out, options, **text, dtype=dtype)  # type: ignore[arg-type]
+    where = resolve(device, "device")
+    return prune_checkpoint(path, out, options, **text, dtype=dtype, device=where)  # type: ignore[arg-type]

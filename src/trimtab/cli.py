@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 import trimtab
-from trimtab.errors import UserError
+from trimtab import ending, faults, ranks, surroundings
+from trimtab.words import whole_numbers
 
 app = typer.Typer(
     help="Fine-tune a quantized language model, and get back exactly the model you trained.",
@@ -23,6 +24,11 @@ app = typer.Typer(
 _RecipeFile = Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE")]
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.steps=10 ...", metavar="[KEY=VALUE]...")]
 _Model = Annotated[str, typer.Argument(help="Directory of a saved model.", metavar="DIR")]
+_NAMES = "auto (a GPU if there is one), cpu, cuda, cuda:N, mps, xpu"
+_Device = Annotated[str, typer.Option(help=f"Where to compute: {_NAMES}.")]
+_RecipeDevice = Annotated[str | None, typer.Option("--device", help="In place of the recipe's model.device.")]
+_ENDED = 130
+_NOTHING = "stopped before anything was begun: the same command does it"
 _shown: list[Any] = []
 """Terminals that a command has drawn on, to be left as they were."""
 
@@ -65,18 +71,30 @@ def run(
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")] = False,
+    device: _RecipeDevice = None,
 ) -> None:
     """Quantize, tune, fold, save, and compare; Ctrl-C finishes the step and saves it, `--resume` goes on."""
-    terminal = _terminal()
+    stopped: Any = None
     try:
-        trimtab.run(recipe, overrides or (), overwrite=overwrite, resume=resume, show=terminal)
-    except KeyboardInterrupt:
-        from trimtab.pipeline.stopped import stopped
+        with ending.held():
+            terminal = _terminal()
+            from trimtab.pipeline.starting import started
 
-        terminal.say(stopped(recipe, overrides or ()))
-        raise SystemExit(130) from None
-    finally:
-        terminal.close()
+        on_device = [] if device is None else ["--device", device]
+        flags = [f"--{name}" for name, on in (("overwrite", overwrite), ("resume", resume)) if on]
+        status = started(recipe, overrides or (), [*flags, *on_device])
+        if status is not None:
+            raise SystemExit(status)
+        with ending.held():
+            from trimtab.pipeline import stages  # noqa: F401 what the run begins with, loaded whole
+            from trimtab.pipeline.stopped import stopped
+
+        how: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "device": device}
+        trimtab.run(recipe, overrides or (), **how, show=terminal)
+    except KeyboardInterrupt:
+        # Libraries that are half loaded are not asked.
+        _last_word(stopped(recipe, overrides or ()) if stopped else _NOTHING)
+        raise SystemExit(ending.status()) from None
 
 
 @app.command()
@@ -87,20 +105,15 @@ def plan(
     overrides: _Overrides = None,
     memory: Annotated[str | None, typer.Option(help="Memory for training, 24GiB: what fits into it.")] = None,
     probe: Annotated[bool, typer.Option(help="Train random layers for ten seconds to tell the speed.")] = True,
+    device: _RecipeDevice = None,
 ) -> None:
-    """Predict memory, sizes and time of a recipe's training; loads nothing."""
+    """Predict memory, sizes and time of a recipe's training; loads no weight."""
     terminal = _terminal()
     terminal.say(f"planning {recipe}" + ("" if memory is None else f" for {memory}"))
-    found = trimtab.plan(recipe, overrides or (), memory=memory)
+    found = trimtab.plan(recipe, overrides or (), memory=memory, probe=probe, device=device)
     for note in found.notes:
         terminal.say(note)
     terminal.plan(found)
-    if probe:
-        from trimtab.pipeline import planning
-        from trimtab.report import planned
-
-        chosen, _ = planning.to_plan(recipe, overrides or ())
-        terminal.say(planned.speed(planning.probed(chosen, found.total)))
 
 
 @app.command()
@@ -116,10 +129,11 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = None,
     block_tokens: Annotated[int | None, typer.Option(help="Window length; default: the recipe's, or 1024.")] = None,
     tokens: Annotated[int | None, typer.Option(help="At most this many tokens.")] = None,
+    device: _Device = "auto",
 ) -> None:
     """Perplexity of a saved model on held-out data."""
     terminal = _terminal()
-    found = trimtab.evaluate(path, data, split=split, block_tokens=block_tokens, tokens=tokens)
+    found = trimtab.evaluate(path, data, split=split, block_tokens=block_tokens, tokens=tokens, device=device)
     where = f"{found.tokens} tokens of {found.data} ({found.split}), windows of {found.block_tokens}"
     terminal.say(f"perplexity {found.perplexity:.4f} on {where}")
 
@@ -134,11 +148,12 @@ def harness(
     data: Annotated[str | None, typer.Option(help="Directory that holds <task>/<split>.jsonl.")] = None,
     limit: Annotated[int | None, typer.Option(help="Items of each task, spread evenly; default: all.")] = None,
     out: Annotated[str | None, typer.Option(help="JSON file; default: harness.json in DIR.")] = None,
+    device: _Device = "auto",
 ) -> None:
     """Accuracies with standard errors on local files; with two models, their paired differences."""
     terminal = _terminal()
     names = [name.strip() for name in tasks.split(",")]
-    terminal.accuracies(trimtab.harness(path, other, tasks=names, data=data, limit=limit, out=out))
+    terminal.accuracies(trimtab.harness(path, other, tasks=names, data=data, limit=limit, out=out, device=device))
 
 
 @app.command()
@@ -152,11 +167,12 @@ def export(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Size of a safetensors file.")] = "5GB",
+    device: _Device = "auto",
 ) -> None:
     """Write a saved model in another format, from its codes."""
     terminal = _terminal()
     options: dict[str, Any] = {"engine": engine, "allow_lossy": allow_lossy, "overwrite": overwrite}
-    terminal.exported(trimtab.export(path, format_, out, **options, max_shard_size=max_shard_size))
+    terminal.exported(trimtab.export(path, format_, out, **options, max_shard_size=max_shard_size, device=device))
 
 
 @app.command()
@@ -167,10 +183,12 @@ def parity(
     trained: Annotated[str | None, typer.Option(help="Model saved by trimtab; default: the directory above.")] = None,
     data: Annotated[str | None, typer.Option(help="Held-out text; default: the recipe's.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to compare on.")] = 512,
+    device: _Device = "auto",
 ) -> None:
     """Compare what an engine computes from an exported model with the trained one."""
     terminal = _terminal()
-    terminal.served(trimtab.parity(path, engine, python=python, trained=trained, data=data, tokens=tokens))
+    on: dict[str, Any] = {"data": data, "tokens": tokens, "device": device}
+    terminal.served(trimtab.parity(path, engine, python=python, trained=trained, **on))
 
 
 @app.command()
@@ -204,6 +222,7 @@ def chat(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens are less likely again.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
     engine: Annotated[str, typer.Option(help="auto, transformers, or llama.cpp for GGUF.")] = "auto",
+    device: _Device = "auto",
 ) -> None:
     """Talk to a model; /reset forgets, /system TEXT tells it something first, an empty line ends."""
     terminal = _terminal()
@@ -211,7 +230,7 @@ def chat(
 
     drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     sampling = Sampling(tokens=tokens, repetition_penalty=repetition_penalty, **drawn)
-    talk = trimtab.chat(path, system=system, sampling=sampling, engine=engine)
+    talk = trimtab.chat(path, system=system, sampling=sampling, engine=engine, device=device)
     if prompt is not None:
         terminal.pieces(talk.say(prompt))
     else:
@@ -250,12 +269,13 @@ def compare(
     tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 8192,
     block_tokens: Annotated[int, typer.Option(help="Length of a window.")] = 512,
     dtype: Annotated[str, typer.Option(help="To compute in: bfloat16, float16 or float32.")] = "bfloat16",
+    device: _Device = "auto",
     out: Annotated[str | None, typer.Option(help="Folder; default: runs/compare-A-B.")] = None,
 ) -> None:
     """Compare two models on one text: KL, agreement, perplexity of each, sizes; a table and report.html."""
     terminal = _terminal()
     beside: dict[str, Any] = {"first_adapter": adapter_a, "second_adapter": adapter_b, "out": out, "dtype": dtype}
-    on: dict[str, Any] = {"split": split, "tokens": tokens, "block_tokens": block_tokens}
+    on: dict[str, Any] = {"split": split, "tokens": tokens, "block_tokens": block_tokens, "device": device}
     terminal.compared(trimtab.compare(first, second, data, **beside, **on, say=terminal.say))
 
 
@@ -299,34 +319,30 @@ def prune(
     block_tokens: Annotated[int, typer.Option(help="Length of a calibration window.")] = 256,
     dtype: Annotated[str, typer.Option(help="Of the pruned model: bfloat16, float16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of random importance.")] = 0,
+    device: _Device = "auto",
 ) -> None:
     """Take attention heads and MLP channels, or whole layers, out of a float model; writes an ordinary checkpoint."""
     terminal = _terminal()
     much: dict[str, Any] = {"ratio": ratio, "bytes": size, "layers": drop_layers, "what": what}
-    how: dict[str, Any] = {"importance": importance, "keep": _whole_numbers(keep, "--keep"), "seed": seed}
+    how: dict[str, Any] = {"importance": importance, "keep": whole_numbers(keep, "--keep"), "seed": seed}
     text: dict[str, Any] = {"data": data, "split": split, "tokens": tokens, "block_tokens": block_tokens}
     shape: dict[str, Any] = {"count_embeddings": count_embeddings, "multiple_of": multiple_of, "dtype": dtype}
+    shape["device"] = device
     terminal.pruned(trimtab.prune(path, out, **much, **how, **text, **shape), out)
 
 
-def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise UserError(f"{option}: {text!r} is no list of layer numbers; write 0,1,-1") from None
-
-
 @app.command()
-def search(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+def search(recipe: _RecipeFile, overrides: _Overrides = None, device: _RecipeDevice = None) -> None:
     """Search bits per layer within a budget; Ctrl-C stops it, and the same command resumes it."""
     terminal = _terminal()
     try:
-        terminal.searched(trimtab.search(recipe, overrides or (), show=terminal))
+        terminal.searched(trimtab.search(recipe, overrides or (), device=device, show=terminal))
     except KeyboardInterrupt:
-        terminal.say(f"stopped; resume with `trimtab search {recipe}`")
-        raise SystemExit(130) from None
-    finally:
-        terminal.close()
+        from trimtab.recipe.recipe import read
+
+        folder = read(recipe, overrides or ()).out
+        terminal.say(f"stopped; resume with `trimtab search {recipe}`; `trimtab report {folder}` shows what was found")
+        raise SystemExit(ending.status()) from None
 
 
 @app.command()
@@ -354,14 +370,19 @@ def recipe(
 def main() -> None:
     """Run the command line; the console script."""
     try:
-        app(standalone_mode=True)
-    except UserError as error:
-        _leave()
-        line = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
-        sys.stderr.write(f"error: {line}\n")
-        raise SystemExit(2) from None
+        with faults.told(_leave), surroundings.settled(), ending.listening():
+            app(standalone_mode=True)
+    except SystemExit as left:  # typer has its own status of what was ended by a signal
+        raise (SystemExit(ending.status()) if left.code == _ENDED else left) from None
     finally:
         _leave()
+
+
+def _last_word(line: str) -> None:
+    """What is said when a signal has ended a command: where nothing is drawn any more."""
+    _leave()
+    if ranks.is_first():
+        sys.stdout.write(f"{line}\n")
 
 
 def _leave() -> None:

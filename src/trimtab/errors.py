@@ -2,13 +2,30 @@
 
 A `UserError` says what is wrong, where (layer, file, line, key) and what to do about it, in one line. The command line
 prints it and exits with status 2; everything else is a bug and keeps its traceback.
+
+What it quotes may come from a file of anybody: a value of a million characters, a line break, an escape sequence that would
+steer the terminal, half of a surrogate pair that cannot be printed at all. So the message is made one printable line here.
 """
 
 from difflib import get_close_matches
 
+_LONGEST = 1200
+"""Characters of a message; of a longer one the two ends are kept."""
+
 
 class UserError(ValueError):
     """Bad input, described in one line for the person who gave it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(in_one_line(message))
+
+
+def in_one_line(text: str, most: int = _LONGEST) -> str:
+    """A text without line breaks, of bounded length, in which what is not printable is written as Python escapes it."""
+    text = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    if len(text) > most:
+        text = f"{text[: most * 2 // 3]} [...] {text[-most // 3 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Diverged(UserError):

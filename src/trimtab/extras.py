@@ -14,6 +14,7 @@ LIBRARIES = {
     "eval": ("lm_eval", "accelerate", "datasets"),
     "serve": ("compressed_tensors", "peft"),
     "search": ("optuna", "matplotlib"),
+    "ray": ("ray",),
     "report": ("vl_convert",),
 }
 """Modules by the extra of pyproject.toml that installs them."""

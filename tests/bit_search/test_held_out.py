@@ -102,8 +102,8 @@ def test_tuned_trials_are_ranked_by_their_answers(tmp_path: Path) -> None:
     found = workers.run(used)
     qualities = [t.quality for t in found.ledger.trials()]
     untuned = found.ledger.noted("float_quality")
-    assert untuned == pytest.approx(Search(used)._loss(found._float_model))
+    assert untuned == pytest.approx(Search(used).bench.loss(found.bench.float_model))
     assert untuned == pytest.approx(math.log(260), abs=0.3)  # a random model, and bytes
     assert all(q is not None and q < untuned - 0.05 for q in qualities)
-    found.__dict__["_loss"] = lambda model: 7.0
-    assert found.objective()(found.space.rules((0, 0)), 1) == 7.0
+    found.bench.__dict__["loss"] = lambda model: 7.0
+    assert found.bench.objective()(found.space.rules((0, 0)), 1) == 7.0

@@ -395,6 +395,7 @@ def test_nothing_is_claimed_before_it_can_be_tried(tmp_path: Path) -> None:
     used = made(tmp_path, changes={"data": {"eval_path": str(tmp_path / "nowhere.jsonl")}})
     with pytest.raises(UserError, match="nowhere"):
         workers.run(used)
+    tiny.text(tmp_path / "nowhere.jsonl")
     assert Search(used).ledger.trials() == []
 
 
@@ -450,8 +451,10 @@ def test_several_widths_that_a_format_cannot_hold_are_refused_first(
 def test_windows_come_from_all_of_the_text(tmp_path: Path) -> None:
     """Of sensitivities and of trials: the first windows are of one article."""
     found = Search(made(tmp_path))
-    for windows in (found._windows(found._held_out, 64), found._windows(found._rows, 64)):
-        whole = trimtab.data.sequences.token_windows(found._rows, found._tokenizer, block_tokens=windows.shape[1])
+    for windows in (found.bench.windows(found.bench.held_out, 64), found.bench.windows(found.bench.rows, 64)):
+        whole = trimtab.data.sequences.token_windows(
+            found.bench.rows, found.bench.tokenizer, block_tokens=windows.shape[1]
+        )
         at = [int((whole == window).all(1).nonzero()[0]) for window in windows]
         assert at == [i * len(whole) // len(windows) for i in range(len(windows))]
         assert at[-1] >= len(whole) // 2
@@ -468,7 +471,7 @@ def test_two_prunings_alike_are_two_models(tmp_path: Path) -> None:
         next(model.parameters()).view(-1)[0] += 1.0
     model.save_pretrained(folder)
     manifest.write_manifest(folder, "pruned")
-    with pytest.raises(UserError, match="other values of: model;"):
+    with pytest.raises(UserError, match=r"other values of: what model\.path holds;"):
         Search(used)
 
 
@@ -533,10 +536,9 @@ def test_overwriting_removes_nothing_before_the_recipe_is_checked(tmp_path: Path
     with pytest.raises(UserError, match="tasks"):
         stages.run(missing.model_copy(update={"output": str(tmp_path / "new")}))
     assert not (tmp_path / "new" / "search").exists()
-    for key, value in (("dtype", "float32"), ("path", str(tmp_path / "m") + "/")):
-        other = used.model_copy(update={"model": used.model.model_copy(update={key: value})})
-        with pytest.raises(UserError, match="was pruned from another"):
-            stages.search(other)
+    other = used.model_copy(update={"model": used.model.model_copy(update={"dtype": "float32"})})
+    with pytest.raises(UserError, match="dtype is 'float32', and was 'bfloat16'; remove it"):
+        stages.search(other)
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*") if f.is_file()} == kept
     (tmp_path / "out" / "search" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds mine\.txt, which trimtab did not write"):
@@ -572,8 +574,24 @@ def test_one_recipe_prunes_searches_and_tunes(tmp_path: Path) -> None:
         stages.run(used)
     assert used.prune is not None
     otherwise = used.model_copy(update={"prune": used.prune.model_copy(update={"ratio": 0.1})})
-    with pytest.raises(UserError, match="with other options or on other text; remove it"):
+    with pytest.raises(UserError, match=r"on other text: options: ratio is 0\.1, and was 0\.2; remove it"):
         pruned(otherwise)
+    assert used.data is not None
+    for change in (
+        {"limit": 3},
+        {"holdout": 0.5},
+        {"ignore": ("x",)},
+        {"columns": {"text": "body"}},
+        {"template": "alpaca"},
+    ):
+        with pytest.raises(UserError, match="on other text"):
+            pruned(used.model_copy(update={"data": used.data.model_copy(update=change)}))
+    held = Path(used.data.named).read_bytes()
+    Path(used.data.named).write_bytes(held + held)
+    with pytest.raises(UserError, match="on other text"):
+        pruned(used)
+    Path(used.data.named).write_bytes(held)
+    assert pruned(used).prune is None
     left = tmp_path / "out" / "pruned"
     again = used.model_copy(update={"model": used.model.model_copy(update={"path": str(left)})})
     with pytest.raises(UserError, match=r"model\.path: .* is in the output directory"):

@@ -87,7 +87,7 @@ def test_eval(given: Path, command: Command) -> None:
 
 def test_chat(given: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(str(given / "saved"))
-    expected = chat.answer(model, tokenizer, "Hello?", 12)
+    expected = chat.Chat(model, tokenizer).answer("Hello?", 12)
     assert command("chat", given / "saved", "--prompt", "Hello?", "--tokens", 12) == expected + "\n"
     long = "a word " * 40 + "[bold]and[/bold] :smile: [/]"
     monkeypatch.setattr(chat.Chat, "stream", lambda *_: iter([long[:7], long[7:]]))
@@ -106,7 +106,7 @@ def test_answers_without_a_chat_template(given: Path) -> None:
     ids = plain("two plus", return_tensors="pt")["input_ids"]
     out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=tiny.EOS)
     expected = plain.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    assert chat.answer(model, plain, "two plus", 5) == expected
+    assert chat.Chat(model, plain).answer("two plus", 5) == expected
 
 
 def test_plan(given: Path, command: Command) -> None:

@@ -194,7 +194,7 @@ def test_preferences(tmp_path: Path, row: dict[str, Any], expected: dict[str, An
     assert conversational(rows) == isinstance(expected["prompt"], list) == trl.is_conversational(expected)
     if "prompt" not in row and "chosen" in row and isinstance(row["chosen"], list):
         assert trl.maybe_extract_prompt(row) == expected
-    assert describe(rows).startswith("2 conversations" if conversational(rows) else "2 prompt-completion pairs")
+    assert describe(rows).startswith("2 pairs of answers, " if "chosen" in expected else "2 judged answers, ")
     better = "c" if conversational(rows) else expected.get("chosen", expected.get("completion"))
     assert all(better in text for text in text_of(rows, tiny.tokenizer()))
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trimtab.data import sequences as data
 from trimtab.data.rows import conversational, load_rows
 from trimtab.data.sequences import describe, text_of, token_windows
+from trimtab.data.sources import Source, mixed
 from trimtab.errors import UserError
 
 TEMPLATE = (
@@ -327,6 +328,14 @@ def test_template_refusal_names_the_row(tmp_path: Path) -> None:
         list(text_of(rows, tiny_tokenizer()))
 
 
+def test_a_row_that_was_split_off_is_named_as_its_file_numbers_it(tmp_path: Path) -> None:
+    good = jsonl(tmp_path, {"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER]}, name="good.jsonl")
+    bad = jsonl(tmp_path, {"messages": [USER, ANSWER]}, {"messages": [USER, SYSTEM, ANSWER]}, name="bad.jsonl")
+    rows = mixed([Source(good), Source(bad)]).rows.select([3])
+    with pytest.raises(UserError, match=r"data, row 2 of data\.path\.1: "):
+        list(text_of(rows, tiny_tokenizer()))
+
+
 def test_token_windows_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Stream: a b c E | d E | a E (written out by the row) | (no tokens) | b b c E."""
     texts = ["a b c", "d", "a <eos>", "", "b b c"]
@@ -392,10 +401,14 @@ def test_token_windows_errors(tmp_path: Path) -> None:
 
 
 def test_describe(tmp_path: Path) -> None:
-    assert describe(load_rows(jsonl(tmp_path, {"text": "é"}))) == "1 document, 2 bytes of text"
+    assert describe(load_rows(jsonl(tmp_path, {"text": "é"}))) == "1 document, 2 B of text"
     assert describe(load_rows(jsonl(tmp_path, *[{"text": "x" * 600}] * 2))) == "2 documents, 1.2 kB of text"
-    assert describe(load_rows(jsonl(tmp_path, {"text": "x" * 465_200}))) == "1 document, 465 kB of text"
+    assert describe(load_rows(jsonl(tmp_path, {"text": "x" * 465_200}))) == "1 document, 465.2 kB of text"
     pairs = load_rows(jsonl(tmp_path, {"prompt": "ab", "completion": "c"}))
-    assert describe(pairs) == "1 prompt-completion pair, 3 bytes of text"
+    assert describe(pairs) == "1 prompt-completion pair, 3 B of text"
     chats = load_rows(jsonl(tmp_path, *[{"messages": [SYSTEM, USER, ANSWER]}] * 3))
-    assert describe(chats) == "3 conversations, 36 bytes of text"
+    assert describe(chats) == "3 conversations, 36 B of text"
+    judged = [{"prompt": "a", "completion": "bc", "label": good} for good in (True, False)]
+    assert describe(load_rows(jsonl(tmp_path, *judged))) == "2 judged answers, 6 B of text"
+    pair = {"prompt": "a", "chosen": "bc", "rejected": "def"}
+    assert describe(load_rows(jsonl(tmp_path, pair, pair))) == "2 pairs of answers, 12 B of text"

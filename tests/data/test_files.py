@@ -89,3 +89,34 @@ def test_a_long_cell(tmp_path: Path) -> None:
 def test_csv_that_is_none(tmp_path: Path, content: str | bytes, complaint: str) -> None:
     with pytest.raises(UserError, match=rf"rows\.csv(, |: ){complaint}"):
         located(tmp_path, "rows.csv", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": ' + "[" * 90 + "]" * 90 + "}", "line 2: more than 64 objects and arrays"),
+        ("a.jsonl", '{"text": ' + "[" * 10**5, "line 1: more than 64 objects and arrays"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", r"line 1: invalid JSON \(.*4300 digits"),
+        ("a.json", '[{"text": ' + '{"a":' * 90 + "1" + "}" * 90 + "}]", "more than 64 objects and arrays"),
+        ("a.json", '[{"text": ' + "1" * 5000 + "}]", r"line 1: invalid JSON \(.*4300 digits"),
+    ],
+)
+def test_json_that_nobody_means_in_a_row(tmp_path: Path, name: str, content: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        located(tmp_path, name, content)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_brackets_in_a_text_are_text(tmp_path: Path, name: str) -> None:
+    row = {"text": "[{" * 500 + '\\" ]'}
+    assert [r for _, r in located(tmp_path, name, json.dumps([row] if name == "a.json" else row))] == [row]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a.jsonl", "line 1: longer than"), ("a.csv", "has 1,"), ("a.txt", "has 1,")]
+)
+def test_a_hole_is_not_read(tmp_path: Path, name: str, said: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(UserError, match=said):
+        list(file_rows(tmp_path / name))

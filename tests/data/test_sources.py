@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from trimtab.data.rows import unused_keys
-from trimtab.data.sources import ORIGIN, Source, mixed
+from trimtab.data.sources import ORIGIN, Source, mixed, place_of
 from trimtab.data.split import ROWS, SHARE, apart, content_of, near_duplicates, share_of
 from trimtab.errors import UserError
 
@@ -44,7 +44,7 @@ def test_every_row_knows_its_place(tmp_path: Path) -> None:
     assert [row["completion"][0]["content"] for row in found.rows] == ["b", "d", "d"]
     assert found.rows[0]["rendering"] == "{}"
     assert unused_keys(found.rows) == "id, source"
-    places = [str(found.place(n, row[ORIGIN])) for n, row in enumerate(found.rows, start=1)]
+    places = [str(place_of(found.sources, n, row[ORIGIN])) for n, row in enumerate(found.rows, start=1)]
     assert places == [f"row 1 ({one}, line 1)", f"row 1 ({two}, line 1)", f"row 1 ({two}, line 1)"]
 
 

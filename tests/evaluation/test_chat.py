@@ -15,7 +15,7 @@ import tiny
 import trimtab
 from trimtab.errors import UserError
 from trimtab.evaluation import chat_llama_cpp
-from trimtab.evaluation.chat import Chat, Message, Sampling, Talk, _trimmed, answer
+from trimtab.evaluation.chat import Chat, Message, Sampling, Talk, _trimmed
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,12 @@ def test_the_stream_is_the_answer(talk: Chat) -> None:
 
 
 def test_an_answer_alone_is_greedy(talk: Chat) -> None:
-    assert talk.answer("Hello?", 5) == answer(talk.model, talk.tokenizer, "Hello?", 5)
+    """As transformers' own `generate` gives it."""
+    said = [{"role": "user", "content": "Hello?"}]
+    made = talk.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = made["input_ids"]
+    out = talk.model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=tiny.EOS)  # type: ignore[operator]
+    assert talk.answer("Hello?", 5) == talk.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def test_draws(given: Path) -> None:
@@ -120,6 +125,21 @@ def test_draws(given: Path) -> None:
     assert drawn(repetition_penalty=5.0) != greedy
 
 
+@pytest.mark.parametrize("option", [{"top_p": 0.4}, {"top_k": 3}, {"min_p": 0.6}])
+def test_draws_are_transformers(talk: Chat, option: dict[str, Any]) -> None:
+    """Of the same seed: from as many tokens as its own `generate` draws from, and not from all."""
+    said = {}
+    for name, more in (("some", option), ("all", {})):
+        talk.sampling = Sampling(tokens=12, temperature=1.5, seed=5, **more)
+        said[name] = talk.answer("Hello?", 12)
+    ids = talk.tokenizer("user: Hello?\nassistant: ", return_tensors="pt")["input_ids"]
+    given: dict[str, Any] = {"top_k": 0, **option, "temperature": 1.5, "do_sample": True, "max_new_tokens": 12}
+    torch.manual_seed(5)
+    out = talk.model.generate(ids, **given, pad_token_id=tiny.EOS)  # type: ignore[operator]
+    theirs = talk.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert said["some"] == theirs != said["all"]
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"tokens": 0}, {"min_p": 2}])
 def test_what_makes_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
@@ -132,13 +152,25 @@ def test_room_is_the_models(talk: Chat) -> None:
     assert not talk.fits([{"role": "user", "content": "long " * 12}])
 
 
-def test_an_error_of_the_thread_is_raised_here(talk: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, AssertionError, OSError])
+def test_an_error_of_the_thread_is_raised_here(
+    talk: Chat, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """Whatever it is: who waits for the next piece would wait for ever."""
+
     def generate(*_: object, **__: object) -> None:
-        raise RuntimeError("no memory")
+        raise kind("no memory")
 
     monkeypatch.setattr(talk.model, "generate", generate)
-    with pytest.raises(RuntimeError, match="no memory"):
+    with pytest.raises(kind, match="no memory"):
         list(talk.say("Hello?"))
+
+
+@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"seed": 3}])
+def test_what_only_drawing_reads_needs_a_temperature(option: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(option))}: only draws with a temperature"):
+        Sampling(**option)
+    Sampling(temperature=0.7, **option)
 
 
 def test_without_a_template(tmp_path: Path) -> None:
@@ -147,6 +179,17 @@ def test_without_a_template(tmp_path: Path) -> None:
     assert not made.templated
     with pytest.raises(UserError, match="no chat template"):
         trimtab.chat(str(tmp_path / "base"), system="be brief")
+    with pytest.raises(UserError, match="no chat template"):
+        made.system = "be brief"
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}", "{{ messages[9].content }}", "{{ raise_exception('no') }}", "{{ 1 // 0 }}"]
+)
+def test_a_template_that_is_broken_is_said(talk: Chat, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(talk.tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match="the tokenizer's chat template cannot write this conversation"):
+        talk.answer("Hi")
 
 
 def test_folders(given: Path, tmp_path: Path) -> None:
@@ -195,10 +238,13 @@ def test_a_gguf_file_is_answered_by_llama_cpp(tmp_path: Path, monkeypatch: pytes
     module.Llama = Llama  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     monkeypatch.setattr(chat_llama_cpp, "find_spec", lambda _: True)
-    made = trimtab.chat(str(file.parent), system="be brief", sampling=Sampling(tokens=9, temperature=0.5, seed=3))
+    drawn: dict[str, Any] = {"temperature": 0.5, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "seed": 3}
+    made = trimtab.chat(
+        str(file.parent), system="be brief", sampling=Sampling(tokens=9, **drawn, repetition_penalty=1.5)
+    )
     assert list(made.say("6 times 7?")) == ["4", "2"]
     assert Llama.made["model_path"] == str(file)
     assert contents(Llama.made["messages"]) == ["be brief", "6 times 7?"]
-    assert (Llama.made["max_tokens"], Llama.made["temperature"], Llama.made["seed"]) == (9, 0.5, 3)
+    assert {**drawn, "max_tokens": 9, "repeat_penalty": 1.5}.items() <= Llama.made.items()
     assert made.fits([{"role": "user", "content": "x" * 200}])
     assert not made.fits([{"role": "user", "content": "x" * 290}])

@@ -47,6 +47,10 @@ def windows(given: Path) -> torch.Tensor:
     return token_windows(load_rows(str(given / "data.jsonl")), tiny.tokenizer(), block_tokens=32, limit_tokens=128)
 
 
+def said_losses(log_WLV: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return -log_WLV.double().gather(-1, tokens[:, 1:, None])[..., 0]
+
+
 def test_apart_is_torchs_divergence(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, tokens = load_float(str(given / "model")), load(str(given / "saved"))[0], windows(given)
     monkeypatch.setattr(comparing, "_AT_ONCE", 260 * 7)  # in several chunks, the last one shorter
@@ -67,6 +71,10 @@ def test_apart_is_torchs_divergence(given: Path, monkeypatch: pytest.MonkeyPatch
         torch.tensor(said.second.perplexity / said.first.perplexity).log().item(), rel=1e-3
     )
     assert said.apart[0]["kl"] == pytest.approx(kl.max().item(), rel=1e-3)
+    differences = (said_losses(b, tokens) - said_losses(a, tokens)).mean(1)
+    assert said.loss_error == pytest.approx((differences.std() / len(differences) ** 0.5).item(), rel=1e-2)
+    for share, value in said.quantiles:
+        assert value == pytest.approx(kl.flatten().double().quantile(share).item(), rel=1e-3)
     window, at = divmod(int(kl.argmax()), 31)
     assert said.apart[0]["token"] == tiny.tokenizer().decode(tokens[window, at + 1])
     assert said.apart[0]["before"].endswith(tiny.tokenizer().decode(tokens[window, at]))
@@ -103,7 +111,9 @@ def test_the_command(given: Path, tmp_path: Path) -> None:
     found = trimtab.compare(str(given / "lora"), str(given / "saved"), text, block_tokens=32, out=out, say=said.append)
     assert found.first.path == f"{given / 'model'} + {given / 'lora'}"
     assert found.kl > 0.001
-    assert found.second.bytes < found.first.bytes
+    held = [*(given / "model").iterdir(), *(given / "lora").glob("adapter_*")]
+    assert found.first.bytes == sum(f.stat().st_size for f in held), "an adapter counts beside its base"
+    assert found.second.bytes < (given / "model" / "model.safetensors").stat().st_size < found.first.bytes
     assert json.loads((out / "compare.json").read_text()) == json.loads(json.dumps(found.to_json()))
     assert manifest.kind_of(out) == "comparison"
     again = trimtab.compare(str(given / "lora"), str(given / "saved"), text, block_tokens=32, out=out)

@@ -13,9 +13,10 @@ import tiny
 import trimtab
 from trimtab.errors import UserError
 from trimtab.formats import manifest
-from trimtab.formats.card import card, hub_id
+from trimtab.formats.card import card
 from trimtab.formats.native.write import save
 from trimtab.methods import LrQat
+from trimtab.models.card import hub_id
 from trimtab.models.load import load
 from trimtab.models.prepare import fold
 from trimtab.recipe import recipe
@@ -70,6 +71,36 @@ def test_the_card_of_an_export(given: Path) -> None:
     assert "# tiny, dense" in text
     assert "vllm serve ." in text
     manifest.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "library", "relation", "tag", "use"),
+    [
+        ({"model.gguf": "GGUF"}, "gguf", "quantized", "gguf", "llama-server --model model.gguf"),
+        ({"config.json": '{"quantization": {"bits": 4}}'}, "mlx", "quantized", "mlx", "mlx_lm.server --model ."),
+        ({"adapter_config.json": '{"r": 4}', "base/config.json": "{}"}, "peft", "adapter", "peft", "--lora-modules"),
+    ],
+    ids=["gguf", "mlx", "peft"],
+)  # fmt: skip
+def test_the_card_of_each_format(
+    tmp_path: Path, given: Path, files: dict[str, str], library: str, relation: str, tag: str, use: str
+) -> None:
+    """An adapter is no model in few bits."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    text = card(tmp_path, "x", (given / "saved" / "recipe.yaml").read_text())
+    assert text is not None
+    found = ModelCard(text).data.to_dict()
+    assert (found["library_name"], found["base_model_relation"], found["base_model"]) == (
+        library,
+        relation,
+        "owner/base",
+    )
+    assert tag in found["tags"]
+    assert ("quantized" in found["tags"]) is (relation == "quantized")
+    assert use in text
+    assert f"# tiny, {tag}" in text
 
 
 def test_measured(tmp_path: Path) -> None:
@@ -137,10 +168,33 @@ def test_push(given: Path, hub: Hub) -> None:
     assert set(repo["files"]) == set(manifest.listed(folder))
     assert {"README.md", "config.json", "model.safetensors"} <= set(repo["files"])
     assert repo["files"]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert any("recipe.yaml" in line and "paths of this machine" in line for line in said)
+    (told,) = [line for line in said if "paths of this machine" in line]
+    texts = [f for f in folder.iterdir() if f.suffix in (".json", ".yaml", ".md") and f.name != "manifest.json"]
+    assert (
+        {f.name for f in texts if str(given) in f.read_text()}
+        == set(told.partition(":")[0].split(", "))
+        == {"recipe.yaml"}
+    )
     (folder / "notes.txt").unlink()
     trimtab.push(folder / "dense", "owner/dense")
     assert "export.json" in hub.repos["owner/dense"]["files"]
+
+
+def test_all_files_that_name_paths_are_said(given: Path, hub: Hub, tmp_path: Path) -> None:
+    """Also those that a later version may write, and paths of other folders than these."""
+    model, tokenizer = load(str(given / "saved"))
+    save(model, tmp_path / "out", tokenizer)
+    for name, text in (
+        ("report.json", '{"plan": {"path": "/data/x"}}'),
+        ("more.json", f'{{"{tmp_path}/a": 1}}'),
+        ("fine.json", "{}"),
+    ):
+        (tmp_path / "out" / name).write_text(text)
+    manifest.add(tmp_path / "out", ("report.json", "more.json", "fine.json"))
+    said: list[str] = []
+    trimtab.push(tmp_path / "out", "owner/small", say=said.append)
+    (told,) = [line for line in said if "paths of this machine" in line]
+    assert set(told.partition(":")[0].split(", ")) == {"report.json", "more.json"}
 
 
 def test_a_push_that_is_refused(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{shard.name}: is missing"):
         manifest.verify(folder)
     (folder / "manifest.json").write_text("[]")
-    with pytest.raises(UserError, match="not a manifest"):
+    with pytest.raises(UserError, match=r"manifest.json: holds no mapping"):
         manifest.verify(folder)
 
 
@@ -243,7 +243,7 @@ def test_a_shard_size_is_checked_first(tmp_path: Path) -> None:
 
 
 def test_recipes_know_every_format() -> None:
-    assert set(get_args(FormatName)) == {format_.name for format_ in ALL}
+    assert set(get_args(FormatName)) == {"same", *(format_.name for format_ in ALL)}
     with pytest.raises(UserError, match=r"did you mean 'dense'"):
         get("dence")
 

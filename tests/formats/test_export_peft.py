@@ -254,3 +254,29 @@ def test_our_own_adapter_is_read_by_us_and_by_peft(tmp_path: Path) -> None:
     again = tt.prepare(llama(dtype=torch.float32), Lora(rank=4, alpha=8.0), RULES)
     start_from(again, str(tmp_path / "out"))
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", [7, ["q_proj"], {"(": 4}, {"(a+)+$": 4}, {"(.*)*x": 4}, {"x" * 2000: 4}])
+def test_patterns_that_are_none(tmp_path: Path, key: str, value: Any) -> None:
+    """Nor is one looked for that would be sought for ever."""
+    write(prepared(EMBEDDING, NF4, method=Qlora(rank=4), dtype=torch.float32), "peft", tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()  # as of somebody else, of whom nothing says what was written
+    file = tmp_path / "out" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    model = prepared(EMBEDDING, NF4, method=Qlora(rank=4), dtype=torch.float32)
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is no mapping of patterns"):
+        start_from(model, str(tmp_path / "out"))
+
+
+def test_factors_beyond_bfloat16(tmp_path: Path) -> None:
+    """Finite in float32, and infinite where ours are kept."""
+    write(prepared(EMBEDDING, NF4, method=Qlora(rank=4), dtype=torch.float32), "peft", tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    stored = {name: tensor.float() for name, tensor in load_file(file).items()}
+    next(iter(stored.values()))[0, 0] = torch.finfo(torch.float32).max
+    save_file(stored, file)
+    model = prepared(EMBEDDING, NF4, method=Qlora(rank=4), dtype=torch.float32)
+    with pytest.raises(UserError, match="numbers beyond bfloat16"):
+        start_from(model, str(tmp_path / "out"))

@@ -34,7 +34,7 @@ def put(file: Path, text: str = "mine") -> Path:
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     out = written(tmp_path / "out")
     assert manifest.kind_of(out) == "export"
-    assert manifest.verify(out) == 2
+    assert manifest.verify(out) == 3
     with replacing(out, "export", overwrite=True) as folder:
         put(folder / "only.txt", "new")
         assert (out / "a.txt").read_text() == "ours"
@@ -97,7 +97,7 @@ def test_what_was_listed_later_and_what_is_gone(tmp_path: Path) -> None:
     out = written(tmp_path / "out")
     put(out / "report.json")
     assert keeps(out, "export")
-    manifest.add(out, (name for name in ["report.json"]))
+    manifest.add(out, (name for name in ["report.json", "in/c.txt"]))
     (out / "in/c.txt").unlink()
     assert not keeps(out, "export")
     assert manifest.verify(out) == 2

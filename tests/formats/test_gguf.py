@@ -1,5 +1,6 @@
 """GGUF files against the gguf package and transformers: codes code for code, values bit for bit."""
 
+import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trimtab.errors import UserError
-from trimtab.formats.gguf.read import GgufSource, from_blocks
+from trimtab.formats.gguf.read import GgufSource
+from trimtab.formats.gguf.read_blocks import from_blocks
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import LrQat, Qat, Rtn
 from trimtab.models.load import load, load_float
-from trimtab.models.sources import resolve
+from trimtab.models.sources import open_source, resolve
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid
 
@@ -313,6 +315,17 @@ def test_a_truncated_file_is_named(file: File, tmp_path: Path) -> None:
             load(str(cut), Rtn())
 
 
+def test_a_file_that_is_cut_while_it_is_mapped_is_named(file: File, tmp_path: Path) -> None:
+    """Touching what was behind its end would end the process (SIGBUS)."""
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.path.read_bytes())
+    source = open_source(str(cut))
+    source.bind(source.layout())
+    os.truncate(cut, cut.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"cut\.gguf: was cut short while it was read"):
+        source.read("model.embed_tokens.weight")
+
+
 def test_what_is_no_gguf_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"PK" + bytes(500))
     with pytest.raises(UserError, match=r"no\.gguf: not a complete GGUF file"):
@@ -342,7 +355,8 @@ def test_damaged_scales_are_found(name: str, file: File, tmp_path: Path) -> None
     raw[tensor.data_offset : tensor.data_offset + 2] = np.float16(np.inf).tobytes()
     (tmp_path / "damaged.gguf").write_bytes(raw)
     module = f"model.layers.0.{PROJECTION[name.split('.')[2]]}"
-    with pytest.raises(UserError, match=rf"{module}\.weight: holds NaN or infinite values"):
+    part = "" if "attn_v" in name else ": scale"  # which is in float16 in the file
+    with pytest.raises(UserError, match=rf"{module}\.weight{part}: holds NaN or infinite values"):
         load(str(tmp_path / "damaged.gguf"), Rtn(), OWN)
 
 

@@ -12,7 +12,7 @@ from trimtab.errors import UserError
 from trimtab.formats.declaration import Form, Layer, Refusal
 from trimtab.formats.gguf.blocks import block_type, to_blocks
 from trimtab.formats.gguf.declare import Gguf
-from trimtab.formats.gguf.read import from_blocks
+from trimtab.formats.gguf.read_blocks import from_blocks
 from trimtab.layers.weights import AffineWeight
 from trimtab.quant.grid import CodebookGrid, Grid, Range
 

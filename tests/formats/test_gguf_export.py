@@ -1,5 +1,6 @@
 """GGUF files that we write, read by transformers' and gguf's own readers: the same model, to the bit."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,20 @@ def test_llama3_rope_factors_are_those_that_transformers_uses(tmp_path: Path) ->
     ratio = plain / model.model.rotary_emb.inv_freq.numpy()
     assert len(set(ratio.round(3))) > 3
     np.testing.assert_allclose(tensors["rope_freqs.weight"], ratio, rtol=1e-5)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+@pytest.mark.parametrize("short", [1, 40, 4000])
+def test_a_disk_that_has_no_room_for_the_end_is_noticed(tmp_path: Path, short: int) -> None:
+    """numpy's `tofile` loses what stands in a buffer of its own, and says nothing."""
+    import resource
+
+    model = prepare(random_model(FAMILIES["llama"]), Rtn(), RULES)
+    save(tmp_path / "whole.gguf", model, byte_level_tokenizer(), name="tiny")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "whole.gguf").stat().st_size - short, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(tmp_path / "cut.gguf", model, byte_level_tokenizer(), name="tiny")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

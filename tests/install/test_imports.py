@@ -16,18 +16,23 @@ TESTS = Path(__file__).parents[1]
 
 # These import a library of an extra when they are themselves imported; `extras.require` stands before each of them.
 NEED_AN_EXTRA = {
+    "trimtab.bit_search.bench",
     "trimtab.bit_search.figures",
     "trimtab.bit_search.held_out",
     "trimtab.bit_search.ledger",
     "trimtab.bit_search.mark",
     "trimtab.bit_search.objective",
+    "trimtab.bit_search.ray_engine",
     "trimtab.bit_search.results",
     "trimtab.bit_search.searching",
     "trimtab.bit_search.standing",
+    "trimtab.bit_search.storage",
     "trimtab.bit_search.workers",
     "trimtab.evaluation.engine_llama_cpp",
     "trimtab.evaluation.engine_mlx",
+    "trimtab.formats.gguf.header",
     "trimtab.formats.gguf.read",
+    "trimtab.formats.gguf.read_blocks",
     "trimtab.formats.gguf.write",
     "trimtab.training.grpo",
     "trimtab.training.preference_trainers",
@@ -55,10 +60,10 @@ from transformers.models.llama import modeling_llama
 
 importing, reads = builtins.__import__, []
 
-def import_here(name, globals=None, *rest):
+def import_here(name, globals=None, *rest, **more):
     if name.partition(".")[0] in ("fcntl", "resource", "pwd", "grp") and is_ours((globals or {}).get("__name__")):
         raise ModuleNotFoundError(f"no {name} on this system")
-    return importing(name, globals, *rest)
+    return importing(name, globals, *rest, **more)
 
 def is_ours(module):
     return str(module).partition(".")[0] == "trimtab"

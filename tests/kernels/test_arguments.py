@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.kernels import arguments, cpu, dequantize, triton_gpu
+from trimtab.kernels import arguments, cpu, dequantize, triton_channel, triton_gpu, triton_parts, triton_products
 from trimtab.kernels.arguments import OPERATORS
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
@@ -41,6 +41,15 @@ def sample(name: str) -> tuple[Any, ...]:
         "levels": (out, *levels),
         "level_gradients": (random(N, K).bfloat16(), sums, sums.clone(), *levels),
         "level_weights_clipped": (out.bfloat16(), torch.empty(N, 1, dtype=torch.int64), *levels),
+        "take_out": (
+            random(R, K),
+            random(N, R),
+            torch.zeros(N, 1, dtype=torch.int64),
+            *low,
+            random(R, K),
+            random(N, R),
+            random(N, 1),
+        ),
         "column_products": (low[0], low[0]),
         "entries_of_product": (*low, ids, torch.tensor([0, K - 1, 5])),
         "extremes": (random(N, K), sums, sums.clone()),
@@ -51,12 +60,14 @@ def sample(name: str) -> tuple[Any, ...]:
 
 
 def backends(name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
-    yield "c", getattr(cpu, name)
+    if hasattr(cpu, name):
+        yield "c", getattr(cpu, name)
     if hasattr(dequantize, f"_{name}"):
         yield "torch", getattr(dequantize, f"_{name}")
         yield "dispatched", getattr(dequantize, name)
-    if hasattr(triton_gpu, name) and triton_gpu.available():
-        yield "triton", getattr(triton_gpu, name)
+    if triton_parts.available():
+        modules = triton_gpu, triton_products, triton_channel
+        yield from (("triton", vars(module)[name]) for module in modules if name in module.__all__)
 
 
 def wrong(name: str, given: Tensor, role: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Tensor]]:
@@ -149,14 +160,22 @@ def test_what_may_be_left_out() -> None:
 def test_a_table_has_at_most_five_bits(bits: int) -> None:
     """C keeps the 32 values of a group in registers or on the stack."""
     width = {5: K // 2 + K // 8, 6: K // 2 + K // 4}[bits]
-    out, codes = torch.empty(N, K), torch.zeros(N, width, dtype=torch.uint8)
-    given = (out, codes, None, torch.full((2**bits,), 3.0), torch.full((N, 2), 2.0), None, None, None, None, bits)
-    if bits == 5:
-        dequantize.codebook(*given)
-        assert (out == 6).all()
-    else:
-        with pytest.raises(UserError, match="codebook: a table has at most 5 bits, not 6"):
-            dequantize.codebook(*given)
+    codes = torch.zeros(N, width, dtype=torch.uint8)
+    given = (codes, None, torch.full((2**bits,), 3.0), torch.full((N, 2), 2.0), None, None, None, None, bits)
+    for out in (torch.empty(N, K), torch.empty(N, K, dtype=torch.bfloat16)):
+        if bits == 5:
+            dequantize.codebook(out, *given)
+            assert (out == 6).all()
+        else:
+            with pytest.raises(UserError, match="codebook: a table has at most 5 bits, not 6"):
+                dequantize.codebook(out, *given)
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_nor_is_a_wider_one_encoded(bits: int) -> None:
+    out, absmax = torch.empty(N, bits * K // 8, dtype=torch.uint8), torch.empty(N, 2)
+    with pytest.raises(UserError, match=f"encode_table: a table has at most 5 bits, not {bits}"):
+        cpu.encode_table(random(N, K), out, absmax, random(15).sort().values, bits)
 
 
 def test_boundaries_part_no_more_entries_than_there_are_codes() -> None:
@@ -289,7 +308,7 @@ def test_one_place_takes_pointers_and_every_backend_is_checked() -> None:
     assert len(found["arguments.py"]) == 1
     others = [p for p in ROOM.parent.rglob("*.py") if "data_ptr" in p.read_text() and p.parent != ROOM]
     assert others == []
-    for module in ("cpu.py", "triton_gpu.py"):
+    for module in ("cpu.py", "triton_gpu.py", "triton_products.py", "triton_channel.py"):
         assert unchecked((ROOM / module).read_text()) == []
     assert unchecked("@checked('c')\ndef a(): ...\ndef b(): ...\ndef _c(): ...") == ["b"]
     assert pointers("def f(t):\n    return t.data_ptr()") == [2]

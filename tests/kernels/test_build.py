@@ -71,6 +71,41 @@ def test_a_build_is_another_for_each_thing_that_it_depends_on(cache: Path, monke
     assert sorted(cache.iterdir()) == sorted(names)
 
 
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-1] + b"x"])
+def test_a_damaged_build_is_made_again(cache: Path, damage: Any) -> None:
+    """Loading one that is cut short may end the process."""
+    made = built()
+    held = made.read_bytes()
+    made.write_bytes(damage(held))
+    assert built() == made
+    assert [*cache.iterdir()] == [made]
+    assert made.read_bytes() == held
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows")
+def test_what_others_can_write_is_not_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = built()
+    assert (cache.stat().st_mode & 0o777, made.stat().st_mode & 0o777) == (0o700, 0o700)
+    for path, mode in ((made, 0o720), (made, 0o702), (cache, 0o770), (cache, 0o777)):
+        path.chmod(mode)
+        found, said = library()
+        assert found is None
+        assert said == [
+            f"trimtab's C kernels could not be built, its slower torch kernels run: {path} can be written by other users, "
+            f"and what lies there is run or trusted: chmod go-w {path}"
+        ]
+        path.chmod(0o700)
+    assert built() == made
+    monkeypatch.setattr(os, "geteuid", lambda: made.stat().st_uid + 1)
+    if made.stat().st_uid:
+        with pytest.raises(PermissionError, match="belongs to another user; set TRIMTAB_CACHE"):
+            built()
+    os.chown(made, 1234, -1) if made.stat().st_uid == 0 else None
+    if made.stat().st_uid:
+        with pytest.raises(PermissionError, match="belongs to another user; set TRIMTAB_CACHE"):
+            built()
+
+
 def test_a_source_that_does_not_compile_leaves_nothing(cache: Path) -> None:
     cpu._SOURCES[1].write_text("int one(void) { return }\n")
     with pytest.raises(subprocess.CalledProcessError) as error:
@@ -81,7 +116,7 @@ def test_a_source_that_does_not_compile_leaves_nothing(cache: Path) -> None:
 
 def test_a_compiler_that_cannot_name_itself_is_none(cache: Path, tmp_path: Path) -> None:
     broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.write_text(f'#!/bin/sh\n[ $1 = --version ] && exit 1\nexec {COMPILER} "$@"\n')
     broken.chmod(0o755)
     with pytest.raises(subprocess.CalledProcessError):
         built(str(broken))
@@ -128,6 +163,14 @@ def library(**changed: Any) -> tuple[Any, list[str]]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         return cpu.library.__wrapped__(), [str(w.message) for w in seen]
+
+
+def test_functions_have_the_types_of_their_arguments() -> None:
+    """Without them a pointer is cut to an int."""
+    found, said = library()
+    assert said == []
+    assert found.dequantize.argtypes[1:] == [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_int]
+    assert found.dequantize.restype is None
 
 
 def test_what_is_said_where_there_are_no_kernels(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

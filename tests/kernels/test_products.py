@@ -34,7 +34,7 @@ def near(found: Tensor, wanted: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("m", "k", "n"), [(70, 100, 45), (8, 33, 1), (200, 1, 64), (3, 40, 40)])
+@pytest.mark.parametrize(("m", "k", "n"), [(70, 100, 45), (8, 33, 1), (200, 1, 64), (9, 33, 70), (3, 40, 40)])
 def test_products_are_rounded_once(installed: None, dtype: torch.dtype, m: int, k: int, n: int) -> None:
     a, b, c = random(m, k, dtype=dtype), random(n, k, dtype=dtype).t(), random(n, dtype=dtype)
     exact = a.double() @ b.double()
@@ -72,11 +72,13 @@ def test_a_linear_layer_and_attention_have_the_gradients_of_float64(installed: N
         assert error < 8 * torch.finfo(dtype).eps
 
 
-def test_kernels_are_replaced_once(installed: None) -> None:
+def test_kernels_are_replaced_once(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """`install` says whether it did, so that what depends on it is done as often."""
     assert not products.install(force=True)
-    products.uninstall()
-    assert products.install(force=True)
+    for slow, force, done in ((False, True, True), (True, False, True), (False, False, False)):
+        products.uninstall()
+        monkeypatch.setattr(products, "slow", lambda slow=slow: slow)
+        assert products.install(force=force) is done
 
 
 def test_which_products_are_taken() -> None:
@@ -104,6 +106,7 @@ def test_which_products_are_taken() -> None:
     assert [mm(None, *pair) for pair in left] == ["torch"] * len(left)
     assert [addmm(None, zeros(5), *pair) for pair in (taken[0], left[0])] == ["ours", "torch"]
     assert mm(None, a, b, out=zeros(8, 5)) == "ours"
+    assert mm(None, zeros(2, 8, 3), zeros(2, 3, 5), out=zeros(2, 8, 5)) == "ours"
     outs = (zeros(8, 5, dtype=torch.float32), zeros(8, 4), zeros(7, 5), zeros(40), zeros(8, 3))
     assert [mm(None, a, b, out=out) for out in outs] == ["torch"] * len(outs)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import trimtab as tt
 from trimtab.kernels import heap, products, tuning
@@ -48,6 +49,13 @@ def test_nothing_is_changed_where_it_is_forbidden(calls: list[str], monkeypatch:
     monkeypatch.setenv("TRIMTAB_TUNE", "0")
     tuning.for_training()
     assert calls == ["back", "products"]
+
+
+def test_memory_is_counted_for_what_may_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "workspace_bytes", lambda dtype: 7)
+    for switch, wanted in (("1", 7), ("0", 0)):
+        monkeypatch.setenv("TRIMTAB_TUNE", switch)
+        assert tuning.workspace_bytes(torch.bfloat16) == wanted
 
 
 def test_processes_started_from_here_follow(calls: list[str]) -> None:

@@ -5,19 +5,25 @@ What decides a code is therefore an operator (`quant.opaque`): compiled and eage
 layer, compiled, gives the very bits of the trained one, compiled.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import cases
-from cases import ALPHA, CASES, RANK, SOME, K
+from cases import ALPHA, CASES, RANK, SOME, K, N
 from trimtab.layers.linear import QuantLinear
-from trimtab.methods import LrQat
+from trimtab.methods import LrQat, Qlora
 from trimtab.quant.activations import ActivationQuantizer, Activations, range_of, round_to_grid, token_range
+from trimtab.quant.grid import CodebookGrid
 
 # Dynamo itself instantiates the class that it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -27,7 +33,9 @@ FEW = sorted({key for keys in BY_METHOD.values() for key in (keys[0], keys[-1])}
 """Two kinds of grid for each method: tracing takes a second."""
 
 
-def outcome(layer: nn.Module, x: Tensor, module: nn.Module) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+def outcome(
+    layer: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     x = x.clone().requires_grad_()
     y = layer(x)
     y.backward(torch.cos(torch.arange(y.numel()).view(y.shape)).to(y.dtype))
@@ -197,6 +205,98 @@ def test_compiled_in_bfloat16_is_folded(name: str) -> None:
     x = x.bfloat16().requires_grad_()
     y = compiled(Block(layer))(x)
     assert torch.equal(compiled(Block(QuantLinear(layer.adapter.fold(layer.base).weight, None, layer.bias)))(x), y)
+
+
+def test_factors_of_rank_one_act_as_bfloat16_holds_them() -> None:
+    """Of one column inductor makes a product of numbers, without the cast that a matrix product would ask for."""
+    base, adapter = Qlora(rank=1, alpha=ALPHA).build(cases.random(N, K, seed=0, scale=0.05), CodebookGrid("nf4", 32))
+    layer = QuantLinear(base, adapter)
+    x, found = cases.random(6, K, seed=1).bfloat16(), []
+    for p in layer.adapter.parameters():  # type: ignore[union-attr]
+        p.data.normal_(0, 0.3)
+    for _ in range(2):
+        with torch.no_grad():
+            found.append(compiled(layer)(x))
+        for p in layer.adapter.parameters():  # type: ignore[union-attr]
+            p.data.copy_(p.bfloat16())
+    assert torch.equal(*found)
+
+
+def products(run: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        run(x).sum().backward()
+    return sum(event.count for event in found.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["", "inputs"])
+@pytest.mark.parametrize(
+    "name", ["lr-qat-fixed8-int3-g32-integer", "qa-hira-int3-channel-integer", "qlora-nf4-g32-double"]
+)
+def test_a_compiled_step_has_no_more_products_and_keeps_no_weight(name: str, rounded: bool) -> None:
+    """What stands in a checkpoint and is asked for in backward is made again, and SiLU asks for a product."""
+    layer = cases.build(CASES[name])
+    cases.perturb(layer, CASES[name], seed=0)
+    layer.inputs = ActivationQuantizer(Activations(8)) if rounded else None
+    x, kept = cases.random(6, K, seed=1).requires_grad_(), []
+
+    def block(x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(layer(x * 0.5))
+
+    torch._dynamo.reset()
+    run = torch.compile(block, fullgraph=True, backend="aot_eager_decomp_partition")
+    run(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run(x)
+    assert kept
+    assert not [t.shape for t in kept if t.is_floating_point() and t.numel() == N * K]
+    assert products(run, x) <= products(block, x)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["", "inputs"])
+@pytest.mark.parametrize("name", ["lr-qat-fixed8-int3-g32-integer", "qlora-nf4-g32-double"])
+def test_within_a_checkpoint_a_layer_runs_the_same_graph(name: str, rounded: bool) -> None:
+    """As `train.activation_checkpointing` has it: forward once more, which keeps no weight for its backward, either."""
+    layer = cases.build(CASES[name])
+    cases.perturb(layer, CASES[name], seed=0)
+    layer.inputs = ActivationQuantizer(Activations(8)) if rounded else None
+    x = cases.random(6, K, seed=1)
+
+    def block(x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(layer(x * 0.5))
+
+    torch._dynamo.reset()
+    run = torch.compile(block, fullgraph=True, backend="aot_eager_decomp_partition")
+    bare = outcome(run, x, layer)
+    graphs = counters["stats"]["unique_graphs"]
+    again = partial(checkpoint, run, use_reentrant=False)
+    checkpointed = outcome(again, x, layer)
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch.testing.assert_close(checkpointed, bare, rtol=0, atol=0)
+    assert all(grad.abs().max() > 0 for grad in checkpointed[1].values())
+    x.requires_grad_()
+    assert products(again, x) <= products(partial(checkpoint, block, use_reentrant=False), x)
+    kept: list[torch.Size] = []
+    checkpoint(lambda x: _Look.apply(run(x), kept), x, use_reentrant=False).sum().backward()
+    assert bare[0].shape in kept
+    assert not [shape for shape in kept if shape.numel() == N * K]
+
+
+class _Look(torch.autograd.Function):
+    """The last in a checkpoint: it asks for what it saved, so that all before it has been made again, and looks around."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, kept: list[torch.Size]) -> Tensor:
+        ctx.save_for_backward(y)
+        ctx.kept = kept
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        held = [*ctx.saved_tensors]
+        gc.collect()
+        ctx.kept += [t.shape for t in gc.get_objects() if type(t) is Tensor and t.is_floating_point()]
+        del held
+        return grad, None
 
 
 @pytest.mark.parametrize(

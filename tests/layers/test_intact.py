@@ -1,11 +1,15 @@
 """Each way in which a tensor may no longer be what it was, alone, and what is said of it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import cases
 from trimtab.errors import UserError
 from trimtab.layers import intact
+from trimtab.layers.linear import QuantEmbedding
 
 CPU = torch.device("cpu")
 
@@ -76,6 +80,41 @@ def test_a_layer_that_is_elsewhere() -> None:
         intact.on(CPU, _partly_moved())
     with pytest.raises(UserError, match=r"a is .* on cpu, and its base is on meta"):
         intact.on(torch.device("meta"), Pair(), "its base")
+
+
+def test_every_use_of_a_weight_names_what_was_cut_of_it() -> None:
+    """Also those that would read nothing of what was cut: a spec of it could be saved."""
+    for name, tensor in (
+        ("qa-hira-nf4-g32", "absmax"),
+        ("qa-lora-int4-g32-integer", "zero"),
+        ("rtn-int4-g32-real", "offset"),
+    ):
+        layer = cases.build(cases.CASES[name])
+        p = layer.base.get_parameter(tensor)
+        p.data = p.data[:, 1:]
+        uses: list[Callable[[], object]] = [layer.base.spec, layer.spec, lambda x=layer: x(torch.ones(2, cases.K))]
+        uses.append(layer.base.read_absmax if tensor == "absmax" else layer.base.range)  # type: ignore[arg-type]
+        if tensor == "absmax":
+            uses.append(lambda x=layer: x.base.with_offset(torch.zeros(cases.N, 2)))
+        if layer.adapter is not None:
+            uses.append(lambda x=layer: x.adapter.fold(x.base))
+        for use in uses:
+            with pytest.raises(UserError, match=rf"Weight of 48 x 64: {tensor} is "):
+                use()
+
+
+def test_an_adapter_that_is_elsewhere_than_its_weight() -> None:
+    for name, beside in (("lora-int4-g32-real", "that it is added to"), ("qa-lora-int4-g32-real", "that it moves")):
+        layer = cases.build(cases.CASES[name])
+        assert layer.adapter is not None
+        layer.adapter.to("meta")
+        with pytest.raises(UserError, match=rf"delta.A is .* on meta, and the weight {beside} is on cpu"):
+            layer.adapter.merged(layer.base, torch.float32)
+        with pytest.raises(UserError, match=r"adapter.delta.A is .* on meta, and the layer's input is on cpu"):
+            layer(torch.ones(2, cases.K))
+    embedding = QuantEmbedding(cases.build(cases.CASES["rtn-int4-g32-integer"]).base, torch.float32).to("meta")
+    with pytest.raises(UserError, match=r"base.codes is .* on meta, and the layer's input is on cpu"):
+        embedding(torch.tensor([0, 1]))
 
 
 def _partly_moved() -> Pair:

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 import cases
 from cases import SOME, TRAINED, K, N
-from trimtab.kernels import encode
+from trimtab.kernels import cpu, encode
 from trimtab.layers import specs, weights
-from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.layers.linear import QuantEmbedding, QuantLinear, from_spec
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
 from trimtab.methods import LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, Rtn
 from trimtab.quant.activations import ActivationQuantizer, Activations
@@ -61,6 +61,7 @@ def test_quantizing_what_is_quantized_changes_nothing(grid: AnyGrid) -> None:
     assert other.grid == Grid(8, 16)
     error = (other.dequantize(torch.float32) - base.dequantize(torch.float32)).abs().max()
     assert error < 2 * other.scale.abs().max()
+    assert torch.equal(other.codes, AffineWeight.quantize(base.dequantize(torch.float32), Grid(8, 16)).codes)
     dense, _ = Rtn().build(base, None)
     assert isinstance(dense, DenseWeight)
     assert torch.equal(dense.weight, base.dequantize(torch.bfloat16))
@@ -177,7 +178,7 @@ def test_which_inputs_go_by_the_way_of_one_token(columns: int, monkeypatch: pyte
     real = AffineWeight.product_of_few
     monkeypatch.setattr(AffineWeight, "product_of_few", lambda self, x: (seen.append(x.shape), real(self, x))[1])
     weight = cases.random(N, columns, seed=0)
-    layer = QuantLinear(Rtn().build(weight, Grid(4, None))[0])
+    layer = QuantLinear(Rtn().build(weight, Grid(4, None))[0], bias=cases.random(N, seed=2))
     for shape, few in (
         ((8, 1), True), ((1, 1), True), ((9, 1), False), ((8, 2), False), ((8,), False), ((1,), False), ((), False),
         ((2, 1, 1), False),
@@ -187,7 +188,7 @@ def test_which_inputs_go_by_the_way_of_one_token(columns: int, monkeypatch: pyte
         with torch.no_grad():
             y = layer(x)
         assert seen == ([(shape[0], columns)] if few else []), shape
-        torch.testing.assert_close(y, F.linear(x, layer.dequantize(torch.float32)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y, F.linear(x, layer.dequantize(torch.float32), layer.bias), rtol=1e-5, atol=1e-5)
         layer(x)
         assert len(seen) == few
     moving = QuantLinear(*Peqa().build(weight, Grid(4, None)))
@@ -241,18 +242,81 @@ def test_merged_is_base_and_adapter_together(name: str) -> None:
             assert torch.equal(merged, exact.to(dtype))
         else:
             assert torch.equal(merged, layer.dequantize(dtype))
+            assert case.place != "offset" or not layer.dequantize(dtype).requires_grad
+
+
+@pytest.mark.parametrize("name", [n for n in SOME if n in TRAINED])
+def test_merged_has_the_gradients_of_the_equations(name: str) -> None:
+    """What a loss that multiplies by a head's matrix itself hands to the head's adapter."""
+    layer, x, g, exact = cases.trained(TRAINED[name])
+    assert layer.adapter is not None
+    layer.adapter.merged(layer.base, torch.float32).backward(g.t() @ x)
+    for parameter, grad in exact.grads.items():
+        found = layer.get_parameter(f"adapter.{parameter}").grad
+        assert found is not None, parameter
+        assert (found.double() - grad).norm() < 1e-4 * grad.norm(), parameter
+
+
+def test_offsets_move_from_those_that_a_table_has_already() -> None:
+    first, second = (QaHira().build(cases.random(N, K, seed=0), CodebookGrid("nf4", 32)) for _ in range(2))
+    for _, adapter in (first, second):
+        torch.nn.init.normal_(adapter.delta.M)  # type: ignore[union-attr, arg-type]
+    moved = first[1].fold(first[0]).weight  # type: ignore[union-attr]
+    update = second[1].delta.dense()  # type: ignore[union-attr]
+    found = QuantLinear(moved, second[1]).dequantize(torch.float32)
+    torch.testing.assert_close(found, moved.dequantize(torch.float32) + update, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_layer_is_laid_out_by_its_spec(name: str) -> None:
+    layer = cases.build(SOME[name])
+    with torch.device("meta"):
+        laid_out = from_spec(layer.spec(), torch.float32)
+    wanted = {n: (t.shape, t.dtype) for n, t in layer.state_dict().items()}
+    assert {n: (t.shape, t.dtype) for n, t in laid_out.state_dict().items()} == wanted
+
+
+def test_which_gradients_are_read_from_the_output() -> None:
+    """Those of levels with one scale to a row, in bfloat16, without a bias: all others would keep y for nothing."""
+    for name, case in SOME.items():
+        layer = cases.build(case, bias=False)
+        fits = case.place == "levels" and bool(case.factors) and case.group == K and layer.base.packed  # type: ignore[union-attr]
+        assert layer.uses_output(torch.bfloat16) == (fits and cpu.serves(torch.ones(1))), name
+        assert not layer.uses_output(torch.float32)
+        assert not cases.build(case).uses_output(torch.bfloat16)
+
+
+def _range_of(w: torch.Tensor, zero: str) -> list[torch.Tensor]:
+    range_ = AffineWeight.quantize(w, Grid(4, 32, zero)).range()  # type: ignore[arg-type]
+    return [t for t in range_ if t is not None]
+
+
+@pytest.mark.parametrize("bits", [6, 7, 8])
+def test_eight_bits_leave_no_fraction_to_keep(bits: int) -> None:
+    w, grid = cases.random(N, K, seed=0), Grid(bits, 32)
+    wanted = "int" if bits == 8 else "fixed8"
+    assert AffineWeight.quantize(w, grid, "fixed8").storage == wanted
+    fine = AffineWeight.quantize(w, grid, "fp32")
+    kept = fine.kept_as("fixed8")
+    assert kept.storage == wanted
+    assert torch.equal(kept.integer_codes(), fine.integer_codes())
+    assert {t.dtype for zero in ("integer", "real") for t in _range_of(w, zero)} == {torch.float32}
+    assert {kept.levels().dtype, fine.levels().dtype, fine.kept_as("int").levels().dtype} == {torch.float32}
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_a_layer_gives_may_be_changed_in_place(bias: bool) -> None:
     """Some families add to it in place (RoCBERT), which autograd forbids for a view."""
-    layer, x = cases.build(cases.CASES["lora-int4-g32-integer"], bias=bias), cases.random(4, K, seed=1).requires_grad_()
+    layer, x = (
+        cases.build(cases.CASES["lora-int4-g32-integer"], bias=bias),
+        cases.random(2, 2, K, seed=1).requires_grad_(),
+    )
     layer.adapter = None
     y = layer(x)
     y.add_(1)
     y.sum().backward()
     assert x.grad is not None
-    assert torch.allclose(x.grad, layer.dequantize(torch.float32).sum(0).expand(4, K), atol=1e-5)
+    assert torch.allclose(x.grad, layer.dequantize(torch.float32).sum(0).expand(2, 2, K), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["portable", "float16", "float32"])

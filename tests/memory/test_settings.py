@@ -14,7 +14,7 @@ from trimtab.errors import UserError
 from trimtab.formats.file_size import file_size
 from trimtab.kernels import products
 from trimtab.memory import process, settings, speed
-from trimtab.memory.plan import plan
+from trimtab.memory.plan import plan, teaching
 from trimtab.memory.settings import Setting
 from trimtab.methods import make
 from trimtab.models.sources import ConfigSource, open_layout, open_source
@@ -91,8 +91,10 @@ def as_asked(recipe: Recipe, row: Setting) -> Recipe:
         ("tied", {"train": {"activation_checkpointing": False}}, ("q-bara",), (4, 3)),
         ("gemma", {"train": {"optimizer": "adamw-8bit", "batch_tokens": 512, "micro_batch": 1}}, ("qat",), (4,)),
         ("llama", {"method": {"name": "peqa"}, "activations": {"bits": 8}}, (), (4, 3)),
+        ("llama", {"train": {"processes": 2, "shard": "fsdp"}}, ("qlora",), (4,)),
+        ("tied", {"train": {"processes": 4}}, (), (4,)),
     ],
-    ids=["llama", "all activations", "gemma, one micro-batch", "rounded activations"],
+    ids=["llama", "all activations", "gemma, one micro-batch", "rounded activations", "two in parts", "four"],
 )
 def test_rows_are_plans(
     tmp_path: Path,
@@ -116,6 +118,21 @@ def test_rows_are_plans(
         about: dict[str, Any] = {"dtype": whole.dtype, "activations": whole.activations}
         size = file_size(model, whole.method, whole.rules, **about)
         assert size.tensor_bytes <= row.file_bytes <= size.bound * 1.02, row
+
+
+def test_several_processes_share_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is one that they can run; what they keep in parts is what makes the difference."""
+    monkeypatch.setattr(settings, "METHODS", ())
+    monkeypatch.setattr(settings, "BITS", ())
+    rows = {
+        (count, shard): found(asked(tmp_path, train={"processes": count, "shard": shard}), 10**9).rows[0]
+        for count, shard in ((1, "ddp"), (2, "ddp"), (4, "fsdp"), (8, "fsdp"))
+    }
+    assert {key: (row.block_tokens, row.micro_batch) for key, row in rows.items()} == {
+        (1, "ddp"): (512, 4), (2, "ddp"): (512, 2), (4, "fsdp"): (512, 1), (8, "fsdp"): (256, 1),
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"batch of all 16 processes, .*; set train.batch_tokens=8192"):
+        found(asked(tmp_path, train={"processes": 16}), 10**9)
 
 
 def test_blocks_that_differ_are_planned_whole(tmp_path: Path) -> None:
@@ -188,11 +205,13 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
 
 def test_a_config_that_is_quantized_is_refused(tmp_path: Path) -> None:
     CONFIGS["llama"].save_pretrained(tmp_path)
-    text = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
-    (tmp_path / "config.json").write_text(json.dumps(text))
-    for path in (tmp_path, tmp_path / "config.json"):
-        with pytest.raises(UserError, match="already quantized by awq"):
-            api.plan(path)
+    text = json.loads((tmp_path / "config.json").read_text())
+    for by, why in {"quanto": "already quantized by quanto", "awq": "by awq; its grids stand in its tensors"}.items():
+        quantized = text | {"quantization_config": {"quant_method": by}}
+        (tmp_path / "config.json").write_text(json.dumps(quantized))
+        for path in (tmp_path, tmp_path / "config.json"):
+            with pytest.raises(UserError, match=why):
+                api.plan(path)
 
 
 def test_of_the_hub_only_the_config_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +306,8 @@ def test_a_probe_trains_what_the_recipe_says(tmp_path: Path, monkeypatch: pytest
         assert passes[-1][1] == (2, 32)
         assert done.seconds == pytest.approx(7 * 2048 / done.tokens_per_second)
     assert done.how == "64 tokens at once, from 1 and 3 of 5 blocks"
+    epochs = asked(tmp_path, "tied", train={"micro_batch": 2, "epochs": 2.0}, data={"block_tokens": 32})
+    assert speed.speed(epochs, source, seconds=0.1).seconds is None
 
 
 @pytest.mark.parametrize(
@@ -300,15 +321,43 @@ def test_why_no_speed(tmp_path: Path, change: dict[str, Any], why: str) -> None:
     assert planning.probed(asked(tmp_path, **change), 1) == why
 
 
+def test_a_plan_with_a_probe_is_one_call(tmp_path: Path) -> None:
+    asked(tmp_path)
+    assert api.plan(tmp_path).speed is None
+    done = api.plan(tmp_path, probe=True)
+    assert isinstance(done.speed, str), "a config alone has no weights here"
+    assert [*planned.tables(done, 10**9, str)][-1] == planned.speed(done.speed)
+
+
+def test_a_teacher_is_laid_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    laid = []
+    monkeypatch.setattr(settings, "METHODS", ("qa-hira",))
+    monkeypatch.setattr(settings, "teaching", lambda recipe: laid.append(1) or teaching(recipe))
+    recipe = asked(tmp_path, distill={"teacher": "int8"})
+    assert len(found(recipe, 10**12).rows) > 2
+    assert laid == [1]
+
+
+def test_the_ranks_of_rules_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = {"bits": 4, "group": 32}
+    rules = [{"match": "*.down_proj", "grid": grid, "rank": 2}, {"match": "*", "grid": grid}]
+    monkeypatch.setattr(settings, "METHODS", ())
+    given = asked(tmp_path, rules=rules)
+    row = found(given, 10**12).rows[0]
+    assert (row.bits, row.rank, row.micro_batch) == (4, 8, 4)
+    assert row.total == plan(given, open_layout(given.model.path).layout()).total
+
+
 def test_no_speed_where_it_does_not_fit(tmp_path: Path) -> None:
     assert planning.probed(asked(tmp_path), process.available_bytes() * 2) == "it does not fit here"
 
 
 def test_speed_in_words() -> None:
     assert planned.speed("no") == "speed not tried: no"
-    for seconds, words in ((20, "20 s"), (600, "10 min"), (7800, "2 h 10 min")):
+    for seconds, words in ((20, "20.0 s"), (600, "10 min 0 s"), (7800, "2 h 10 min")):
         line = planned.speed(speed.Speed(1234.4, seconds, "few tokens"))
         assert line == f"about 1234 tokens a second (few tokens): all steps take {words}"
+    assert "trimtab data" in planned.speed(speed.Speed(1234.4, None, "few tokens"))
 
 
 def test_config_of_a_file_is_that_of_its_folder(tmp_path: Path) -> None:

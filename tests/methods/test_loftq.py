@@ -87,6 +87,19 @@ def test_it_starts_nearer_than_its_base_and_never_gets_worse_with_turns(grid: An
     assert "stopped falling" in adapter.fitted[0]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("options", [{"turns": 0}, {"alpha": 0.0}], ids=str)
+def test_a_fit_of_nothing_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"loftq: alpha .* and turns .* leave nothing to fit; raise them"):
+        layer(torch.ones(N, K), CodebookGrid("nf4", 32), **options)
+    Loftq(turns=1).delta(CodebookGrid("nf4", 32), (N, K))
+
+
+def test_where_nothing_is_left_to_fit_no_turn_is_taken() -> None:
+    base, adapter = layer(torch.zeros(N, K), CodebookGrid("nf4", 32))
+    assert adapter.fitted == ("loftq 0 turns, its error had stopped falling", 0.0)
+    assert adapter.idle(base)
+
+
 def test_peft_fits_the_same_update_in_its_first_turn() -> None:
     """peft leaves the scaling out (its issue 1982), so it is compared at alpha = r. It names a GPU in its source."""
     pytest.importorskip("bitsandbytes")

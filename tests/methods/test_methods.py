@@ -22,6 +22,9 @@ def test_a_method_says_what_it_attaches(name: str) -> None:
     method, adapter = CASES[name].method, cases.build(CASES[name]).adapter
     assert method.trains == (adapter is not None)
     assert method.adapter is (None if adapter is None else type(adapter))
+    assert adapter is None or isinstance(adapter.weight_parameters(), tuple)
+    trained = 0 if adapter is None else sum(p.numel() for p in adapter.parameters())
+    assert method.trainable(CASES[name].grid, (cases.N, cases.K)) == trained
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -115,9 +118,10 @@ def test_a_master_starts_at_the_levels_that_a_start_gave(grid: Grid) -> None:
     torch.testing.assert_close(to_levels(adapter.master, range_, grid), levels, rtol=1e-5, atol=1e-5)
     assert isinstance(base, AffineWeight)
     assert torch.equal(base.integer_codes(), levels.round().to(torch.uint8))
-    packed, _ = Rtn().build(cases.random(8, 64, seed=0), grid)
-    _, adapter = Qat().build(packed, grid)
-    assert torch.equal(adapter.master, packed.dequantize(torch.float32))  # type: ignore[union-attr]
+    for source_grid in (grid, CodebookGrid("nf4", 32), None):
+        stored, _ = Rtn().build(cases.random(8, 64, seed=0), source_grid)
+        _, adapter = Qat().build(stored, grid)
+        assert torch.equal(adapter.master, stored.dequantize(torch.float32))  # type: ignore[union-attr]
 
 
 def test_the_table_of_methods() -> None:
@@ -137,6 +141,21 @@ def test_a_balance_that_does_not_divide_says_which_would() -> None:
             QBara(k=3).delta(Grid(4, 4), shape)
     with pytest.raises(UserError, match=r"k 0 does not divide the 16 input features; use one of \[1, 2, 4, 8, 16\]"):
         QBara(k=0).delta(Grid(4, 4), (16, 16))
+
+
+def test_what_a_method_cannot_act_on_is_refused_by_its_name() -> None:
+    ranked = [m for m in methods.ALL if "rank" in DEFAULTS[m.name][3]]
+    assert len(ranked) == 7
+    for rank in (0, -1):
+        for method in ranked:
+            with pytest.raises(UserError, match=f"^{method.name}: rank {rank} is not a positive number"):
+                method(rank=rank).delta(Grid(4, 32, "real"), (64, 64))  # type: ignore[call-arg]
+    for moved in (QaHira(), QaLora(), QaBlora()):
+        with pytest.raises(UserError, match=f"^{moved.name} acts in the zeros of a grid; this layer is in float"):
+            moved.delta(None, (64, 64))
+    for method in ranked:
+        if method not in (QaLora, QaBlora):
+            assert method(rank=1).delta(Grid(4, 32), (64, 64)).rank in (1, 2)  # type: ignore[call-arg, union-attr]
 
 
 def test_an_unknown_method_or_option_is_named_with_the_nearest() -> None:

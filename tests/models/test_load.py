@@ -26,6 +26,7 @@ from trimtab.layers.weights import AffineWeight, DenseWeight
 from trimtab.methods import Lora, LrQat, Method, QaHira, Qat, QBara, Rtn
 from trimtab.models.load import load, load_float
 from trimtab.models.prepare import prepare
+from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import quant_layers
 
 SIZES: dict[str, Any] = {
@@ -206,6 +207,31 @@ def test_a_loaded_model_is_saved_and_loaded_again(paths: dict[str, Path], tmp_pa
         load_float(str(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize("start", [None, tt.Gptq(tokens=IDS)], ids=["rtn", "gptq"])
+def test_the_error_of_rounding_is_measured_where_weights_pass_by(
+    start: tt.Gptq | None, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the file; each weight is read once, and compared in parts."""
+    monkeypatch.setattr("trimtab.models.weight_error._ROWS", 100)
+    source, read, errors = open_source(str(paths["llama"])), list[str](), dict[str, float]()
+    real = type(source).read
+    monkeypatch.setattr(
+        type(source), "read", lambda self, name, *a, **o: read.append(name) or real(self, name, *a, **o)
+    )
+    model, _ = load(
+        str(paths["llama"]), LrQat(rank=4), [EMBEDDING, FOUR], source=source, start=start, errors=errors, quiet=True
+    )
+    assert start is not None or len(read) == len(set(read)), "GPTQ has every block in float before it rounds it"
+    given = load_file(paths["llama"] / "model.safetensors")
+    assert set(errors) == {name for name, layer in quant_layers(model).items() if layer.base.grid is not None}
+    for name, error in errors.items():
+        stored, true = (
+            quant_layers(model)[name].base.dequantize(torch.float32),
+            given[f"{name}.weight"].float(),
+        )
+        assert error == pytest.approx(((stored - true).norm() / true.norm()).item(), rel=1e-4)
+
+
 def test_a_layer_kept_in_float_is_a_dense_weight(paths: dict[str, Path]) -> None:
     rules = [{"match": "*.1.*_proj", "grid": "float"}, {"match": "*", "grid": None}]
     model, _ = load(str(paths["llama"]), Lora(rank=2), rules, dtype=torch.bfloat16)
@@ -308,7 +334,7 @@ def test_a_missing_shard_is_named(paths: dict[str, Path], tmp_path: Path) -> Non
     shard.unlink()
     both_refuse(path, rf"sharded: tensor .* should be in {shard.name}, which is missing it")
     (path / "model.safetensors.index.json").write_text("{")
-    both_refuse(path, r"model\.safetensors\.index\.json: not an index")
+    both_refuse(path, r"model\.safetensors\.index\.json: not valid JSON")
 
 
 def test_pickled_weights_are_refused(broken: Path) -> None:
@@ -328,9 +354,13 @@ def test_a_directory_without_weights_or_config(broken: Path) -> None:
 
 def test_a_model_quantized_by_others_is_refused(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (broken / "config.json").write_text(json.dumps(config))
-    both_refuse(broken, "broken: already quantized by gptq; start from the float model")
+    for by, why in {
+        "quanto": "broken: already quantized by quanto; start from the float model",
+        "gptq": "broken: its quantization_config says gptq, and no layer in its files is stored so",
+    }.items():
+        config["quantization_config"] = {"quant_method": by, "bits": 4}
+        (broken / "config.json").write_text(json.dumps(config))
+        both_refuse(broken, why)
 
 
 def test_a_group_that_does_not_fit_is_named(paths: dict[str, Path]) -> None:

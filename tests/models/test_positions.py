@@ -1,14 +1,20 @@
 """How long a text a model can be shown, against what transformers' models do with a longer one."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tiny
+import trimtab as tt
+from trimtab.bit_search.searching import Search
 from trimtab.errors import UserError
 from trimtab.models.positions import check_length
 from trimtab.models.sources import layout
+from trimtab.recipe import recipe
 
 LIMIT = 16
 _BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": LIMIT}
@@ -48,3 +54,22 @@ def test_what_is_refused_is_what_fails(family: str) -> None:
         line = check_length(skeleton, tokens, "data.block_tokens")
         assert (line is None) == (outcome == "nothing")
         assert line is None or f"{tokens} tokens are more than the 16 that the model's config names" in line
+
+
+@pytest.mark.parametrize("who", ["eval", "compare", "prune", "search"])
+def test_whoever_shows_a_model_longer_texts_says_so(who: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.model(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"max_position_embeddings": LIMIT}))
+    text, model = str(tiny.text(tmp_path / "t.jsonl")), str(tmp_path / "m")
+    sizes: dict[str, Any] = {"tokens": 64, "block_tokens": 32}
+    if who == "eval":
+        tt.evaluate(model, text, **sizes)
+    elif who == "compare":
+        tt.compare(model, model, text, out=tmp_path / "out", **sizes)
+    elif who == "prune":
+        tt.prune(model, tmp_path / "out", ratio=0.3, multiple_of=32, data=text, **sizes)
+    else:
+        blocks = {"search": {"bits": [2, 4], "trials": 1}}
+        Search(recipe.from_dict(tiny.recipe(tmp_path / "m", tmp_path / "t.jsonl", tmp_path / "out", **blocks)))
+    assert "block_tokens: 32 tokens are more than the 16 that the model's config names" in caplog.text

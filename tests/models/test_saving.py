@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 
 import tiny
 import trimtab as tt
+from trimtab.errors import UserError
 from trimtab.methods import Loftq, Lora, LrQat, Method, QBara, Qlora
+from trimtab.models.adapter_files import config
 
 IDS = torch.arange(24).view(2, 12)
 NF4 = [{"match": "*", "grid": {"codebook": "nf4", "group": 64, "double_quant": True}}]
@@ -58,7 +61,7 @@ def test_peft_loads_the_adapter_on_the_same_base(method: Method, loaded: bool, p
         logits(PeftModel.from_pretrained(base, tmp_path / "a")), logits(model), rtol=1e-4, atol=1e-5
     )
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "library_name: peft" in card
+    assert 'library_name: "peft"' in card
     assert 'PeftModel.from_pretrained(base, "a")' in card
 
 
@@ -95,7 +98,7 @@ def test_elsewhere_the_whole_model_is_saved(
     assert ("saved before folding: 14 layers" in caplog.text) == (name == "folds")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), logits(model))
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "library_name: transformers" in card
+    assert 'library_name: "trimtab"' in card, "plain transformers cannot read it"
     assert f"14 adapters in the {'levels' if name == 'folds' else 'output'} place: not folded" in card
     if name == "folds":
         tt.fold(model)
@@ -140,3 +143,71 @@ def test_a_trainer_goes_on_from_its_checkpoint_and_ends_with_the_adapter(path: P
     trainer.save_model(str(tmp_path / "end"))
     assert (tmp_path / "end" / "adapter_config.json").exists()
     assert not (tmp_path / "end" / "model.safetensors").exists()
+
+
+def files(folder: Path) -> set[str]:
+    return {f.name for f in folder.iterdir()}
+
+
+def test_one_form_takes_the_place_of_the_other(path: Path, tmp_path: Path) -> None:
+    """An adapter's config beside a whole model has transformers load the float base and the old adapter, without a word."""
+    out = tmp_path / "out"
+    model = prepared(path, Lora(rank=4), [{"match": "*", "grid": "float"}])
+    model.save_pretrained(out)
+    assert "adapter_config.json" in files(out)
+    whole = prepared(path, LrQat(rank=4), INT4)
+    whole.save_pretrained(out)
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & files(out)
+    assert "An adapter" not in (out / "README.md").read_text()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), logits(whole))
+    model.save_pretrained(out)
+    assert not {"model.safetensors", "config.json"} & files(out)
+    assert "An adapter" in (out / "README.md").read_text()
+
+
+def test_a_float_model_that_lies_there_is_not_removed(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    AutoModelForCausalLM.from_pretrained(path).save_pretrained(out)
+    held = (out / "model.safetensors").read_bytes()
+    prepared(path, Lora(rank=4), [{"match": "*", "grid": "float"}]).save_pretrained(out)
+    assert "adapter_config.json" in files(out)
+    assert (out / "model.safetensors").read_bytes() == held
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("method", [Lora(rank=4), LrQat(rank=4)], ids=lambda m: m.name)
+def test_nothing_is_saved_over_what_the_model_was_read_from(
+    method: Method, loaded: bool, path: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(path, tmp_path / "base")
+    rules = INT4 if method.name == "lr-qat" else [{"match": "*", "grid": "float"}]
+    model, before = prepared(base, method, rules, loaded=loaded), files(base)
+    held = (base / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="was read from there"):
+        model.save_pretrained(base)
+    assert files(base) == before
+    assert (base / "model.safetensors").read_bytes() == held
+
+
+_DOUBLE = {"codebook": "nf4", "group": 64, "double_quant": True}
+NOT_BITSANDBYTES = {
+    "some layers": [{"match": "*.mlp.*", "grid": _DOUBLE}, {"match": "*", "grid": "float"}],
+    "two tables": [{"match": "*.mlp.*", "grid": {"codebook": "fp4", "group": 64}}, *NF4],
+    "the embedding, too": [{"match": "model.embed_tokens", "grid": _DOUBLE}, *NF4],
+    "the head, too": [{"match": "lm_head", "grid": _DOUBLE}, *NF4],
+}
+
+
+@pytest.mark.parametrize("name", NOT_BITSANDBYTES)
+def test_what_bitsandbytes_would_not_round_so_is_saved_whole(name: str, path: Path, tmp_path: Path) -> None:
+    """The codes could not be made again from the base and one config."""
+    model = prepared(path, Qlora(rank=4), NOT_BITSANDBYTES[name])
+    model.save_pretrained(tmp_path / "out")
+    assert "model.safetensors" in files(tmp_path / "out")
+    assert "adapter_config.json" not in files(tmp_path / "out")
+
+
+def test_a_commit_is_named_as_peft_reads_it() -> None:
+    found = config({"q": 4}, {"q": 4.0}, "owner/base@abc123")
+    assert (found["base_model_name_or_path"], found["revision"]) == ("owner/base", "abc123")
+    assert config({"q": 4}, {"q": 4.0}, "owner/base")["revision"] is None

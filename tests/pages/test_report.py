@@ -14,7 +14,7 @@ from trimtab.errors import UserError
 from trimtab.formats import manifest
 from trimtab.pages import charts, report, vega
 from trimtab.pages.html import Page
-from trimtab.pages.words import duration, perplexity
+from trimtab.words import duration, perplexity
 
 needs_vega = pytest.mark.skipif(vega.lacking(), reason="needs trimtab[report]")
 needs_browser = pytest.mark.skipif(browser.chromium() is None, reason="needs Chromium")
@@ -76,6 +76,7 @@ def run(tmp_path: Path) -> Path:
     write(folder, config_json={"quantization_config": {"quant_method": "trimtab"}}, model_safetensors="x" * 10)
     export = {"quantization_config": {"quant_method": "compressed-tensors"}}
     write(folder / "compressed-tensors", config_json=export, export_json={}, parity__vllm_json=SERVED)
+    manifest.write_manifest(folder / "compressed-tensors", "export")
     manifest.write_manifest(folder, "run")
     return folder
 

@@ -12,11 +12,11 @@ import yaml
 
 import tiny
 import trimtab as tt
+from trimtab.data import hashes
 from trimtab.errors import UserError
 from trimtab.formats import manifest
 from trimtab.formats.holding import holding
 from trimtab.pipeline import run as running
-from trimtab.recipe import inputs
 from trimtab.recipe.recipe import Recipe, as_recipe, read
 from trimtab.training import teacher_cache
 
@@ -114,9 +114,9 @@ def test_the_recipe_is_an_input(given: Path) -> None:
 def test_the_earlier_run_stays_until_the_new_one_is_whole(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = listing(given)
     assert manifest.kind_of(given / "out") == "run"
-    for step in ("build", "write_into", "_measure_saved"):
+    for room, step in ((running, "build"), (running, "write_into"), (running.Measuring, "saved")):
         with monkeypatch.context() as patch:
-            patch.setattr(running, step, _interrupted)
+            patch.setattr(room, step, _interrupted)
             with pytest.raises(KeyboardInterrupt):
                 tt.run("recipe.yaml", overwrite=True)
         assert listing(given) == before
@@ -165,7 +165,7 @@ def test_a_run_stopped_before_its_first_checkpoint_is_begun_anew(given: Path, mo
         with pytest.raises(KeyboardInterrupt):
             tt.run("recipe.yaml", changes)
         assert not [f.name for f in given.iterdir() if f.name.startswith("new")]
-        patch.setattr(running.Work, "stopped_at", Path("as if killed"))
+        patch.setattr(running.Work, "_clear", lambda work: None)  # as if killed
         with pytest.raises(KeyboardInterrupt):
             tt.run("recipe.yaml", changes)
     assert (given / "new.unfinished/checkpoints").is_dir()
@@ -177,8 +177,12 @@ def test_a_run_stopped_before_its_first_checkpoint_is_begun_anew(given: Path, mo
 
 def test_a_stopped_run_is_only_removed_when_told(given: Path) -> None:
     stopped = given / "out.unfinished"
-    (stopped / "checkpoints/checkpoint-3").mkdir(parents=True)
-    (stopped / "checkpoints/checkpoint-3/trainer_state.json").write_text("{}")
+    checkpoint = stopped / "checkpoints/checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    for name in ("trainable.safetensors", "optimizer.pt", "scheduler.pt", "recipe.yaml", "versions.json"):
+        (checkpoint / name).write_text("as it was written")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    manifest.write_manifest(checkpoint, "checkpoint")
     before = listing(given)
     with pytest.raises(UserError, match=r"out\.unfinished is in the way, and trimtab did not write it"):
         tt.run("recipe.yaml", overwrite=True)
@@ -225,7 +229,7 @@ def test_the_saved_recipe_reads_the_same_from_anywhere(given: Path, monkeypatch:
     assert saved.inputs is not None
     assert set(saved.inputs) == {"model.path", "data.path", "data.eval_path"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved.inputs["model.path"].keys()
-    listed = inputs.sha256(given / "data.jsonl"), (given / "data.jsonl").stat().st_size
+    listed = hashes.sha256(given / "data.jsonl"), (given / "data.jsonl").stat().st_size
     found = saved.inputs["data.path"]["data.jsonl"]
     assert (found.sha256, found.bytes) == listed
     here = tt.evaluate("out")
@@ -279,8 +283,8 @@ def test_going_on_reads_the_same_files(given: Path, monkeypatch: pytest.MonkeyPa
     tiny.write(given / "trained.yaml", untrained(Path(), **trained))
     tt.run("trained.yaml", ["output=tuned"])
     monkeypatch.chdir(given.parent)
-    assert tt.run(given / "tuned/recipe.yaml", resume=True)["losses"] == []
-    assert len(tt.run(given / "tuned/recipe.yaml", ["train.steps=2"], resume=True)["losses"]) == 1
+    assert len(tt.run(given / "tuned/recipe.yaml", resume=True)["losses"]) == 1
+    assert len(tt.run(given / "tuned/recipe.yaml", ["train.steps=2"], resume=True)["losses"]) == 2
     kept = sorted(f.name for f in (given / "tuned/checkpoints").iterdir())
     assert kept == ["checkpoint-1", "checkpoint-2"]
     before = listing(given)
@@ -320,8 +324,9 @@ def test_an_earlier_run_is_read_once_to_see_that_nobody_changed_it(
 ) -> None:
     """It may be many gigabytes, and is looked at again until the moment in which it goes."""
     read: list[Path] = []
-    real = inputs.sha256
-    monkeypatch.setattr(inputs, "sha256", lambda file: (read.append(file), real(file))[1])
+    real = hashes.sha256
+    monkeypatch.setattr(hashes, "_TICK_SECONDS", -1.0)  # the fixture has written it a moment ago
+    monkeypatch.setattr(hashes, "sha256", lambda file: (read.append(file), real(file))[1])
     tt.run("recipe.yaml", overwrite=True)
     weights = [file for file in read if file == (given / "out/model.safetensors").resolve()]
     assert len(weights) == 1

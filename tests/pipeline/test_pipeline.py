@@ -28,6 +28,7 @@ KEYS = {
     "answers",
     "moved_by_training",
     "weights_changed_by_fold",
+    "device",
     "disk_bytes",
     "fold",
     "fold_error",
@@ -81,15 +82,6 @@ RUNS: dict[str, tuple[dict[str, Any], str, int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, `model`, and data, `data.jsonl`; runs go into `runs`."""
-    folder = tmp_path_factory.mktemp("given")
-    tiny.model(folder / "model")
-    tiny.text(folder / "data.jsonl")
-    return folder
-
-
 RELOADER = """
 import json, sys
 from trimtab.evaluation import parity
@@ -115,8 +107,8 @@ def runs(given: Path) -> dict[str, dict[str, Any]]:
         def serve(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
             assert reloader.stdin is not None
             assert reloader.stdout is not None
-            assert command[:3] == [sys.executable, "-m", "trimtab.evaluation.parity"]
-            reloader.stdin.write(json.dumps(command[3:]) + "\n")
+            assert command[:4] == [sys.executable, "-P", "-m", "trimtab.evaluation.parity"]
+            reloader.stdin.write(json.dumps(command[4:]) + "\n")
             reloader.stdin.flush()
             assert reloader.stdout.readline() == "\n"
             return subprocess.CompletedProcess(command, 0)
@@ -176,8 +168,8 @@ def test_what_the_page_is_made_of(runs: dict[str, dict[str, Any]], name: str) ->
         assert by_bits[8] < 0.02 < by_bits[min(by_bits)]
     if name != "rtn":
         text = "".join(piece for piece, _ in record["example"])
-        assert text == "0 plus 1 is 1, and 0 times two is 0.<eos>"
-        assert all(learned for _, learned in record["example"])
+        assert text == "0 plus 1 is 1, and 0 times two is 0.<eos>"[:32], "as far as block_tokens reach"
+        assert [learned for _, learned in record["example"]] == [False, True], "the first token is given"
     assert metrics["seconds"] > metrics["train_seconds"]
 
 
@@ -188,7 +180,7 @@ def test_the_error_of_rounding(given: Path, runs: dict[str, dict[str, Any]]) -> 
     layers = {layer["name"]: layer for layer in written(runs["rtn"], "report.json")["layers"]}
     for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj"):
         weight = true[f"{name}.weight"].double()
-        ours = quant_layers(model)[name].base.dequantize(torch.bfloat16).double()
+        ours = quant_layers(model)[name].base.dequantize(torch.float32).double()
         assert layers[name]["error"] == pytest.approx(((ours - weight).norm() / weight.norm()).item(), rel=1e-4)
 
 

@@ -138,6 +138,10 @@ def test_a_base_model_learns_conversations_from_several_files(tmp_path: Path) ->
     found = evaluate(str(tmp_path / "run"))
     assert found.perplexity == pytest.approx(metrics["perplexity"]["tuned"], rel=1e-3)
     assert found.data.startswith("rows held out of ")
+    with pytest.raises(UserError, match=r"split: .* is measured on rows held out of .*; pass --data with the split"):
+        evaluate(str(tmp_path / "run"), split="test")
+    with pytest.raises(UserError, match=r"is past train\.steps = \d+"):  # before any weight is read
+        run(from_dict(values | {"train": {**values["train"], "epochs": 0.1}}), resume=True, show=Heard())
     more = values | {"train": {**values["train"], "epochs": 2}, "evaluate": {"parity": False}}
-    assert len(run(from_dict(more), resume=True, show=Heard())["losses"]) == saved.train.steps  # those of this process
+    assert len(run(from_dict(more), resume=True, show=Heard())["losses"]) == 2 * saved.train.steps  # all of them
     assert read(tmp_path / "run" / "recipe.yaml").train.steps == 2 * saved.train.steps

@@ -116,6 +116,8 @@ def test_symmetric_range_maps_the_signed_extreme_to_code_0(bits: int, group: int
     assert (range_.scale_NG > 0).any()
     codes = grouped(round_clamp(to_levels(w, range_, grid), grid.top), grid)
     assert (codes.gather(-1, where) == 0).all()
+    tie = set_range(torch.tensor([[1.0, -1.0, 0.5, 1.0]]), Grid(bits, None, "symmetric", dtype))
+    assert tie.scale_NG > 0, "of two extremes the negative one is at code 0: all is in range but the other"
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -343,6 +345,13 @@ def test_bfloat16_weights_are_the_float32_weights_rounded_once(bits: int, zero: 
             got = from_codes(given_codes, range_, grid, narrow)
             assert got.dtype == narrow
             assert torch.equal(got, values.to(narrow))
+
+
+def test_weights_are_computed_in_float32_from_scales_of_any_dtype() -> None:
+    codes, scale = torch.arange(256).view(1, 256), torch.tensor([[1.0078125]])
+    exact = (codes - 128) * 1.0078125
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(from_codes(codes, Range(scale.to(dtype), None, None), Grid(8, None)), exact)
 
 
 def test_from_codes_is_differentiable_in_all_it_reads() -> None:

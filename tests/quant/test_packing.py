@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trimtab.quant.int32_packing import pack_int32
-from trimtab.quant.packing import pack, row_bytes, unpack
+from trimtab.quant.packing import owned, pack, row_bytes, unpack
 
 WIDTHS = range(1, 9)
 LENGTHS = (1, 2, 3, 7, 8, 9, 172, 576)
@@ -123,3 +123,15 @@ def test_dense_words_are_one_long_number(bits: int, length: int) -> None:
         packed = pack_int32(codes.to(dtype), bits)
         assert packed.dtype == torch.int32
         assert packed.tolist() == expected
+
+
+def test_what_is_kept_lies_row_by_row_in_memory_of_its_own() -> None:
+    """A piece would keep the whole alive, and a file would hold all of it."""
+    whole = torch.arange(12.0).view(3, 4)
+    assert owned(whole) is whole
+    for part in (whole[1:], whole[:, 1:], whole.t(), whole[:1].expand(3, 4), whole[:2]):
+        kept = owned(part)
+        assert torch.equal(kept, part)
+        assert kept.is_contiguous()
+        assert kept.untyped_storage().nbytes() == 4 * kept.numel()
+        assert kept.data_ptr() != part.data_ptr()

@@ -39,9 +39,7 @@ FULL: dict[str, Any] = {
 
 def resolved(parsed: Recipe) -> Recipe:
     """As it reads when its defaults are written out."""
-    rates = {"lr": parsed.rates.delta, "lr_scale": parsed.rates.scale, "parametrization": parsed.parametrization}
-    train = parsed.train.model_copy(update=rates)
-    return parsed.model_copy(update={"train": train, "output": str(parsed.out)})
+    return parsed.model_copy(update={"output": str(parsed.out)})
 
 
 @pytest.mark.parametrize("values", [SHORT, FULL], ids=["short", "full"])
@@ -54,6 +52,15 @@ def test_yaml_there_and_back(tmp_path: Path, values: dict[str, Any]) -> None:
     assert second.to_yaml() == first.to_yaml()
     # What a run read is written by the run, where there is something to write.
     assert list(yaml.safe_load(first.to_yaml())) == [name for name in Recipe.model_fields if name != "inputs"]
+
+
+def test_rates_are_written_down_where_they_were_used() -> None:
+    """Until then another number of steps has others."""
+    short = from_dict({**SHORT, "train": {"steps": 400}})
+    assert recipe.as_recipe(short, ["train.steps=100"]).rates == rates.default("levels", 100)
+    kept = from_dict(yaml.safe_load(short.with_its_rates().to_yaml()))
+    assert (kept.train.lr, kept.train.lr_scale, kept.train.parametrization) == (*short.rates, "relative")
+    assert recipe.as_recipe(kept, ["train.steps=100"]).rates == short.rates
 
 
 def test_what_a_full_recipe_holds() -> None:

@@ -15,7 +15,7 @@ from trimtab.data.sources import Source
 from trimtab.errors import UserError
 from trimtab.models import located
 from trimtab.recipe import inputs, texts
-from trimtab.recipe.fields import DataBlock
+from trimtab.recipe.fields import DataBlock, StartBlock
 from trimtab.recipe.recipe import Recipe, from_dict, read
 
 
@@ -38,10 +38,10 @@ def test_what_data_may_be(tmp_path: Path) -> None:
     }  # fmt: skip
     recipe = recipe_of(tmp_path, block)
     assert recipe.data is not None
-    both = {"subset": "s", "limit": 5, "columns": {"text": "body"}}
+    both = {"limit": 5, "columns": {"text": "body"}}
     assert recipe.data.sources == (
-        Source("a.jsonl", **both),
-        Source("owner/name@v1", split="test", ignore=("x",), weight=2, **both),
+        Source("a.jsonl", **both),  # a file has no subsets
+        Source("owner/name@v1", split="test", subset="s", ignore=("x",), weight=2, **both),
     )
     assert recipe.data.named == "a.jsonl, owner/name@v1"
     assert from_dict(yaml.safe_load(recipe.to_yaml())).data == recipe.data
@@ -60,7 +60,10 @@ def test_what_data_may_be(tmp_path: Path) -> None:
             {"path": "a", "columns": {"promt": "x"}},
             r"data\.columns: 'promt' is no key of a row \(did you mean 'prompt'",
         ),
-        ({"path": [{"path": "b", "columns": {"x": "y"}}]}, r"data\.columns: 'x' is no key of a row"),
+        ({"path": ["a", {"path": "b", "columns": {"x": "y"}}]}, r"data\.path\.1\.columns: 'x' is no key of a row"),
+        ({"path": "a.jsonl", "revision": "v1"}, r"data\.revision: a\.jsonl is no data set of the hub"),
+        ({"path": "a.jsonl", "subset": "s"}, r"data\.subset: a\.jsonl is no data set of the hub"),
+        ({"path": ["o/n", {"path": __file__, "revision": "v1"}]}, r"data\.path\.1\.revision: .* is no data set"),
         ({"path": "a", "template": "chatm"}, r"data\.template: 'chatm' is no template \(did you mean 'chatml'"),
         ({"path": "a", "holdout": 0.1, "eval_path": "b"}, r"data\.holdout: stands beside data\.eval_path"),
         ({"path": "a", "holdout": 1}, r"data\.holdout: Input should be less than 1"),
@@ -181,7 +184,7 @@ def test_the_hub_is_asked_for_what_the_recipe_says(tmp_path: Path, monkeypatch: 
         {"prompt": "a: ", "completion": "good"}, {"prompt": "b: ", "completion": "bad"},
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"rows\.jsonl: has no subsets \('s'\)"):
-        texts.training(data.model_copy(update={"path": file_of(tmp_path), "revision": None, "split": "train"}))
+        texts.training(DataBlock(path=[{"path": file_of(tmp_path), "subset": "s"}]))  # type: ignore[arg-type]
 
 
 def test_held_out_rows_of_a_saved_model(tmp_path: Path) -> None:
@@ -238,3 +241,48 @@ def test_a_reward_may_read_any_column(tmp_path: Path) -> None:
     found = texts.training_of(recipe).rows
     assert found[0] == rows[0]
     assert answers(found, "grpo")["text"][:] == ["2+2?"]
+
+
+def test_the_same_set_of_the_hub_is_read_in_the_same_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out and calibration data at the revision, and in the subset, that is trained on; another set in its own."""
+    block = DataBlock(
+        path="o/n", subset="s", revision="v1", eval_path="o/n", eval_split="test", columns={"text": "body"}
+    )
+    assert block.measured == Source("o/n@v1", "test", "s", columns={"text": "body"})
+    assert block.model_copy(update={"eval_path": "o/n@v2"}).measured[:3] == ("o/n@v2", "test", "s")
+    other = block.model_copy(update={"eval_path": "o/other", "eval_subset": "t"})
+    assert other.measured[:3] == ("o/other", "test", "t")
+    read = []
+    monkeypatch.setattr(
+        "trimtab.data.sources.load_rows", lambda path, **options: read.append((path, options["subset"]))
+    )
+    texts.calibration(StartBlock(name="gptq", path="o/n"), block)
+    texts.calibration(StartBlock(name="gptq", path="o/other", subset="u"), block)
+    assert read == [("o/n@v1", "s"), ("o/other", "u")]
+    pin = {"o/n@v1": "o/n@abc", "o/n": "o/n@newest"}
+    values = {
+        "model": {"path": "m"},
+        "method": "rtn",
+        "train": {"steps": 0},
+        "data": block.model_dump(),
+        "start": {"path": "o/n"},
+    }
+    saved = inputs.saved(from_dict(values), {}, "m", lambda path: pin[path])
+    assert saved.data is not None
+    assert saved.data.measured[:3] == ("o/n@abc", "test", "s")
+    assert saved.start.path == "o/n@abc"
+
+
+def test_rows_of_another_objective_are_not_split_even_untrained(tmp_path: Path) -> None:
+    """With static activations they would be read, and nothing found to be held out."""
+    with pytest.raises(UserError, match=r"data\.holdout: splits texts, not rows of dpo"):
+        recipe_of(tmp_path, {"path": "a.jsonl", "holdout": 0.1}, train={"objective": "dpo", "steps": 0})
+
+
+def test_a_column_names_whether_an_answer_is_good(tmp_path: Path) -> None:
+    for good in (True, 1):
+        file = tiny.jsonl(
+            tmp_path / "a.jsonl", {"q": "a", "a": "b", "thumbs": good}, {"q": "a", "a": "c", "thumbs": 0 * good}
+        )
+        block = DataBlock(path=str(file), columns={"prompt": "q", "completion": "a", "label": "thumbs"})
+        assert texts.training(block).rows["label"][:] == [True, False]

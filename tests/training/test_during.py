@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from trimtab.data.sequences import token_windows
 from trimtab.errors import UserError
 from trimtab.evaluation import perplexity as measuring
 from trimtab.models.load import load, load_float
+from trimtab.pipeline import measuring as measured_by
 from trimtab.pipeline import run as running
 from trimtab.pipeline.run import Quiet, run
 from trimtab.recipe.recipe import Recipe, from_dict
@@ -123,6 +125,21 @@ def test_padding_counts_for_nothing(given: Path) -> None:
     assert both.loss(model, 1000) == pytest.approx(one.loss(model, 1000), rel=1e-5)
 
 
+def test_a_family_that_is_not_described_is_measured_by_several_processes(
+    given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its head does is found out by running it, and that is not what stands in its place while the loss is made."""
+    model, ids = load_float(str(given / "model"), dtype=torch.float32), torch.arange(20, 50)
+    one = HeldOut([(ids, ids)]).loss(model, 64)
+    monkeypatch.setattr(
+        "trimtab.models.head.architecture_of", lambda model: SimpleNamespace(known=False, logit_factors=())
+    )
+    monkeypatch.setattr("trimtab.models.through.processes.count", lambda: 2)
+    assert HeldOut([(ids, ids)]).loss(model, 64) == pytest.approx(one, rel=1e-6)
+    monkeypatch.setattr("trimtab.training.held_out.Head.fits", lambda model: False)
+    assert HeldOut([(ids, ids)]).loss(model, 64) == pytest.approx(one, rel=1e-6)
+
+
 # ---- the best model -------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +220,7 @@ def test_early_stop(given: Path, tmp_path: Path) -> None:
         "(train.early_stop: 2)"
     )
     again, left_again, _ = fitted(recipe, Given(), resume=True)
-    assert (again.steps, again.losses, again.held_out) == (3, [], done.held_out)
+    assert (again.steps, again.losses, again.held_out) == (3, done.losses, done.held_out)
     assert same(left, left_again)
     patient = from_dict(values(given, tmp_path / "run", train={**changes, "early_stop": 3, "steps": 5}))
     more, _, _ = fitted(patient, Given(1.5, 1.75), resume=True)
@@ -276,7 +293,7 @@ def test_ctrl_c_finishes_the_step_and_saves_it(given: Path, tmp_path: Path) -> N
     kept = unfinished(stopped) / "checkpoints"
     assert sorted(f.name for f in kept.iterdir()) == ["best", "checkpoint-4"]
     resumed = run(recipe, resume=True)
-    assert resumed["losses"] == metrics["losses"][4:]
+    assert resumed["losses"] == metrics["losses"]
     assert resumed["held_out"] == metrics["held_out"]
     for name in ("model.safetensors", f"checkpoints/checkpoint-6/{CHECKPOINT}"):
         assert same(load_file(stopped / name), load_file(straight / name))
@@ -358,7 +375,7 @@ def test_going_on_measures_no_baseline_again(given: Path, tmp_path: Path, monkey
     with pytest.raises(Interrupted):
         run(recipe, show=PressesCtrlC(2))
     measured: list[str] = []
-    real = running.perplexity
+    real = measured_by.perplexity
 
     def perplexity(model: Any, windows: Any) -> float:
         measured.append(type(model).__name__)
@@ -367,9 +384,9 @@ def test_going_on_measures_no_baseline_again(given: Path, tmp_path: Path, monkey
     def no_float(*_: Any, **__: Any) -> None:
         raise AssertionError("the float model is loaded again")
 
-    monkeypatch.setattr(running, "perplexity", perplexity)
+    monkeypatch.setattr(measured_by, "perplexity", perplexity)
     with monkeypatch.context() as patch:
-        patch.setattr(running, "load_float", no_float)
+        patch.setattr(measured_by, "load_float", no_float)
         resumed = run(recipe, resume=True)
         assert len(measured) == 1  # of what was saved
         assert resumed["perplexity"] == metrics["perplexity"]
@@ -380,3 +397,13 @@ def test_going_on_measures_no_baseline_again(given: Path, tmp_path: Path, monkey
     other = run(from_dict(wanted(out, train={"steps": 5}, data={"eval_tokens": 64})), resume=True)
     assert len(measured) == 5
     assert other["perplexity"]["float"] != metrics["perplexity"]["float"]
+
+
+def test_what_was_best_on_another_text_is_compared_with_no_more(given: Path, tmp_path: Path) -> None:
+    """It may have been easier: then no later model would be kept."""
+    train = {"steps": 4, "save_steps": 2, "evaluate_steps": 2}
+    run(from_dict(values(given, tmp_path / "run", train=train)))
+    changes: dict[str, Any] = {"train": {**train, "steps": 8}, "data": {"eval_tokens": 120}}
+    found = run(from_dict(values(given, tmp_path / "run", **changes)), resume=True)["held_out"]
+    assert found["steps"] == [4, 6, 8], "what was measured before is not mixed in"
+    assert found["best_loss"] == min(found["losses"])

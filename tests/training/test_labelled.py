@@ -97,6 +97,26 @@ def test_wrapped_answers_without_their_prompt(tmp_path: Path) -> None:
     assert made(tmp_path, *asked((3, 4), (3, 4)), packing="wrapped").notes == ()
 
 
+def test_a_sequence_is_not_taken_for_the_row_of_its_number(tmp_path: Path) -> None:
+    """Row 1 is left out, and row 2, the first sequence, is the one of which something is learned without its prompt."""
+
+    def talk(prompt: str, answer: str) -> dict[str, Any]:
+        return {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
+
+    plain = tiny.tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    found = made(
+        tmp_path, talk("p" * 5, ""), talk("p" * 10, "c" * 9), tokenizer=plain, packing="wrapped", block_tokens=16
+    )
+    [note] = [note for note in found.notes if "without its prompt" in note]
+    assert note.startswith("data: of 2 rows, 1 have an answer")
+    assert "the first is" not in note
+    first = made(tmp_path, talk("p" * 10, "c" * 9), tokenizer=plain, packing="wrapped", block_tokens=16).notes[0]
+    assert first.endswith("line 1)")
+
+
 def test_texts_lose_their_end(tmp_path: Path) -> None:
     rows = [{"text": "a" * 9}, {"text": "b" * 30}]
     [note] = made(tmp_path, *rows, packing="bfd").notes
@@ -139,6 +159,17 @@ def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
         made(tmp_path, chat, tokenizer=tokenizer, vocabulary=257)
     [note] = made(tmp_path, {"text": "a"}, tokenizer=tokenizer, vocabulary=257).notes
     assert "the tokenizer has 259 tokens, the model's embedding 257 rows; none of the tokens beyond it" in note
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
+def test_an_end_that_the_model_has_no_row_for(tmp_path: Path, row: dict[str, str]) -> None:
+    """Of few rows, too: it is no token of the text, but of what is trained."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    with pytest.raises(
+        UserError, match=rf"row 1 \(.*\): holds '<end>', token {tokenizer.eos_token_id} of the tokenizer"
+    ):
+        made(tmp_path, row, tokenizer=tokenizer, vocabulary=tokenizer.eos_token_id)
 
 
 def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:

@@ -20,15 +20,6 @@ from trimtab.recipe.recipe import Recipe, from_dict
 from trimtab.training.trainer import CHECKPOINT, Step, _Trainer, fit, trainable
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, `model`, and data, `data.jsonl`."""
-    folder = tmp_path_factory.mktemp("given")
-    tiny.model(folder / "model")
-    tiny.text(folder / "data.jsonl")
-    return folder
-
-
 def values(given: Path, output: Path, **changes: Any) -> dict[str, Any]:
     defaults = {"data": {"eval_path": None}, "evaluate": {"parity": False}}
     return tiny.recipe(given / "model", given / "data.jsonl", output, **{**defaults, **changes})
@@ -80,8 +71,8 @@ def test_going_on_is_not_stopping(given: Path, tmp_path: Path, changes: dict[str
         run(recipe, show=Interrupts(5))
     assert not stopped.exists()
     assert same(checkpoint(unfinished(stopped), 3), checkpoint(straight, 3))
-    torn = unfinished(stopped) / "checkpoints" / "checkpoint-5"  # killed while written: the trainer's state is last
-    torn.mkdir()
+    torn = unfinished(stopped) / "checkpoints" / ".writing" / "checkpoint-5"  # killed while written
+    torn.mkdir(parents=True)
     (torn / CHECKPOINT).write_bytes(b"half")
     with pytest.raises(UserError, match=r"was stopped, and .*checkpoint-3 is what it reached; pass --resume"):
         run(recipe)
@@ -90,9 +81,10 @@ def test_going_on_is_not_stopping(given: Path, tmp_path: Path, changes: dict[str
     assert not same(checkpoint(straight, 6), checkpoint(straight, 3))
     assert same(checkpoint(stopped, 6), checkpoint(straight, 6))
     assert same(load_file(stopped / "model.safetensors"), load_file(straight / "model.safetensors"))
-    assert resumed["losses"] == metrics["losses"][3:]
+    assert resumed["losses"] == metrics["losses"]  # those of the process that was stopped, too
     assert resumed["tokens"] == metrics["tokens"] // 2  # those of this process
-    assert run(recipe, resume=True)["losses"] == []  # a finished run has nothing left to do
+    assert run(recipe, resume=True)["losses"] == metrics["losses"]  # a finished run has nothing left to do
+    assert not list((stopped / "checkpoints").glob(".*"))
     assert same(load_file(stopped / "model.safetensors"), load_file(straight / "model.safetensors"))
     shorter = {**recipe.model_dump()["train"], "steps": 5}
     with pytest.raises(UserError, match=r"--resume: .*checkpoint-6 is past train\.steps = 5; raise it, or start anew"):
@@ -108,18 +100,27 @@ def test_only_what_is_trained_is_in_a_checkpoint(given: Path, tmp_path: Path) ->
     assert {name.rpartition(".adapter.")[2] for name in tensors} == {"delta.A", "delta.B", "scale"}
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     files = {file.name for file in (output / "checkpoints" / "checkpoint-5").iterdir()}
-    assert files == {CHECKPOINT, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    mine = {"recipe.yaml", "versions.json", "manifest.json"}
+    assert files == {CHECKPOINT, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", *mine}
 
 
 def test_another_recipe_cannot_go_on(given: Path, tmp_path: Path) -> None:
+    """A 4-bit checkpoint that went on as 3 bits ended as another model, and said nothing."""
     output = tmp_path / "run"
     run(from_dict(values(given, output, train={"steps": 3})))
-    for method, complaint in (
-        ({"name": "lr-qat", "rank": 8}, r"delta\.A has another shape there; resume with the same recipe"),
-        ({"name": "peqa"}, r"adapter\.delta\.A is in only one of checkpoint and model"),
-    ):
-        with pytest.raises(UserError, match=rf"checkpoint-3: .*{complaint}"):
-            run(from_dict(values(given, output, method=method)), resume=True)
+    wider = [tiny.RULES[0], {"match": "*", "grid": {"bits": 4, "group": 32, "zero": "integer"}}]
+    complaints: list[tuple[dict[str, Any], str]] = [
+        ({"method": {"name": "lr-qat", "rank": 8, "alpha": 64.0}}, r"method\.rank is 8, and was 4; set it back"),
+        ({"method": {"name": "peqa"}}, r"method\.name is 'peqa', and was 'lr-qat'; .* more; set them back"),
+        ({"rules": wider}, r"rules\.1\.grid\.bits is 4, and was 3; set it back, or start anew \(--overwrite\)"),
+        ({"train": {"seed": 1}}, r"train\.seed is 1, and was 0"),
+        ({"train": {"batch_tokens": 256}}, r"train\.batch_tokens is 256, and was 128"),
+    ]
+    before = {f: f.read_bytes() for f in output.rglob("*") if f.is_file()}
+    for changes, complaint in complaints:
+        with pytest.raises(UserError, match=rf"--resume: checkpoint-3 was trained by another recipe: {complaint}"):
+            run(from_dict(values(given, output, **changes)), resume=True)
+    assert {f: f.read_bytes() for f in output.rglob("*") if f.is_file()} == before
 
 
 def went_wrong(monkeypatch: pytest.MonkeyPatch, at: int) -> None:

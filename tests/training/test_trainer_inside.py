@@ -6,23 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.trainer_callback import TrainerState
 
 import tiny
 from trimtab.models.architecture import architecture_of
 from trimtab.models.load import load
 from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe, from_dict
-from trimtab.training.trainer import CHECKPOINT, Trained, fit, packed
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, `model`, and data, `data.jsonl`."""
-    folder = tmp_path_factory.mktemp("given")
-    tiny.model(folder / "model")
-    tiny.text(folder / "data.jsonl")
-    return folder
+from trimtab.training.trainer import Trained, fit, packed
 
 
 def parsed(given: Path, output: Path, **changes: Any) -> Recipe:
@@ -33,24 +23,6 @@ def trained(recipe: Recipe) -> Trained:
     torch.manual_seed(0)  # of the adapters' start
     model, tokenizer = load(recipe.model.path, recipe.method, recipe.rules, dtype=recipe.dtype)
     return fit(model, tokenizer, recipe)
-
-
-def test_the_state_of_the_trainer_comes_last(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there when it is written is all that a checkpoint will hold."""
-    there: dict[Path, set[str]] = {}
-    write = TrainerState.save_to_json
-
-    def save_to_json(self: TrainerState, json_path: str) -> None:
-        there[Path(json_path).parent] = {file.name for file in Path(json_path).parent.iterdir()}
-        write(self, json_path)
-
-    monkeypatch.setattr(TrainerState, "save_to_json", save_to_json)
-    trained(parsed(given, tmp_path / "run", train={"steps": 2, "save_steps": 1}))
-    assert len(there) == 2
-    for folder, names in there.items():
-        late = {file.name for file in folder.iterdir()} - names - {"trainer_state.json"}
-        assert not late, f"transformers writes {late} after trainer_state.json, so it no longer says what is whole"
-        assert CHECKPOINT in names
 
 
 def test_micro_batches_change_no_step(given: Path, tmp_path: Path) -> None:

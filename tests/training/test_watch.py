@@ -22,6 +22,11 @@ def test_what_losses_say(slope: float, end: float, found: str | None) -> None:
     assert verdict(losses) == found
 
 
+def test_a_loss_that_has_left_leaps_however_it_jumps() -> None:
+    """Its own jumps are no noise to measure the leap by."""
+    assert verdict([3.0, 9.0, 4.5, 11.0, 6.0, 12.0, 7.0, 13.0, 8.0]) == "leaps"
+
+
 def test_the_line_names_the_key_its_rate_and_a_better_one() -> None:
     values = {"model": {"path": "m"}, "method": "peqa", "data": {"path": "d"}, "train": {"steps": 100}}
     rising = [3.0, 5.5, 6.0, 6.1, 6.0, 6.2, 6.1, 6.0, 6.1]

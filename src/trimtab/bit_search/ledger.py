@@ -1,4 +1,5 @@
-"""The study on disk: trials, who is at work on which, and what became of them. The only file that imports optuna.
+"""The study: trials, who is at work on which, and what became of them. Where it lies, and what is away for a moment, is
+the affair of `storage`.
 
 Optuna keeps the study (one journal file by default, or any storage it knows by url, such as postgresql://), its trials and
 their states. Three things are ours, since nothing in it prevents that two workers try the same, or notices that one died:
@@ -8,36 +9,29 @@ their states. Three things are ours, since nothing in it prevents that two worke
                  (`Study.ask` writes parameters one by one: between two of them nobody could say who was first.)
     a lease      host, process and a heartbeat. A dead process on this host, or no new beat from another for
                  `LEASE_SECONDS` of our own clock (clocks of hosts differ), makes the trial a failed one, and its
-                 configuration may be tried again.
-    a clean end  the journal's lock is one that the system lets go of when its holder dies, and a line that was cut off
-                 by that death is taken away before the next is written.
+                 configuration may be tried again. Nobody leaves while a life is in doubt (`searching`).
+    a name       each claim and each end can be known again: where a database was cut off before it could answer, the
+                 call is made again (`storage`), and must neither take two trials nor find its own result a stranger's.
 
 A trial that ran and could not be finished (it diverged, it did not fit) is failed, too, but infeasible: it stays tried.
 """
 
-import io
 import math
 import os
-import re
 import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.distributions import IntDistribution
-from optuna.storages import BaseStorage, JournalStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
 
 from trimtab.bit_search.additive import Configuration
-from trimtab.errors import UserError
-from trimtab.formats.holding import waiting
+from trimtab.bit_search.storage import ERRORS, opened
 from trimtab.memory import process
 
 LEASE_SECONDS = 120.0
@@ -69,6 +63,8 @@ class Trial:
     seconds: float | None = None
     reason: str = ""
     """Why it failed."""
+    where: str = ""
+    """Host and device that made it."""
 
     @property
     def counts(self) -> bool:
@@ -76,97 +72,25 @@ class Trial:
         return self.state in ("running", "complete", "infeasible")
 
 
-class _Lock:
-    """A lock that goes with its holder; taking it mends a journal whose last line was cut off."""
-
-    def __init__(self, journal: Path) -> None:
-        self._journal = journal
-        self._lock = waiting(Path(f"{journal}.lock"))
-
-    def acquire(self) -> bool:
-        """Wait for the lock."""
-        self._lock.acquire()
-        if self._journal.exists():
-            _mend(self._journal)
-        return True
-
-    def release(self) -> None:
-        """Let go."""
-        self._lock.release()
-
-
-def _mend(journal: Path) -> None:
-    """Take away what follows the last end of a line."""
-    with journal.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            return
-        file.seek(size - 1)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def shown(url: str) -> str:
-    """A storage's url without its password."""
-    return re.sub(r"(://[^/@:]*):[^@/]*@", r"\1:***@", url)
-
-
-def _storage(url: str) -> BaseStorage:
-    if "://" in url:
-        try:
-            return get_storage(url)
-        except (ImportError, ValueError, SQLAlchemyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"search.storage: {shown(url)}: Optuna cannot open it ({reason}); a database needs its driver installed "
-                "(psycopg for postgresql://, with an older SQLAlchemy psycopg2) and must be there"
-            ) from error
-    path = Path(url)
-    _check_journal(path)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))  # type: ignore[arg-type]
-
-
-def _check_journal(path: Path) -> None:
-    """Refuse a journal that cannot be written, and a file that is none: `_mend` would cut it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file in (path, path.with_name(f"{path.name}.lock")):
-            there = file.exists()
-            with file.open("ab"):  # to learn whether it can be written
-                pass
-            if not there:
-                file.unlink(missing_ok=True)
-        with path.open("rb") if path.exists() else io.BytesIO() as journal:
-            first = journal.readline()
-    except OSError as error:
-        raise UserError(
-            f"search.storage: the journal {path} cannot be written ({error.strerror or error}); set search.storage (or "
-            "`output`) to a place where it can"
-        ) from error
-    if first and not first.startswith(b'{"op_code":'):
-        raise UserError(f"search.storage: {path} is no journal of Optuna's; name another file")
-
-
 def busy(url: str, name: str) -> bool:
     """Whether somebody alive is at work on a study."""
     if not begun(url, name):
         return False
-    storage = _storage(url)
+    storage = opened(url)
     running = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False, states=(TrialState.RUNNING,))
     return any(_at_work(trial.user_attrs) for trial in running)
 
 
 def _at_work(about: dict[str, Any]) -> bool:
     worker = about.get("worker")
-    if worker and worker[0] == _here():
+    if _is_here(worker):
         return _alive(worker)
     return time.time() - float(about.get("beat", 0.0)) < LEASE_SECONDS
 
 
 def begun(url: str, name: str) -> bool:
     """Whether a storage holds a study of this name."""
-    return name in {study.study_name for study in _storage(url).get_all_studies()}
+    return name in {study.study_name for study in opened(url).get_all_studies()}
 
 
 class Ledger:
@@ -181,7 +105,7 @@ class Ledger:
 
     def __init__(self, url: str, name: str, units: Sequence[str], choices: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._storage = _storage(url)
+        self._storage = opened(url)
         sampler = optuna.samplers.RandomSampler()  # never asked
         self._study = optuna.create_study(
             storage=self._storage, study_name=name, directions=["minimize"] * 2, load_if_exists=True, sampler=sampler
@@ -189,6 +113,9 @@ class Ledger:
         self._id = self._storage.get_study_id_from_name(name)
         self._units, self._distribution = tuple(units), IntDistribution(0, max(choices - 1, 0))
         self._seen: dict[int, tuple[float, float]] = {}  # by trial: its last beat, and when we first saw that
+        self._outages = 0  # of the storage, when `_seen` was begun
+        self.where = socket.gethostname()
+        """What the trials claimed here say of their place."""
 
     def note(self, key: str, value: Any) -> None:
         """Keep a value (of JSON) with the study."""
@@ -209,11 +136,13 @@ class Ledger:
     def _read(self, trial: FrozenTrial) -> Trial:
         about = trial.user_attrs
         wish = Wish(tuple(trial.params[u] for u in self._units), about["steps"], about["kind"])
+        where = about.get("where", "")
         if trial.state == TrialState.COMPLETE:
-            return Trial(trial.number, wish, "complete", int(trial.values[0]), trial.values[1], about.get("seconds"))
+            size, quality = trial.values
+            return Trial(trial.number, wish, "complete", int(size), quality, about.get("seconds"), where=where)
         if trial.state == TrialState.RUNNING:
-            return Trial(trial.number, wish, "running")
-        return Trial(trial.number, wish, about.get("end", "dead"), reason=about.get("reason", ""))
+            return Trial(trial.number, wish, "running", where=where)
+        return Trial(trial.number, wish, about.get("end", "dead"), reason=about.get("reason", ""), where=where)
 
     def claim(self, choose: Callable[[list[Trial]], Wish | None], limit: int | None = None) -> Trial | None:
         """Take a trial that nobody else has.
@@ -239,17 +168,25 @@ class Ledger:
                 self._end(identity, "duplicate", "one trial too many")
                 return None
             if not taken:
-                return Trial(number, wish, "running")
+                return Trial(number, wish, "running", where=self.where)
             self._end(identity, "duplicate", "another worker was first")
 
     def _create(self, wish: Wish) -> int:
+        claim = str(uuid.uuid4())
+        about = {"worker": _me(), "where": self.where, "beat": time.time(), "claim": claim}
         template = create_trial(
             state=TrialState.RUNNING,
             params=dict(zip(self._units, wish.configuration, strict=True)),
             distributions=dict.fromkeys(self._units, self._distribution),
-            user_attrs={"steps": wish.steps, "kind": wish.kind, "worker": _me(), "beat": time.time()},
+            user_attrs={"steps": wish.steps, "kind": wish.kind, **about},
         )
-        return self._storage.create_new_trial(self._id, template)
+        made = self._storage.create_new_trial(self._id, template)
+        # A database that was cut off before it could answer was asked again, and may have made two.
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        mine = [self._identity(t.number) for t in running if t.user_attrs.get("claim") == claim]
+        for twin in mine[1:]:
+            self._end(twin, "duplicate", "made twice by a database that was away")
+        return mine[0] if mine else made
 
     def _end(self, identity: int, how: State, reason: str) -> bool:
         """Fail a running trial; False if somebody else ended it."""
@@ -266,42 +203,65 @@ class Ledger:
 
     def beat(self, trial: Trial) -> None:
         """Say that the worker of this trial is alive."""
+        storage = getattr(self._storage, "impatient", self._storage)
         try:
-            self._storage.set_trial_user_attr(self._identity(trial.number), "beat", time.time())
+            identity = storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
+            storage.set_trial_user_attr(identity, "beat", time.time())
         except optuna.exceptions.UpdateFinishedTrialError:
             return  # it was given up for dead; `finish` will say so
-        except (OSError, optuna.exceptions.StorageInternalError):
-            return  # the storage is away for a moment; the next beat may reach it
+        except ERRORS:
+            self._seen.clear()  # the storage is away for a moment, for all: the next beat may reach it
+
+    def place(self, trial: Trial, where: str) -> None:
+        """Note where a trial was made, if not here."""
+        try:
+            self._storage.set_trial_user_attr(self._identity(trial.number), "where", where)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return  # it was given up for dead; `finish` will say so
 
     def finish(self, trial: Trial, size: int, quality: float, seconds: float) -> bool:
         """A trial came to its end; False if it had been given up for dead."""
         identity = self._identity(trial.number)
         if not math.isfinite(quality):
             return self.fail(trial, "infeasible", f"quality became {quality}")
+        values = [float(size), quality]
         try:
             self._storage.set_trial_user_attr(identity, "seconds", seconds)
-            self._storage.set_trial_state_values(identity, TrialState.COMPLETE, [float(size), quality])
+            self._storage.set_trial_state_values(identity, TrialState.COMPLETE, values)
         except optuna.exceptions.UpdateFinishedTrialError:
-            return False
+            found = self._storage.get_trial(identity)  # by us, if the answer was lost
+            return found.state == TrialState.COMPLETE and found.values == values
         return True
 
     def fail(self, trial: Trial, how: State, reason: str) -> bool:
         """A trial is infeasible (it stays tried), or dead (it may be tried again)."""
         return self._end(self._identity(trial.number), how, reason)
 
-    def bury(self) -> None:
-        """Fail the trials whose workers are dead."""
+    def bury(self) -> int:
+        """Fail the trials whose workers are dead; how many these were."""
+        buried = 0
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             worker, beat = trial.user_attrs.get("worker"), trial.user_attrs.get("beat", 0.0)
-            if not (_alive(worker) if worker and worker[0] == _here() else self._beats(trial.number, beat)):
-                self._end(self._identity(trial.number), "dead", DIED)
+            if not (_alive(worker) if _is_here(worker) else self._beats(trial.number, beat)):
+                buried += self._end(self._identity(trial.number), "dead", DIED)
+        return buried
 
     def _beats(self, number: int, beat: float) -> bool:
         """Whether a trial's last beat is new, or was so not long ago."""
+        outages = getattr(self._storage, "outages", 0)
+        if outages != self._outages:  # no beat could be seen meanwhile
+            self._seen.clear()
+            self._outages = outages
         now = time.monotonic()
         last, since = self._seen.get(number, (None, now))
         self._seen[number] = beat, (since if last == beat else now)
         return now - self._seen[number][1] < LEASE_SECONDS
+
+    def beats(self) -> dict[int, float]:
+        """The last beat of each trial that runs on another host, by number: who does not change it is in doubt."""
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        others = [t for t in running if not _is_here(t.user_attrs.get("worker"))]
+        return {t.number: float(t.user_attrs.get("beat", 0.0)) for t in others}
 
 
 def _me() -> list[Any]:
@@ -315,6 +275,10 @@ def _here() -> str:
     A container has a first process of its own, which began later than its host's.
     """
     return f"{socket.gethostname()} {process.boot_seconds()} {process.born(1) or uuid.uuid4()}"
+
+
+def _is_here(worker: Any) -> bool:
+    return bool(worker) and worker[0] == _here()
 
 
 def _alive(worker: Any) -> bool:

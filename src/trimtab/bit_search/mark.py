@@ -3,19 +3,30 @@
 import hashlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from trimtab.bit_search.ledger import Ledger
 from trimtab.bit_search.space import Space
 from trimtab.errors import UserError
-from trimtab.formats.manifest import MANIFEST, listed
-from trimtab.pruning.checkpoint import made_from
+from trimtab.models import contents
 from trimtab.recipe.recipe import Recipe
 
-_MAY_CHANGE = {"trials", "workers", "storage", "budget", "budget_training", "uniform", "seed"}
+_HOW = {"workers", "storage", "devices", "engine", "resources"}
+_MAY_CHANGE = {"trials", "budget", "budget_training", "uniform", "seed"} | _HOW
 """Of a search that goes on."""
-_OWN_LENGTH = {"steps", "epochs", "save_steps", "keep_checkpoints", "log_steps", "report_to"}
+_NOT_OF_DATA = {"eval_tokens", "num_proc", "streaming", "path", "eval_path", "template"}
+"""How data are read, not which, and where they lie; a search refuses streams."""
+_OWN_LENGTH = {
+    "steps",
+    "epochs",
+    "save_steps",
+    "keep_checkpoints",
+    "log_steps",
+    "report_to",
+    "compile",
+    "evaluate_steps",
+    "early_stop",
+}
 """Of the run's training, no trial's."""
 
 
@@ -51,32 +62,39 @@ def about(recipe: Recipe, space: Space) -> list[tuple[str, Any]]:
     assert recipe.data is not None
     tuned = recipe.search.objective == "tuned"
     return [
-        ("model", [recipe.model.model_dump(mode="json"), _weights(Path(recipe.model.path))]),
+        ("model", recipe.model.model_dump(mode="json", exclude={"device", "path", "adapter"})),
+        # Hashes of its files: pruned elsewhere alike, last bits may choose otherwise.
+        ("what model.path holds", contents.of_model(recipe.model.path)),
+        ("what model.adapter holds", contents.of_adapter(recipe.model.adapter)),
         ("method", [recipe.method.name, asdict(recipe.method), recipe.merge]),
         ("rules", [repr(rule) for rule in (*space.placements, *space.others)]),
         ("units", [space.bytes_UC.tolist(), space.fixed_bytes]),
         (
             "data",
-            [recipe.data.model_dump(mode="json", exclude={"eval_tokens"}), "windows from all of the text, or answers"],
+            [recipe.data.model_dump(mode="json", exclude=_NOT_OF_DATA), "windows from all of the text, or answers"],
         ),
+        ("what its data hold", _held(contents.of_data(recipe.data, measured=True))),
         ("search", recipe.search.model_dump(mode="json", exclude=_MAY_CHANGE)),
         ("train", _training(recipe) if tuned else None),
         ("start, distill, activations or kv", [repr(b) for b in _beside(recipe)] if tuned else None),
     ]
 
 
-def _weights(folder: Path) -> Any:
-    """How a pruned model was made, and the hashes of its files: pruned elsewhere alike, last bits may choose otherwise."""
-    made = made_from(folder)
-    return made and [made, listed(folder) if (folder / MANIFEST).is_file() else None]
+def _held(data: contents.Contents) -> contents.Contents:
+    """Of data what their files hold: how they are read is in the recipe's own block."""
+    found = {key: value["from"] if isinstance(value, dict) else value for key, value in data.items()}
+    return {key: value for key, value in found.items() if key != "holdout"}
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
-    """With rates resolved, as a recipe read back has them."""
-    rates = {"lr": recipe.rates.delta, "lr_scale": recipe.rates.scale, "parametrization": recipe.parametrization}
-    return recipe.train.model_dump(mode="json", exclude=_OWN_LENGTH) | rates
+    """With rates as they are given: a trial's own length decides those that are not. Attentions differ by roundings."""
+    return recipe.train.model_dump(mode="json", exclude=_OWN_LENGTH | {"attention", "reference"}) | {
+        "parametrization": recipe.parametrization,
+        "reference": recipe.train.reference and contents.of_model(recipe.train.reference),
+    }
 
 
 def _beside(recipe: Recipe) -> tuple[Any, ...]:
     distill = recipe.distill and recipe.distill.model_copy(update={"cache": None})
-    return recipe.start, distill, recipe.activations, recipe.kv
+    start = recipe.start.model_copy(update={"path": None})
+    return start, contents.of_start(recipe), distill, recipe.activations, recipe.kv

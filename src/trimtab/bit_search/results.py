@@ -1,25 +1,24 @@
 """What a search writes: `<output>/search/`
 
-trials.csv          every trial: widths, bytes, quality, seconds, why it failed
+trials.csv          every trial: widths, bytes, quality, seconds, why it failed, where it was made
 front.csv           the Pareto front, by ascending bytes
 points/<n>.yaml     a runnable recipe for each of its points: `trimtab run points/3.yaml`
 front.png, bits.png (see `figures`)
 search.json         what the numbers are: objective, budget, the float model's
-report.html         all of it, as a page
+report.html         all of it, as a page, where the search came to its end
 """
 
 import csv
 import io
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab.bit_search import figures
 from trimtab.bit_search.ledger import Trial
 from trimtab.bit_search.searching import Search
-from trimtab.formats.manifest import add, write_json
-from trimtab.pages import report
+from trimtab.disk import replace_text
+from trimtab.formats.manifest import add, json_text
 from trimtab.recipe.recipe import Recipe
 
 
@@ -37,19 +36,19 @@ def point_recipe(search: Search, trial: Trial, number: int) -> Recipe:
     )
 
 
-def write(search: Search, say: Callable[[str], None] = lambda _: None) -> list[Path]:
-    """Write everything; the recipes of the front. `say` is told what could not be."""
+def write(search: Search) -> list[Path]:
+    """Write everything but the page; the recipes of the front."""
     trials = search.ledger.trials()
     front = search.front(trials)
     folder = search.folder
     points = folder / "points"
     points.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "trials.csv", _table(search, [t for t in trials if t.state != "duplicate"]))
-    _replace(folder / "front.csv", _table(search, front))
+    replace_text(folder / "trials.csv", _table(search, [t for t in trials if t.state != "duplicate"]))
+    replace_text(folder / "front.csv", _table(search, front))
     written = []
     for number, trial in enumerate(front, start=1):
         file = points / f"{number}.yaml"
-        _replace(file, point_recipe(search, trial, number).to_yaml())
+        replace_text(file, point_recipe(search, trial, number).to_yaml())
         written.append(file)
     for stale in set(points.glob("*.yaml")) - set(written):
         if stale.stem.isdecimal():  # another name is somebody's own copy
@@ -58,8 +57,7 @@ def write(search: Search, say: Callable[[str], None] = lambda _: None) -> list[P
     if front:
         figures.draw_front(search, trials, front, folder / "front.png")
         figures.draw_bits(search, front, folder / "bits.png")
-    write_json(folder / "search.json", _about(search))
-    report.make(folder, say, name=search.recipe.name)
+    replace_text(folder / "search.json", json_text(_about(search)))
     return written
 
 
@@ -84,17 +82,10 @@ def _table(search: Search, trials: Sequence[Trial]) -> str:
     units = [unit.name for unit in search.space.units]
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(["number", "kind", "steps", "state", "bytes", "quality", "seconds", "reason", *units])
+    writer.writerow(["number", "kind", "steps", "state", "bytes", "quality", "seconds", "reason", "where", *units])
     for t in trials:
         widths = [search.space.label(c) for c in t.wish.configuration]
         size = search.space.bytes(t.wish.configuration)
-        row = [t.number, t.wish.kind, t.wish.steps, t.state, size, t.quality, t.seconds, t.reason]
+        row = [t.number, t.wish.kind, t.wish.steps, t.state, size, t.quality, t.seconds, t.reason, t.where]
         writer.writerow(["" if v is None else v for v in row] + widths)
     return lines.getvalue()
-
-
-def _replace(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    staging = file.with_suffix(f".{os.getpid()}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, file)

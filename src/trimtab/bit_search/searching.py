@@ -9,52 +9,53 @@ proposes. The last is the best short trial's promotion, if it had none: the resu
 """
 
 import copy
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from trimtab.bit_search import held_out, mark, sensitivity, standing
+from trimtab.bit_search import mark, standing
 from trimtab.bit_search.additive import Configuration, front
+from trimtab.bit_search.bench import Bench, Objective
 from trimtab.bit_search.folder import own
 from trimtab.bit_search.hypervolume import hypervolume
-from trimtab.bit_search.ledger import Ledger, Trial, Wish, shown
-from trimtab.bit_search.objective import Rounded, Tuned, for_every_width
+from trimtab.bit_search.ledger import DIED, Ledger, Trial, Wish
+from trimtab.bit_search.objective import for_every_width
 from trimtab.bit_search.proposal import Problem, Tried, propose
 from trimtab.bit_search.space import Space, space, units
-from trimtab.data.sources import Texts
-from trimtab.data.templates import set_template
+from trimtab.bit_search.storage import Away, shown
+from trimtab.devices import beside_tensors
 from trimtab.errors import Diverged, UserError
 from trimtab.formats.export import check_exports
 from trimtab.formats.file_size import float_bytes, parse_bytes
 from trimtab.memory.plan import plan
 from trimtab.memory.process import memory_errors
-from trimtab.models.load import load_float
+from trimtab.models.positions import require_length
 from trimtab.models.prepare import placed_targets, targets
 from trimtab.models.sources import open_source
 from trimtab.quant.grid import AnyGrid
-from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe
-from trimtab.training import teacher_cache
-from trimtab.training.build import RunContext, calibration
-from trimtab.training.labelled import Labelled, label
-from trimtab.training.trainer import packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BEAT_SECONDS = 30.0
+_LOOK_SECONDS = 1.0
 _LIMITED = "budget_training "
 """Begins the key of every training budget that trials of a study were made under."""
 _RANK_GAIN = 0.1
 """Share of a unit's cost that each doubling of its rank is taken to repair, before trials say better."""
-Objective = Callable[[Sequence[Any], int], float]
+
+
+class WorkerDied(Exception):
+    """Who made a trial was killed, or its machine was lost: the trial is made again."""
 
 
 class Search:
@@ -62,18 +63,23 @@ class Search:
 
     Args:
         recipe: with a `search` block; its model is in float.
+        device: where this process measures; None is the recipe's.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, device: str | None = None) -> None:
         assert recipe.search is not None
         assert recipe.data is not None
         self.block = recipe.search
-        self._source = open_source(recipe.model.path)
-        if self._source.prepared:
+        self.workers = self.block.workers or len(self.block.devices or (None,))
+        source = open_source(recipe.model.path)
+        if source.prepared:
             raise UserError(f"{recipe.model.path}: already quantized; a search starts from the float model")
-        self._skeleton = self._source.layout()
+        self._skeleton = source.layout()
+        require_length(self._skeleton, recipe.data.block_tokens, "data.block_tokens")
         others, template = recipe.rules or [], _template(self._skeleton, recipe, self.block.units)
         self.recipe = for_every_width(recipe, template)
+        # What others are told (points, marks) names no worker's device.
+        self.bench = Bench(self.recipe.on(device) if device else self.recipe, source)
         self.space: Space = space(
             copy.deepcopy(self._skeleton),
             recipe.method,
@@ -87,6 +93,8 @@ class Search:
             activations=recipe.activations,
         )
         self._check_exports()
+        self.doubtful = 0
+        """Trials of other hosts that may never end: whether they do is being waited for."""
         self._peaks: dict[Configuration, int] = {}
         self.budget = None if self.block.budget is None else parse_bytes(self.block.budget, "search.budget")
         if self.budget is not None:
@@ -129,73 +137,20 @@ class Search:
             if placed:
                 check_exports(self.recipe.model_copy(update={"rules": rules}), placed, self._skeleton.config)
 
-    # ---- what is measured on ---------------------------------------------------------------------------------------
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        tokenizer = self._source.tokenizer()
-        set_template(tokenizer, None if self.recipe.data is None else self.recipe.data.template)
-        return tokenizer
-
-    @cached_property
-    def _texts(self) -> Texts:
-        assert self.recipe.data is not None
-        return texts.training(self.recipe.data)
-
-    @cached_property
-    def _rows(self) -> Any:
-        return self._texts.rows
-
-    @cached_property
-    def _labelled(self) -> Labelled:
-        return label(self.recipe, self._tokenizer, self._rows, self._skeleton.config.get_text_config().vocab_size)
-
-    @cached_property
-    def _float_model(self) -> "PreTrainedModel":
-        return load_float(self.recipe.model.path, dtype=self.recipe.dtype, source=self._source)
-
-    def _windows(self, rows: Any, tokens: int) -> torch.Tensor:
-        return held_out.windows(self.recipe, self._tokenizer, rows, tokens)
-
-    @cached_property
-    def _held_out(self) -> Any:
-        block = self.recipe.data
-        assert block is not None
-        found = texts.held_out(block, None if block.eval_path else self._texts)
-        return self._rows if found is None else found
-
-    @cached_property
-    def _loss(self) -> held_out.Loss:
-        return held_out.loss(self.recipe, self._tokenizer, self._held_out, self.block.tokens)
-
-    def objective(self) -> Objective:
-        """What a trial runs."""
-        if self.block.objective == "rounded":
-            return Rounded(self._float_model, self.recipe, self._windows(self._held_out, self.block.tokens))
-        self.free()  # a trial loads its own, quantized
-        start = calibration(self.recipe, self._rows, self._tokenizer)
-        return Tuned(
-            self.recipe, RunContext(self._source, self._tokenizer, self._rows, self._labelled, None, start), self._loss
-        )
+    # ---- what trials are measured by ---------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """What is made once for a study: sensitivities, and a teacher's cache where trials learn from one."""
         _ = self.problem
-        if self.block.objective == "tuned":
-            self.free()
-            teacher_cache.ask(self.recipe, self._tokenizer, self._rows, packed, source=self._source)
-
-    def free(self) -> None:
-        """Let go of the float model."""
-        self.__dict__.pop("_float_model", None)
+        self.bench.teach()
 
     @cached_property
     def problem(self) -> Problem:
         """Space, prior and budget; sensitivities are measured once for a study."""
+        if self.ledger.noted("prior") is None:
+            for key, value in self.bench.prior(self.space).items():
+                self.ledger.note(key, value)
         noted = self.ledger.noted("prior")
-        if noted is None:
-            noted = self._sensitivities()
-            self.ledger.note("prior", noted)  # last: who finds it finds the rest
         gain = [
             1.0 if r is None else (1 - _RANK_GAIN) ** np.log2(r / min(self.block.ranks or (r,)))
             for r in self.space.ranks
@@ -209,20 +164,6 @@ class Search:
             # what is left of it falls faster; the third power fits best, by little (benchmarks/search/repair.py).
             cost = cost * 0.5 ** np.array(self.space.bits)
         return Problem(cost, self.space.bytes_UC, self.space.fixed_bytes, self.budget, bound)
-
-    def _sensitivities(self) -> list[list[float]]:
-        windows = self._windows(self._rows, self.block.sensitivity_tokens)
-        # A width costs the same at every rank.
-        distinct = list(dict.fromkeys(self.space.placements))
-        about = self._float_model, self.space.units, distinct, windows
-        exact, began = self.block.sensitivity == "exact", time.perf_counter()
-        found = sensitivity.exact(*about) if exact else sensitivity.fisher(*about, seed=self.block.seed)
-        if self.block.objective == "tuned":
-            self.ledger.note("float_quality", self._loss(self._float_model))
-        took = {"passes": found.passes, "tokens": windows.numel(), "seconds": time.perf_counter() - began}
-        self.ledger.note("sensitivities", took)
-        cost = np.maximum(found.cost_UC[:, [distinct.index(p) for p in self.space.placements]], 0.0)
-        return [[float(c) for c in row] for row in cost]
 
     # ---- what comes next -------------------------------------------------------------------------------------------
 
@@ -243,7 +184,8 @@ class Search:
     def _peak(self, configuration: Configuration) -> int:
         if configuration not in self._peaks:
             rules = self.space.rules(configuration)
-            self._peaks[configuration] = plan(self.recipe, copy.deepcopy(self._skeleton), rules).total
+            planned = plan(self.recipe, copy.deepcopy(self._skeleton), rules).total
+            self._peaks[configuration] = planned + beside_tensors(self.recipe.device.type)
         return self._peaks[configuration]
 
     def uniform(self) -> list[Configuration]:
@@ -298,37 +240,74 @@ class Search:
     def work(self, told: Callable[[], None] = lambda: None) -> None:
         """Make trials until there are enough; `told` is called before and after each."""
         self.prepare()
-        self.ledger.bury()
-        if self.wish(self.ledger.trials()) is None:
+        self.ledger.where = f"{socket.gethostname()} {self.bench.recipe.device}"
+        if not self.more(told):
             return
         # Before there is a claim: loading is no trial's failure, and no lease waits for it.
-        objective = self.objective()
-        while (trial := self.ledger.claim(self.wish, self._limit())) is not None:
+        objective = self.bench.objective()
+        while self.more(told):
+            while (trial := self.claim()) is not None:
+                told()
+                with beating(self.ledger, trial):
+                    self.settle(trial, partial(timed, objective, self.space.rules(trial.wish.configuration), trial))
+                told()
+        self.bench.free()
+
+    def more(self, told: Callable[[], None] = lambda: None) -> bool:
+        """Whether there is a trial to make.
+
+        A trial that runs on another host is as good as made if that host is alive, and to be made again if it is not:
+        nobody leaves before each has shown a new beat, or has shown none for the time of a lease.
+        """
+        doubtful: dict[int, float] | None = None
+        while True:
+            self.ledger.bury()
+            if self.wish(self.ledger.trials()) is not None:
+                self.doubtful = 0
+                return True
+            beats = self.ledger.beats()
+            doubtful = beats if doubtful is None else {n: b for n, b in doubtful.items() if beats.get(n) == b}
+            self.doubtful = len(doubtful)
+            if not doubtful:
+                return False
             told()
-            self._carry_out(trial, objective)
-            told()
-        self.free()
+            time.sleep(_LOOK_SECONDS)
+
+    def claim(self) -> Trial | None:
+        """The next trial, taken; None if there are enough."""
+        return self.ledger.claim(self.wish, self._limit())
 
     def _limit(self) -> int:
         """Trials, but for the uniform ones, that the study may have: those of an earlier, larger budget come on top."""
         tried = [t for t in self.ledger.trials() if t.counts and t.wish.kind != "uniform"]
         return self.block.trials + len(tried) - len(self._inside(tried))
 
-    def _carry_out(self, trial: Trial, objective: Objective) -> None:
-        began, ended = time.perf_counter(), False
+    def settle(self, trial: Trial, measure: Callable[[], tuple[float, float]]) -> None:
+        """Write down what becomes of a trial.
+
+        Args:
+            trial: that was claimed.
+            measure: gives its quality, and the seconds that it took; raises `WorkerDied`, or what a trial may end with.
+
+        Raises:
+            Exception: what `measure` raised, if that ends more than this trial.
+        """
+        ended = False
         try:
-            with _beating(self.ledger, trial), memory_errors():
-                quality = objective(self.space.rules(trial.wish.configuration), trial.wish.steps)
-            size = self.space.bytes(trial.wish.configuration)
-            self.ledger.finish(trial, size, quality, time.perf_counter() - began)
+            with memory_errors():
+                quality, seconds = measure()
+            self.ledger.finish(trial, self.space.bytes(trial.wish.configuration), quality, seconds)
             ended = True
         except (Diverged, MemoryError, torch.OutOfMemoryError) as error:
             what = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             self.ledger.fail(trial, "infeasible", what + " ".join(str(error).split()))
             ended = True
+        except WorkerDied:
+            self.ledger.fail(trial, "dead", DIED)
+            ended = True
         finally:
-            if not ended:
-                end = sys.exc_info()[1]
+            end = sys.exc_info()[1]
+            if not ended and not isinstance(end, Away):  # a storage that is away cannot be told
                 why = f"ended the search: {type(end).__name__}: {end}" if isinstance(end, Exception) else "interrupted"
                 self.ledger.fail(trial, "dead", " ".join(why.split()))
 
@@ -353,7 +332,7 @@ class Search:
         counted = [t for t in self._inside(trials) if t.counts]
         numbers = {"uniform": len(self.uniform()), "wanted": self.block.trials}
         left = standing.seconds_left(counted, self.steps, self.block.promote, **numbers)
-        return None if left is None else left / self.block.workers
+        return None if left is None else left / self.workers
 
     def unmade(self, trials: Sequence[Trial]) -> str:
         """Why there are fewer trials than were asked for; "" if there are not."""
@@ -377,8 +356,14 @@ def _template(skeleton: "PreTrainedModel", recipe: Recipe, by: Any) -> AnyGrid:
     return found
 
 
+def timed(objective: Objective, rules: Sequence[Any], trial: Trial) -> tuple[float, float]:
+    """A trial's quality, and the seconds that it took."""
+    began = time.perf_counter()
+    return objective(rules, trial.wish.steps), time.perf_counter() - began
+
+
 @contextmanager
-def _beating(ledger: Ledger, trial: Trial) -> Iterator[None]:
+def beating(ledger: Ledger, trial: Trial) -> Iterator[None]:
     """Renew the lease of a trial while it runs."""
     over = threading.Event()
 

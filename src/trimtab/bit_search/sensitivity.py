@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.bit_search.space import Unit
+from trimtab.devices import double
 from trimtab.layers import weights
 from trimtab.models.decoder import blocks, final_norm
 from trimtab.models.head import Head, require_after_head
@@ -222,7 +223,7 @@ def fisher(
             for c, grid in enumerate(placements):
                 if grid is not None and grid != "float":
                     moved = (on_grid(weight, grid) - weight).float()
-                    cost[u, c] += 0.5 * (moved.square() * squares[name]).double().sum().item() / count
+                    cost[u, c] += 0.5 * double(moved.square() * squares[name]).sum().item() / count
     return Sensitivity(cost, 3.0)
 
 

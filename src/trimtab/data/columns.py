@@ -3,7 +3,8 @@ r"""A row's own keys to those of a form: `columns: {prompt: sentence, completion
     {prompt: sentence}                           the key `sentence` is what a form calls `prompt`
     {prompt: "Review: {sentence}\nMood:"}        a text with the values of keys in it
 
-What is not a string there (a class, a number) is written out, so that a label can be an answer.
+What is not a string there (a class, a number) is written out, so that a class can be an answer; what `label` names is not:
+it says whether an answer is good.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def renamed(
                 raise UserError(f"{where}: has no {one!r}, which data.columns takes for {name!r}{hint}")
             read.add(one)
         if source in row:
-            found[name] = _written(row[source])
+            found[name] = row[source] if name == "label" else _written(row[source])
         else:
             found[name] = _NAMED.sub(lambda match: str(_written(row[match[1]])), source)
     ignored = set(ignore)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trimtab.data.bounded import Unrendered, bounded
 from trimtab.data.forms import RENDERING
 from trimtab.data.messages import Message
 from trimtab.data.tokens import bare
@@ -103,8 +104,6 @@ def render(given: Given, tokenizer: PreTrainedTokenizerBase, where: object, *, a
     Most templates write the arguments of a call as JSON, some (DeepSeek's) want them written already: those fail with an
     object, or print it as Python does, and are given the text. Some see a call only where there is no content.
     """
-    from jinja2 import TemplateError
-
     arguments, calls, error = given.rendering.get("chat_template_kwargs", {}), given.calls(), ""
     own = [name for name in arguments if name in inspect.signature(tokenizer.apply_chat_template).parameters]
     if own:
@@ -114,16 +113,17 @@ def render(given: Given, tokenizer: PreTrainedTokenizerBase, where: object, *, a
     cause: Exception | None = None
     for way in _WAYS if calls else _WAYS[:1]:
         try:
-            text = tokenizer.apply_chat_template(
-                given.whole(way),
-                tools=given.rendering.get("tools"),
-                tokenize=False,
-                add_generation_prompt=asked,
-                **arguments,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as failed:
+            with bounded():
+                text = tokenizer.apply_chat_template(
+                    given.whole(way),
+                    tools=given.rendering.get("tools"),
+                    tokenize=False,
+                    add_generation_prompt=asked,
+                    **arguments,
+                )
+        except Unrendered as failed:
             # A template is a program: it refuses what its model never saw (a system role, two users), and it fails.
-            error, cause = error or " ".join(str(failed).split())[:200] or type(failed).__name__, failed
+            error, cause = error or str(failed), failed
             continue
         assert isinstance(text, str)
         if way == _WAYS[-1] or _called(calls, text):
@@ -154,13 +154,14 @@ def generated(given: Given, text: str, tokenizer: PreTrainedTokenizerBase) -> li
     render_marked: Any = chat_template_utils.render_jinja_template  # its annotation leaves the marks out
 
     for way in _WAYS:
-        texts, parts = render_marked(
-            conversations=[given.whole(way)],
-            tools=given.rendering.get("tools"),
-            chat_template=source,
-            return_assistant_tokens_mask=True,
-            **{**tokenizer.special_tokens_map, **given.rendering.get("chat_template_kwargs", {})},
-        )
+        with bounded():
+            texts, parts = render_marked(
+                conversations=[given.whole(way)],
+                tools=given.rendering.get("tools"),
+                chat_template=source,
+                return_assistant_tokens_mask=True,
+                **{**tokenizer.special_tokens_map, **given.rendering.get("chat_template_kwargs", {})},
+            )
         if texts[0] == text:
             return [(start, end) for start, end in parts[0] if start < end]
     raise AssertionError("a template renders the same twice")

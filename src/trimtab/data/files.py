@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trimtab.data.messages import kind
 from trimtab.errors import UserError
+from trimtab.reading import DEEPEST, first_line, require_regular
 
 Located = tuple[str, Any]
 """A raw row behind the words that say where it stands, such as `alpaca.jsonl, line 3`."""
@@ -30,8 +33,16 @@ def _decoded(raw: bytes, where: str) -> str:
         raise UserError(f"{where}: not UTF-8 (byte {error.start}: {error.reason}); save the file as UTF-8") from error
 
 
+def _whole(file: Path) -> str:
+    require_regular(file, _MOST_AS_A_WHOLE, "make it JSON lines (.jsonl), which are read one after another")
+    return _decoded(file.read_bytes(), str(file))
+
+
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
+_MOST_OF_A_LINE, _MOST_AS_A_WHOLE = 2**28, 2**30
+"""Bytes of a row, and of a file that is read as a whole: a hole of terabytes takes no room on a disk."""
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 _REMEDY = "put one JSON object on each line (an array becomes lines with: jq -c '.[]')"
 _ARRAY = "correct the array: its objects stand between [ and ], with a comma after each but the last"
 
@@ -56,13 +67,17 @@ def _json_rows(file: Path) -> Iterator[Located]:
 
 def _line_rows(file: Path) -> Iterator[Located]:
     with file.open("rb") as lines:  # in bytes only "\n" ends a line: a raw U+2028 inside a JSON string does not
-        for number, raw in enumerate(lines, start=1):
+        for number, raw in enumerate(iter(partial(lines.readline, _MOST_OF_A_LINE + 1), b""), start=1):
             where = f"{file}, line {number}"
+            if len(raw) > _MOST_OF_A_LINE:
+                raise UserError(f"{where}: longer than {_MOST_OF_A_LINE:,} bytes; {_REMEDY}")
             line = _decoded(raw, where).strip()
             if not line:
                 continue
+            _check_depth(line, where, _REMEDY)
             try:
-                row = json.loads(line, object_pairs_hook=partial(_object, where=where))
+                with _digits(where, _REMEDY):
+                    row = json.loads(line, object_pairs_hook=partial(_object, where=where))
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: invalid JSON ({error.msg}, column {error.colno}); {_REMEDY}") from error
             if not isinstance(row, dict):
@@ -70,9 +85,36 @@ def _line_rows(file: Path) -> Iterator[Located]:
             yield where, row
 
 
+def _check_depth(text: str, where: str, remedy: str) -> None:
+    """Refuse objects in one another without end, which are JSON, and which nobody means."""
+    if (text.count("[") > DEEPEST or text.count("{") > DEEPEST) and _deepest(text) > DEEPEST:
+        raise UserError(f"{where}: more than {DEEPEST} objects and arrays in one another; {remedy}")
+
+
+@contextmanager
+def _digits(where: str, remedy: str) -> Iterator[None]:
+    """Refuse an integer of thousands of digits, which Python's parser answers with a plain ValueError."""
+    try:
+        yield
+    except (UserError, json.JSONDecodeError):
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}: invalid JSON ({first_line(error)}); {remedy}") from error
+
+
+def _deepest(text: str) -> int:
+    """How many brackets are open at once, at most, without those in strings."""
+    depth = deepest = 0
+    for part in _BRACKET.findall(text):
+        depth += (part in "[{") - (part in "]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _array_rows(file: Path) -> Iterator[Located]:
     """The objects of one array, one after another, so that each is known by the line that it begins in."""
-    text = _decoded(file.read_bytes(), str(file))
+    text = _whole(file)
+    _check_depth(text, str(file), _ARRAY)
     at = text.index("[") + 1
     line, seen = 1, 0
     separator = ""  # what must stand before the next object
@@ -92,7 +134,8 @@ def _array_rows(file: Path) -> Iterator[Located]:
             line, seen = line + text.count("\n", seen, at), at
             where = f"{file}, line {line}"
         try:
-            row, at = json.JSONDecoder(object_pairs_hook=partial(_object, where=where)).raw_decode(text, at)
+            with _digits(where, _ARRAY):
+                row, at = json.JSONDecoder(object_pairs_hook=partial(_object, where=where)).raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{file}, line {error.lineno}: invalid JSON ({error.msg}, column {error.colno}); {_ARRAY}"
@@ -125,7 +168,7 @@ def of_table(row: dict[str, Any]) -> dict[str, Any]:
 
 def _csv_rows(file: Path) -> Iterator[Located]:
     """Rows of a CSV or TSV file, by the names in its first line; every cell is a string."""
-    text = _decoded(file.read_bytes(), str(file))
+    text = _whole(file)
     first = text.partition("\n")[0]
     between = next((d for d in ("\t", ",", ";") if d in first), ",")
     limit = csv.field_size_limit(
@@ -174,7 +217,7 @@ def _parquet_rows(file: Path) -> Iterator[Located]:
 
 
 def _text_rows(file: Path) -> Iterator[Located]:
-    text = _decoded(file.read_bytes(), str(file)).replace("\r\n", "\n")
+    text = _whole(file).replace("\r\n", "\n")
     if text.strip():
         yield str(file), {"text": text}
 

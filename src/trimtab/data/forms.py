@@ -29,7 +29,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from trimtab.data import preferences
-from trimtab.data.messages import ABOUT, SHARES, Message, empty, keys_of, kind, messages, parsed, string
+from trimtab.data.messages import (
+    ABOUT,
+    SHARES,
+    Message,
+    empty,
+    keys_of,
+    kind,
+    messages,
+    parsed,
+    plain,
+    string,
+    system_of,
+)
 from trimtab.errors import UserError
 
 ACCEPTED_FORMS = (
@@ -71,7 +83,7 @@ def _conversation(
 
     `asked`: the prompt was given as one, so that no answer in it is learned.
     """
-    prompt = [*_system(row, prompt, where), *prompt]
+    prompt = [*system_of(row, prompt, where), *prompt]
     rendering = _given_to_template(row, where)
     keys, unused, given = keys_of(prompt, completion, where)
     if keys:
@@ -80,21 +92,7 @@ def _conversation(
         given += [n for n, m in enumerate(prompt) if m["role"] == "assistant" and n not in given]
     if given:
         rendering["given"] = sorted(given)
-    return {"prompt": _plain(prompt), "completion": _plain(completion)}, rendering, unused
-
-
-def _plain(part: list[Message]) -> list[Message]:
-    return [{"role": m["role"], "content": m["content"]} for m in part]
-
-
-def _system(row: Mapping[str, Any], prompt: list[Message], where: str) -> list[Message]:
-    """A row's system prompt as a message, if it has one."""
-    system = row.get("system")
-    if empty(system):
-        return []
-    if any(m["role"] in ("system", "developer") for m in prompt):
-        raise UserError(f"{where}: 'system' beside a message with the role 'system'; keep one of them")
-    return [{"role": "system", "content": string(system, "system", where)}]
+    return {"prompt": plain(prompt), "completion": plain(completion)}, rendering, unused
 
 
 def _given_to_template(row: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -43,9 +43,7 @@ def tokens_of_row(
     """
     eos_id = tokenizer.eos_token_id
     if "text" in row:
-        ids = bare(row["text"], tokenizer, head)
-        ids = _ended(head + ids, eos_id) if ids else []
-        return Tokens(ids, ((0, len(ids)),) if ids else ())
+        return tokens_of_text(bare(row["text"], tokenizer, head), eos_id, head)
     prompt, completion = row["prompt"], answer_of(row)
     if not isinstance(prompt, str):
         assert text is not None
@@ -54,6 +52,12 @@ def tokens_of_row(
     whole = _ended(whole, eos_id) if completion else [*whole, *_end(eos_id)]
     shared = shared_head(asked, whole)
     return Tokens(whole, ((0 if loss == "full" else shared, len(whole)),), shared < len(asked))
+
+
+def tokens_of_text(ids: list[int], eos_id: int | None, head: list[int]) -> Tokens:
+    """The tokens of a text, of which those of `bare` are known; all are learned."""
+    ids = _ended(head + ids, eos_id) if ids else []
+    return Tokens(ids, ((0, len(ids)),) if ids else ())
 
 
 def _of_conversation(

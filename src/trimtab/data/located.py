@@ -23,5 +23,5 @@ def files_of(path: str) -> list[Path]:
     if local.is_file():
         return [local]
     if local.is_absolute():
-        raise UserError("is gone")
+        raise UserError(f"{path}: no such file or directory; check the path")
     return []

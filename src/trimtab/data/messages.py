@@ -180,3 +180,18 @@ def _share(value: object, role: str, what: str) -> bool:
     raise UserError(
         f"{what} is {value!r}, but {does}; make it {'0 or 1' if role == 'assistant' else '0'}, or remove it"
     )
+
+
+def plain(part: list[Message]) -> list[Message]:
+    """Role and content alone."""
+    return [{"role": m["role"], "content": m["content"]} for m in part]
+
+
+def system_of(row: Mapping[str, Any], prompt: list[Message], where: str) -> list[Message]:
+    """A row's system prompt as a message, if it has one; `prompt` must then hold none."""
+    system = row.get("system")
+    if empty(system):
+        return []
+    if any(m["role"] in ("system", "developer") for m in prompt):
+        raise UserError(f"{where}: 'system' beside a message with the role 'system'; keep one of them")
+    return [{"role": "system", "content": string(system, "system", where)}]

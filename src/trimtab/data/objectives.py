@@ -99,10 +99,3 @@ def answers(rows: Dataset, objective: str) -> Dataset:
         return rows.map(lambda row: {"prompt": row["prompt"][:-1], "completion": row["prompt"][-1:]})
     kept = ["prompt", "completion", *([RENDERING] if RENDERING in names else [])]
     return rows.select_columns(kept)
-
-
-def shuffled(rows: list[dict[str, Any]], seed: int) -> Dataset:
-    """Rows of token ids as a data set, in the order that the seed gives them: KTO's trainer takes them as they come."""
-    from datasets import Dataset
-
-    return Dataset.from_list(rows).shuffle(seed=seed)

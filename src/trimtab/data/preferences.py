@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.data.messages import Message, empty, messages, string
+from trimtab.data.messages import Message, empty, messages, plain, string, system_of
 from trimtab.errors import UserError
 
 ABOUT = {"score_chosen", "score_rejected", "chosen_score", "rejected_score", "chosen_rating", "rejected_rating", "margin",
@@ -49,7 +49,7 @@ def pair(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: nothing before the answers: 'chosen' and 'rejected' have no prompt in common; add one"
         )
-    asked = [*_system_of(row, asked, where), *asked]
+    asked = [*system_of(row, asked, where), *asked]
     for key, part in zip(("chosen", "rejected"), parts, strict=True):
         _check_answer(part, key, where)
     return _differing(
@@ -64,7 +64,7 @@ def judged(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {key: string(row[key], key, where) for key in ("prompt", "completion")} | {"label": bool(label)}
     asked, answered = (messages(row[key], key, where) for key in ("prompt", "completion"))
     _check_answer(answered, "completion", where)
-    asked = [*_system_of(row, asked, where), *asked]
+    asked = [*system_of(row, asked, where), *asked]
     return {"prompt": _plain(asked, where), "completion": _plain(answered, where), "label": bool(label)}
 
 
@@ -88,15 +88,6 @@ def _alike(one: list[Message], other: list[Message]) -> int:
     return next((i for i in range(most) if one[i] != other[i]), most)
 
 
-def _system_of(row: Mapping[str, Any], asked: list[Message], where: str) -> list[Message]:
-    system = row.get("system")
-    if empty(system):
-        return []
-    if any(m["role"] in ("system", "developer") for m in asked):
-        raise UserError(f"{where}: 'system' beside a message with the role 'system'; keep one of them")
-    return [{"role": "system", "content": string(system, "system", where)}]
-
-
 def _check_answer(part: list[Message], key: str, where: str) -> None:
     if not part:
         raise UserError(f"{where}: '{key}' has no message behind the prompt; add the answer, or remove the row")
@@ -114,7 +105,7 @@ def _plain(part: list[Message], where: str) -> list[Message]:
         more = [key for key in message if key not in ("role", "content")]
         if more:
             raise UserError(f"{where}: a message has {more[0]!r}, which rows of preferences cannot have; remove it")
-    return [{"role": m["role"], "content": m["content"]} for m in part]
+    return plain(part)
 
 
 def _differing(row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -12,15 +12,20 @@ without one, and its perplexity there says nothing: each of its blocks begins wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from trimtab.data.conversations import NO_TEMPLATE, answer_of, rendered
-from trimtab.data.rows import conversational
+from trimtab.data.forms import listed
+from trimtab.data.rows import conversational, judged
+from trimtab.data.sources import ORIGIN
 from trimtab.data.tokens import head_of, tokens_of
 from trimtab.errors import UserError
+from trimtab.words import size
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,10 +37,18 @@ def text_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
     if conversational(dataset):
         if not tokenizer.chat_template:
             raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {NO_TEMPLATE}")
-        return (rendered(row, tokenizer, f"row {number}") for number, row in enumerate(dataset, start=1))
+        return (rendered(row, tokenizer, _place(row, number)) for number, row in enumerate(dataset, start=1))
     if "text" in dataset.features:
         return (row["text"] for row in dataset)
     return (row["prompt"] + answer_of(row) for row in dataset)
+
+
+def _place(row: Mapping[str, Any], number: int) -> str:
+    """Where a row stands in its source; rows that were mixed, or split off, have their places with them."""
+    if ORIGIN not in row:
+        return f"row {number}"
+    source = row[ORIGIN]["source"]
+    return f"row {row[ORIGIN]['row']}" + (f" of data.path.{source}" if source else "")
 
 
 _ROWS_A_TOKEN = 4
@@ -66,12 +79,12 @@ def token_windows(
     if not isinstance(eos_id, int):
         raise UserError("data: the tokenizer has no end-of-sequence token to put between documents; set its eos_token")
     head = head_of(tokenizer)
-    token_ids: list[int] = []
+    token_ids = array("i")
     for text in text_of(dataset, tokenizer):
         if limit_tokens is not None and len(token_ids) >= limit_tokens and not spread:
             break
         document = tokens_of(text, tokenizer, head)[len(head) :]  # each block has its own
-        token_ids += document
+        token_ids.extend(document)
         # An empty row is no document, and a chat template may have written the token already.
         if document and document[-1] != eos_id:
             token_ids.append(eos_id)
@@ -89,7 +102,7 @@ def token_windows(
             f"data: {len(token_ids)} tokens{limited}, not one block of block_tokens = {block_tokens}; "
             "give more text or shorter blocks"
         )
-    texts = torch.tensor(token_ids[: there * each], dtype=torch.int64).view(there, each)
+    texts = torch.tensor(np.asarray(token_ids, np.int64)[: there * each]).view(there, each)
     texts = texts[torch.arange(blocks) * there // blocks] if spread else texts[:blocks]
     return torch.cat([torch.tensor(head, dtype=torch.int64).expand(blocks, len(head)), texts], dim=1)
 
@@ -124,17 +137,15 @@ def spread(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int) ->
 
 
 def describe(dataset: Dataset) -> str:
-    """One short line, such as `79 documents, 465 kB of text` (UTF-8 bytes, without what a chat template adds)."""
-    if conversational(dataset):
+    """One short line, such as `79 documents, 465.2 kB of text` (UTF-8 bytes, without what a chat template adds)."""
+    parts = [key for key in ("text", "prompt", "completion", "chosen", "rejected") if key in dataset.features]
+    if judged(dataset):
+        noun = "pair of answers" if "chosen" in parts else "judged answer"
+    elif conversational(dataset):
         noun = "conversation"
-        texts = (message["content"] for row in dataset for message in row["prompt"] + answer_of(row))
     else:
-        noun = "document" if "text" in dataset.features else "prompt-completion pair"
-        texts = (row["text"] if "text" in row else row["prompt"] + answer_of(row) for row in dataset)
-    text_bytes = sum(len(text.encode()) for text in texts)
-    size = f"{text_bytes} bytes"
-    for unit, unit_bytes in (("kB", 10**3), ("MB", 10**6), ("GB", 10**9)):
-        if text_bytes >= unit_bytes:
-            scaled = text_bytes / unit_bytes
-            size = f"{scaled:.1f} {unit}" if scaled < 10 else f"{scaled:.0f} {unit}"
-    return f"{len(dataset)} {noun}{'' if len(dataset) == 1 else 's'}, {size} of text"
+        noun = "document" if "text" in parts else "prompt" if parts == ["prompt"] else "prompt-completion pair"
+    held = (text for key in parts for value in dataset[key] for text in listed(value))
+    text_bytes = sum(len((text if isinstance(text, str) else text["content"]).encode()) for text in held)
+    kind, of, rest = noun.partition(" of ")
+    return f"{len(dataset)} {kind}{'' if len(dataset) == 1 else 's'}{of}{rest}, {size(text_bytes)} of text"

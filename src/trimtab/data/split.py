@@ -12,16 +12,21 @@ trained one is dropped: training keeps all it has, and where everything is alike
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimtab.data.digests import joined, of_code, of_rows
 from trimtab.data.forms import RENDERING, listed
+from trimtab.data.stored import each, find, mapped, scratch, store
 from trimtab.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ROWS = 500
 """Rows from which on a share is held out if nothing is said: of fewer, a fiftieth measures nothing."""
@@ -33,6 +38,8 @@ _COMMON = 0.05
 """Share of the rows from which on a piece says nothing."""
 _SAMPLED = 256
 """Rows of training that are asked, besides those held out, which pieces many have."""
+_AT_ONCE = 1 << 20
+"""Pieces of held-out texts, about, that are sorted at once."""
 _BASE = 0x9E3779B97F4A7C15
 """An odd number, so that it has an inverse modulo 2^64."""
 
@@ -42,9 +49,50 @@ _Pieces = NDArray[np.uint64]
 class Split(NamedTuple):
     """Numbers of rows, from 0."""
 
-    training: list[int]
+    training: NDArray[np.int64]
     held_out: list[int]
     dropped: int
+
+
+class Contents(Sequence[str]):
+    """What every row of a data set says, made when it is asked for: all of it at once would fill memory.
+
+    Args:
+        rows: of `load_rows`, or several of these.
+    """
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return content_of(self._rows[index])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(content_of, each(self._rows))
+
+
+class _Some(Sequence[str]):
+    """Those of some contents that have the numbers, which rise."""
+
+    def __init__(self, contents: Sequence[str], numbers: NDArray[np.int64]) -> None:
+        self._contents, self._numbers = contents, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._contents[int(self._numbers[index])]
+
+    def __iter__(self) -> Iterator[str]:
+        numbers = iter(self._numbers)
+        wanted = next(numbers, None)
+        for number, content in enumerate(self._contents):
+            if number == wanted:
+                yield content
+                wanted = next(numbers, None)
 
 
 def content_of(row: Mapping[str, Any]) -> str:
@@ -70,36 +118,95 @@ def apart(contents: Sequence[str], share: float) -> Split:
     Raises:
         UserError: if no row would be left on one side.
     """
-    numbers = [share_of(content) for content in contents]
-    held_out = [n for n, number in enumerate(numbers) if number < share]
-    if not held_out:  # of few rows none may fall below it
-        least = min(numbers)
-        held_out = [n for n, number in enumerate(numbers) if number == least]
-    chosen = set(held_out)
-    training = [n for n in range(len(contents)) if n not in chosen]
-    if not training:
+    numbers = np.fromiter(map(share_of, contents), np.float64, len(contents))
+    chosen = numbers < share
+    if not chosen.any():  # of few rows none may fall below it
+        chosen = numbers == numbers.min()
+    held_out, training = np.flatnonzero(chosen).tolist(), np.flatnonzero(~chosen)
+    if not len(training):
         raise UserError(
             f"data.holdout: {share} leaves none of {len(contents)} rows to train on; lower it, or set it to 0"
         )
-    near = near_duplicates([contents[n] for n in held_out], [contents[n] for n in training])
+    near = near_duplicates([contents[n] for n in held_out], _Some(contents, training))
     kept = [n for i, n in enumerate(held_out) if i not in near]
     return Split(training, kept, len(held_out) - len(kept))
 
 
+def parted(rows: Dataset, share: float) -> Split:
+    """The same of a data set; of one that is mapped it is found once, and stored."""
+    if not mapped(rows):
+        return apart(Contents(rows), share)
+    key = joined("split", of_rows(rows), share, of_code())
+    stored = find(key)
+    if stored is None:
+        found = apart(Contents(rows), share)
+        stored = store(key, {"training": found.training, "held_out": found.held_out}, {"dropped": found.dropped})
+    training, held_out = (stored.rows.with_format("numpy")[0][name] for name in ("training", "held_out"))
+    return Split(training, held_out.tolist(), stored.about["dropped"])
+
+
 def near_duplicates(held_out: Sequence[str], training: Sequence[str]) -> set[int]:
     """Numbers of held-out texts, from 0, that are near to a text of training."""
-    pieces = [_pieces(text) for text in held_out]
-    some = [_pieces(training[i]) for i in range(0, len(training), -(-len(training) // _SAMPLED))]
-    common = _common([*pieces, *some])
-    pieces = [p[~np.isin(p, common)] for p in pieces]
-    sizes = np.array([len(p) for p in pieces])
-    keys = np.concatenate(pieces) if pieces else np.empty(0, np.uint64)
-    owners = np.repeat(np.arange(len(pieces)), sizes)
-    order = np.argsort(keys, kind="stable")
-    keys, owners = keys[order], owners[order]
+    with scratch() as room:
+        return _near(_Index.of(held_out, training, room), training)
+
+
+class _Index(NamedTuple):
+    """The pieces of held-out texts but for those that many texts have: 12 bytes for each, which are mapped if many."""
+
+    keys: _Pieces
+    """Sorted."""
+    owners: NDArray[np.int32]
+    """The text that each is of."""
+    sizes: NDArray[np.int64]
+    """How many each text has."""
+    common: _Pieces
+    """Those that many have, sorted."""
+
+    @classmethod
+    def of(cls, held_out: Sequence[str], training: Sequence[str], room: Any) -> _Index:
+        """Put into classes of their first bits, each of which is sorted by itself: few are held at once, however many.
+
+        Args:
+            held_out: texts.
+            training: texts, of which some are asked which pieces many have.
+            room: of `stored.scratch`.
+        """
+        texts = [*held_out, *(training[i] for i in range(0, len(training), -(-len(training) // _SAMPLED)))]
+        bits = (sum(len(text.encode()) + _PIECE for text in texts) // _AT_ONCE).bit_length()
+        kept = None if bits else list(map(_pieces, texts))  # of many they are made twice: to be counted, and to be put
+        counts = sum((_in_classes(p, bits) for p in kept or map(_pieces, texts)), np.zeros(1 << bits, np.int64))
+        ends = counts.cumsum()
+        keys, owners, free = room(int(ends[-1]), np.uint64), room(int(ends[-1]), np.int32), ends - counts
+        for number, pieces in enumerate(kept or map(_pieces, texts)):
+            there = _in_classes(pieces, bits)
+            to = np.repeat(free - (there.cumsum() - there), there) + np.arange(len(pieces))  # pieces are sorted
+            keys[to], owners[to] = pieces, number
+            free += there
+        sizes, common, filled = np.zeros(len(held_out), np.int64), list[_Pieces](), 0
+        for end, count in zip(ends, counts, strict=True):
+            own, of = np.array(keys[end - count : end]), np.array(owners[end - count : end])
+            common.append(_common(own, len(texts)))
+            left = (of < len(held_out)) & ~np.isin(own, common[-1])
+            own, of = own[left], of[left]
+            order = np.argsort(own, kind="stable")
+            keys[filled : filled + len(own)], owners[filled : filled + len(own)] = own[order], of[order]
+            sizes, filled = sizes + np.bincount(of, minlength=len(held_out)), filled + len(own)
+        return cls(keys[:filled], owners[:filled], sizes, np.concatenate(common))
+
+
+def _in_classes(pieces: _Pieces, bits: int) -> NDArray[np.int64]:
+    """How many pieces there are of each class, by that many of their first bits."""
+    if not bits:
+        return np.array([len(pieces)])
+    return np.bincount((pieces >> np.uint64(64 - bits)).astype(np.int64), minlength=1 << bits)
+
+
+def _near(index: _Index, training: Sequence[str]) -> set[int]:
+    keys, owners, sizes, common = index
+    found = np.zeros(len(sizes), bool)
     if not len(keys):
         return set()
-    found = np.zeros(len(pieces), bool)
     for text in training:
         own = _pieces(text)
         first = np.searchsorted(keys, own)
@@ -109,19 +216,17 @@ def near_duplicates(held_out: Sequence[str], training: Sequence[str]) -> set[int
         first = first[hit]
         counts = np.searchsorted(keys, own[hit], "right") - first
         at = np.repeat(first, counts) + np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        shared = np.bincount(owners[at], minlength=len(pieces))
-        if (shared >= _NEAR * sizes)[shared > 0].any():  # else the pieces of both together are too many, too
+        of, shared = np.unique(owners[at], return_counts=True)
+        if (shared >= _NEAR * sizes[of]).any():  # else the pieces of both together are too many, too
             size = len(own) - int(np.isin(own, common).sum())
-            found |= (shared > 0) & (shared >= _NEAR * (sizes + size - shared))
+            found[of] |= shared >= _NEAR * (sizes[of] + size - shared)
     return set(map(int, np.flatnonzero(found)))
 
 
-def _common(some: Sequence[_Pieces]) -> _Pieces:
-    """Pieces that many texts have."""
-    if not some:
-        return np.empty(0, np.uint64)
-    pieces, counts = np.unique(np.concatenate(some), return_counts=True)
-    return pieces[counts > max(2, _COMMON * len(some))]
+def _common(pieces: _Pieces, texts: int) -> _Pieces:
+    """Pieces that many of so many texts have."""
+    each, counts = np.unique(pieces, return_counts=True)
+    return each[counts > max(2, _COMMON * texts)]
 
 
 def _pieces(text: str) -> _Pieces:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.data.tokens import head_of
 from trimtab.errors import UserError, nearest
+from trimtab.reading import MOST_OF_A_TEMPLATE, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,10 +63,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str | 
     if name in NAMED:
         text = _fitted(NAMED[name], name, tokenizer)
     else:
-        try:
-            text = Path(name).expanduser().read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.template: {name}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
+        text = read_text(Path(name).expanduser(), "save the template as UTF-8", MOST_OF_A_TEMPLATE)
     before, tokenizer.chat_template = tokenizer.chat_template, text
     return (
         f"data.template: {name} takes the place of the tokenizer's own chat template"

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from trimtab.errors import UserError
+
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Features
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
@@ -45,11 +47,17 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, head: list[int] | N
 
 def bare(text: str, tokenizer: PreTrainedTokenizerBase, head: list[int]) -> list[int]:
     """A text's tokens without those that begin it, written out or not."""
+    return bare_of([text], tokenizer, head)[0]
+
+
+def bare_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, head: list[int]) -> list[list[int]]:
+    """The same of several texts, in one call: twice as quick as one after another."""
     # verbose=False: a document longer than the model's context is expected here.
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    while head and ids[: len(head)] == head:
-        ids = ids[len(head) :]
-    return ids
+    found = [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    for number, ids in enumerate(found):
+        while head and ids[: len(head)] == head:
+            ids = found[number] = ids[len(head) :]
+    return found
 
 
 class Encoded:
@@ -152,12 +160,42 @@ class Tokens(NamedTuple):
         return Tokens(array("i", self.ids), self.spans, self.merged)
 
 
-def dataset_of(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Dataset:
-    """Token ids and labels in the columns that TRL takes as they are: `input_ids` and `labels`."""
-    from datasets import Dataset, Features, List, Value
+def check_ids(ids: Sequence[int], tokenizer: Any, vocabulary: int, where: object) -> None:
+    """Raise a `UserError` for a token that the model's embedding has no row for."""
+    if max(ids, default=0) < vocabulary:
+        return
+    id_ = next(i for i in ids if i >= vocabulary)
+    raise UserError(
+        f"data, {where}: holds {tokenizer.convert_ids_to_tokens(id_)!r}, token {id_} of the tokenizer, but the model's "
+        f"embedding has {vocabulary} rows; take the model's own tokenizer, or resize the model's embeddings "
+        "(`model.resize_token_embeddings`) before it is tuned"
+    )
 
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
-    for row in rows:
-        for column, values in zip(columns.values(), row, strict=True):
-            column.append(np.array(values, dtype=np.int32))
-    return Dataset.from_dict(columns, features=Features({name: List(Value("int32")) for name in columns}))
+
+def sequence_features() -> Features:
+    """The columns that TRL takes as they are: `input_ids` and `labels`."""
+    from datasets import Features, List, Value
+
+    return Features({name: List(Value("int32")) for name in ("input_ids", "labels")})
+
+
+def answer_features(names: Sequence[str], *, label: bool) -> Features:
+    """The columns of token ids that TRL's trainers of preferences take as they are, and whether an answer is good."""
+    from datasets import Features, List, Value
+
+    return Features({name: List(Value("int64")) for name in names} | ({"label": Value("bool")} if label else {}))
+
+
+def sequence_columns(lengths: Any, ids: Any, labels: Any) -> dict[str, Any]:
+    """Sequences in these columns.
+
+    Args:
+        lengths: of each sequence.
+        ids: int32, of all sequences one after another.
+        labels: the same.
+    """
+    import pyarrow  # type: ignore[import-untyped, unused-ignore]
+
+    edges = pyarrow.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    columns = {"input_ids": ids, "labels": labels}
+    return {name: pyarrow.ListArray.from_arrays(edges, pyarrow.array(values)) for name, values in columns.items()}

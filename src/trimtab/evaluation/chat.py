@@ -6,17 +6,22 @@ Talk      what a conversation is, whoever computes the answers (`chat_llama_cpp`
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from threading import Thread
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, TextIteratorStreamer
 
+from trimtab.data.bounded import Unrendered, bounded
 from trimtab.data.tokens import tokens_of
 from trimtab.errors import UserError
 
 Message = dict[str, str]
+
+
+_GREEDY = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}
+"""What only drawing reads."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Sampling:
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
         }
+        drawn = [name for name, fixed in _GREEDY.items() if not self.temperature and getattr(self, name) != fixed]
+        if drawn:
+            raise UserError(
+                f"{drawn[0]}: only draws with a temperature; set temperature, for example 0.7, or leave it out"
+            )
         for name, fine in good.items():
             if not fine:
                 raise UserError(f"{name}: {getattr(self, name)} makes no sense; see `trimtab chat --help`")
@@ -72,6 +82,19 @@ class Talk(ABC):
         self.system = system
         self.forgotten = 0
         """Messages that the last question found no room for, the oldest first."""
+
+    @property
+    def system(self) -> str | None:
+        """What the model is told first."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        if text is not None and not self.templated:
+            raise UserError(
+                "system: the model has no chat template, so there is no place for a system prompt; leave it out"
+            )
+        self._system = text
 
     def reset(self) -> None:
         """Forget what was said; the system prompt stays."""
@@ -140,12 +163,8 @@ class Chat(Talk):
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, system: str | None = None, sampling: Sampling = GREEDY
     ) -> None:
-        super().__init__(system, sampling)
         self.model, self.tokenizer, self.templated = model, tokenizer, bool(tokenizer.chat_template)
-        if system is not None and not self.templated:
-            raise UserError(
-                "system: the model has no chat template, so there is no place for a system prompt; leave it out"
-            )
+        super().__init__(system, sampling)
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether question and answer stay within the positions that the model's config names."""
@@ -156,28 +175,27 @@ class Chat(Talk):
         """The answer as it comes: transformers generates in a thread, which ends when nobody listens any more."""
         given = _given(self.model, self.tokenizer, ids_of(self.tokenizer, messages))
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        heard, failed = [True], list[BaseException]()
+        heard = [True]
         options = _options(self.sampling) | {"stopping_criteria": [lambda ids, *_: _stopped(ids, not heard)]}
 
         def generate() -> None:
-            try:
-                if self.sampling.seed is not None:
-                    torch.manual_seed(self.sampling.seed)
-                with torch.no_grad():
-                    cast(Any, self.model).generate(**given, **options, streamer=streamer)
-            except (RuntimeError, ValueError, MemoryError, IndexError, TypeError) as error:
-                failed.append(error)
-                streamer.end()
+            device = self.model.device
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                torch.cuda.set_device(device)  # which each thread chooses anew
+            if self.sampling.seed is not None:
+                torch.manual_seed(self.sampling.seed)
+            with torch.no_grad():
+                cast(Any, self.model).generate(**given, **options, streamer=streamer)
 
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            heard.clear()
-            thread.join()
-        for error in failed:
-            raise error
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(generate)
+            # Whatever it fails with, whoever waits for the next piece has to hear of the end.
+            done.add_done_callback(lambda future: streamer.end() if future.exception() else None)
+            try:
+                yield from streamer
+            finally:
+                heard.clear()
+            done.result()
 
 
 def _stopped(ids: torch.Tensor, stop: bool) -> torch.Tensor:
@@ -187,7 +205,7 @@ def _stopped(ids: torch.Tensor, stop: bool) -> torch.Tensor:
 def _options(sampling: Sampling) -> dict[str, Any]:
     """transformers' options; those of a greedy answer leave out what only drawing uses."""
     options: dict[str, Any] = {"max_new_tokens": sampling.tokens, "do_sample": sampling.temperature > 0}
-    options |= {"repetition_penalty": sampling.repetition_penalty}
+    options["repetition_penalty"] = sampling.repetition_penalty  # 1, too: a model may come with another
     if sampling.temperature > 0:
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         options |= drawn | ({"min_p": sampling.min_p} if sampling.min_p else {})
@@ -197,7 +215,14 @@ def _options(sampling: Sampling) -> dict[str, Any]:
 def ids_of(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation whose next turn is the model's; without a template, of its texts as they are."""
     if tokenizer.chat_template:
-        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        try:
+            with bounded():
+                found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        except Unrendered as error:
+            raise UserError(
+                f"the tokenizer's chat template cannot write this conversation ({error}); mend chat_template.jinja beside "
+                "the model, or set data.template when it is trained"
+            ) from error
         return list(found["input_ids"])
     return list(tokens_of("\n".join(m["content"] for m in messages), tokenizer))
 
@@ -213,11 +238,3 @@ def _given(model: PreTrainedModel, tokenizer: Any, ids: list[int]) -> dict[str, 
     given = torch.tensor([ids], device=next(model.parameters()).device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return {"input_ids": given, "attention_mask": torch.ones_like(given), "pad_token_id": pad}
-
-
-def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """A greedy answer to one question, through the chat template where there is one."""
-    ids = ids_of(tokenizer, [{"role": "user", "content": prompt}])
-    with torch.no_grad():
-        out = cast(Any, model).generate(**_given(model, tokenizer, ids), max_new_tokens=tokens, do_sample=False)
-    return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()

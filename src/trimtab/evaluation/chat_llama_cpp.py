@@ -27,11 +27,11 @@ class LlamaChat(Talk):
     """
 
     def __init__(self, file: Path, system: str | None = None, sampling: Sampling = GREEDY, context: int = 4096) -> None:
-        super().__init__(system, sampling)
         import llama_cpp
 
         self._model: Any = llama_cpp.Llama(model_path=str(file), n_ctx=context, verbose=False)
         self.templated = "tokenizer.chat_template" in self._model.metadata
+        super().__init__(system, sampling)
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether question and answer stay within the context; the marks of a template are taken to be 8 tokens a turn."""

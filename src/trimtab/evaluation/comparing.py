@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.errors import UserError
+from trimtab.evaluation.perplexity import of_loss, require_numbers
 
 _AT_ONCE = 2**24
 """Numbers of a float32 tensor of log-probabilities that are held at once."""
@@ -99,7 +100,10 @@ def apart(first: PreTrainedModel, second: PreTrainedModel, windows_WL: Tensor) -
             for a, b, targets in zip(a_LV.split(chunk), b_LV.split(chunk), ids[1:].split(chunk), strict=True)
         ]
         found.append(tuple(torch.cat(some) for some in zip(*parts, strict=True)))
-    return Apart(*(torch.stack(some) for some in zip(*found, strict=True)))
+    made = Apart(*(torch.stack(some) for some in zip(*found, strict=True)))
+    for which, model, loss in (("first", first, made.first_loss), ("second", second, made.second_loss)):
+        require_numbers(loss, f"compare: the {which} model", model.dtype)
+    return made
 
 
 def _apart(a_PV: Tensor, b_PV: Tensor, targets_P: Tensor) -> tuple[Tensor, ...]:
@@ -131,8 +135,8 @@ def summary(found: Apart, windows_WL: Tensor, tokenizer: Any, **about: Any) -> C
     differences = found.second_loss - found.first_loss
     (first, first_bytes), (second, second_bytes) = about["first"], about["second"]
     return Comparison(
-        first=Side(first, math.exp(found.first_loss.double().mean().item()), first_bytes),
-        second=Side(second, math.exp(found.second_loss.double().mean().item()), second_bytes),
+        first=Side(first, _perplexity(found.first_loss), first_bytes),
+        second=Side(second, _perplexity(found.second_loss), second_bytes),
         data=about["data"],
         split=about["split"],
         tokens=windows_WL.numel(),
@@ -142,9 +146,24 @@ def summary(found: Apart, windows_WL: Tensor, tokenizer: Any, **about: Any) -> C
         top1_agreement=(found.first_top == found.second_top).double().mean().item(),
         loss_difference=differences.double().mean().item(),
         loss_error=_error(differences),
-        quantiles=[(share, torch.quantile(found.kl.flatten().double(), share).item()) for share in _QUANTILES],
+        quantiles=_quantiles(found.kl),
         apart=_worst(found, windows_WL, tokenizer),
     )
+
+
+def _perplexity(loss_WL: Tensor) -> float:
+    return of_loss(loss_WL.double().mean().item(), "compare: a model", loss_WL.dtype)
+
+
+def _quantiles(values_WL: Tensor) -> list[tuple[float, float]]:
+    """As `torch.quantile`, which takes no more than 2^24 values: between two neighbours in proportion."""
+    ranked = values_WL.flatten().double().sort().values
+    found = []
+    for share in _QUANTILES:
+        at = share * (len(ranked) - 1)
+        low, high = ranked[math.floor(at)], ranked[math.ceil(at)]
+        found.append((share, torch.lerp(low, high, at % 1).item()))
+    return found
 
 
 def _error(values_WL: Tensor) -> float:

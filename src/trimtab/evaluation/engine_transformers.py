@@ -1,6 +1,6 @@
 """The engine side of a parity check, transformers without trimtab: log-probabilities of a folder's model.
 
-    python engine_transformers.py DIR TOKENS.safetensors OUT.safetensors
+    python engine_transformers.py DIR TOKENS.safetensors OUT.safetensors [DEVICE]
 
 Every engine's script has this contract: TOKENS holds `blocks`, int64 (W, L); OUT gets `logprobs`, float32 (W, L - 1, V),
 those of each next token. It runs in a process, and if need be in a virtual environment, of its own. Where DIR holds LoRA
@@ -21,19 +21,21 @@ from transformers import AutoModelForCausalLM
 def load(folder: Path) -> Any:
     """The model of a folder, with its adapter if there is one."""
     if not (folder / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder)
+    return PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder / "base", trust_remote_code=False), folder
+    )
 
 
-def main(directory: str, tokens: str, out: str) -> None:
+def main(directory: str, tokens: str, out: str, device: str = "cpu") -> None:
     """Compute and write."""
     torch.set_num_threads(1)
-    model = load(Path(directory)).eval()
+    model = load(Path(directory)).eval().to(device)
     with torch.no_grad():
         found = [
-            model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            model(input_ids=ids.unsqueeze(0).to(device), use_cache=False).logits[0, :-1].float().log_softmax(-1).cpu()
             for ids in load_file(tokens)["blocks"]
         ]
     save_file({"logprobs": torch.stack(found)}, out)

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trimtab.disk import replace_text
 from trimtab.errors import UserError, nearest
 from trimtab.extras import require
 
@@ -264,7 +265,7 @@ def write(path: str | Path, scores: Mapping[str, Sequence[Score]], found: Sequen
     """Scores of each model, with their items, and differences between them, as JSON."""
     models = {name: [asdict(score) for score in some] for name, some in scores.items()}
     content = {"models": models, "differences": [asdict(difference) for difference in found]}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    replace_text(Path(path), json.dumps(content, indent=1) + "\n")
 
 
 def read(path: str | Path) -> dict[str, list[Score]]:

@@ -3,9 +3,9 @@
 The trained model's logits on some held-out tokens are kept; after folding they are computed again, and after saving a
 *fresh process* loads the directory by plain `from_pretrained` and computes them a third time:
 
-    python -m trimtab.evaluation.parity DIR TOKENS.safetensors LOGITS.safetensors
+    python -m trimtab.evaluation.parity DIR TOKENS.safetensors LOGITS.safetensors DTYPE DEVICE THREADS
 
-Bitwise folds must give the very same bits each time.
+Bitwise folds must give the very same bits each time. All three compute on one device: another would round otherwise.
 
 Legend: W windows, L tokens in each, V vocabulary.
 """
@@ -22,9 +22,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from trimtab.devices import CPU
 from trimtab.errors import UserError
+from trimtab.evaluation.perplexity import of_loss, require_numbers
+from trimtab.models.reload import reload
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def logits_of(model: PreTrainedModel, windows_WL: Tensor) -> Tensor:
 
 def compare(stage: str, trained_WLV: Tensor, other_WLV: Tensor, windows_WL: Tensor) -> Parity:
     """Compare logits with those of the trained model on the same tokens."""
+    for whose, logits in (("trained", trained_WLV), (stage, other_WLV)):
+        require_numbers(logits, f"the {whose} model", logits.dtype)
     worst, squares, agree, kl, nll, count = 0.0, 0.0, 0, 0.0, 0.0, 0
     for ours, theirs, ids in zip(trained_WLV, other_WLV, windows_WL, strict=True):
         a, b = ours.double(), theirs.double()
@@ -72,29 +77,34 @@ def compare(stage: str, trained_WLV: Tensor, other_WLV: Tensor, windows_WL: Tens
         rms_difference=math.sqrt(squares / trained_WLV.numel()),
         top1_agreement=agree / count,
         kl=max(kl / count, 0.0),
-        perplexity=math.exp(nll / (count - len(windows_WL))),
+        perplexity=of_loss(nll / (count - len(windows_WL)), f"the {stage} model", other_WLV.dtype),
         identical=torch.equal(trained_WLV, other_WLV),
     )
 
 
-def reloaded_logits(directory: Path, windows_WL: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits computed by a fresh process from a saved model."""
+def reloaded_logits(directory: Path, windows_WL: Tensor, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
+    """Logits computed by a fresh process from a saved model, on the same device."""
     with tempfile.TemporaryDirectory() as folder:
         tokens, logits = Path(folder) / "tokens.safetensors", Path(folder) / "logits.safetensors"
         save_file({"blocks": windows_WL.contiguous()}, tokens)
-        command = [sys.executable, "-m", __name__, str(directory), str(tokens), str(logits)]
-        command += [str(dtype).removeprefix("torch."), str(torch.get_num_threads())]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-P", "-m", __name__, str(directory), str(tokens), str(logits)]
+        command += [str(dtype).removeprefix("torch."), str(device), str(torch.get_num_threads())]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if done.returncode:
             raise UserError(f"{directory}: could not be loaded in a fresh process: {done.stderr.strip()[-2000:]}")
         return load_file(logits)["logits"]
 
 
 def report(
-    trained_WLV: Tensor, folded_WLV: Tensor, directory: Path, windows_WL: Tensor, dtype: torch.dtype
+    trained_WLV: Tensor,
+    folded_WLV: Tensor,
+    directory: Path,
+    windows_WL: Tensor,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
 ) -> list[Parity]:
     """The trained model against itself, the folded one, and the one a fresh process loads from `directory`."""
-    reloaded = reloaded_logits(directory, windows_WL, dtype)
+    reloaded = reloaded_logits(directory, windows_WL, dtype, device)
     stages = (("trained", trained_WLV), ("folded", folded_WLV), ("reloaded", reloaded))
     return [compare(stage, trained_WLV, other, windows_WL) for stage, other in stages]
 
@@ -104,9 +114,9 @@ def to_json(parities: list[Parity]) -> list[dict[str, Any]]:
     return [asdict(p) for p in parities]
 
 
-def _main(directory: str, tokens: str, logits: str, dtype: str, threads: str) -> None:
+def _main(directory: str, tokens: str, logits: str, dtype: str, device: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    model = reload(directory, getattr(torch, dtype), torch.device(device))
     save_file({"logits": logits_of(model, load_file(tokens)["blocks"])}, logits)
 
 

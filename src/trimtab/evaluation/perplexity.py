@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.errors import Diverged
+from trimtab.words import beyond
+
 TOKENS_AT_ONCE = 1024
 """Tokens in one forward pass, at least one window: low-bit weights are rebuilt once for all of them."""
 
@@ -23,7 +26,10 @@ def perplexity(model: PreTrainedModel, windows_WL: Tensor) -> float:
         windows_WL: int64 token ids (W, L); each window is read alone, its first token is not predicted.
 
     Returns:
-        exp(mean negative log-likelihood) over W (L - 1) tokens.
+        exp(mean negative log-likelihood) over W (L - 1) tokens; infinity where that is larger than any number.
+
+    Raises:
+        Diverged: if the model's predictions are no numbers.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -33,4 +39,37 @@ def perplexity(model: PreTrainedModel, windows_WL: Tensor) -> float:
         logits_WLV = model(input_ids=ids_WL, use_cache=False).logits[:, :-1]
         for logits_LV, ids in zip(logits_WLV, ids_WL, strict=True):
             total += F.cross_entropy(logits_LV.float(), ids[1:], reduction="sum").item()
-    return math.exp(total / (windows_WL.shape[0] * (windows_WL.shape[1] - 1)))
+    return of_loss(total / (windows_WL.shape[0] * (windows_WL.shape[1] - 1)), "perplexity: the model", model.dtype)
+
+
+def of_loss(loss: float, whose: str, dtype: torch.dtype) -> float:
+    """exp(loss); infinity where that is larger than any number.
+
+    Args:
+        loss: mean negative log-likelihood, in nats.
+        whose: begins the message.
+        dtype: that it was computed in.
+
+    Raises:
+        Diverged: for a loss that is no number.
+    """
+    require_numbers(torch.tensor(loss), whose, dtype)
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def require_numbers(values: Tensor, whose: str, dtype: torch.dtype) -> None:
+    """Refuse predictions that are no numbers: compared with others, they would seem to be equal.
+
+    Args:
+        values: logits, log-probabilities or losses.
+        whose: begins the message.
+        dtype: that they were computed in.
+
+    Raises:
+        Diverged: for a NaN among them.
+    """
+    if values.isnan().any():
+        raise Diverged(f"{whose}: predicts NaN{beyond(dtype)}; its weights are damaged, or its training diverged")

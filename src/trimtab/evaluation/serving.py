@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,9 +23,13 @@ from transformers import PreTrainedModel
 
 from trimtab.data.rows import load_rows
 from trimtab.data.sequences import token_windows
+from trimtab.devices import CPU
+from trimtab.disk import replace_text
 from trimtab.errors import UserError
+from trimtab.evaluation.perplexity import of_loss, require_numbers
 from trimtab.models.load import load
 from trimtab.models.sources import open_source
+from trimtab.models.whole import check
 from trimtab.recipe import texts
 from trimtab.recipe.inputs import held_out
 
@@ -50,6 +55,8 @@ class Served:
     """Share of positions with the same most likely token."""
     perplexity_trained: float
     perplexity_served: float
+    device: str = "cpu"
+    """Where the trained model was computed."""
 
 
 def python_of(engine: str, python: str | None) -> str:
@@ -63,8 +70,11 @@ def python_of(engine: str, python: str | None) -> str:
     return found
 
 
-def engine_logprobs(directory: Path, engine: str, windows_WL: Tensor, python: str | None = None) -> Tensor:
-    """Log-probabilities float32 (W, L - 1, V) that an engine computes from a folder.
+def engine_logprobs(
+    directory: Path, engine: str, windows_WL: Tensor, python: str | None = None, device: torch.device = CPU
+) -> Tensor:
+    """Log-probabilities float32 (W, L - 1, V) that an engine computes from a folder: transformers on this device, another
+    where it sees fit.
 
     Raises:
         UserError: with the end of what the engine said, if it cannot run the folder.
@@ -75,7 +85,9 @@ def engine_logprobs(directory: Path, engine: str, windows_WL: Tensor, python: st
         tokens, out = Path(folder) / "tokens.safetensors", Path(folder) / "logprobs.safetensors"
         save_file({"blocks": windows_WL.contiguous()}, tokens)
         command = [chosen, "-P", str(script), str(directory), str(tokens), str(out)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        command += [str(device)] if engine == "transformers" else []
+        heard: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # whatever the locale is
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **heard)
         if done.returncode:
             died = f"ended by signal {-done.returncode}: " if done.returncode < 0 else ""
             raise UserError(f"{directory}: {engine} cannot run it: {died}{_reason(done.stdout)}")
@@ -97,14 +109,17 @@ def _reason(output: str) -> str:
 
 @torch.no_grad()
 def model_logprobs(model: PreTrainedModel, windows_WL: Tensor) -> Tensor:
-    """Log-probabilities float32 (W, L - 1, V) of a model in memory."""
+    """Log-probabilities float32 (W, L - 1, V), on the host, of a model in memory."""
     model.eval()
-    found = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1] for ids in windows_WL]
-    return torch.stack([logits.float().log_softmax(-1) for logits in found])
+    windows = windows_WL.to(next(model.parameters()).device)
+    found = [model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1] for ids in windows]
+    return torch.stack([logits.float().log_softmax(-1).cpu() for logits in found])
 
 
 def compare(engine: str, trained_WLV: Tensor, served_WLV: Tensor, windows_WL: Tensor) -> Served:
     """Compare log-probabilities (W, L - 1, V) on the same tokens."""
+    for whose, logprobs in (("the trained model", trained_WLV), (engine, served_WLV)):
+        require_numbers(logprobs, whose, logprobs.dtype)
     worst, squares, agree = 0.0, 0.0, 0
     for a, b in zip(trained_WLV, served_WLV, strict=True):
         difference = (a.double() - b.double()).abs()
@@ -124,12 +139,13 @@ def compare(engine: str, trained_WLV: Tensor, served_WLV: Tensor, windows_WL: Te
 
 
 def _perplexity(logprobs_WLV: Tensor, windows_WL: Tensor) -> float:
-    return math.exp(-logprobs_WLV.gather(-1, windows_WL[:, 1:, None]).double().mean().item())
+    loss = -logprobs_WLV.gather(-1, windows_WL[:, 1:, None]).double().mean().item()
+    return of_loss(loss, "parity", logprobs_WLV.dtype)
 
 
 def parity(
     directory: str, engine: str, *, python: str | None = None, trained: str | None = None, path: str | None = None,
-    tokens: int = 512, window: int = 128,
+    tokens: int = 512, window: int = 128, device: torch.device = CPU,
 ) -> Served:  # fmt: skip
     """Run an engine on an exported folder and write `parity-<engine>.json` into it.
 
@@ -141,6 +157,7 @@ def parity(
         path: held-out text; None for what the recipe names.
         tokens: how many to compare on.
         window: tokens read together.
+        device: that trained model and transformers compute on; another engine runs where it sees fit.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -148,10 +165,11 @@ def parity(
     native = Path(trained) if trained else folder.absolute().parent
     if not (native / "config.json").is_file() or not open_source(str(native)).prepared:
         raise UserError(f"{native}: holds no model saved by trimtab to compare with; pass --trained")
+    check(folder)
     python_of(engine, python)
     if tokens < 2:
         raise UserError(f"--tokens: {tokens} tokens predict nothing; give at least 2")
-    model, tokenizer = load(str(native), quiet=True)
+    model, tokenizer = load(str(native), device=device, quiet=True)
     if path is None:
         block = held_out(native)
         rows = None if block is None else texts.held_out(block)
@@ -162,7 +180,7 @@ def parity(
     if tokenizer is None:
         raise UserError(f"{native}: was saved without a tokenizer; add its tokenizer files to it")
     windows = token_windows(rows, tokenizer, block_tokens=min(window, tokens), limit_tokens=tokens)
-    served = engine_logprobs(folder, engine, windows, python)
-    found = compare(engine, model_logprobs(model, windows), served, windows)
-    (folder / f"parity-{engine}.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
+    served = engine_logprobs(folder, engine, windows, python, device)
+    found = replace(compare(engine, model_logprobs(model, windows), served, windows), device=str(device))
+    replace_text(folder / f"parity-{engine}.json", json.dumps(asdict(found), indent=2) + "\n")
     return found

@@ -4,22 +4,20 @@ The head is the metadata that hubs read (base_model, library_name, tags, dataset
 text by its path, is named there by no one.
 """
 
-import json
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import UserError
+from trimtab.formats.manifest import read_json
+from trimtab.models.card import hub_id, metadata
 from trimtab.models.held import Held, held
 from trimtab.recipe.recipe import Recipe, from_text, read
+from trimtab.words import STAGES
+from trimtab.words import perplexity as ppl
 
-_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
-_NAMED = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-_LIBRARY = {"native": "trimtab", "gguf": "gguf", "mlx": "mlx", "peft": "peft"}
 _RULES = 8
 """Rules that a card shows; a searched model has hundreds."""
-_STAGES = {"float": "float, untuned", "rounded": "rounded, before tuning", "tuned": "tuned, folded, reloaded"}
 
 
 def card(folder: Path, name: str, recipe_text: str | None = None) -> str | None:
@@ -52,38 +50,12 @@ def _recipe(folder: Path, text: str | None) -> Recipe | None:
         return None
 
 
-def hub_id(path: str | None) -> str | None:
-    """The hub's name of a model or data set, without a commit; None for a path of this machine."""
-    if path is None:
-        return None
-    name = _NAMED.get(path, path).partition("@")[0]
-    return name if _HUB.fullmatch(name) and not Path(path).exists() else None
-
-
 def _metadata(own: Held, recipe: Recipe | None) -> str:
-    tags = ["trimtab", "quantized", own.format]
-    values: dict[str, Any] = {
-        "library_name": _LIBRARY.get(own.format, "transformers"),
-        "pipeline_tag": "text-generation",
-    }
-    if recipe is not None:
-        tags += [recipe.method.name, *_bits(recipe)]
-        base, sources = hub_id(recipe.model.path), () if recipe.data is None else recipe.data.sources
-        data = list(dict.fromkeys(name for source in sources if (name := hub_id(source.path)) is not None))
-        values |= {} if base is None else {"base_model": base, "base_model_relation": _relation(own)}
-        values |= {"datasets": data} if data else {}
-    values["tags"] = list(dict.fromkeys(tags))
-    lines = ["---"]
-    for key, value in values.items():  # YAML reads JSON's strings as they are
-        if isinstance(value, list):
-            lines += [f"{key}:", *(f"- {json.dumps(v)}" for v in value)]
-        else:
-            lines.append(f"{key}: {json.dumps(value)}")
-    return "\n".join([*lines, "---\n"])
-
-
-def _relation(own: Held) -> str:
-    return {"peft": "adapter", "dense": "finetune"}.get(own.format, "quantized")
+    if recipe is None:
+        return metadata(own.format, None)
+    sources = () if recipe.data is None else recipe.data.sources
+    tags, texts = [recipe.method.name, *_bits(recipe)], [source.path for source in sources]
+    return metadata(own.format, recipe.model.path, tags, texts)
 
 
 def _bits(recipe: Recipe) -> list[str]:
@@ -105,13 +77,9 @@ def _summary(own: Held, recipe: Recipe | None) -> str:
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
 def _quality(folder: Path) -> str:
-    metrics, export = _json(folder / "metrics.json"), _json(folder / "export.json")
-    rows = [(f"perplexity, {words}", f"{metrics['perplexity'][key]:.2f}") for key, words in _STAGES.items()
+    metrics, export = read_json(folder / "metrics.json"), read_json(folder / "export.json")
+    rows = [(f"perplexity, {words}", ppl(metrics["perplexity"][key])) for key, words in STAGES.items()
             if metrics.get("perplexity", {}).get(key) is not None]  # fmt: skip
     rows += [(f"{task}", f"{v:.4f} ± {e:.4f}") for task, (v, e, _) in metrics.get("tasks", {}).items()]
     if "max_logit_difference" in metrics:
@@ -134,6 +102,8 @@ def _use(folder: Path, own: Held) -> str:
             "trimtab export PATH --format compressed-tensors    # vLLM; or gguf for llama.cpp, mlx", "```\n",
         ]  # fmt: skip
         return "\n".join(["## Use\n", *code])
+    if own.engine is None:
+        return ""
     file = own.path.name if own.path != folder else "."
     command = Held(own.format, Path(file), own.rank).line()
     return "\n".join(["## Use\n", "In this folder:\n", "```", command, "```\n"])

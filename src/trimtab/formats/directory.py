@@ -14,8 +14,9 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trimtab.disk import WRITING, sync
 from trimtab.errors import UserError
+from trimtab.faults import writing
 from trimtab.formats.card import card
 from trimtab.formats.holding import holding
-from trimtab.formats.manifest import Kind, entries, keeps, remove, some, write_json, write_manifest
+from trimtab.formats.manifest import Kind, entries, keeps, remove, write_json, write_manifest
+from trimtab.models.finite import require_finite
+from trimtab.outputs import output
+from trimtab.words import and_more
+
+_NO_MODELS = ("checkpoint", "teacher")
+"""Kinds of folders that need no card."""
 
 
 @contextmanager
@@ -41,11 +50,11 @@ def replacing(target: Path, kind: Kind, *, overwrite: bool = False) -> Iterator[
     Raises:
         UserError: if `target` may not be replaced, or another process is writing it.
     """
-    target = target.resolve()
+    target = output(target)
     check_replaceable(target, kind, overwrite)
     with to_oneself(target):
         check_replaceable(target, kind, overwrite)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}{WRITING}", dir=target.parent))
         try:
             yield staging
             put_in_place(staging, target, kind)
@@ -54,23 +63,35 @@ def replacing(target: Path, kind: Kind, *, overwrite: bool = False) -> Iterator[
 
 
 @contextmanager
-def to_oneself(target: Path) -> Iterator[None]:
-    """Hold an output, after mending what a process left that was killed while it put one in place.
+def to_oneself(target: Path, waits: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold an output, after mending what a process left that was killed while it wrote one, or put it in place.
+
+    Args:
+        target: the output.
+        waits: told that another process holds it, which is waited for then.
 
     Raises:
-        UserError: if another process holds it.
+        UserError: if another process holds it, and is not waited for.
     """
-    with holding(target):
-        aside = _aside(target)
-        if aside.is_dir() and not target.exists():
-            os.replace(aside, target)
-        elif aside.is_dir():
-            remove(aside)
-            if aside.exists():
-                raise UserError(
-                    f"{aside}: holds {some(list(entries(aside)))} of an earlier {target.name}; move it away"
-                )
+    with writing(target), holding(target, waits) as alone:
+        mend(target)
+        if alone:  # so whoever began these is dead; a process's number would not say so, which may be another machine's
+            for left in target.parent.glob(f"{escape(f'.{target.name}{WRITING}')}*"):
+                shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+def mend(target: Path) -> None:
+    """What a process left that was killed while it put a folder in place: the earlier one, where there is no other."""
+    aside = _aside(target)
+    if aside.is_dir() and not target.exists():
+        os.replace(aside, target)
+    elif aside.is_dir():
+        remove(aside)
+        if aside.exists():
+            raise UserError(
+                f"{aside}: holds {and_more(list(entries(aside)))} of an earlier {target.name}; move it away"
+            )
 
 
 def check_replaceable(target: Path, kind: Kind, overwrite: bool, remedy: str = "choose another output") -> None:
@@ -106,20 +127,30 @@ def put_in_place(staging: Path, target: Path, kind: Kind, also: Iterable[str] = 
         kind: what it is.
         also: names that will be in it later.
     """
-    about = card(staging, target.name)
+    about = None if kind in _NO_MODELS else card(staging, target.name)
     if about is not None and not (staging / "README.md").exists():
         (staging / "README.md").write_text(about, encoding="utf-8")
     for file in staging.rglob("*"):
         file.chmod(0o777 & ~_umask() if file.is_dir() else 0o666 & ~_umask())  # safetensors makes private files
     write_manifest(staging, kind, also)
     staging.chmod(0o777 & ~_umask())
+    _sync_all(staging)  # before the name says that it is whole, and before the earlier one goes
     check_replaceable(target, kind, overwrite=True)  # somebody may have put a file there meanwhile
     aside = _aside(target)
     if target.exists():
         os.replace(target, aside)
     os.replace(staging, target)
+    sync(target.parent)
     if aside.exists():
         remove(aside)
+
+
+def _sync_all(folder: Path) -> None:
+    """Have every file of a folder on the disk, and the names in it: what a loss of power would leave."""
+    for above, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(above, name))
+        sync(Path(above))
 
 
 def _aside(target: Path) -> Path:
@@ -150,7 +181,8 @@ class Shards:
         self._total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, now or with the next shard."""
+        """Write one tensor, now or with the next shard; a `UserError` if it holds what is no finite number."""
+        require_finite(tensor, name)
         size = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + size > self._max:
             self._flush()

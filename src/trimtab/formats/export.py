@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.devices import CPU
 from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get, writer
@@ -28,13 +29,14 @@ from trimtab.formats.directory import check_replaceable, replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.formats.lossy import Change, make_room
 from trimtab.formats.manifest import MANIFEST, add, entries, write_json
-from trimtab.formats.native.write import check_not_read_from
 from trimtab.formats.written import layers_of, planned
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.load import load
+from trimtab.models.origin import check_not_read_from
 from trimtab.models.prepare import Target
 from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
+from trimtab.outputs import output
 from trimtab.recipe import inputs, recipe, texts
 from trimtab.recipe.texts import windows_of
 
@@ -224,8 +226,12 @@ def _moved(model: PreTrainedModel, changes: Sequence[Change], merged: tuple[floa
     return sum(change.squared_error for change in changes) + merged[0], squares
 
 
-def export(directory: str, name: str, out: Path | None = None, options: Options = Options()) -> Report:
+def export(
+    directory: str, name: str, out: Path | None = None, options: Options = Options(), device: torch.device = CPU
+) -> Report:
     """Export a model that trimtab saved, to `DIR/<format>` unless `out` names another directory.
+
+    It is packed, and what it costs measured, on `device`.
 
     Raises:
         UserError: if the directory holds no such model, or as `write` does; before any tensor is read.
@@ -241,11 +247,11 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
     layers = layers_of(laid_out)
     found = refusals(format_, layers, compute_dtype(laid_out), options.engine)
     _require_none(name, found, layers, options)
-    saved, target = folder / "recipe.yaml", out or folder / name
+    saved, target = folder / "recipe.yaml", output(out or folder / name, "--out")
     if saved.is_file():  # an export may lie beside that recipe, and in place of nothing that it names
         inputs.check_apart(recipe.read(saved), (target,), but=("the recipe",), remedy="name another --out")
-    check_replaceable(target.resolve(), "export", options.overwrite)
-    model, tokenizer = load(directory, dtype=compute_dtype(laid_out), quiet=True)
+    check_replaceable(target, "export", options.overwrite)
+    model, tokenizer = load(directory, dtype=compute_dtype(laid_out), device=device, quiet=True)
     report = write(
         model,
         tokenizer,
@@ -256,7 +262,7 @@ def export(directory: str, name: str, out: Path | None = None, options: Options 
         recipe_text=saved.read_text(encoding="utf-8") if saved.is_file() else None,
         held_out=_held_out_blocks(folder, tokenizer) if found else None,
     )
-    if target.resolve().parent == folder.resolve():
+    if target.parent == folder.resolve():
         add(folder, (f"{target.name}/{file}" for file in (MANIFEST, *entries(target))))
     return report
 

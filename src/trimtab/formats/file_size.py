@@ -30,8 +30,7 @@ from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.prepare import Target, prepare_meta
 from trimtab.models.simulate import rounding
-from trimtab.models.transformers_bridge import FORMAT_VERSION, cast_floats, quant_layers
-from trimtab.quant import packing
+from trimtab.models.transformers_bridge import cast_floats, quant_layers
 from trimtab.quant.activations import Activations
 from trimtab.recipe.rules import Rule
 
@@ -47,7 +46,7 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-_METADATA = {"format": "pt", "trimtab_format": str(FORMAT_VERSION), "trimtab_layout": packing.LAYOUT}
+_METADATA = {"format": "pt"}
 SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in one file, unless asked otherwise."""
 _OFFSET_DIGITS = 11

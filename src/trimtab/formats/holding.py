@@ -1,42 +1,70 @@
 """An output that only one process writes at a time.
 
 The lock is the system's own on an open file, `.<name>.lock` beside the output, so it goes with whoever holds it: a killed
-process leaves a file that nobody has locked. The file says who has it, and is removed by whoever lets go of it.
+process leaves a file that nobody has locked. The file says who has it, and is removed by whoever lets go of it. A file
+system that has no locks gets a warning: an output that cannot be written at all would be worse than one that two may write.
 """
 
+import errno
 import os
 import socket
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, lock_descriptor
 
+from trimtab import outputs
 from trimtab.errors import UserError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What a file system says that has no locks: Lustre without `-o flock`, some network mounts."""
+_LOOK_SECONDS = 0.2
 
 
 @contextmanager
-def holding(target: Path) -> Iterator[None]:
-    """Have an output to oneself while the block runs.
+def holding(target: Path, waits: Callable[[str], None] | None = None) -> Iterator[bool]:
+    """Have an output to oneself while the block runs; whether that is sure, which it is not where there are no locks.
 
     Args:
         target: the output; the folder that it is in is made if need be.
+        waits: told, once, whom this waits for; None does not wait.
 
     Raises:
-        UserError: naming the process that has it.
+        UserError: naming the process that has it, where that is not waited for.
     """
-    target = target.resolve()
+    target = outputs.resolved(target)
     file = target.parent / f".{target.name}.lock"
     made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        descriptor = _locked(file)
+        descriptor, unknown = None, None
+        try:
+            descriptor = _locked(file)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            unknown = error.strerror
+        if unknown is not None:
+            file.unlink(missing_ok=True)
+            warnings.warn(
+                f"{target}: the file system has no flock ({unknown}), so nobody is kept from writing it at the same time",
+                stacklevel=3,
+            )
+            yield False
+            return
+        if descriptor is None and waits is not None:
+            waits(f"{target}: {_holder(file)} is writing it; waiting for that")
+            while (descriptor := _locked(file)) is None:
+                time.sleep(_LOOK_SECONDS)
         if descriptor is None:
             raise UserError(f"{target}: {_holder(file)} is writing it; wait for that, or choose another output")
         try:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            yield
+            yield True
         finally:
             with suppress(OSError):  # Windows removes no open file
                 file.unlink()

@@ -18,6 +18,7 @@ from trimtab.formats.dense.write import matrix
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
 from trimtab.models.architecture import FUSED
+from trimtab.models.finite import require_held
 from trimtab.quant.grid import Grid, Zero
 
 
@@ -99,6 +100,8 @@ def _change(model: Any, layer: Layer, grid: Grid | None, dtype: torch.dtype) -> 
     with torch.no_grad():
         whole = matrix(old, torch.float32)
         base: Weight = DenseWeight(whole.to(dtype)) if grid is None else AffineWeight.quantize(whole, grid)
+        if isinstance(base, AffineWeight):
+            require_held(layer.name, base.scale, base.grid)
         error = (base.dequantize(torch.float32) - whole).square().sum().item()
     if isinstance(old, QuantEmbedding):
         new: Any = QuantEmbedding(base, old.dtype, old.padding_idx, old.scale)

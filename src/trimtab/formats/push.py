@@ -5,6 +5,7 @@ beside its model, nor anything that somebody put there.
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from trimtab.errors import UserError
 from trimtab.formats import manifest
 from trimtab.formats.card import card
 from trimtab.models.hub import upload
+from trimtab.words import size
 
 _MODELS = ("run", "model", "export", "pruned")
+_TEXTS = (".json", ".yaml", ".md", ".html")
+_ABSOLUTE = re.compile(r"""(?:path|cache|output|storage|tasks_data|model)["']?: ["']?/\w""")
+"""A path from the root as the value of a key that names one."""
 
 
 def push(
@@ -55,12 +60,20 @@ def push(
         manifest.add(folder, ("README.md",))
         also.append("README.md")
     files = [*whole, *also]
-    size = sum((folder / name).stat().st_size for name in files)
-    say(f"uploading {len(files)} files, {size / 1e6:.1f} MB, to {repo}")
-    told = [name for name in ("recipe.yaml", "report.html") if name in files]
-    if told:
-        say(f"{' and '.join(told)} name paths of this machine, and go with it")
+    held = sum((folder / name).stat().st_size for name in files)
+    say(f"uploading {len(files)} files, {size(held)}, to {repo}")
+    if told := [name for name in files if _names_paths(folder, name)]:
+        say(f"{', '.join(told)}: named paths of this machine are in what is uploaded")
     return upload(folder, repo, files, private=private, revision=revision, message=message)
+
+
+def _names_paths(folder: Path, name: str) -> bool:
+    """Whether a file of text holds the path of this folder, where it is pushed from, or another from the root."""
+    if Path(name).suffix not in _TEXTS:
+        return False
+    places = {str(folder.resolve().parent), str(Path.cwd()), str(Path.home())} - {"/"}
+    text = (folder / name).read_text(encoding="utf-8", errors="replace")
+    return any(f"{place}{os.sep}" in text for place in places) or _ABSOLUTE.search(text) is not None
 
 
 def _belongs(folder: Path, name: str, kind: str) -> bool:

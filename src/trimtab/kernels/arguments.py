@@ -45,6 +45,8 @@ CAST = (
 _REMEMBERED = 4096
 """Combinations of dtypes and shapes that an operator has checked and need not check again."""
 _GIVEN = "convert what you pass"
+_TABLE_BITS = 5
+"""C keeps the values of a group in registers or on the stack, and packs codes of whole bytes nowhere."""
 
 
 class RowError(UserError, IndexError):
@@ -127,7 +129,7 @@ class Operator:
     def _check(self, arguments: tuple[Any, ...], backend: Backend) -> "Admitted":
         """What is still to be done: which arguments are to be made contiguous, and which hold indices, below what."""
         strided, sizes, device = [], {n: arguments[i] for n, i in self.numbers.items()}, None
-        if not 1 <= sizes.get("bits", 1) <= 8:
+        if "bits" in sizes and not 1 <= sizes["bits"] <= 8:
             raise UserError(f"{self.name}: {sizes['bits']} bits are not between 1 and 8")
         for i, stated in self.arguments:
             given = arguments[i]
@@ -195,10 +197,14 @@ def _rows_made(arguments: tuple[Any, ...], sizes: dict[str, int]) -> str | None:
     return f"out has {sizes['M']} rows and the weight {sizes['V']}, and no rows are named"
 
 
+def _wide_table(bits: int) -> str:
+    return f"a table has at most {_TABLE_BITS} bits, not {bits}"
+
+
 def _table(arguments: tuple[Any, ...], sizes: dict[str, int]) -> str | None:
     absmax, *doubled = arguments[-6:-2]
-    if sizes["bits"] > 5:
-        return f"a table has at most 5 bits, not {sizes['bits']}"
+    if sizes["bits"] > _TABLE_BITS:
+        return _wide_table(sizes["bits"])
     if _all_or_none(*doubled) and (absmax.dtype == torch.uint8) == (doubled[0] is not None):
         return None
     return f"absmax is {described(absmax)}: uint8 takes dynamic_map, block_scale and mean, float32 none of them; {CAST}"
@@ -209,12 +215,14 @@ def _codebook(arguments: tuple[Any, ...], sizes: dict[str, int]) -> str | None:
 
 
 def _factors(arguments: tuple[Any, ...], sizes: dict[str, int]) -> str | None:
-    a, b = arguments[-7:-5]
+    a, b = arguments[-8:-6]
     return None if _all_or_none(a, b) else "of the factors a and b one is missing"
 
 
 def _middles(arguments: tuple[Any, ...], sizes: dict[str, int]) -> str | None:
     m, bits = sizes["m"], sizes["bits"]
+    if bits > _TABLE_BITS:
+        return _wide_table(bits)
     return None if m < 2**bits else f"{m} boundaries part more entries than {bits} bits can name"
 
 
@@ -223,7 +231,6 @@ def within(indices: Tensor, size: int) -> None:
 
     On a GPU, whose numbers are not waited for, it is torch's own assertion on the device that fails.
     """
-    _ids(indices)
     if not indices.numel() or indices.is_meta:
         return
     if indices.is_cuda:
@@ -237,11 +244,6 @@ def within(indices: Tensor, size: int) -> None:
         )
 
 
-def _ids(indices: Tensor) -> None:
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise UserError(f"rows are asked for by {described(indices)}; give int64 or int32 ids")
-
-
 def _within_on_device(indices: Tensor, size: int) -> None:
     inside = ((indices >= 0) & (indices < size)).all()
     torch._assert_async(inside, f"a row outside 0 to {size - 1} of a stored weight: a token id beyond the vocabulary?")
@@ -251,7 +253,8 @@ def rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """The rows that are asked for, by name if one is not there; the tensor itself where none are."""
     if rows is None:
         return tensor
-    _ids(rows)
+    if rows.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"rows are asked for by {described(rows)}; give int64 or int32 ids")
     try:  # unlike `tensor[rows]`, it takes no row from the end for an id of -1
         return F.embedding(rows, tensor)
     except IndexError:
@@ -296,11 +299,10 @@ def _out(name: str, shape: str, dtypes: Dtypes = _FLOATS, extra: Dtypes = (), c:
 
 _CODES = Argument("codes", _BYTES, "V W", "stored")
 _ROWS = _out("out", "M K"), _CODES, Argument("rows", (torch.int64, torch.int32), "M", optional=True)
-_KEPT = _C_FLOATS + _BYTES
 _AFFINE = (
-    Argument("scale", _C_FLOATS, "V G", triton=_SINGLE),
-    Argument("zero", _KEPT, "V G", triton=_SINGLE, optional=True),
-    Argument("offset", _C_FLOATS, "V G", triton=_SINGLE, optional=True),
+    Argument("scale", _GPU_FLOATS, "V G", c=_C_FLOATS),
+    Argument("zero", _GPU_FLOATS + _BYTES, "V G", c=_C_FLOATS + _BYTES, optional=True),
+    Argument("offset", _GPU_FLOATS, "V G", c=_C_FLOATS, optional=True),
 )
 _CODEBOOK = (
     Argument("table", _SINGLE, "E"),
@@ -326,7 +328,7 @@ _RANGE = (
     Argument("zero", _SINGLE, "N G", optional=True),
     Argument("offset", _SINGLE, "N G", optional=True),
 )
-_X = Argument("x", _C_FLOATS, "T K")
+_X, _Y = Argument("x", _GPU_FLOATS, "T K", c=_C_FLOATS), _out("y", "T V", _GPU_FLOATS, c=_SINGLE)
 _WEIGHT = Argument("weight", _C_FLOATS, "N K")
 
 
@@ -339,10 +341,8 @@ def _levels_operator(name: str, *first: Argument) -> Operator:
 _STATED = (
     Operator("affine", *_ROWS, *_AFFINE, numbers={"bits": 6}, indices={2: "V"}, rule=_rows_made),
     Operator("codebook", *_ROWS, *_CODEBOOK, numbers={"bits": 9}, indices={2: "V"}, rule=_codebook),
-    Operator("affine_product", _out("y", "T V", _SINGLE, c=_SINGLE), _X, _CODES, *_AFFINE, numbers={"bits": 6}),
-    Operator(
-        "codebook_product", _out("y", "T V", _SINGLE, c=_SINGLE), _X, _CODES, *_CODEBOOK, numbers={"bits": 9}, rule=_table
-    ),
+    Operator("affine_product", _Y, _X, _CODES, *_AFFINE, numbers={"bits": 6}),
+    Operator("codebook_product", _Y, _X, _CODES, *_CODEBOOK, numbers={"bits": 9}, rule=_table),
     _levels_operator("levels", _out("out", "N K", extra=_BYTES)),
     _levels_operator(
         "level_gradients", _out("grad", "N K", c=_HALF), Argument("of_scale", _SINGLE, "N G", "written"),
@@ -350,6 +350,11 @@ _STATED = (
     ),
     _levels_operator(
         "level_weights_clipped", Argument("out", _HALF, "N K", "written"), Argument("clipped", _LONG, "N L", "written")
+    ),
+    Operator(
+        "take_out", Argument("of_a", _SINGLE, "R K", "written"), Argument("of_b", _SINGLE, "N R", "written"),
+        Argument("clipped", _LONG, "N L"), Argument("g", _HALF, "T N"), Argument("x", _HALF, "T K"),
+        Argument("a", _SINGLE, "R K"), Argument("b", _SINGLE, "N R"), Argument("scale", _SINGLE, "N 1"),
     ),
     Operator("column_products", Argument("a", _HALF, "T N"), Argument("b", _HALF, "T N")),
     Operator(

@@ -1,6 +1,7 @@
 """The C kernels of `c/`: compiled on first use, kept in a cache, called through ctypes.
 
-A build is keyed by source, flags, compiler and processor, so a cache shared by machines is safe. It needs only a C
+A build is keyed by source, flags, compiler and processor, so a cache shared by machines is safe, and named after what it
+holds, so one that was cut short is known and made again. Others must not be able to write it (`cache`). It needs only a C
 compiler that knows OpenMP (`cc`, `gcc` or `clang`, or what CC names); without one, a single warning says so and the plain
 torch references run. They run on Windows, too, whose compilers take other flags. The library asks for the `libgomp` that
 torch has already loaded, so both share one thread pool.
@@ -31,9 +32,10 @@ from torch import Tensor
 
 from trimtab.kernels.arguments import address as _at
 from trimtab.kernels.arguments import checked
-from trimtab.kernels.cache import cache_folder
+from trimtab.kernels.cache import own_folder, trusted
 
 _SOURCES = tuple(sorted(Path(__file__).with_name("c").glob("*.[ch]")))
+_HEARD: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 
 
@@ -97,20 +99,24 @@ def _compiler() -> str | None:
 
 def _build(compiler: str) -> Path:
     """The path of the shared library, compiled if the cache has none for this source, compiler and processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\n".join([*(f.read_text() for f in _SOURCES), *_FLAGS, version, _processor()])
-    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    folder = cache_folder()
-    if (folder / name).exists():
-        return folder / name
-    folder.mkdir(parents=True, exist_ok=True)
+    version = subprocess.run([compiler, "--version"], check=True, **_HEARD).stdout
+    key = "\n".join([*(f.read_text(encoding="utf-8") for f in _SOURCES), *_FLAGS, version, _processor()])
+    folder, name = own_folder(), f"kernels-{_short(key.encode())}"
+    for kept in folder.glob(f"{name}-*.so"):
+        if kept.stem.endswith(_short(trusted(kept).read_bytes())):
+            return kept
+        kept.unlink(missing_ok=True)  # damaged: loading it could end the process
     # Compiled under a name of its own and renamed: processes that start together never load half a file.
     with tempfile.TemporaryDirectory(dir=folder) as staging:
-        built = Path(staging) / name
+        built = Path(staging) / f"{name}.so"
         command = [compiler, *_FLAGS, "-o", str(built), *(str(f) for f in _SOURCES if f.suffix == ".c")]
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        built.replace(folder / name)
-    return folder / name
+        subprocess.run(command, check=True, **_HEARD)
+        built.chmod(0o700)
+        return built.replace(folder / f"{name}-{_short(built.read_bytes())}.so")
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _processor() -> str:
@@ -119,10 +125,12 @@ def _processor() -> str:
     if not info.exists():
         return platform.machine() + platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
-    return "".join(sorted({line for line in info.read_text().splitlines() if line.startswith(wanted)}))
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions; where one is a pointer to a structure, ctypes takes the structure."""
     p, n, i = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     codes, levels = ctypes.POINTER(_Codes), ctypes.POINTER(_Levels)
     for name, arguments in {
@@ -170,7 +178,7 @@ def _dequantize(out: Tensor, rows: Tensor | None, described: _Codes) -> None:
     lib = library()
     assert lib is not None
     rows = None if rows is None else rows.long()
-    lib.dequantize(ctypes.byref(described), _at(rows), out.shape[0], _at(out), out.dtype == torch.bfloat16)
+    lib.dequantize(described, _at(rows), out.shape[0], _at(out), out.dtype == torch.bfloat16)
 
 
 @checked("c")
@@ -188,7 +196,7 @@ def codebook(out: Tensor, codes: Tensor, rows: Tensor | None, *about: Any) -> No
 def _product(y: Tensor, x: Tensor, described: _Codes) -> None:
     lib = library()
     assert lib is not None
-    lib.product_of_few(ctypes.byref(described), _at(x), x.dtype == torch.bfloat16, *x.shape[:1], y.shape[1], _at(y))
+    lib.product_of_few(described, _at(x), x.dtype == torch.bfloat16, *x.shape[:1], y.shape[1], _at(y))
 
 
 @checked("c")
@@ -207,14 +215,16 @@ def codebook_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
 
 
 def _levels(shape: torch.Size, phi: Tensor, bits: int, fixed: bool, a: Tensor | None, b: Tensor | None, gain: float,
-            scale: Tensor, zero: Tensor | None, offset: Tensor | None, center: float) -> Any:  # fmt: skip
-    return ctypes.byref(
-        _Levels(
-            _at(phi), phi.shape[1], 8 if fixed else bits, 0.5 if fixed else 0.0, 2.0 ** (bits - 8) if fixed else 1.0,
-            _at(a), _at(b), 0 if a is None else a.shape[0], gain, 2.0**bits - 1,
-            _at(scale), _at(zero), _at(offset), center, *shape, scale.shape[1],
-        )
+            scale: Tensor, zero: Tensor | None, offset: Tensor | None, center: float, narrow: bool) -> _Levels:  # fmt: skip
+    if narrow and a is not None and b is not None:
+        a, b = a.bfloat16().float(), b.bfloat16().float()
+    made = _Levels(
+        _at(phi), phi.shape[1], 8 if fixed else bits, 0.5 if fixed else 0.0, 2.0 ** (bits - 8) if fixed else 1.0,
+        _at(a), _at(b), 0 if a is None else a.shape[0], gain, 2.0**bits - 1,
+        _at(scale), _at(zero), _at(offset), center, *shape, scale.shape[1],
     )  # fmt: skip
+    made.kept = a, b  # as long as what points to them
+    return made
 
 
 @checked("c")

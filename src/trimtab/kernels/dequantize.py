@@ -2,30 +2,34 @@
 
     affine            packed codes, scales, zeros              ->  s * (q - z), or s * q + o
     codebook          packed codes, absmax, a table            ->  absmax * table[q] (+ o)
-    .._product        a few rows x and either of these     ->  x W^T in float32, W never written (generation)
+    .._product        a few rows x and either of these     ->  x W^T, summed in float32, W never written (generation)
     levels            stored levels (+ gain * B A), scales     ->  round, clamp; codes, or their weights
     level_gradients   dL/dW and the same                       ->  dL/du, dL/ds, dL/do
 
 Each operator fills a tensor that its caller made, so the caller decides where a result of N x K lives (`workspace`), and
-has three backends: C on the CPU (`cpu`), Triton on a GPU (`triton_gpu`), and the plain torch composition below, which is
-the reference for both and serves every other device and dtype. Values agree to the bit, but for the sum over the rank in
-`levels`, whose order of adding is each backend's own. What an operator takes is stated in `arguments`, and held in each.
+has three backends: C on the CPU (`cpu`), Triton on a GPU (`triton_gpu`, `triton_products`), and the plain torch
+composition below, which is the reference for both and serves every other device and dtype. Values agree to the bit, but
+for the sum over the rank in `levels`, whose order of adding is each backend's own. What an operator takes is stated in
+`arguments`, and held in each.
 
 Legend: N out features, K in features, G groups in a row, R rank.
 """
 
+import os
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.kernels import cpu
-from trimtab.kernels.arguments import OPERATORS, checked
+from trimtab.kernels.arguments import OPERATORS, Backend, checked
 from trimtab.quant import fixed8, packing
 from trimtab.quant.codebook import expand_absmax, from_codebook
 from trimtab.quant.grid import Grid, Range, from_codes
-from trimtab.quant.opaque import exact
+from trimtab.quant.opaque import exact, stored
 
 _AFFINE = "Tensor scale, Tensor? zero, Tensor? offset, int bits, float center"
 _CODEBOOK = (
@@ -33,7 +37,7 @@ _CODEBOOK = (
 )
 _LEVELS = (
     "Tensor phi, int bits, bool fixed, Tensor? a, Tensor? b, float gain, Tensor scale, Tensor? zero, Tensor? offset, "
-    "float center"
+    "float center, bool narrow"
 )
 
 
@@ -45,7 +49,7 @@ class Levels(NamedTuple):
     bits: int
     fixed: bool
     a_RK: Tensor | None
-    """float32 factors of the shift gain * B A, or None for no shift."""
+    """float32 factors of the shift gain * B A, or None for no shift; see `narrow`."""
     b_NR: Tensor | None
     gain: float
     scale_NG: Tensor
@@ -53,6 +57,17 @@ class Levels(NamedTuple):
     zero_NG: Tensor | None
     offset_NG: Tensor | None
     center: float
+    narrow: bool = False
+    """Whether the factors act as what bfloat16 holds of them: such a product is exact on tensor cores."""
+
+    def acting(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The factors A and B as they act, in this dtype."""
+        if self.a_RK is None or self.b_NR is None:
+            return None
+        pair = self.a_RK, self.b_NR
+        # An operator rounds: a compiler leaves out casts to bfloat16 and back.
+        a, b = (stored(t, "bfloat16") for t in pair) if self.narrow else pair
+        return a.to(dtype), b.to(dtype)
 
 
 # ---- the plain torch references ---------------------------------------------------------------------------------
@@ -96,24 +111,26 @@ def _codebook(
 def _affine_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
     weight = torch.empty(y.shape[1], x.shape[1], device=x.device)
     _affine(weight, codes, None, *about)
-    torch.mm(x.float(), weight.t(), out=y)
+    y.copy_(x.float() @ weight.t())
 
 
 @checked("torch")
 def _codebook_product(y: Tensor, x: Tensor, codes: Tensor, *about: Any) -> None:
     weight = torch.empty(y.shape[1], x.shape[1], device=x.device)
     _codebook(weight, codes, None, *about)
-    torch.mm(x.float(), weight.t(), out=y)
+    y.copy_(x.float() @ weight.t())
 
 
 def level_values(about: Levels, columns: int) -> Tensor:
     """Levels, neither rounded nor clamped: fresh float32 of shape (N, K)."""
     phi, bits = about.phi, about.bits
     u = fixed8.read(phi, bits) if about.fixed else packing.unpack(phi, bits, columns).float()
-    if about.a_RK is None or about.b_NR is None:
+    factors = about.acting(u.dtype)
+    if factors is None:
         return u
+    a, b = factors
     with exact(u):  # levels decide codes: folding under autocast gives those of training
-        return torch.addmm(u, about.b_NR.to(u.dtype), about.a_RK.to(u.dtype), alpha=about.gain)
+        return torch.addmm(u, b, a, alpha=about.gain)
 
 
 @checked("torch")
@@ -149,65 +166,101 @@ def _level_gradients(grad: Tensor, of_scale: Tensor, of_offset: Tensor | None, *
 # ---- operators --------------------------------------------------------------------------------------------------
 
 _LIBRARY = torch.library.Library("trimtab", "DEF")
-_OPERATORS: dict[str, tuple[str, Callable[..., None], Callable[..., None]]] = {
-    "affine": (f"Tensor(a!) out, Tensor codes, Tensor? rows, {_AFFINE}", _affine, cpu.affine),
-    "codebook": (f"Tensor(a!) out, Tensor codes, Tensor? rows, {_CODEBOOK}", _codebook, cpu.codebook),
-    "affine_product": (f"Tensor(a!) y, Tensor x, Tensor codes, {_AFFINE}", _affine_product, cpu.affine_product),
-    "codebook_product": (f"Tensor(a!) y, Tensor x, Tensor codes, {_CODEBOOK}", _codebook_product, cpu.codebook_product),
-    "levels": (f"Tensor(a!) out, {_LEVELS}", _levels, cpu.levels),
+_OPERATORS: dict[str, tuple[str, Callable[..., None]]] = {
+    "affine": (f"Tensor(a!) out, Tensor codes, Tensor? rows, {_AFFINE}", _affine),
+    "codebook": (f"Tensor(a!) out, Tensor codes, Tensor? rows, {_CODEBOOK}", _codebook),
+    "affine_product": (f"Tensor(a!) y, Tensor x, Tensor codes, {_AFFINE}", _affine_product),
+    "codebook_product": (f"Tensor(a!) y, Tensor x, Tensor codes, {_CODEBOOK}", _codebook_product),
+    "levels": (f"Tensor(a!) out, {_LEVELS}", _levels),
     "level_gradients": (
         f"Tensor(a!) grad, Tensor(b!) of_scale, Tensor(c!)? of_offset, {_LEVELS}",
         _level_gradients,
-        cpu.level_gradients,
     ),
 }
 
 
-def _on_cpu(name: str, reference: Callable[..., None], compiled: Callable[..., None]) -> Callable[..., None]:
-    def run(*arguments: Any) -> None:
-        fits = OPERATORS[name].fits("c", arguments) and cpu.library() is not None
-        (compiled if fits else reference)(*arguments)
-
-    return run
-
-
-def _levels_on_cpu(out: Tensor, *arguments: Any) -> None:
-    """In every dtype the codes that C gives, as in folding: another order of the sum over the rank differs at ties."""
-    if cpu.library() is None:
-        _levels(out, *arguments)
-    elif OPERATORS["levels"].fits("c", (out, *arguments)):
-        cpu.levels(out, *arguments)
-    else:
-        _values_of_compiled_codes(out, *arguments)
-
-
-@checked("torch", "levels")
-def _values_of_compiled_codes(out: Tensor, *arguments: Any) -> None:
-    codes = torch.empty(out.shape, dtype=torch.uint8)
-    cpu.levels(codes, *arguments)
-    _valued(out, codes, Levels(*arguments))
+def _on_cpu(name: str, reference: Callable[..., None]) -> Callable[..., None]:
+    return _served("c", name, reference, lambda: getattr(cpu, name) if cpu.library() is not None else None)
 
 
 def _on_cuda(name: str, reference: Callable[..., None]) -> Callable[..., None]:
-    def run(*arguments: Any) -> None:
-        from trimtab.kernels import triton_gpu  # not before a GPU is used: it imports Triton
+    def kernel() -> Callable[..., None] | None:
+        if not _triton():
+            return None
+        # Not before a GPU is used: they import Triton.
+        if name.endswith("_product"):
+            from trimtab.kernels import triton_products as kernels
+        else:
+            from trimtab.kernels import triton_gpu as kernels  # type: ignore[no-redef]
+        found: Callable[..., None] = getattr(kernels, name)
+        return found
 
-        fits = OPERATORS[name].fits("triton", arguments) and triton_gpu.available()
-        (getattr(triton_gpu, name) if fits else reference)(*arguments)
+    return _served("triton", name, reference, kernel)
+
+
+def _served(
+    backend: Backend, name: str, reference: Callable[..., None], kernel: Callable[[], Callable[..., None] | None]
+) -> Callable[..., None]:
+    """An operator by the kernel of a backend, if there is one that reads these dtypes, else by the reference.
+
+    Of levels the kernel makes the codes in every dtype, as in folding: another order of the sum over the rank differs at
+    ties.
+    """
+
+    def run(*arguments: Any) -> None:
+        compiled = kernel()
+        if compiled is None:
+            reference(*arguments)
+        elif OPERATORS[name].fits(backend, arguments):
+            compiled(*arguments)
+        elif name == "levels":
+            _values_of_compiled_codes(compiled, *arguments)
+        else:
+            reference(*arguments)
 
     return run
+
+
+def _values_of_compiled_codes(compiled: Callable[..., None], *given: Any) -> None:
+    out, *about = OPERATORS["levels"].admit(given, "torch")
+    codes = torch.empty(out.shape, dtype=torch.uint8, device=out.device)
+    compiled(codes, *about)
+    _valued(out, codes, Levels(*about))
+
+
+def _triton() -> bool:
+    """Asked where a GPU is in use."""
+    from trimtab.kernels import triton_parts
+
+    there = triton_parts.available()
+    if not there and os.environ.get("TRIMTAB_KERNELS") != "torch":
+        _say_that_triton_is_missing()
+    return there
+
+
+@cache
+def _say_that_triton_is_missing() -> None:
+    warnings.warn(
+        "Triton is not installed (`pip install triton`; on Windows `triton-windows`): on a GPU trimtab uses its slower "
+        "torch kernels",
+        stacklevel=2,
+    )
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is where the Triton kernels run."""
+    return tensor.is_cuda and _triton()
 
 
 def _nothing(*_: Any) -> None:
     """On tensors without data an operator that fills its arguments has nothing to do."""
 
 
-for _name, (_schema, _reference, _compiled) in _OPERATORS.items():
+for _name, (_schema, _reference) in _OPERATORS.items():
     _LIBRARY.define(f"{_name}({_schema}) -> ()")
     _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _levels_on_cpu if _name == "levels" else _on_cpu(_name, _reference, _compiled), "CPU")
-    if not _name.endswith("_product"):  # on a GPU one-token steps go the ordinary way (`weights.product_of_few`)
-        _LIBRARY.impl(_name, _on_cuda(_name, _reference), "CUDA")
+    _LIBRARY.impl(_name, _on_cpu(_name, _reference), "CPU")
+    _LIBRARY.impl(_name, _on_cuda(_name, _reference), "CUDA")
     torch.library.register_fake(f"trimtab::{_name}", checked("no data", _name)(_nothing), lib=_LIBRARY)
 
 affine = torch.ops.trimtab.affine.default

@@ -6,8 +6,8 @@ W, nor levels, nor any other N x K float tensor outlives the call; W lies in mem
 and so does dW. Where inputs are rounded to a grid the same holds for them: x is kept, since the layers beside this one
 read it too, and rounded again.
 
-`torch.utils.checkpoint` around the same two operations is the plain way to say this (and is what runs under
-`torch.compile`); the function below does the same with less bookkeeping, never keeps x for a frozen weight, and hands
+`torch.utils.checkpoint` around the same two operations is the plain way to say this (under `torch.compile` it stands around
+the weight alone); the function below does the same with less bookkeeping, never keeps x for a frozen weight, and hands
 dW to the source, which knows its gradients: `docs/log.md` has the numbers.
 
 Legend: B batch rows (leading dims), N out features, K in features.
@@ -55,8 +55,8 @@ class InputQuantizer(Protocol):
 
 
 def _rows(t: Tensor) -> Tensor:
-    """All leading dimensions as one, contiguous."""
-    return t.reshape(-1, t.shape[-1]).contiguous()
+    """All leading dimensions as one."""
+    return t.reshape(-1, t.shape[-1])
 
 
 class _RebuiltLinear(torch.autograd.Function):
@@ -109,11 +109,9 @@ def linear(x_BK: Tensor, source: Source, bias_N: Tensor | None = None, inputs: I
         (..., N) in x's dtype.
     """
     if torch.compiler.is_compiling():
-
-        def product(x: Tensor) -> Tensor:
-            return F.linear(x if inputs is None else inputs(x), source.dequantize(x.dtype), bias_N)
-
-        made: Tensor = checkpoint(product, x_BK, use_reentrant=False)
-        return made
+        # The product stays outside: a compiler would make again in backward whatever is within.
+        weight = checkpoint(source.dequantize, x_BK.dtype, use_reentrant=False)
+        seen = x_BK if inputs is None else checkpoint(inputs, x_BK, use_reentrant=False)
+        return F.linear(seen, weight, bias_N)
     y: Tensor = _RebuiltLinear.apply(x_BK, source, bias_N, inputs, *source.weight_parameters())  # type: ignore[no-untyped-call]
     return y

@@ -29,20 +29,21 @@ def gradients(about: Levels, grad_NK: Tensor) -> tuple[Tensor | None, Tensor | N
     of_scale = torch.empty_like(about.scale_NG)
     of_offset = None if about.offset_NG is None else torch.empty_like(about.offset_NG)
     dequantize.level_gradients(grad_NK, of_scale, of_offset, *about)
-    a, b = about.a_RK, about.b_NR
-    if a is None or b is None:
+    factors = about.acting(grad_NK.dtype)
+    if factors is None:
         return None, None, of_scale, of_offset
-    of_a = (b.to(grad_NK.dtype).t() @ grad_NK).to(a.dtype).mul_(about.gain)
-    of_b = (grad_NK @ a.to(grad_NK.dtype).t()).to(b.dtype).mul_(about.gain)
+    a, b = factors
+    of_a = (b.t() @ grad_NK).float().mul_(about.gain)
+    of_b = (grad_NK @ a.t()).float().mul_(about.gain)
     return of_a, of_b, of_scale, of_offset
 
 
 class _Shifted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, columns: int, *about: Any) -> Tensor:
-        phi, bits, fixed, a, b, gain, scale, zero, offset, center = about
+        phi, bits, fixed, a, b, gain, scale, zero, offset, *rest = about
         ctx.save_for_backward(phi, a, b, scale, zero, offset)
-        ctx.rest = bits, fixed, gain, center
+        ctx.rest = bits, fixed, gain, rest
         out = torch.empty(phi.shape[0], columns, dtype=dtype, device=phi.device)
         dequantize.levels(out, *about)
         return out
@@ -50,10 +51,10 @@ class _Shifted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         phi, a, b, scale, zero, offset = ctx.saved_tensors
-        bits, fixed, gain, center = ctx.rest
-        about = Levels(phi, bits, fixed, a, b, gain, scale, zero, offset, center)
+        bits, fixed, gain, rest = ctx.rest
+        about = Levels(phi, bits, fixed, a, b, gain, scale, zero, offset, *rest)
         of_a, of_b, of_scale, of_offset = gradients(about, grad.clone(memory_format=torch.contiguous_format))
-        return None, None, None, None, None, of_a, of_b, None, of_scale, None, of_offset, None
+        return None, None, None, None, None, of_a, of_b, None, of_scale, None, of_offset, None, None
 
 
 def weight(about: Levels, dtype: torch.dtype, columns: int) -> Tensor:

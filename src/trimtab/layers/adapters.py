@@ -62,7 +62,7 @@ class DeltaOutput(Adapter):
         with torch.no_grad():
             exact = self.merged(base, torch.float32)
             dense = DenseWeight(exact.to(base.weight.dtype if isinstance(base, DenseWeight) else torch.bfloat16))
-            error = (dense.weight.float() - exact).norm() / exact.norm().clamp_min(1e-30)
+            error = (dense.weight - exact).norm() / exact.norm().clamp_min(1e-30)
         return Fold(dense, "algebraic", error.item())
 
     @classmethod
@@ -169,7 +169,7 @@ class DeltaLevels(Adapter):
 
     def __init__(self, delta: PooledDelta | None, base: AffineWeight) -> None:
         super().__init__()
-        self.delta = delta
+        self.delta, self._clipped = delta, channel.Clipped()
         self.scale, self.offset = _masters(base)
         self.kind = "scales" if delta is None else "levels"
 
@@ -178,28 +178,32 @@ class DeltaLevels(Adapter):
         return tuple(self.parameters())
 
     def _about(self, base: AffineWeight) -> Levels:
-        """The levels with the factors of an ordinary low-rank shift, and scales and zeros as they act."""
-        factors = None if self.delta is None else self.delta.as_plain()
-        gain = 1.0 if self.delta is None else self.delta.shape.gain
-        return base.described(_trained_range(base, self.scale, self.offset), factors, gain)
+        """The levels with the factors of an ordinary low-rank shift, and scales and zeros as they act.
+
+        What passes through bfloat16 does so in the kernels, which can then multiply it on tensor cores.
+        """
+        range_ = _trained_range(base, self.scale, self.offset)
+        if self.delta is None:
+            return base.described(range_)
+        narrow = self.delta.shape.dtype == "bfloat16"
+        return base.described(range_, self.delta.as_plain(acting=not narrow), self.delta.shape.gain, narrow)
 
     def _levels(self, base: AffineWeight) -> Tensor:
         levels = base.levels()
         return levels if self.delta is None else self.delta.added_to(levels)
 
     def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
-        """s * (q - z) of the shifted levels; level arithmetic stays float32 under autocast."""
+        """s * (q - z) of the shifted levels, whose arithmetic autocast leaves in float32: its operators see to that."""
         assert isinstance(base, AffineWeight)
-        with torch.autocast(base.codes.device.type, enabled=False):
-            if not base.packed:
-                range_ = _trained_range(base, self.scale, self.offset)
-                return from_levels(self._levels(base), range_, base.grid, dtype)
-            about = self._about(base)
-            if torch.is_grad_enabled():
-                return shifted.weight(about, dtype, base.shape[1])
-            out = base.result(dtype, None, reuse)
-            dequantize.levels(out, *about)
-            return out
+        if not base.packed:
+            range_ = _trained_range(base, self.scale, self.offset)
+            return from_levels(self._levels(base), range_, base.grid, dtype)
+        about = self._about(base)
+        if torch.is_grad_enabled():
+            return shifted.weight(about, dtype, base.shape[1])
+        out = base.result(dtype, None, reuse)
+        dequantize.levels(out, *about)
+        return out
 
     def weight_gradients(
         self, base: Weight, grad_NK: Tensor, wanted: tuple[nn.Parameter, ...]
@@ -208,30 +212,45 @@ class DeltaLevels(Adapter):
         assert isinstance(base, AffineWeight)
         if not base.packed:
             return super().weight_gradients(base, grad_NK, wanted)
-        with torch.enable_grad():
-            about = self._about(base)
+        about = self._differentiable(base)
         with torch.no_grad():
-            return _carried_on(about, shifted.gradients(about, grad_NK), wanted)
+            return self._carried_on(about, shifted.gradients(about, grad_NK), wanted)
+
+    def _differentiable(self, base: AffineWeight) -> Levels:
+        """`_about`, with a graph where gradients of what acts are not those of what is trained as they stand."""
+        with torch.set_grad_enabled(self.delta is not None and not self.delta.plain):
+            return self._about(base)
+
+    def _carried_on(
+        self, about: Levels, found: tuple[Tensor | None, ...], wanted: tuple[nn.Parameter, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """From the gradients of what acts (A, B, scale, offset) to those of what is trained: straight through rounding."""
+        of: dict[int, Tensor | None] = {id(self.scale): found[2], id(self.offset): found[3]}
+        if self.delta is not None:
+            of.update(self.delta.gradients_of_plain((about.a_RK, about.b_NR), found[:2]))
+        return tuple(None if (g := of[id(p)]) is None else g.to(p.dtype) for p in wanted)
 
     def uses_output(self, base: Weight, dtype: torch.dtype) -> bool:
         """Per channel, LR-QAT's gradients need no dL/dW (see `kernels.channel`)."""
         if not isinstance(base, AffineWeight) or not base.packed or self.delta is None:
             return False
-        return base.scale.shape[1] == 1 and channel.fits(base.codes, dtype)
+        if base.scale.shape[1] > 1 or self._clipped.many(base.shape[0] * base.shape[1]):
+            return False
+        return channel.fits(base.codes, dtype)
 
     def gradients_from_output(
         self, base: Weight, grad_BN: Tensor, x_BK: Tensor, y_BN: Tensor, wanted: tuple[nn.Parameter, ...]
     ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
         """As long as few levels are clipped."""
         assert isinstance(base, AffineWeight)
-        with torch.enable_grad():
-            about = self._about(base)
+        about = self._differentiable(base)
         with torch.no_grad():
             weight = base.result(grad_BN.dtype, None, True)
             clipped = channel.weight_and_clipped(about, weight)
-            if len(clipped[0]) > channel.FEW * weight.numel():
+            if not channel.few(clipped, weight.numel()):
                 return weight, None
-            return weight, _carried_on(about, channel.gradients(about, grad_BN, x_BK, y_BN, clipped), wanted)
+            found = channel.gradients(about, grad_BN, x_BK, y_BN, clipped, self._clipped)
+            return weight, self._carried_on(about, found, wanted)
 
     def idle(self, base: Weight) -> bool:
         """Without a shift, and at the stored scales."""
@@ -285,9 +304,8 @@ class MasterLevels(Adapter):
     def weight(self, base: Weight, dtype: torch.dtype, *, reuse: bool = False) -> Tensor:
         """The master weight rounded to the grid."""
         assert isinstance(base, AffineWeight)
-        with torch.autocast(base.codes.device.type, enabled=False):
-            levels, range_ = self._parts(base)
-            return from_levels(levels, range_, base.grid, dtype)
+        levels, range_ = self._parts(base)
+        return from_levels(levels, range_, base.grid, dtype)
 
     @torch.no_grad()
     def idle(self, base: Weight) -> bool:
@@ -327,16 +345,6 @@ class MasterLevels(Adapter):
 def _graph_bytes(dtype: torch.dtype) -> int:
     """Levels, rounded levels, codes, whether they were clipped; then the three steps from codes to W, and W's gradient."""
     return 3 * 4 + 1 + 4 * dtype.itemsize
-
-
-def _carried_on(
-    about: Levels, found: tuple[Tensor | None, ...], wanted: tuple[nn.Parameter, ...]
-) -> tuple[Tensor | None, ...]:
-    """From the gradients of what acts (rounded, pooled) to those of what is trained."""
-    acting = (about.a_RK, about.b_NR, about.scale_NG, about.offset_NG)
-    pairs = [(t, g) for t, g in zip(acting, found, strict=True) if t is not None and t.requires_grad]
-    tensors, grads = zip(*pairs, strict=True)
-    return torch.autograd.grad(tensors, wanted, grads)
 
 
 def _groups(base: Weight) -> int:

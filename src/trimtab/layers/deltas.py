@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.devices import double
 from trimtab.errors import UserError
 from trimtab.layers import intact
 from trimtab.quant.grid import stored
@@ -102,12 +103,15 @@ class PooledDelta(nn.Module):
             nn.init.kaiming_uniform_(self.A, a=5**0.5)
         self._sizes = {name: p.shape for name, p in self.named_parameters()}
 
-    def factors(self) -> tuple[Tensor, ...]:
-        """(M,) or (A, B) as they act: exact in the adapter dtype, float32, with straight-through gradients."""
+    def masters(self) -> tuple[Tensor, ...]:
+        """(M,) or (A, B) as they are trained, float32."""
         given = list(self.named_parameters())
         device = given[0][1].device
-        acting = (intact.trained(name, p, self._sizes[name], device) for name, p in given)
-        return tuple(stored(p, self.shape.dtype) for p in acting)
+        return tuple(intact.trained(name, p, self._sizes[name], device) for name, p in given)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """(M,) or (A, B) as they act: exact in the adapter dtype, float32, with straight-through gradients."""
+        return tuple(stored(p, self.shape.dtype) for p in self.masters())
 
     def idle(self) -> bool:
         """Whether it is zero now."""
@@ -115,12 +119,16 @@ class PooledDelta(nn.Module):
 
     def forward(self, x_BK: Tensor) -> Tensor:
         """delta_W x without forming delta_W: (..., K) to (..., N) in x's dtype."""
-        shape, factors = self.shape, self.factors()
+        shape, dtype = self.shape, x_BK.dtype
+        # What is cast to the adapter dtype acts as it is stored: of an operator, two casts and its graph one cast is left.
+        # Not for a compiler, which makes a sum of a product of rank 1 and leaves its casts out.
+        cast = getattr(torch, shape.dtype) == dtype and self.M is None and not torch.compiler.is_compiling()
+        factors = self.masters() if cast else self.factors()
         pooled = _add_adjacent(x_BK, shape.pool)
         if len(factors) == 1:
-            y = F.linear(pooled, (factors[0] * shape.gain).to(x_BK.dtype))
+            y = F.linear(pooled, (factors[0] * shape.gain).to(dtype))
         else:  # scaling the R numbers between the factors is the cheapest place for it
-            y = F.linear(F.linear(pooled, factors[0].to(x_BK.dtype)) * shape.gain, factors[1].to(x_BK.dtype))
+            y = F.linear(F.linear(pooled, factors[0].to(dtype)) * shape.gain, factors[1].to(dtype))
         # Copies by `stack`: twice as fast as repeat_interleave, and its gradient adds strided halves.
         return y if shape.repeat == 1 else torch.stack([y] * shape.repeat, -1).flatten(-2)
 
@@ -135,7 +143,7 @@ class PooledDelta(nn.Module):
 
     def added_to(self, x_NK: Tensor) -> Tensor:
         """x + delta_W, in one pass where the delta is a plain low-rank product."""
-        if self.shape.repeat == self.shape.pool == 1 and self.A is not None:
+        if self.plain:
             a, b = self.factors()
             return plus_low_rank(x_NK, b, a, self.shape.gain)
         return x_NK + self.dense()
@@ -152,7 +160,7 @@ class PooledDelta(nn.Module):
         That is its mean over each tile, and of these means the R leading singular values, shared out evenly to A and B.
         """
         shape = self.shape
-        tiles = update_NK.double().unflatten(1, (-1, shape.pool)).mean(2).unflatten(0, (-1, shape.repeat)).mean(1)
+        tiles = double(update_NK).unflatten(1, (-1, shape.pool)).mean(2).unflatten(0, (-1, shape.repeat)).mean(1)
         inner = tiles / shape.gain
         if self.M is not None:
             self.M.copy_(inner)
@@ -171,9 +179,17 @@ class PooledDelta(nn.Module):
         self.A.zero_()[: a.shape[0]] = a.to(self.A.dtype)
         self.B.zero_()[:, : b.shape[1]] = b.to(self.B.dtype)
 
-    def as_plain(self) -> tuple[Tensor, Tensor]:
-        """The factors of the plain low-rank update that this one equals: A Pool (R, K) and Repeat B (N, R), unscaled."""
-        factors, shape = self.factors(), self.shape
+    @property
+    def plain(self) -> bool:
+        """Whether it is a plain low-rank product: its factors are those of `as_plain`."""
+        return self.shape.repeat == self.shape.pool == 1 and self.A is not None
+
+    def as_plain(self, *, acting: bool = True) -> tuple[Tensor, Tensor]:
+        """The factors of the plain low-rank update that this one equals: A Pool (R, K) and Repeat B (N, R), unscaled.
+
+        Without `acting` they are as trained, for whoever passes them through the adapter dtype itself.
+        """
+        factors, shape = self.factors() if acting else self.masters(), self.shape
         if len(factors) == 1:
             a, b = torch.eye(shape.in_features // shape.pool, device=factors[0].device), factors[0]
         else:
@@ -181,6 +197,17 @@ class PooledDelta(nn.Module):
         if shape.pool > 1:
             a = a.repeat_interleave(shape.pool, 1)
         return a, b if shape.repeat == 1 else b.repeat_interleave(shape.repeat, 0)
+
+    def gradients_of_plain(
+        self, plain: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...]
+    ) -> dict[int, Tensor | None]:
+        """Gradients of what is trained here, by its `id`, from those of `as_plain`; all but copies is straight-through."""
+        wanted = [p for p in self.parameters() if p.requires_grad]
+        if self.plain:
+            return {id(p): found[0] if p is self.A else found[1] for p in wanted}
+        pairs = [(t, g) for t, g in zip(plain, found, strict=True) if t is not None and t.requires_grad]
+        of = torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs])
+        return dict(zip(map(id, wanted), of, strict=True))
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
         """The ordinary LoRA that this delta equals: A' = A Pool (R, K) and B' = scaling * Repeat B (N, R).

@@ -147,7 +147,7 @@ class QuantLinear(_Stored):
         if not tied:
             self.base = base
         self.adapter = adapter
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.inputs = inputs
         self.head_dtype: torch.dtype | None = None
         """Of a model's head: the dtype that the model computes in, which follows `.to(dtype)`."""
@@ -220,6 +220,8 @@ class QuantLinear(_Stored):
         device = x_BK.device.type
         if torch.is_autocast_enabled(device):
             x_BK = x_BK.to(torch.get_autocast_dtype(device))
+        if self.tied:  # a device map may have put the embedding elsewhere
+            x_BK = x_BK.to(next(self.base.parameters()).device)
         intact.on(x_BK.device, self)
         bias = None if self.bias is None else intact.floating("bias", self.bias, (self.out_features,)).to(x_BK.dtype)
         y = self._product_of_few(x_BK, bias)
@@ -291,8 +293,9 @@ class QuantEmbedding(_Stored):
     def forward(self, ids: Tensor) -> Tensor:
         """int64 ids (...) to rows (..., K)."""
         intact.on(ids.device, self)
-        rows = self.base.dequantize(self.dtype, rows=ids.flatten()).view(*ids.shape, self.embedding_dim)
-        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
+        found = ids.flatten().contiguous()  # kernels read ids by their address
+        rows = self.base.dequantize(self.dtype, rows=found).view(*ids.shape, self.embedding_dim)
+        return rows if self.scale is None else rows * torch.full((), self.scale, dtype=self.dtype, device=rows.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype

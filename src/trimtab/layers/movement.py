@@ -46,4 +46,4 @@ def _ranges(weight: AffineWeight | CodebookWeight) -> Tensor:
     parts = (weight.read_absmax(), weight.offset) if isinstance(weight, CodebookWeight) else weight.range()
     first = parts[0]
     assert first is not None
-    return torch.stack([torch.zeros_like(first) if t is None else t.float() for t in parts]).flatten(1)
+    return torch.stack([torch.zeros_like(first) if t is None else t for t in parts]).flatten(1)

@@ -9,6 +9,8 @@ of the number that it moves, and one number serves every width, rank and layer o
     deltas    (alpha / r) B A, whose A starts at a spread of a = 1 / sqrt(3 C), C = K / p: when every entry of B moves by d
               against its gradient, those of B A move by d a sqrt(R (1 + 2/pi R / C)) (the second term is what R signs
               have in common). So B's rate is  share u / gain  divided by that, and A, of size a, has  10 share a
+              Where both start fitted (LoftQ), times the share of the base's error that the start has left: what is
+              there already need not be found, and moving it as far undoes it
     M         share u / gain
     master    share u
     s         share_s u 2 / (2^b - 1)            when s moves by ds, the ends of the range move by (2^b - 1) / 2 ds
@@ -21,7 +23,7 @@ Legend: R inner rank, K in features, p pool, C columns of A, s scale, o offset, 
 """
 
 from collections.abc import Iterator
-from math import log2, pi, sqrt
+from math import exp2, log2, pi, sqrt
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -58,6 +60,8 @@ _A = 10.0
 """How much faster A moves than levels do, each in its own unit: A of LoRA starts random, and has to turn."""
 _WIDTH = 15
 """Steps of 4 bits."""
+_LEAST_LEFT = 0.05
+"""Of a fitted start's error: one that leaves none can learn, too."""
 _APART = 4
 """Lengths are rounded to powers of 2^(1/4), so that layers share groups: each costs an optimizer a pass of its own."""
 
@@ -107,7 +111,7 @@ def param_groups(
         )
     return [
         {"params": found[key], "lr": key[1] * key[2], "weight_decay": 0.0 if key[0] else weight_decay}
-        for key in sorted(found, key=lambda key: (key[0], -key[1] * key[2]))
+        for key in sorted(found, key=lambda key: (key[0], -key[2]))  # whatever the rates are: moments stay theirs
     ]
 
 
@@ -139,7 +143,7 @@ def _moved(
 
 
 def _rounded(length: float) -> float:
-    return float(2 ** (round(_APART * log2(length)) / _APART))
+    return exp2(round(_APART * log2(length)) / _APART)
 
 
 def _meant_for(bits: int | None, base: Weight) -> dict[str, float]:
@@ -156,20 +160,23 @@ def _lengths(adapter: Adapter, base: Weight) -> dict[str, float]:
 
 def _exact_lengths(adapter: Adapter, base: Weight) -> dict[str, float]:
     step = _step(base)
-    lengths, codes = {"master": step, "offset": step}, 1.0
+    lengths = {"master": step, "offset": step}
     if isinstance(base, AffineWeight):
-        codes = step / _mean(base.scale)
         lengths["scale"] = step * 2 / base.grid.top
     delta = adapter.delta
     if delta is None:
         return lengths
-    far = (codes if adapter.acts_in_codes else step) / (delta.shape.gain or 1.0)
+    far = step / (delta.shape.gain or 1.0)
+    if adapter.acts_in_codes:
+        assert isinstance(base, AffineWeight)
+        far /= _mean(base.scale)
     if delta.shape.rank is None:
         return lengths | {"delta.M": far}
     rank, columns = delta.shape.rank, delta.shape.in_features // delta.shape.pool
     spread = 1 / sqrt(3 * columns)
     moves = spread * sqrt(rank * (1 + 2 / pi * rank / columns))
-    return lengths | {"delta.B": far / moves, "delta.A": _A * spread}
+    left = 1.0 if adapter.fitted is None else max(adapter.fitted[1], _LEAST_LEFT)
+    return lengths | {"delta.B": left * far / moves, "delta.A": left * _A * spread}
 
 
 def _step(base: Weight) -> float:
@@ -183,9 +190,9 @@ def _step(base: Weight) -> float:
 
 
 def _mean(t: Tensor) -> float:
-    return float(t.detach().float().abs().mean()) or 1.0
+    return t.float().abs().mean().item() or 1.0
 
 
 def _size(t: Tensor) -> float:
     """Root mean square; of what is zero, 1."""
-    return float(t.detach().float().square().mean().sqrt()) or 1.0
+    return t.float().square().mean().sqrt().item() or 1.0

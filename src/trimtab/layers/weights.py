@@ -41,7 +41,7 @@ Spec = dict[str, Any]
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(packing.owned(tensor.detach()), requires_grad=False)
+    return nn.Parameter(packing.owned(tensor), requires_grad=False)
 
 
 class Weight(nn.Module, ABC):
@@ -76,14 +76,19 @@ class Weight(nn.Module, ABC):
 
     def product_of_few(self, x_TK: Tensor) -> Tensor | None:
         """x W^T (T, N) of a few rows without ever writing W, summed in float32; None where there is no such way."""
-        if x_TK.dtype == torch.float64 or not cpu.serves(x_TK):
+        on_gpu = dequantize.on_gpu(x_TK)
+        if x_TK.dtype == torch.float64 or not (on_gpu or cpu.serves(x_TK)):
             return None
-        y = torch.empty(x_TK.shape[0], self.shape[0])
+        shape = x_TK.shape[0], self.shape[0]
+        if on_gpu:  # where each further operator has a price of its own
+            y = torch.empty(shape, dtype=x_TK.dtype, device=x_TK.device)
+            return y if self._multiply(y, x_TK) else None
+        y = torch.empty(shape)
         x = x_TK if x_TK.dtype == torch.bfloat16 else x_TK.float()
         return y.to(x_TK.dtype) if self._multiply(y, x) else None
 
     def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
-        """Fill y (T, N), float32, with x W^T of an x in float32 or bfloat16, if this kind can."""
+        """Fill y (T, N) with x W^T, if this kind can; dtypes are those of the operator."""
         return False
 
     def result(self, dtype: torch.dtype, rows: Tensor | None, reuse: bool) -> Tensor:
@@ -180,6 +185,22 @@ class AffineWeight(Weight):
             codes = centred.to(torch.bfloat16 if storage == "bf16" else torch.float32)
         return cls(codes, range_, grid, in_features, storage)
 
+    @classmethod
+    def of_stored(cls, codes_NK: Tensor, range_: Range, grid: Grid) -> "AffineWeight":
+        """Codes, uint8 (N, K), scales and zeros as somebody else's file holds them.
+
+        A group of one value may have scale 0 there, by which levels cannot be divided: the code of zero stands for it, on
+        a scale of 1.
+        """
+        scale, zero, offset = range_
+        flat = scale == 0
+        if flat.any():
+            at_zero = torch.full_like(scale, 0 if offset is not None else grid.center) if zero is None else zero
+            codes = codes_NK.unflatten(1, (scale.shape[1], -1))
+            codes_NK = torch.where(flat[..., None], at_zero.to(torch.uint8)[..., None], codes).flatten(1)
+            scale = torch.where(flat, torch.ones_like(scale).copysign(scale), scale)
+        return cls(packing.pack(codes_NK, grid.bits), Range(scale, zero, offset), grid, codes_NK.shape[1])
+
     def kept_as(self, storage: Storage) -> "AffineWeight":
         """The same codes with levels in float brought into `storage`; a weight of integers has none and stays as it is."""
         if self.packed or storage == self.storage:
@@ -194,7 +215,7 @@ class AffineWeight(Weight):
 
     def _kept_range(self) -> Range:
         """The same in the dtypes they are stored in, where the kernels read those."""
-        if self.scale.dtype == torch.float16 or self.scale.device.type != "cpu":
+        if self.scale.dtype == torch.float16 and self.scale.device.type == "cpu":
             return self.range()
         return Range(self.scale, self.zero, self.offset)
 
@@ -242,11 +263,13 @@ class AffineWeight(Weight):
         """Whether codes or levels are integers, as the kernels read them."""
         return self.storage in ("int", "fixed8")
 
-    def described(self, range_: Range, factors: tuple[Tensor, Tensor] | None = None, gain: float = 1.0) -> Levels:
-        """These levels, moved by gain * B A if `factors` (A, B) are given, as the kernels take them."""
+    def described(
+        self, range_: Range, factors: tuple[Tensor, Tensor] | None = None, gain: float = 1.0, narrow: bool = False
+    ) -> Levels:
+        """These levels, moved by gain * B A if `factors` (A, B) are given, as the kernels take them (see `Levels`)."""
         a, b = factors or (None, None)
         fixed, grid = self.storage == "fixed8", self.grid
-        return Levels(self.intact().codes, grid.bits, fixed, a, b, gain, *range_, grid.center)
+        return Levels(self.intact().codes, grid.bits, fixed, a, b, gain, *range_, grid.center, narrow)
 
     def with_codes(self, codes_NK: Tensor, range_: Range) -> "AffineWeight":
         """A weight of these plain codes, uint8 (N, K), with these scales and zeros."""
@@ -279,7 +302,7 @@ class CodebookWeight(Weight):
         self.absmax = _frozen(absmax[0])
         self.absmax_scale = _frozen(absmax[1]) if grid.double_quant else None
         self.absmax_mean = _frozen(absmax[2]) if grid.double_quant else None
-        self.offset = None if offset_NG is None else _frozen(offset_NG.float())
+        self.offset = None if offset_NG is None else _frozen(offset_NG)
         self._kept = intact.kept(self)
 
     @property

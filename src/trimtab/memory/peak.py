@@ -40,6 +40,7 @@ from trimtab.models.prepare import prepare_meta
 from trimtab.models.simulate import lay_out
 from trimtab.models.transformers_bridge import cast_floats, quant_layers
 from trimtab.quant.activations import Activations, KvCache
+from trimtab.reading import told
 from trimtab.recipe.rules import Rule
 from trimtab.training.divergence import LOGITS_CHUNK_TOKENS
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from trimtab.memory.settings import Settings
+    from trimtab.memory.speed import Speed
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,18 @@ class Plan:
     """What this is not the plan of, where a recipe has stages before training."""
     memory: int | None = None
     """Bytes that were said to be there, or None."""
+    device: str = "cpu"
+    """Where it is to be trained."""
+    free: int | None = None
+    """Bytes that are free on that device, where it is here and has a memory of its own; else None."""
+    beside: int = 0
+    """Of the device's memory what its context and libraries take and `free` or `memory` does not leave out."""
     sizes: Mapping[str, int | str] = field(default_factory=dict)
     """Bytes of the tuned model by export format, or why a format does not hold it."""
     settings: "Settings | None" = None
     """What fits into `memory`, where that was given."""
+    speed: "Speed | str | None" = None
+    """Of its training on this machine, or why it was not tried; None where it was not asked for."""
 
     @property
     def total(self) -> int:
@@ -292,12 +302,15 @@ def kept_for_backward(model: "PreTrainedModel", micro_batch: int, block_tokens: 
     """
     base: Any = model.base_model
     parameters: dict[str, Tensor] = dict(base.named_parameters())
+    imagined = any(p.is_meta for p in parameters.values())
     with ExitStack() as stack:
-        if any(p.is_meta for p in parameters.values()):
+        if imagined:
             parameters = stack.enter_context(_without_data(base))
         own = {p.untyped_storage()._cdata for p in parameters.values()}
         ids = torch.zeros(micro_batch, block_tokens, dtype=torch.int64, device=next(iter(parameters.values())).device)
         seen = stack.enter_context(saved_storages())
+        if imagined:
+            stack.enter_context(told(lambda words: f"the model that its config describes cannot be computed ({words})"))
         functional_call(base, parameters, kwargs={"input_ids": ids, "use_cache": False})
     return sum(size for key, (size, _) in seen.items() if key not in own)
 

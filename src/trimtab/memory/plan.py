@@ -5,12 +5,13 @@ layers' inputs, the hidden states of all windows before and after the block, and
 float64 while H^-1 is factored, or some copies of its weight while columns are rounded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.memory.parted import count_of, parted, whole_while_loading
 from trimtab.memory.peak import Plan, Teaching, peak_of_training
 from trimtab.methods.rtn import Rtn
 from trimtab.models import calibrate
@@ -30,13 +31,18 @@ if TYPE_CHECKING:
 def plan(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[Rule] | None = None) -> Plan:
     """Predict the peak of a recipe's training: its teacher, rounded activations and cache, and accumulation included.
 
+    Of several processes it is the peak of one.
+
     Args:
         recipe: whose method, data, training, distillation and simulations count.
         model: laid out on the meta device (`ModelSource.layout`); it is prepared in place.
         rules: in place of the recipe's.
     """
     train, block_tokens = recipe.train, recipe.data.block_tokens if recipe.data else 1024
+    count = count_of(recipe)
     rules = recipe.rules if rules is None else rules
+    if train.attention == "eager":  # it keeps what each token attends to
+        model.set_attn_implementation("eager")
     working = _rounding_by_gptq(recipe, model, rules) if recipe.start.name == "gptq" else 0
     planned = peak_of_training(
         model,
@@ -46,12 +52,15 @@ def plan(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[Rule] | None 
         block_tokens=block_tokens,
         dtype=recipe.dtype,
         checkpointing=train.activation_checkpointing,
-        micro_batches=max(train.batch_tokens // (train.micro_batch * block_tokens), 1),
+        micro_batches=max(train.batch_tokens // (train.micro_batch * block_tokens * count), 1),
         moment_bytes=train.moment_bytes,
-        teaching=teaching(recipe),
+        teaching=teaching(recipe)(train.micro_batch * block_tokens),
         activations=recipe.activations,
         kv=recipe.kv,
     )
+    if train.shard == "fsdp" and count > 1:
+        planned = parted(planned, model, count)
+        working += whole_while_loading(model) if working else 0
     before = planned.codes + planned.float_parameters + planned.adapters + working if working else 0
     return replace(planned, before=max(planned.before, before))
 
@@ -72,29 +81,28 @@ def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[
     return most + 2 * recipe.start.tokens * model.config.get_text_config().hidden_size * itemsize
 
 
-def teaching(recipe: Recipe, tokens: int | None = None) -> Teaching:
-    """What the teacher adds to a run's memory plan; none without a `distill` block.
-
-    Args:
-        recipe: whose distillation it is.
-        tokens: in one forward pass; None for the recipe's.
-    """
+def teaching(recipe: Recipe) -> Callable[[int], Teaching]:
+    """What the teacher adds to a run's memory plan, by the tokens of a forward pass; nothing without a `distill` block."""
     if recipe.distill is None or not recipe.train.steps:
-        return Teaching()
-    assert recipe.data is not None, "the recipe was checked to have data"
-    kind, model = kind_of(recipe), open_layout(recipe.model.path).layout()
+        return lambda _: Teaching()
+    top_k, kind, model = recipe.distill.top_k, kind_of(recipe), open_layout(recipe.model.path).layout()
     dtype = torch.bfloat16 if kind == "bfloat16" else recipe.dtype
     cast_floats(model, dtype)
-    text, tokens = model.config.get_text_config(), tokens or recipe.train.micro_batch * recipe.data.block_tokens
+    text = model.config.get_text_config()
     head = text.vocab_size * text.hidden_size * dtype.itemsize
     if kind == "int8":
         prepare_meta(model, Rtn(), int8_rules(model))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    chunk, states = min(tokens, LOGITS_CHUNK_TOKENS) * text.vocab_size * 4, tokens * text.hidden_size * dtype.itemsize
-    if kind != "cached":
-        # Of a chunk log p and p are there beside the student's logits and log q.
-        return Teaching(resident=size, at_loss=states + 2 * chunk + (head if kind == "int8" else 0))
-    kept = tokens * (6 * recipe.distill.top_k + 2)
-    # While the cache is made: logits, log p and one more; or one layer's widest activations.
-    layer = 4 * tokens * max(text.hidden_size, getattr(text, "intermediate_size", 0)) * dtype.itemsize
-    return Teaching(at_loss=kept + chunk, before=size + 2 * states + max(3 * chunk, layer))
+
+    def of(tokens: int) -> Teaching:
+        chunk = min(tokens, LOGITS_CHUNK_TOKENS) * text.vocab_size * 4
+        states = tokens * text.hidden_size * dtype.itemsize
+        if kind != "cached":
+            # Of a chunk log p and p are there beside the student's logits and log q.
+            return Teaching(resident=size, at_loss=states + 2 * chunk + (head if kind == "int8" else 0))
+        kept = tokens * (6 * top_k + 2)
+        # While the cache is made: logits, log p and one more; or one layer's widest activations.
+        layer = 4 * tokens * max(text.hidden_size, getattr(text, "intermediate_size", 0)) * dtype.itemsize
+        return Teaching(at_loss=kept + chunk, before=size + 2 * states + max(3 * chunk, layer))
+
+    return of

@@ -10,7 +10,8 @@ that stay adapters. Nothing above what the recipe asks for is proposed.
 
 A plan of each combination would take minutes. Where all decoder blocks are alike, two of them are laid out and stand for
 all (`peak_of(more=)`), and what autograd keeps grows evenly with tokens, positions and blocks; so the numbers are those of
-`plan`. Of a model with sliding windows it does not (their masks are squares), and each combination is laid out by itself.
+`plan`, with the model's own attention; of several processes they are those of one of them. Of a model with sliding windows
+it does not (their masks are squares), and each combination is laid out by itself.
 """
 
 import copy
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trimtab import methods
 from trimtab.errors import UserError
 from trimtab.formats.export_size import export_sizes
+from trimtab.memory.parted import count_of, parted
 from trimtab.memory.peak import Plan, kept_for_backward, lay_out_for_training, peak_of
 from trimtab.memory.plan import teaching
 from trimtab.methods import Method
@@ -80,6 +82,7 @@ def settings(recipe: Recipe, model: "PreTrainedModel", memory: int) -> Settings:
         model: laid out on the meta device (`ModelSource.layout`); two of its blocks are left where they are alike.
         memory: bytes for training, above the interpreter and its libraries.
     """
+    _check_batch(recipe)
     skeleton = _Skeleton(recipe, model)
     rows, left_out, least = list[Setting](), list[str](), list[int]()
     for name in dict.fromkeys((recipe.method.name, *METHODS)):
@@ -95,6 +98,23 @@ def settings(recipe: Recipe, model: "PreTrainedModel", memory: int) -> Settings:
     own = [recipe.method.name, *METHODS]
     rows.sort(key=lambda row: (-row.bits, -row.block_tokens, own.index(row.method), -(row.rank or 0)))
     return Settings(tuple(rows), min(least, default=0), tuple(left_out))
+
+
+def _check_batch(recipe: Recipe) -> None:
+    """Raise a `UserError` where no length that is tried gives each of several processes a whole number of sequences."""
+    batch, count = recipe.train.batch_tokens, count_of(recipe)
+    lengths = list(_halves(_asked_tokens(recipe), _SHORTEST))
+    if any(max(batch // length, 1) % count == 0 for length in lengths):
+        return
+    fits = -(-batch // (count * lengths[0])) * count * lengths[0]
+    raise UserError(
+        f"train.batch_tokens: {batch} is the batch of all {count} processes, and gives them no whole number of sequences "
+        f"of {lengths[0]} tokens or fewer each; set train.batch_tokens={fits}"
+    )
+
+
+def _asked_tokens(recipe: Recipe) -> int:
+    return 1024 if recipe.data is None else recipe.data.block_tokens
 
 
 class _Kept(NamedTuple):
@@ -122,7 +142,7 @@ class _Skeleton:
     """A model of two decoder blocks, of which the second stands for all others, where they are alike; else all of it."""
 
     def __init__(self, recipe: Recipe, model: "PreTrainedModel") -> None:
-        self.recipe, self.model = recipe, model
+        self.recipe, self.model, self.teaching, self.count = recipe, model, teaching(recipe), count_of(recipe)
         self.asked = placed_targets(model, recipe.method, recipe.rules)
         blocks = list(decoder.blocks(model)) if architecture_of(model).blocks else []
         self.even = not _has_masks(model.config.get_text_config())
@@ -176,8 +196,7 @@ class _Candidate:
 
     def best(self, memory: int) -> Setting | None:
         """The longest sequences that fit, then the largest rank, then the largest batch; None if none do."""
-        asked = 1024 if self._recipe.data is None else self._recipe.data.block_tokens
-        for length in _halves(asked, _SHORTEST):
+        for length in _halves(_asked_tokens(self._recipe), _SHORTEST):
             for rank in [None] if self._rank is None else _halves(self._rank, _LEAST_RANK):
                 sizes = {batch: self._total(rank, length, batch) for batch in self._batches(length)}
                 fits = [batch for batch, total in sizes.items() if total <= memory]
@@ -188,7 +207,7 @@ class _Candidate:
     def _batches(self, length: int) -> list[int]:
         """Sequences of a forward pass, of which a whole number makes an optimizer step."""
         whole = max(self._recipe.train.batch_tokens // length, 1)
-        return [b for b in (1, 2, 4, 8, 16, 32, 64) if whole % b == 0]
+        return [b for b in (1, 2, 4, 8, 16, 32, 64) if whole % (b * self._skeleton.count) == 0]
 
     def _total(self, rank: int | None, length: int, batch: int) -> int:
         if rank not in self._laid:
@@ -232,7 +251,7 @@ def _rules(asked: Sequence[Target], own: bool, method: Method, bits: int) -> lis
             continue
         if target.kind == "linear":
             grid = _narrowed(grid if own else _default(method, grid, group), bits)
-        found.append(Rule(target.name, grid, None))
+        found.append(Rule(target.name, grid, target.rank if hasattr(method, "rank") else None))
     return found
 
 
@@ -285,18 +304,19 @@ class _Laid:
 
     def plan(self, block_tokens: int, micro_batch: int) -> Plan:
         """The plan for this length and batch."""
-        recipe, tokens = self._skeleton.recipe, micro_batch * block_tokens
-        return peak_of(
+        recipe, tokens, count = self._skeleton.recipe, micro_batch * block_tokens, self._skeleton.count
+        planned = peak_of(
             self._model,
             self._kept(block_tokens, micro_batch),
             tokens=tokens,
             dtype=recipe.dtype,
             checkpointing=recipe.train.activation_checkpointing,
-            micro_batches=max(recipe.train.batch_tokens // tokens, 1),
+            micro_batches=max(recipe.train.batch_tokens // (tokens * count), 1),
             moment_bytes=recipe.train.moment_bytes,
-            teaching=teaching(recipe, tokens),
+            teaching=self._skeleton.teaching(tokens),
             more=self._skeleton.more,
         )
+        return parted(planned, self._model, count) if count > 1 and recipe.train.shard == "fsdp" else planned
 
 
 def _has_masks(config: Any) -> bool:

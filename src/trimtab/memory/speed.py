@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trimtab.devices import wait
 from trimtab.errors import UserError
 from trimtab.kernels import tuning, workspace
 from trimtab.models import decoder
@@ -48,8 +49,8 @@ class Speed:
     """What a probe found."""
 
     tokens_per_second: float
-    seconds: float
-    """Of all of the recipe's steps."""
+    seconds: float | None
+    """Of all of the recipe's steps; None where it names epochs, whose steps are known once the rows are counted."""
     how: str
     """What was measured, in a few words."""
 
@@ -85,7 +86,7 @@ def speed(recipe: Recipe, source: ModelSource, seconds: float | None = None) -> 
     a_pass = times[0] if whole else times[0] + max(times[1] - times[0], 0) * (layers - 1) / (_BLOCKS[1] - _BLOCKS[0])
     rate = tokens / a_pass
     part = "" if whole else f", from 1 and 3 of {layers} blocks"
-    total = recipe.train.steps * recipe.train.batch_tokens / rate
+    total = None if recipe.train.epochs is not None else recipe.train.steps * recipe.train.batch_tokens / rate
     return Speed(rate, total, f"{tokens:,} tokens at once{part}")
 
 
@@ -98,8 +99,7 @@ def _made(recipe: Recipe, model: "PreTrainedModel", blocks: int) -> "PreTrainedM
     there = {name for name, _ in model.named_modules()}
     rules = [Rule(t.name, t.grid or "float", t.rank) for t in targets if t.name in there and t.kind != "tied"]
     buffers = {name: b for name, b in model.named_buffers() if not b.is_meta}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to_empty(device=device)
+    model.to_empty(device=recipe.device)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
@@ -137,15 +137,10 @@ def _seconds(recipe: Recipe, model: "PreTrainedModel", tokens: int, budget: floa
     while len(times) < 2 or perf_counter() - began < budget:
         start = perf_counter()
         (summed_loss(model, ids, input_ids=ids, use_cache=False) / ids.numel()).backward()
-        _wait(device)
+        wait(device)
         stepping = perf_counter()
         optimizer.step()
         optimizer.zero_grad()
-        _wait(device)
+        wait(device)
         times.append(stepping - start + share * (perf_counter() - stepping))
     return median(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.layers.adapter import Adapter
 from trimtab.layers.linear import QuantLinear
-from trimtab.layers.weights import Weight
 from trimtab.models.kv_cache import current
 from trimtab.models.origin import rounded_from
 from trimtab.models.prepared import quant_layers
@@ -36,7 +35,7 @@ def belongs_to(model: "PreTrainedModel") -> str | None:
     adapters = [x.adapter for x in layers if isinstance(x, QuantLinear) and x.adapter is not None]
     if not adapters or any(not a.stays(merge=False) or a.fitted is not None for a in adapters):
         return None
-    if any(not _made_by_peft(x.base) or getattr(x, "inputs", None) is not None for x in layers) or current(model):
+    if not _made_by_peft(model) or any(getattr(x, "inputs", None) is not None for x in layers) or current(model):
         return None
     ours = {id(p) for a in adapters for p in a.parameters()}
     if any(p.requires_grad and id(p) not in ours for p in model.parameters()):
@@ -44,10 +43,17 @@ def belongs_to(model: "PreTrainedModel") -> str | None:
     return rounded_from(model)
 
 
-def _made_by_peft(base: Weight) -> bool:
-    """Whether a weight is float, or rounded as bitsandbytes does."""
-    grid = base.grid
-    return grid is None or (isinstance(grid, CodebookGrid) and grid.codebook in _BITSANDBYTES and grid.group == 64)
+def _made_by_peft(model: "PreTrainedModel") -> bool:
+    """Whether all weights are float, or those of every linear layer but the head are rounded as bitsandbytes does."""
+    rounded = {name: x.base.grid for name, x in quant_layers(model).items() if x.base.grid is not None}
+    if not rounded:
+        return True
+    head, grids = model.get_output_embeddings(), set(rounded.values())
+    (grid, *others) = grids
+    if others or not isinstance(grid, CodebookGrid) or grid.codebook not in _BITSANDBYTES or grid.group != 64:
+        return False
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear) and m is not head}
+    return set(rounded) == linear
 
 
 def write_adapter(folder: Path, model: "PreTrainedModel", base: str) -> None:
@@ -87,7 +93,8 @@ def config(ranks: dict[str, int], alphas: dict[str, float], base: str) -> dict[s
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.partition("@")[0],
+        "revision": base.partition("@")[2] or None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,

@@ -287,7 +287,7 @@ def features(config: Any) -> Iterator[tuple[Feature, str]]:
     family = architecture_of(config)
     heads, d = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
     if any(windowed(config)):
-        yield "windows", f"a sliding window of {config.sliding_window} tokens"
+        yield "windows", f"a sliding window of {getattr(config, 'sliding_window', None)} tokens"
     caps: tuple[tuple[Feature, str | None], ...] = (
         ("attention cap", family.attention_softcap),
         ("logit cap", family.softcap),

@@ -5,8 +5,7 @@ else lies in the folder is not the model's. Where it would find nothing, all fil
 in two of them. Only headers are read here; a tensor is mapped when it is asked for.
 """
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trimtab.errors import UserError
+from trimtab.reading import read_mapping, require_regular
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -75,13 +75,17 @@ class Checkpoint:
 
     def mapped(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, as they lie in their files: to be copied before anything else happens to the files."""
+        return self.taken({name: (name, self.tensors[name]) for name in names})
+
+    @staticmethod
+    def taken(wanted: Mapping[str, tuple[str, Stored]]) -> dict[str, Tensor]:
+        """Tensors by any names, of their names in the files and of where they are; as `mapped`."""
         found: dict[str, Tensor] = {}
         opened: dict[Path, Any] = {}
-        for name in names:
-            file = self.tensors[name].file
-            if file not in opened:
-                opened[file] = _open(file)
-            found[name] = opened[file].get_tensor(name)
+        for called, (name, stored) in wanted.items():
+            if stored.file not in opened:
+                opened[stored.file] = _open(stored.file)
+            found[called] = opened[stored.file].get_tensor(name)
         return found
 
 
@@ -113,19 +117,21 @@ def files_of(path: Path) -> tuple[list[Path], dict[str, Path]]:
 def _named(path: Path) -> str | None:
     """The file that config.json says the weights are in, as transformers lets it."""
     try:
-        named = json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
-    except (ValueError, AttributeError, OSError):  # whoever reads the config says what is wrong with it
+        named = read_mapping(path / "config.json").get("transformers_weights")
+    except UserError:  # whoever reads the config says what is wrong with it
         return None
     return None if named is None else str(named)
 
 
 def _listed(index: Path) -> dict[str, Path]:
     """Which tensor an index says is in which file."""
-    try:
-        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: not an index of safetensors ({error!r}); fetch it again") from error
-    return {name: _inside(index.parent, str(file), index.name) for name, file in listed.items()}
+    listed = read_mapping(index, "fetch it again").get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+        raise UserError(
+            f"{index}: not an index of safetensors (its weight_map does not say of any tensor which file it is in); "
+            "fetch it again"
+        )
+    return {name: _inside(index.parent, file, index.name) for name, file in listed.items()}
 
 
 def _inside(path: Path, name: str, said_by: str) -> Path:
@@ -147,7 +153,8 @@ def _open(file: Path) -> Any:
 
 
 def _header(file: Path) -> Iterator[tuple[str, Stored]]:
-    if not file.is_file():  # what should be in it is named by whoever asks for it
+    require_regular(file)
+    if not file.exists():  # what should be in it is named by whoever asks for it
         return
     opened = _open(file)
     names = opened.keys()

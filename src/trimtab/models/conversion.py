@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from trimtab.devices import CPU, kept_as
 from trimtab.errors import UserError
 from trimtab.models.checkpoint import Checkpoint
 
@@ -212,21 +213,27 @@ class Conversion:
                     _untie(model, name)
             self._stands_for |= {name: there[0] for name in group if name not in self._by_target and there}
 
+    def source_of(self, name: str) -> str | None:
+        """The checkpoint's name of a tensor of the model that stands there as it is; None of one that is made of others."""
+        made = self._by_target.get(self._stands_for.get(name, name))
+        return made.parts[0][1] if made is not None and isinstance(made.rule, WeightRenaming) else None
+
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor:
         """The tensor of this name in the model, a copy.
 
         Args:
             name: as the model calls it.
             dtype: cast what it is made of to this first, as transformers does; None leaves the numbers of the file.
+            device: where it is made: what it is made of goes there first.
         """
         name = self._stands_for.get(name, name)
         if name not in self._by_target:
             raise self.lacking(name)
         made = self._by_target[name]
         mapped = self._checkpoint.mapped(part for _, part in made.parts)
-        tensors = mapped if dtype is None else {part: t.to(dtype) for part, t in mapped.items()}
+        tensors = {part: t.to(device, kept_as(dtype or t.dtype, device)) for part, t in mapped.items()}
         found = made.convert(tensors, self._shapes)[name]
         # What is mapped would change with its file, and a part of something larger would keep all of it.
         alone = all(tensors[part] is not mapped[part] for part in mapped)

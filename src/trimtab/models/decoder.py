@@ -24,7 +24,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks, as the list that the model keeps them in."""
     path = architecture_of(model).blocks
     if path is None:
-        raise UserError(f"{type(model).__name__}: has no list of decoder blocks to calibrate one after another")
+        raise UserError(f"{type(model).__name__}: has no list of decoder blocks, to go through one after another")
     found = base_of(model).get_submodule(path)
     assert isinstance(found, nn.ModuleList)
     return found

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trimtab.devices import double
 from trimtab.errors import UserError
 from trimtab.kernels import encode
 from trimtab.layers.weights import AffineWeight, CodebookWeight
@@ -178,10 +179,10 @@ def _chunks(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:
 def _upper(hessian_KK: Tensor, order: Tensor | None, damping: float) -> Tensor:
     """The upper triangular U of H^-1 = U^T U, float32."""
     h = hessian_KK if order is None else hessian_KK[order][:, order]
-    mean = h.diagonal().double().mean()
+    mean = double(h.diagonal()).mean()
     if not mean > 0:
         raise UserError("gptq: no calibration input other than zero reaches this layer; use `start: rtn`")
-    reversed_ = h.flip(0, 1).double()
+    reversed_ = double(h.flip(0, 1))
     reversed_.diagonal().add_(damping * mean)
     lower, failed = torch.linalg.cholesky_ex(reversed_)
     del reversed_  # of K x K in float64 there are never more than three: at K = 11008 each is 1 GB
@@ -189,6 +190,6 @@ def _upper(hessian_KK: Tensor, order: Tensor | None, damping: float) -> Tensor:
         raise UserError(
             f"gptq: the Hessian of its inputs is singular at damping {damping}; calibrate on more tokens, or raise it"
         )
-    upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=lower.dtype, device=h.device), upper=False)
+    upper = torch.linalg.solve_triangular(lower, torch.eye(len(h), dtype=lower.dtype, device=lower.device), upper=False)
     del lower
-    return upper.float().flip(0, 1)
+    return upper.float().flip(0, 1).to(hessian_KK.device)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trimtab.errors import UserError
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.architecture import architecture_of, softcap
+from trimtab.models.through import through
 
 _CLOSE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Difference of logits, as a share of the largest, that roundings of a dtype explain."""
@@ -110,23 +111,28 @@ def require_after_head(model: Any) -> AfterHead:
 
 @torch.no_grad()
 def _ask(model: Any) -> AfterHead | None:
-    training = model.training
+    training, seen = model.training, list[Tensor]()
+    ids_BL = torch.tensor([[1, 2]], device=next(model.parameters()).device)
+
+    def parts(input_ids: Tensor) -> Tensor:
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        weight, bias = _parameters(model, hidden.dtype, reuse=False)
+        if hidden.shape[-1] == weight.shape[1]:
+            seen.append(nn.functional.linear(hidden, weight, bias))
+        return hidden
+
     model.eval()
     try:
-        ids_BL = torch.tensor([[1, 2]], device=next(model.parameters()).device)
-        hidden = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        through(model, model, parts, input_ids=ids_BL)
         logits = model(input_ids=ids_BL, use_cache=False).logits.float()
-        weight, bias = _parameters(model, hidden.dtype, reuse=False)
     finally:
         model.train(training)
-    if hidden.shape[-1] != weight.shape[1]:
+    if not seen or seen[0].shape != logits.shape:
         return None
-    product = nn.functional.linear(hidden, weight, bias).float()
-    if product.shape != logits.shape:
-        return None
+    dtype, product = seen[0].dtype, seen[0].float()
     differences = {after: (after(product.clone()) - logits).abs().max().item() for after in _candidates(model.config)}
     best = min(differences, key=lambda after: differences[after])
-    return best if differences[best] <= _CLOSE[hidden.dtype] * logits.abs().max().item() else None
+    return best if differences[best] <= _CLOSE[dtype] * logits.abs().max().item() else None
 
 
 def _candidates(config: Any) -> Iterator[AfterHead]:

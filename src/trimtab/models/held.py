@@ -7,7 +7,6 @@
 Nothing is loaded and nothing heavy imported, so a card, a page and `trimtab serve` can ask.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import UserError
+from trimtab.models.whole import check
+from trimtab.reading import read_mapping
 
 _ENGINES = {
     "compressed-tensors": "vllm",
@@ -69,7 +70,12 @@ class Held:
         if self.engine == "mlx-lm":
             return ["mlx_lm.server", "--model", str(self.path), *listening]
         if self.format == "peft":
-            adapter = ["--enable-lora", "--lora-modules", f"{self.path.name}={self.path}", "--max-lora-rank"]
+            adapter = [
+                "--enable-lora",
+                "--lora-modules",
+                f"{self.path.name or 'adapter'}={self.path}",
+                "--max-lora-rank",
+            ]
             return ["vllm", "serve", str(self.path / "base"), *adapter, str(_lora_rank(self.rank)), *listening]
         assert self.engine == "vllm", self.format
         return ["vllm", "serve", str(self.path), *listening]
@@ -112,16 +118,17 @@ def _own(folder: Path) -> list[Held]:
     """The model whose files lie in this very folder, if there is one."""
     adapter = _json(folder / "adapter_config.json")
     if adapter is not None and (folder / "base").is_dir():
-        ranks = [adapter.get("r", 0), *(adapter.get("rank_pattern") or {}).values()]
-        return [Held("peft", folder, max(ranks))]
+        pattern = adapter.get("rank_pattern")
+        ranks = [adapter.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+        return [Held("peft", folder, max((r for r in ranks if isinstance(r, int)), default=0))]
     files = sorted(folder.glob("*.gguf"))
     if files:
         return [Held("gguf", files[0])]
     config = _json(folder / "config.json")
     if config is None:
         return []
-    quantized = config.get("quantization_config") or {}
-    method = quantized.get("quant_method")
+    quantized = config.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     if "quantization" in config and method is None:
         return [Held("mlx", folder)]
     names = {"trimtab": "native", None: "dense"}
@@ -129,13 +136,7 @@ def _own(folder: Path) -> list[Held]:
 
 
 def _json(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); write it again") from error
-    return values if isinstance(values, dict) else None
+    return read_mapping(file, "write it again") if file.exists() or file.is_symlink() else None
 
 
 def serving(path: Path, engine: str | None = None) -> list[Held]:
@@ -168,8 +169,9 @@ def start_serving(what: Held, port: int | None = None) -> None:
     """Become the engine that serves it; this process ends with it.
 
     Raises:
-        UserError: if the engine is not installed.
+        UserError: if the engine is not installed, or the files are not what was written.
     """
+    check(what.path)
     command = what.command(port)
     program = shutil.which(command[0])
     if program is None:

@@ -67,9 +67,14 @@ def _register(name: str) -> None:
     AttentionMaskInterface.register(name, AttentionMaskInterface()[inner])
 
 
+def attention_of(model: "PreTrainedModel") -> str:
+    """The name of a model's attention."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
 def current(model: "PreTrainedModel") -> KvCache | None:
     """How a model rounds its keys and values, or None."""
-    kv, _ = _NAMED.get(model.config.get_text_config()._attn_implementation, (None, ""))
+    kv, _ = _NAMED.get(attention_of(model), (None, ""))
     return kv
 
 
@@ -79,7 +84,7 @@ def install(model: "PreTrainedModel", kv: KvCache) -> None:
     Raises:
         UserError: for a model whose attention cannot be replaced.
     """
-    now = model.config.get_text_config()._attn_implementation
+    now = attention_of(model)
     _, inner = _NAMED.get(now, (None, now))
     if inner not in _INNER:
         raise UserError(
@@ -89,7 +94,7 @@ def install(model: "PreTrainedModel", kv: KvCache) -> None:
     name = _name(kv, inner)
     _register(name)
     model.set_attn_implementation(name)
-    if model.config.get_text_config()._attn_implementation != name:
+    if attention_of(model) != name:
         raise UserError(
             f"kv: {type(model).__name__} does not use transformers' attention interface, so its keys and values cannot be "
             "rounded; leave `kv` out"

@@ -19,15 +19,14 @@ from transformers.core_model_loading import build_glob_alternation
 
 from trimtab.errors import UserError
 from trimtab.kernels import tuning
+from trimtab.reading import told
 
 
 def layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
     """The model on the meta device; `path` is for the error message, `options` are those of `from_config`."""
     tuning.for_models()
-    try:
+    with told(lambda words: f"model.path: {path}: {_refusal(config, words)}"):
         return laid_out(partial(AutoModelForCausalLM.from_config, config, **options))
-    except ValueError as error:
-        raise UserError(f"model.path: {path}: {_refusal(config, error)}") from error
 
 
 def laid_out(construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -43,13 +42,13 @@ def laid_out(construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
-def _refusal(config: Any, error: ValueError) -> str:
+def _refusal(config: Any, words: str) -> str:
     if type(config) in AutoModelForCausalLM._model_mapping:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         return (
-            f"transformers cannot lay out the {config.model_type} model that its config.json describes ({first[:200]})"
+            f"transformers cannot lay out the {config.model_type} model that its config.json describes ({words[:200]}); "
+            "fetch it again"
         )
-    made = ", ".join(getattr(config, "architectures", None) or ()) or config.model_type
+    made = ", ".join(map(str, getattr(config, "architectures", None) or ())) or config.model_type
     return (
         f"its config.json describes no causal language model: transformers' AutoModelForCausalLM does not take {made} "
         f"(model_type {config.model_type}); save its language model by itself, if it has one, and start from that"
@@ -92,6 +91,13 @@ def make(model: PreTrainedModel, names: Iterable[str]) -> None:
     for module in model.modules():
         module._is_hf_initialized = False  # type: ignore[assignment]
     model.initialize_weights()
+
+
+def move_made(model: nn.Module, device: torch.device) -> None:
+    """Take to a device what is made, not read: all that has numbers already."""
+    for _, module, name, tensor in list(tensors_of(model)):
+        if not tensor.is_meta and tensor.device != device:
+            put(module, name, tensor.detach().to(device))
 
 
 def made_at_random(model: PreTrainedModel, names: Iterable[str]) -> list[str]:

@@ -1,32 +1,50 @@
 """From a path to a prepared model, quantizing while it reads: peak memory is the packed model plus one float layer.
 
 The model is laid out on the meta device, the rules decide every layer's grid from names and shapes, and then each layer
-is read, quantized and put in place before the next is read. What a path may be is in `sources`.
+is read, quantized and put in place before the next is read. What a path may be is in `sources`. Of a model that is to be
+parted among processes each decoder block is parted as soon as it is whole (`arriving`).
 """
 
 import gc
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from trimtab.devices import CPU, resolve
 from trimtab.errors import UserError
 from trimtab.kernels import heap
+from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
-from trimtab.models.decoder import block_names
+from trimtab.models import believable
+from trimtab.models.arriving import Arrivals, fill_stored
+from trimtab.models.finite import require_finite
 from trimtab.models.gptq import Gptq
-from trimtab.models.layout import require_lasting, tensors_of
+from trimtab.models.layout import move_made, require_lasting, tensors_of
 from trimtab.models.origin import note_rounded, remember
 from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
+from trimtab.models.reload import reload
+from trimtab.models.sharding import Parting, mesh_of
 from trimtab.models.share import tell
-from trimtab.models.sources import ModelSource, fill, fill_where, open_source, require_finite, require_shape
-from trimtab.models.transformers_bridge import untie
+from trimtab.models.sources import (
+    ModelSource,
+    fill,
+    open_source,
+    require_shape,
+)
+from trimtab.models.transformers_bridge import cast_floats, untie
+from trimtab.models.weight_error import weight_error
+from trimtab.models.whole import checking
+from trimtab.processes import take_device
 from trimtab.recipe.rules import Rule, parse_rules
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def load(
@@ -35,9 +53,13 @@ def load(
     rules: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = CPU,
     source: ModelSource | None = None,
     start: Gptq | None = None,
     quiet: bool = False,
+    errors: dict[str, float] | None = None,
+    shard: "DeviceMesh | bool" = False,
+    verify: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
     """A prepared model and its tokenizer.
 
@@ -46,18 +68,34 @@ def load(
         method: what will train it; None for round-to-nearest (a saved model is then loaded as it is).
         rules: `Rule`s or a recipe's mappings; None for the method's default.
         dtype: dtype to compute in, and of everything that stays float.
+        device: where it is to compute: each tensor goes there when it is read, and is quantized there. `auto` (a GPU if
+            there is one), `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`; the CPU unless told, as in transformers.
         source: an already opened source of this path, to save parsing it again.
         start: how layers find their codes, see `prepare`; GPTQ has one decoder block in float at a time.
         quiet: whether to log no line about what share of the parameters is in few bits (`share`).
+        errors: is given `weight_error` of every layer that is rounded here, by name, while its float weight is at hand.
+        shard: part the model among the processes as `trimtab.shard` does, but while it is read: each decoder block as soon
+            as it is there, so that at most one of them is whole at a time. True for all processes, or a mesh of torch.
+            Every process reads all of the files. On GPUs that `device` gives no number, each takes that of its LOCAL_RANK,
+            which becomes the current one.
+        verify: whether a folder of ours is compared with its manifest first (see `whole`): large files are read once for it
+            on a machine. TRIMTAB_VERIFY=0 in the environment leaves it out everywhere.
 
     Raises:
         UserError: naming the file, tensor or layer that is wrong.
     """
-    found = source or open_source(path)
-    model = _prepared(path, found, method, parse_rules(rules), dtype, start)
+    if shard is not False and ":" not in str(device):
+        take_device(str(device), "device")
+    with checking(verify):
+        found, where = source or open_source(path), resolve(device, "device")
+        model = _prepared(path, found, method, parse_rules(rules), dtype, where, start, errors, _parting(shard, where))
     if not quiet:
         tell(model)
     return model, found.tokenizer()
+
+
+def _parting(shard: "DeviceMesh | bool", device: torch.device) -> Parting | None:
+    return None if shard is False else Parting(mesh_of(device.type) if shard is True else shard)
 
 
 def _prepared(
@@ -66,36 +104,41 @@ def _prepared(
     method: Method | None,
     parsed: Sequence[Rule] | None,
     dtype: torch.dtype,
+    device: torch.device,
     start: Gptq | None,
+    errors: dict[str, float] | None,
+    parting: Parting | None,
 ) -> PreTrainedModel:
-    chosen = method or Rtn()
-    if found.prepared:
-        model = _as_saved(found, dtype)
-        if method is not None or parsed is not None:
+    chosen, changes = method or Rtn(), method is not None or parsed is not None
+    if found.prepared and parting is None:
+        model = _as_saved(found, dtype, device)
+        if changes:
             prepare_by(model, chosen, parsed, start)
         return model
     model = found.layout(dtype=dtype)
-    require_lasting(path, model)
+    if found.prepared:
+        cast_floats(model, dtype)
+    else:
+        require_lasting(path, model)
     found.bind(model)
-    todo = targets(model, chosen, parsed)
-    if start is None:
+    move_made(model, device)
+    todo = targets(model, chosen, parsed) if changes or not found.prepared else []
+    arrivals = Arrivals(model, found, device, parting)
+    if start is None or not todo:
+        arrivals.expect([target.name for target in todo])
         for target in todo:
-            _put(model, target, found, chosen, dtype)
-        rounds = not chosen.rounds_itself and not path.endswith(".gguf")
+            _put(model, target, found, chosen, dtype, device, errors=errors)
+            arrivals.placed(target.name)
+        rounds = not chosen.rounds_itself and found.floats
         note_rounded(model, path if rounds else None)
-        return _complete(model, found)
+        return _complete(model, found, device, arrivals)
 
     def put(target: Target, hessian_KK: Tensor | None) -> None:
         how = None if hessian_KK is None else partial(round_by_gptq, target=target, start=start, hessian_KK=hessian_KK)
-        _put(model, target, found, chosen, dtype, how)
+        _put(model, target, found, chosen, dtype, device, how, errors)
 
-    blocks = tuple(f"{name}." for name in block_names(model))
-
-    def enter(block: str) -> None:
-        fill_where(model, found, lambda name: name.startswith(f"{block}.") if block else not name.startswith(blocks))
-
-    place_calibrated(model, todo, chosen, start, put, enter)
-    return _complete(model, found)
+    place_calibrated(model, todo, chosen, start, put, arrivals.enter)
+    return _complete(model, found, device, arrivals)
 
 
 def _put(
@@ -104,40 +147,71 @@ def _put(
     source: ModelSource,
     method: Method,
     dtype: torch.dtype,
+    device: torch.device,
     how: Callable[[Tensor | Weight], Tensor | Weight] | None = None,
+    errors: dict[str, float] | None = None,
 ) -> None:
     """Read one layer and put ours in its place, its weight first rounded by `how` if given."""
     if target.kind == "tied":
         return place(model, target, torch.empty(0), method)
-    name = f"{target.name}.weight"
-    weight = source.read(name, dtype if target.grid is None else None)
-    require_shape(source, name, weight.shape, target.shape)
-    require_finite(weight, name)
-    fill(model.get_submodule(target.name), "bias", f"{target.name}.bias", source)
-    if target.grid is None:  # it stays in float
-        weight = weight.dequantize(dtype) if isinstance(weight, Weight) else weight.to(dtype)
+    layer = model.get_submodule(target.name)
+    stored = isinstance(layer, QuantLinear | QuantEmbedding)
+    if isinstance(layer, QuantLinear | QuantEmbedding):
+        fill_stored(layer, target.name, source, device)
+        weight: Tensor | Weight = layer.base
+    else:
+        weight = _read(model, target, source, dtype, device)
     place(model, target, weight if how is None else how(weight), method)
+    if errors is not None and target.grid is not None and not stored:
+        errors[target.name] = weight_error(model.get_submodule(target.name).base, weight)  # type: ignore[arg-type]
     del weight
     heap.trim()
     return None
 
 
-def load_float(path: str, *, dtype: torch.dtype = torch.bfloat16, source: ModelSource | None = None) -> PreTrainedModel:
-    """The untouched model in `dtype`: a GGUF file is dequantized."""
+def _read(
+    model: PreTrainedModel, target: Target, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> Tensor | Weight:
+    """The weight of a layer that is not ours yet; its bias comes in place."""
+    name = f"{target.name}.weight"
+    weight = source.read(name, dtype if target.grid is None else None, device)
+    require_shape(source, name, weight.shape, target.shape)
+    require_finite(weight, name)
+    fill(model.get_submodule(target.name), "bias", f"{target.name}.bias", source, device)
+    if target.grid is not None:
+        return weight
+    kept = weight.dequantize(dtype) if isinstance(weight, Weight) else weight.to(dtype)  # it stays in float
+    require_finite(kept, name)
+    return kept
+
+
+def load_float(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = CPU,
+    source: ModelSource | None = None,
+    shard: "DeviceMesh | bool" = False,
+) -> PreTrainedModel:
+    """The untouched model in `dtype`, on a device: a GGUF file is dequantized. `shard` as of `load`."""
     source = source or open_source(path)
     if source.prepared:
         raise UserError(f"model.path: {path}: saved by trimtab, so there is no float model to compare with")
     model = source.layout(dtype=dtype)
     source.bind(model)
-    return _complete(model, source)
+    move_made(model, device)
+    return _complete(model, source, device, Arrivals(model, source, device, _parting(shard, device)))
 
 
-def load_as_it_is(path: str, *, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, Any]:
+def load_as_it_is(
+    path: str, *, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU
+) -> tuple[PreTrainedModel, Any]:
     """A model as it stands, saved by trimtab or in float (a GGUF file is dequantized), and its tokenizer.
 
     Args:
         path: see `trimtab.models.sources`.
         dtype: to compute in.
+        device: to compute on.
 
     Raises:
         UserError: if it has no tokenizer, or as `open_source`.
@@ -146,34 +220,34 @@ def load_as_it_is(path: str, *, dtype: torch.dtype = torch.bfloat16) -> tuple[Pr
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise UserError(f"{path}: was saved without a tokenizer; add its tokenizer files to it")
-    model = _as_saved(source, dtype) if source.prepared else load_float(path, dtype=dtype, source=source)
-    return model, tokenizer
+    if source.prepared:
+        return _as_saved(source, dtype, device), tokenizer
+    return load_float(path, dtype=dtype, device=device, source=source), tokenizer
 
 
-def _as_saved(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _as_saved(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A model that trimtab saved, by transformers' own loader, after a look at its names: it would only warn."""
     source.bind(source.layout())
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
-    for name, p in model.named_parameters():
-        if p.is_floating_point():
-            require_finite(p.detach(), name)
+    model = reload(source.path, dtype, device)
     remember(model, source.path)
     return model
 
 
-def _complete(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
-    """Read what no rule touched, tie what is tied, freeze."""
+def _complete(model: PreTrainedModel, source: ModelSource, device: torch.device, arrivals: Arrivals) -> PreTrainedModel:
+    """Read what no rule touched, tie what is tied, freeze; part what is not parted yet, where it is to be."""
     untie(model)
-    fill_where(model, source, lambda _: True)
+    arrivals.fill_all()
     if getattr(model, "all_tied_weights_keys", {}):
         model.tie_weights(recompute_mapping=False)
     left = [name for name, _, _, tensor in tensors_of(model) if tensor.is_meta]
     assert not left, left
     finish(model)
     model.eval()
-    if (source.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(source.path)
+    generation = believable.read_generation(source.path)
+    if generation is not None:
+        model.generation_config = generation
     remember(model, source.path)
+    arrivals.part_the_rest()
     gc.collect()
     heap.trim()
     return model

@@ -6,7 +6,6 @@ from pathlib import Path
 from trimtab.models import checkpoint
 from trimtab.models.sources import resolve
 
-_COMMIT = re.compile("[0-9a-f]{6,40}")
 _BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
            "vocab.*", "merges.txt", "*.jinja", "*.model", "*.safetensors.index.json")  # fmt: skip
 """Files of a directory that say what its tensors mean."""
@@ -34,6 +33,11 @@ def pinned(path: str) -> str:
     return f"{path}@{found.name}" if fetched else path
 
 
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a whole commit, which holds the same whenever it is read; a shorter one may be a branch."""
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
 def pinned_data(path: str) -> str:
     """The same of a data set: absolute, or one of the hub at the commit that it, or its branch or tag, is at now.
 
@@ -43,7 +47,7 @@ def pinned_data(path: str) -> str:
     if local.exists():
         return str(local.resolve())
     name, _, revision = path.partition("@")
-    if name.count("/") != 1 or _COMMIT.fullmatch(revision):
+    if name.count("/") != 1 or is_commit(revision):
         return path
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

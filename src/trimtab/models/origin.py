@@ -1,11 +1,16 @@
 """What a model was read from: nothing is written over it, and an adapter may name it as its base."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
+from trimtab.errors import UserError
+from trimtab.quant.grid import AnyGrid
+
 _READ_FROM = "_trimtab_read_from"
 _ROUNDED_FROM = "_trimtab_rounded_from"
+_GRIDS = "_trimtab_grids"
 
 
 def remember(model: nn.Module, path: Path) -> None:
@@ -17,6 +22,32 @@ def read_from(model: nn.Module) -> set[Path]:
     """What a model was read from, on this machine: as `load` noted it, and as transformers did."""
     named = [getattr(model, _READ_FROM, ""), getattr(model, "name_or_path", "")]
     return {Path(name).resolve() for name in named if name and Path(name).exists()}
+
+
+class Grids(NamedTuple):
+    """The grids that a model's tensors have in the files that it is laid out for."""
+
+    by_name: dict[str, AnyGrid]
+    """By the tensors' names in the model."""
+    kept: bool
+    """Whether layers keep them without a rule that says so."""
+
+
+def note_grids(model: nn.Module, by_name: dict[str, AnyGrid], kept: bool) -> None:
+    """Note the grids of a model's files."""
+    setattr(model, _GRIDS, Grids(by_name, kept))
+
+
+def grids_of(model: nn.Module) -> Grids:
+    """As `note_grids` noted them."""
+    found: Grids = getattr(model, _GRIDS, Grids({}, kept=False))
+    return found
+
+
+def check_not_read_from(model: nn.Module, target: Path) -> None:
+    """Raise a `UserError` if a model is to be written over what it was read from."""
+    if any(target.resolve() in (path, *path.parents) for path in read_from(model)):
+        raise UserError(f"{target}: the model was read from there; save it somewhere else, and remove that if you wish")
 
 
 def note_rounded(model: nn.Module, name: str | None) -> None:

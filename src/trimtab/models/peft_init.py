@@ -7,7 +7,6 @@ known here, of a newer PEFT too, is refused by its name, and so are tensors that
 does not have.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -21,7 +20,10 @@ from torch import nn
 from trimtab.errors import UserError
 from trimtab.layers.adapters import DeltaOutput
 from trimtab.layers.linear import QuantLinear
+from trimtab.models.sharding import like
 from trimtab.models.transformers_bridge import quant_layers
+from trimtab.models.whole import check
+from trimtab.reading import read_mapping
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 FREE = frozenset(
@@ -71,10 +73,13 @@ def start_from(model: nn.Module, directory: str) -> None:
                 f"model.adapter: {name}: its factors are {tuple(a.shape)} and {tuple(b.shape)}, the method's "
                 f"{tuple(adapter.delta.A.shape)} and {tuple(adapter.delta.B.shape)}; set method.rank to {a.shape[0]}"
             )
-        found += [(adapter.delta.A, a), (adapter.delta.B, b * (_scaling(config, name, a.shape[0]) / shape.gain))]
+        b = b * (_scaling(config, name, a.shape[0]) / shape.gain)
+        if not all(factor.to(getattr(torch, shape.dtype)).isfinite().all() for factor in (a, b)):
+            raise UserError(f"model.adapter: {name}: a factor has numbers beyond {shape.dtype}; save the adapter again")
+        found += [(adapter.delta.A, a), (adapter.delta.B, b)]
     with torch.no_grad():
         for parameter, value in found:  # only now: what is refused leaves the model as it was
-            parameter.copy_(value)
+            parameter.copy_(like(parameter, value))
 
 
 def ranks_of(directory: str) -> dict[str, int]:
@@ -88,20 +93,24 @@ def ranks_of(directory: str) -> dict[str, int]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Tensor]]:
+    check(folder)
     file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for needed in (file, weights):
         if not needed.is_file():
             raise UserError(
                 f"model.adapter: {needed}: no such file; a PEFT LoRA directory has one (safetensors, not .bin)"
             )
+    config = read_mapping(file, "save the adapter again")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
         stored = load_file(weights)
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"model.adapter: {folder}: damaged ({error}); save the adapter again") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"model.adapter: {file}: is of type {kind}, only LORA can be continued")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict) or not all(map(_is_pattern, config.get(key) or {})):
+            raise UserError(f"model.adapter: {file}: {key} is no mapping of patterns of names; save the adapter again")
     for key, value in config.items():
         if not _is_plain(key, value):
             raise UserError(f"model.adapter: {file}: {key} is {value!r}, which is no plain LoRA; {_remedy(key, value)}")
@@ -116,6 +125,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Ten
     if not tensors:
         raise UserError(f"model.adapter: {weights}: holds no factor; save the adapter again")
     return config, tensors
+
+
+def _is_pattern(text: str) -> bool:
+    """Whether it can be looked for in a name; one that repeats what repeats may take longer than the world stands."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return len(text) <= 1000 and re.search(r"\)[*+?{]", text) is None
 
 
 def _is_plain(key: str, value: Any) -> bool:

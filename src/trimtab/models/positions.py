@@ -1,11 +1,13 @@
 """How long a text a model can be shown: positions in a table end with it, computed ones do not."""
 
+import logging
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from trimtab.errors import UserError
 
+_log = logging.getLogger("trimtab")
 _EXTRA = 8
 """Rows that a table may have besides its positions: OPT and BioGPT begin to count at 2."""
 _NAMES = ("pos", "wpe")
@@ -44,3 +46,10 @@ def check_length(model: PreTrainedModel, tokens: int, key: str) -> str | None:
     return (
         f"{key}: {tokens} tokens are more than the {limit} that the model's config names; it was not trained on so long"
     )
+
+
+def require_length(model: PreTrainedModel, tokens: int, key: str) -> None:
+    """`check_length`, whose line is said by the logger `trimtab`."""
+    line = check_length(model, tokens, key)
+    if line is not None:
+        _log.warning("%s", line)

@@ -25,13 +25,14 @@ from trimtab.models.atomic import put_back_on_failure
 from trimtab.models.calibrate import by_block, calibrate
 from trimtab.models.conversion import require_names_that_last
 from trimtab.models.decoder import embedding_scale
+from trimtab.models.finite import look_at, require_finite, require_held, tell_small
 from trimtab.models.gptq import Gptq
-from trimtab.models.origin import note_rounded
+from trimtab.models.origin import grids_of, note_rounded
 from trimtab.models.replaceable import layers_of, refuse, refuse_model
+from trimtab.models.sharding import is_sharded
 from trimtab.models.share import tell
-from trimtab.models.sources import require_finite
 from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
-from trimtab.quant.grid import AnyGrid, group_size, same_form
+from trimtab.quant.grid import AnyGrid, Grid, group_size, same_form
 from trimtab.recipe.rules import Kind, Placement, Rule, parse_rules, ranks, resolve
 
 if TYPE_CHECKING:
@@ -90,18 +91,24 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
     layers, left = layers_of(model)
     kinds = {n: kind for n, (kind, _) in layers.items()}
     placed, own_ranks = resolve(kinds, rules, _default(method), left), ranks(kinds, rules)
+    grids = grids_of(model)
     any_stored = any(isinstance(module, QuantLinear | QuantEmbedding) for _, module in layers.values())
+    for name, (_, module) in layers.items():
+        stored = isinstance(module, QuantLinear | QuantEmbedding)
+        if placed[name] == "same" or (
+            rules is None and (any_stored or grids.kept)
+        ):  # a quantized model keeps what it has
+            placed[name] = _as_stored(module) if stored else grids.by_name.get(f"{name}.weight")
     found = []
     for name, (kind, module) in layers.items():
-        placement, stored = placed[name], isinstance(module, QuantLinear | QuantEmbedding)
-        if rules is None and any_stored:  # without rules, a quantized model keeps the grids it has
-            placement = _as_stored(module) if stored else None
+        placement = placed[name]
         if kind == "tied":
             embedding = next((n for n, (k, _) in layers.items() if k == "embedding"), None)
-            placement = None if embedding is None else placed[embedding]  # it may be one that stays in float
+            # It may be one that stays in float; and without rules nothing of either is changed.
+            placement = None if embedding is None or rules is None else placed[embedding]
         if placement is None:
             continue
-        grid = None if placement == "float" else placement
+        grid = None if isinstance(placement, str) else placement
         rank = own_ranks.get(name) if kind in ("linear", "head") else None
         target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
         _check(target, module, method)
@@ -158,6 +165,8 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
         base, adapter = target.method(method).build(source, target.grid)
         inputs = old.inputs if isinstance(old, QuantLinear) and target.grid is not None else None
         new = QuantLinear(base, adapter, getattr(old, "bias", None), inputs=inputs)
+    if target.kind != "tied":
+        look_at(model, target.name, base, source)
     new.train(old.training)
     model.set_submodule(target.name, new)
 
@@ -177,6 +186,7 @@ def fitted_starts(model: "PreTrainedModel") -> list[str]:
 def finish(model: "PreTrainedModel") -> None:
     """After the last layer: see that it can be saved, freeze all but adapters, and tell transformers."""
     untie(model)
+    tell_small(model)
     require_names_that_last(model, quant_layers(model))
     freeze(model)
     attach(model)
@@ -326,6 +336,11 @@ def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
         for n, x in quant_layers(model).items()
         if isinstance(x, QuantLinear) and x.adapter is not None
     ]
+    if is_sharded(model):
+        raise UserError(
+            "fold: the model is sharded; fold the whole one: `whole = tt.gather(model)` in every process, then in the "
+            "first (in the others it is None) tt.fold(whole) and tt.save(whole, ...)"
+        )
     for name, layer, adapter in todo:
         _check_fold(name, layer, adapter, merge)
     report = []
@@ -358,3 +373,5 @@ def _check_fold(name: str, layer: QuantLinear, adapter: Adapter, merge: bool) ->
                 f"{name}: {part} holds NaN or infinite values, so its training diverged; go back to an earlier checkpoint, "
                 "and lower the learning rate"
             )
+        if part in ("scale", "offset") and isinstance(layer.base.grid, Grid):
+            require_held(name, p, layer.base.grid)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import UserError
 from trimtab.layers.linear import QuantEmbedding, QuantLinear, marker
+from trimtab.models.whole import forget
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,6 +137,8 @@ class Prepared(_Base):
         """As transformers does, with the state that was gathered (FSDP, DeepSpeed), which it drops for quantized models."""
         is_main, state = (*args, True, None)[:2] if len(args) < 2 else args[:2]
         is_main, state = kwargs.pop("is_main_process", is_main), kwargs.pop("state_dict", state)
+        if is_main:
+            forget(Path(save_directory))
         quantizer: Any = self.hf_quantizer
         quantizer.gathered = state
         try:

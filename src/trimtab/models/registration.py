@@ -49,6 +49,11 @@ def reader_of(kind: str) -> str:
     return _READERS[kind]
 
 
+def known_readers() -> frozenset[str]:
+    """The kinds of models that somebody reads."""
+    return frozenset(_READERS)
+
+
 def install() -> None:
     """Arrange for `trimtab.models.transformers_bridge` to be imported as soon as transformers' quantizers are."""
     if _AWAITED in sys.modules:

@@ -18,6 +18,8 @@ from torch import Tensor
 from trimtab.errors import UserError
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.kv_cache import install
+from trimtab.models.sharding import skeleton_of
+from trimtab.models.through import through
 from trimtab.models.transformers_bridge import attach, quant_layers
 from trimtab.quant.activations import ActivationQuantizer, Activations, KvCache, from_spec, range_of
 
@@ -63,6 +65,8 @@ def lay_out(model: "PreTrainedModel", activations: Activations | None, kv: KvCac
         raise UserError("activations, kv: the model is not prepared; quantize it first")
     if kv is not None:
         install(model, kv)
+    if (skeleton := skeleton_of(model)) is not None:  # what is gathered of it rounds what it rounds
+        lay_out(skeleton, activations, kv)
     if activations is None:
         return
     layers = rounding(model)
@@ -96,19 +100,24 @@ def _calibrate(model: "PreTrainedModel", kind: Activations, ids_WL: Tensor) -> N
 
         return seen
 
+    def hidden(input_ids: Tensor) -> Tensor:
+        states: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states
+
+    device = next(model.parameters()).device
     for layer in layers.values():
         layer.inputs = None
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
         model.eval()
         for window in ids_WL:
-            model.base_model(input_ids=window.unsqueeze(0).to(model.device), use_cache=False)
+            through(model, model, hidden, input_ids=window.unsqueeze(0).to(device))
     finally:
         for hook in hooks:
             hook.remove()
     for name, layer in layers.items():
         if not (low[name] <= high[name]):
             raise UserError(f"{name}: no input was seen in calibration, or one that is not a number; use mode: dynamic")
-        device = next(layer.base.parameters()).device
-        range_ = range_of(low[name].float().to(device), high[name].float().to(device), kind.bits, kind.symmetric)
+        on = next(layer.base.parameters()).device
+        range_ = range_of(low[name].float().to(on), high[name].float().to(on), kind.bits, kind.symmetric)
         layer.inputs = ActivationQuantizer(kind, range_)

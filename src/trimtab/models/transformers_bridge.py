@@ -28,12 +28,16 @@ from trimtab.errors import UserError
 from trimtab.kernels import tuning
 from trimtab.layers import linear
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.models import whole
 from trimtab.models.buffers import guard, keep_with_state, not_remade
+from trimtab.models.finite import require_finite
 from trimtab.models.kv_cache import current, install
+from trimtab.models.offloading import follow, refuse_other_parting
 from trimtab.models.origin import remember
 from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
 from trimtab.quant import packing
 from trimtab.quant.activations import KvCache
+from trimtab.reading import told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,6 +82,20 @@ class TrimtabConfig(QuantizationConfigMixin):
         if buffers:
             self.buffers = buffers
 
+    def check(self) -> None:
+        """Raise a `UserError` for what none of ours could hold: it comes with a model, from anywhere."""
+        kinds = {"format_version": int, "layout": str, "compute_dtype": str, "specs": list, "layers": dict}
+        wrong = [key for key, kind in kinds.items() if not isinstance(getattr(self, key), kind)]
+        wrong += ["specs"] if not wrong and not all(isinstance(spec, dict) for spec in self.specs) else []
+        if not wrong and not all(i in range(len(self.specs)) for i in self.layers.values() if not isinstance(i, bool)):
+            wrong = ["layers"]
+        wrong += [] if isinstance(self.kv, dict | None) else ["kv"]
+        wrong += [] if isinstance(getattr(torch, str(self.compute_dtype), None), torch.dtype) else ["compute_dtype"]
+        buffers = getattr(self, "buffers", [])
+        wrong += [] if isinstance(buffers, list) and all(isinstance(b, str) for b in buffers) else ["buffers"]
+        if wrong:
+            raise UserError(f"quantization_config.{wrong[0]}: not as trimtab writes it; save or fetch the model again")
+
     @property
     def get_apply_tensor_subclass(self) -> Any:
         """Asked by peft before it wraps the first layer of a model (`SFTTrainer(peft_config=...)`, `get_peft_model`).
@@ -118,6 +136,7 @@ class TrimtabQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse files of a version or layout that this release does not read."""
         config = self.quantization_config
+        config.check()
         if config.format_version > FORMAT_VERSION or config.layout != packing.LAYOUT:
             raise UserError(
                 f"this model is in trimtab format {config.format_version}, layout {config.layout}; this release reads "
@@ -134,35 +153,49 @@ class TrimtabQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        for folder in dict.fromkeys(Path(file).parent for file in kwargs.get("checkpoint_files") or ()):
+            whole.check(folder)
+        refuse_other_parting(model.config)
         tuning.for_models()
         config = self.quantization_config
         dtype = kwargs.get("dtype") or self._compute_dtype or getattr(torch, config.compute_dtype)
         self._compute_dtype = dtype
-        tied_to: QuantEmbedding | None = None
-        # Embeddings come before their tied heads in every model we know, but nothing promises it.
-        for name in sorted(config.layers, key=lambda n: "embedding" not in config.specs[config.layers[n]]):
-            with torch.device("meta"):
-                layer = linear.from_spec(config.specs[config.layers[name]], dtype, tied_to)
-            layer.reading = True
-            model.set_submodule(name, layer)
-            tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
-        if config.kv is not None:  # transformers keeps the name of an attention out of config.json
-            install(model, KvCache(**config.kv))
+        with told(lambda words: f"{_where(model)} does not describe its layers ({words}); save or fetch it again"):
+            self._lay_out(model, dtype)
         untie(model)
         keep_with_state(model, getattr(config, "buffers", []))
         markers = (rf"^{re.escape(name)}\.weight$" for name in config.layers)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *markers}
 
+    def _lay_out(self, model: "PreTrainedModel", dtype: torch.dtype) -> None:
+        """Put our layers in the places of those that they replaced."""
+        config, tied_to = self.quantization_config, None
+        # Embeddings come before their tied heads in every model we know, but nothing promises it.
+        for name in sorted(config.layers, key=lambda n: "embedding" not in config.specs[config.layers[n]]):
+            with torch.device("meta"):
+                layer = linear.from_spec(config.specs[config.layers[name]], dtype, tied_to)
+            layer.reading = True
+            _require_place(model, name, layer)
+            model.set_submodule(name, layer)
+            tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
+        if config.kv is not None:  # transformers keeps the name of an attention out of config.json
+            install(model, KvCache(**config.kv))
+
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         for name, p in model.named_parameters():
             # transformers marks what it has read; what it has not read it would have left uninitialised, with a warning.
-            if not getattr(p, "_is_hf_initialized", False):
+            # What stays on the disk until it is used (`offload_folder`) was looked for there.
+            if not p.is_meta and not getattr(p, "_is_hf_initialized", False):
                 raise UserError(f"no tensor {name} in the model's safetensors; save or fetch it again")
         for layer in quant_layers(model).values():
             layer.reading = False
         cast_floats(model, self._compute_dtype or torch.bfloat16)
+        for name, p in model.named_parameters():
+            if not p.is_meta:
+                require_finite(p.detach(), name)
         freeze(model)
         settle(model)
+        follow(model)
         if model.name_or_path and Path(model.name_or_path).is_dir():
             remember(model, Path(model.name_or_path))
         return model
@@ -184,8 +217,7 @@ class TrimtabQuantizer(HfQuantizer):
         state = model.state_dict() if self.gathered is None else self.gathered
         if state:
             state = mark(model, {**state, **{name: model.get_buffer(name) for name in kept}})
-        version = str(self.quantization_config.format_version)
-        return state, {"trimtab_format": version, "trimtab_layout": packing.LAYOUT}
+        return state, {}  # version and layout are in config.json: of several keys safetensors draws the order at random
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Saved as it stands."""
@@ -203,6 +235,21 @@ class TrimtabQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Trainers that refuse purely quantized models take this one."""
         return True
+
+
+def _where(model: "PreTrainedModel") -> str:
+    return f"{Path(model.name_or_path or '.') / 'config.json'}: its quantization_config"
+
+
+def _require_place(model: "PreTrainedModel", name: str, layer: QuantLinear | QuantEmbedding) -> None:
+    """Raise a `UserError` if a layer of the config's specs is not of the shape that the rest of the config says."""
+    weight = getattr(model.get_submodule(name), "weight", None)
+    found, wanted = tuple(layer.base.shape), None if weight is None else tuple(weight.shape)
+    if wanted is not None and wanted not in (found, found[::-1]):  # Conv1D has its matrix transposed
+        raise UserError(
+            f"{_where(model)} gives {name} the shape {found}, and the rest of config.json {wanted}; "
+            "save or fetch the model again"
+        )
 
 
 def cast_floats(model: "PreTrainedModel", dtype: torch.dtype) -> None:

@@ -5,13 +5,13 @@ the same, and a PEFT LoRA directory       the adapter beside the base, neither m
 a PEFT LoRA directory alone               its base is what its adapter_config.json names
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from trimtab.devices import CPU
 from trimtab.errors import UserError
 from trimtab.layers.linear import QuantLinear
 from trimtab.methods.lora import Lora
@@ -20,6 +20,7 @@ from trimtab.models.load import load, load_as_it_is
 from trimtab.models.peft_init import ranks_of, start_from
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.models.transformers_bridge import quant_layers
+from trimtab.reading import read_mapping
 from trimtab.recipe.rules import Placement, Rule
 
 
@@ -34,8 +35,8 @@ def base_and_adapter(path: str, adapter: str | None = None) -> tuple[str, str | 
         return path, adapter
     if adapter is not None:
         raise UserError(f"{path}: is a PEFT adapter itself; name its base, and this adapter beside it, or it alone")
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_mapping(file, "save the adapter again").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or "\0" in base:
         raise UserError(
             f"{file}: names no base model (base_model_name_or_path); name the base, and the adapter beside it"
         )
@@ -44,7 +45,7 @@ def base_and_adapter(path: str, adapter: str | None = None) -> tuple[str, str | 
 
 
 def load_model(
-    path: str, adapter: str | None = None, *, dtype: torch.dtype = torch.bfloat16
+    path: str, adapter: str | None = None, *, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU
 ) -> tuple[PreTrainedModel, Any]:
     """A model as it stands and its tokenizer, with an adapter where one is given.
 
@@ -52,19 +53,20 @@ def load_model(
         path: see above.
         adapter: directory of a PEFT LoRA, or None.
         dtype: to compute in.
+        device: to compute on.
 
     Raises:
         UserError: as `open_source`, `load_as_it_is` and `start_from`.
     """
     path, adapter = base_and_adapter(path, adapter)
     if adapter is None:
-        return load_as_it_is(path, dtype=dtype)
+        return load_as_it_is(path, dtype=dtype, device=device)
     ranks, source = ranks_of(adapter), open_source(path)
     places = _places(source)
     rules = [Rule(name, places.get(name, "float"), rank) for name, rank in ranks.items()]
     most = max(ranks.values())
     method = Lora(rank=most, alpha=float(most))
-    model, tokenizer = load(path, method, rules, dtype=dtype, source=source, quiet=True)
+    model, tokenizer = load(path, method, rules, dtype=dtype, device=device, source=source, quiet=True)
     start_from(model, adapter)
     model.eval()
     if tokenizer is None:

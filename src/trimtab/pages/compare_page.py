@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from trimtab.formats.manifest import read_json
 from trimtab.pages import charts
 from trimtab.pages.html import Page
-from trimtab.pages.run_page import read
-from trimtab.pages.words import perplexity, size
+from trimtab.words import perplexity, size
 
 
 def page(folder: Path, name: str) -> Page:
@@ -15,7 +15,7 @@ def page(folder: Path, name: str) -> Page:
         folder: with `compare.json`.
         name: of the page.
     """
-    found = read(folder / "compare.json")
+    found = read_json(folder / "compare.json")
     sides = {"A": found["first"], "B": found["second"]}
     on = f"{found['tokens']:,} tokens of {found['data']} ({found['split']}), windows of {found['block_tokens']}"
     made = Page(name, on)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from trimtab.disk import replace_text
 from trimtab.errors import UserError
 from trimtab.formats.manifest import add
 from trimtab.pages import compare_page, run_page, search_page, vega
@@ -41,7 +42,7 @@ def make(folder: Path, say: Callable[[str], None], *, name: str | None = None) -
     if vega.lacking():
         say("no report.html: its charts need pip install 'trimtab[report]'; then `trimtab report DIR` writes it")
         return
-    (folder / FILE).write_text(page(folder, name).html(vega.script()), encoding="utf-8")
+    replace_text(folder / FILE, page(folder, name).html(vega.script()))
 
 
 def write_report(path: str | os.PathLike[str]) -> Path:
@@ -57,6 +58,6 @@ def write_report(path: str | os.PathLike[str]) -> Path:
     stages = [folder, folder / "model", folder / "search"]  # of a run with stages: its model, else its search
     home = next((f for f in stages if any((f / file).is_file() for file in _MADE_OF)), folder)
     made = page(home, folder.resolve().name)
-    (home / FILE).write_text(made.html(vega.script()), encoding="utf-8")
+    replace_text(home / FILE, made.html(vega.script()))
     add(home, (FILE,))
     return home / FILE

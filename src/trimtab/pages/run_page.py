@@ -6,19 +6,18 @@
 What a file does not say (of a run from before it was written, say) the page leaves out.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trimtab.formats.manifest import read_json
 from trimtab.models.held import Held, held
 from trimtab.pages import charts
 from trimtab.pages.html import Page
-from trimtab.pages.words import duration, perplexity, size
+from trimtab.words import STAGES, duration, perplexity, size
 
-_STAGES = {"float": "float, untuned", "rounded": "rounded, before tuning", "tuned": "tuned, folded, reloaded"}
 _PARTS = {
     "process": "interpreter and libraries",
     "codes": "codes and scales",
@@ -40,7 +39,7 @@ def page(folder: Path, name: str) -> Page:
         folder: with the files above.
         name: of the run.
     """
-    metrics, record = read(folder / "metrics.json"), read(folder / "report.json")
+    metrics, record = read_json(folder / "metrics.json"), read_json(folder / "report.json")
     engines = {h.format: served(h) for h in held(folder)}
     about = f"{metrics.get('method', '')}; {metrics.get('fold', '')}; written to {metrics.get('output', folder)}"
     made = Page(name, about)
@@ -55,22 +54,18 @@ def page(folder: Path, name: str) -> Page:
     return made
 
 
-def read(file: Path) -> dict[str, Any]:
-    """A JSON file's mapping; {} where there is none."""
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
 def served(export: Held) -> list[dict[str, Any]]:
     """What `trimtab parity` found of an export, an engine each."""
     folder = export.path.parent if export.path.is_file() else export.path
-    return [read(file) for file in sorted(folder.glob("parity-*.json"))]
+    return [read_json(file) for file in sorted(folder.glob("parity-*.json"))]
 
 
 def _first(metrics: Mapping[str, Any], engines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str]]:
     values = metrics.get("perplexity", {})
-    cards = [(f"perplexity, {_STAGES[k]}", perplexity(values[k])) for k in _STAGES if values.get(k) is not None]
+    cards = [(f"perplexity, {STAGES[k]}", perplexity(values[k])) for k in STAGES if values.get(k) is not None]
     cards += [("model on disk", size(metrics["disk_bytes"]))] if "disk_bytes" in metrics else []
-    cards += [("peak memory", size(metrics["peak_memory_bytes"]))] if "peak_memory_bytes" in metrics else []
+    meters = {"device_peak_memory_bytes": f"peak memory of {metrics.get('device')}", "peak_memory_bytes": "peak memory"}
+    cards += [(words, size(metrics[name])) for name, words in meters.items() if name in metrics]
     cards += [("the whole run took", duration(metrics["seconds"]))] if "seconds" in metrics else []
     if "max_logit_difference" in metrics:
         same = metrics["max_logit_difference"] == 0
@@ -107,8 +102,8 @@ def _training(made: Page, metrics: Mapping[str, Any], record: Mapping[str, Any])
 def _quality(
     made: Page, folder: Path, metrics: Mapping[str, Any], engines: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    values = {_STAGES[k]: v for k, v in metrics.get("perplexity", {}).items() if k in _STAGES and v is not None}
-    parity = read(folder / "parity.json")
+    values = {STAGES[k]: v for k, v in metrics.get("perplexity", {}).items() if k in STAGES and v is not None}
+    parity = read_json(folder / "parity.json")
     by_engine = [(f"{format_} in {p['engine']}", p) for format_, found in engines.items() for p in found]
     if not (values or parity or by_engine):
         return
@@ -143,21 +138,23 @@ def _quality(
 
 def _costs(made: Page, folder: Path, metrics: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     shown = []
-    plan, measured = record.get("plan"), metrics.get("peak_memory_bytes")
+    plan, there = record.get("plan"), metrics.get("device_peak_memory_bytes")
+    measured = metrics.get("peak_memory_bytes") if there is None else there
     if plan and measured:
-        total = plan["process"] + plan["total"]
+        total = plan["total"] + (plan["process"] if there is None else 0)
         names = (f"planned, {size(total)}", f"measured, {size(measured)}")
         rows = [
             {"name": names[0], "value": plan[part], "part": words, "shown": size(plan[part])}
             for part, words in _PARTS.items()
-            if plan.get(part)
+            if plan.get(part) and (there is None or part != "process")  # the host's
         ]
         rows.append({"name": names[1], "value": measured, "part": "measured", "shown": size(measured)})
-        note = "Peak memory of the process; parts that are never there at once are planned to overlap."
+        whose = "the process" if there is None else metrics["device"]
+        note = f"Peak memory of {whose}; parts that are never there at once are planned to overlap."
         shown.append((charts.bars(rows, title="bytes", by=True), note))
-    there = {h.format: h.bytes for h in held(folder)}
-    there |= {"native": metrics["disk_bytes"]} if "disk_bytes" in metrics else {}  # without this page
-    sizes = [{"name": name, "value": count, "shown": size(count)} for name, count in there.items()]
+    written = {h.format: h.bytes for h in held(folder)}
+    written |= {"native": metrics["disk_bytes"]} if "disk_bytes" in metrics else {}  # without this page
+    sizes = [{"name": name, "value": count, "shown": size(count)} for name, count in written.items()]
     shown.append((charts.bars(sizes, title="bytes on disk"), "Each format that was written."))
     made.section("Memory and size")
     made.figures(*shown)
@@ -210,7 +207,7 @@ def _samples(made: Page, metrics: Mapping[str, Any], record: Mapping[str, Any]) 
 def serve(made: Page, folder: Path) -> None:
     """The commands that run what a folder holds."""
     made.section("Serve it")
-    out = Path(read(folder / "metrics.json").get("output", folder))  # a run is made beside its output
+    out = Path(read_json(folder / "metrics.json").get("output", folder))  # a run is made beside its output
     there = [replace(h, path=out / h.path.relative_to(folder)) for h in held(folder)]
     lines = [f"{h.line()}    # {h.format} in {h.engine}" for h in there if h.engine is not None]
     made.code("\n".join([f"trimtab chat {out}", *lines]))

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.formats.manifest import read_json
 from trimtab.pages import charts
 from trimtab.pages.html import Page
-from trimtab.pages.run_page import read
-from trimtab.pages.words import duration, size
+from trimtab.words import duration, size
 
-_KNOWN = ("number", "kind", "steps", "state", "bytes", "quality", "seconds", "reason")
+_KNOWN = ("number", "kind", "steps", "state", "bytes", "quality", "seconds", "reason", "where")
 _WIDTH = re.compile(r"\d+")
 
 
@@ -25,7 +25,11 @@ def page(folder: Path, name: str) -> Page:
         folder: with the files above.
         name: of the page.
     """
-    about, trials, points = read(folder / "search.json"), _table(folder / "trials.csv"), _table(folder / "front.csv")
+    about, trials, points = (
+        read_json(folder / "search.json"),
+        _table(folder / "trials.csv"),
+        _table(folder / "front.csv"),
+    )
     tuned = about["objective"] == "tuned"
     quality = "held-out loss, nats a token" if tuned else "KL to the float model, nats a token"
     done = [t for t in trials if t["state"] == "complete"]

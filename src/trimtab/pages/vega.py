@@ -6,13 +6,14 @@ And a chart of it is a mapping of plain values, which a test can read.
 """
 
 import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from trimtab.extras import missing, require
-from trimtab.kernels.cache import cache_folder
+from trimtab.kernels.cache import own_folder, trusted
 
 
 def lacking() -> bool:
@@ -30,19 +31,19 @@ def script() -> str:
         UserError: where the extra is not installed.
     """
     require("report.html", "report")
-    folder = cache_folder()
-    kept = folder / f"vega-{version('vl-convert-python')}.js"
-    if kept.is_file():
-        return kept.read_text(encoding="utf-8")
+    name = f"vega-{version('vl-convert-python')}.js"
+    with suppress(OSError):  # a page runs it, so it has to be our own
+        return trusted(own_folder() / name).read_text(encoding="utf-8")
     import vl_convert
 
     bundle: Any = vl_convert.javascript_bundle  # its types ask for a snippet, which it does not
     made = str(bundle()).replace("</script", "<\\/script")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = own_folder()
         with tempfile.TemporaryDirectory(dir=folder) as staging:
-            (Path(staging) / kept.name).write_text(made, encoding="utf-8")
-            (Path(staging) / kept.name).replace(kept)
+            (Path(staging) / name).write_text(made, encoding="utf-8")
+            (Path(staging) / name).chmod(0o600)
+            (Path(staging) / name).replace(folder / name)
     except OSError:
         return made  # a folder that cannot be written costs a few seconds each time, and nothing else
     return made

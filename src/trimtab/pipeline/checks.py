@@ -5,19 +5,23 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.bit_search.pinned import pinned
 from trimtab.data.objectives import answers
 from trimtab.data.sequences import check_tokens
 from trimtab.data.sources import Texts
 from trimtab.data.templates import set_template
+from trimtab.devices import resolve
 from trimtab.errors import UserError
 from trimtab.evaluation.harness import check_tasks
 from trimtab.extras import require
 from trimtab.formats import writer
 from trimtab.formats.export import check_exports
+from trimtab.models.attention import check_attention
 from trimtab.models.positions import check_length
 from trimtab.models.prepare import targets
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.pipeline.output import Work
+from trimtab.pipeline.starting import hint
 from trimtab.recipe import inputs, texts
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.build import RunContext, calibration
@@ -40,6 +44,10 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     last = work.last()
     if resume and last is not None:
         check_reached(last, recipe)
+    if recipe.data is not None and recipe.data.streaming:
+        from trimtab.training.streaming import streamed
+
+        recipe = streamed(recipe)
     read, held_out = _rows(recipe)
     rows = None if read is None else read.rows
     source = open_source(recipe.model.path)
@@ -48,7 +56,7 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     _check_padding(recipe, source)
     layout = source.layout()
     _check_stages(recipe, source, layout)
-    vocabulary, notes = layout.config.get_text_config().vocab_size, _check_length(recipe, layout)
+    vocabulary, notes = layout.config.get_text_config().vocab_size, (*hint(recipe), *_check_length(recipe, layout))
     labelled = seen = None
     if rows is not None and recipe.train.steps:
         from trimtab.training.labelled import Labelled
@@ -66,7 +74,8 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
         rows = answers(rows, recipe.train.objective)
     blocks = _blocks(recipe, held_out, tokenizer)
     start = calibration(recipe, rows, tokenizer)
-    for tokens, key in ((blocks, "data.eval_path"), (None if start is None else start.tokens, "start.path")):
+    where = "" if recipe.data is None else texts.key_of(recipe.data)
+    for tokens, key in ((blocks, where), (None if start is None else start.tokens, "start.path")):
         check_tokens(tokens, tokenizer, vocabulary, key)
     watched = None
     if recipe.train.steps and recipe.train.evaluate_steps is not None:
@@ -75,14 +84,28 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
 
 
 def check_extras(recipe: Recipe) -> None:
-    """Raise a `UserError` for the libraries that a recipe's stages need and that are not installed; the first check."""
+    """Raise a `UserError` for libraries or a device that a recipe's stages need and that are not here; the first check."""
+    resolve(recipe.model.device)
+    if recipe.search is not None:
+        pinned(recipe)
     wanted = ["train"] if recipe.data is not None or recipe.start.path is not None else []
     wanted += ["gguf"] if recipe.model.path.endswith(".gguf") else []
     wanted += ["search"] if recipe.search is not None else []
+    wanted += ["ray"] if recipe.search is not None and recipe.search.engine == "ray" else []
     wanted += ["eval"] if recipe.evaluate.tasks else []
     require("this recipe", *wanted)
     for name in recipe.export:
         writer(name)
+
+
+def with_its_formats(recipe: Recipe) -> Recipe:
+    """The recipe with the format that its base came in for `same` among its exports."""
+    if "same" not in recipe.export:
+        return recipe
+    found = open_source(recipe.model.path).came_in
+    if found is None:
+        raise UserError(f"export: same: {recipe.model.path} is in a format that is read and not written; name another")
+    return recipe.model_copy(update={"export": list(dict.fromkeys(found if n == "same" else n for n in recipe.export))})
 
 
 def check_apart(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> None:
@@ -105,6 +128,7 @@ def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) 
     from trimtab.training.options import check_training
 
     check_training(recipe)
+    check_attention(layout, recipe.train.attention, recipe.dtype, recipe.device, recipe.kv is not None)
     check_exports(recipe, targets(layout, recipe.method, recipe.rules), layout.config)  # on names and shapes
     check_teacher(recipe, source)
     _check_reference(recipe, layout)

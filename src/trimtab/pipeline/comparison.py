@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 
 from trimtab.data.rows import load_rows
 from trimtab.data.sequences import check_tokens, token_windows
+from trimtab.devices import described, resolve
 from trimtab.errors import UserError
 from trimtab.evaluation.comparing import Comparison, apart, check_same_tokens, summary
 from trimtab.extras import require_library
 from trimtab.formats.directory import check_replaceable, replacing
 from trimtab.formats.manifest import write_json
-from trimtab.models.positions import check_length
+from trimtab.models.positions import require_length
 from trimtab.models.with_adapter import base_and_adapter, disk_bytes, load_model
+from trimtab.outputs import output
 from trimtab.pages import report
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -40,6 +42,7 @@ def compare(
     tokens: int | None = 8192,
     block_tokens: int = 512,
     dtype: str = "bfloat16",
+    device: str | torch.device = "auto",
     out: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
@@ -55,6 +58,7 @@ def compare(
         tokens: at most this many; None for all.
         block_tokens: length of a window.
         dtype: that both compute in: bfloat16, float16 or float32.
+        device: that both compute on: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu.
         out: folder of `compare.json` and `report.html`; None for `runs/compare-<first>-<second>`.
         say: told what is being done.
 
@@ -62,23 +66,19 @@ def compare(
         UserError: for models with different tokenizers, and for anything else the user can mend.
     """
     require_library("`trimtab compare`", "datasets")
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype: {dtype!r} is none of {', '.join(_DTYPES)}")
-    for option, value in (("tokens", tokens), ("block_tokens", block_tokens)):
-        if value is not None and value < 2:
-            raise UserError(f"{option}: {value} tokens predict nothing; give at least 2")
-    block_tokens = block_tokens if tokens is None else min(block_tokens, tokens)
+    _check(dtype, tokens=tokens, block_tokens=block_tokens)
+    block_tokens, where = block_tokens if tokens is None else min(block_tokens, tokens), resolve(device, "device")
     named = [(first, first_adapter), (second, second_adapter)]
     names = [_name(path, adapter) for path, adapter in named]
-    folder = Path(out) if out is not None else Path("runs") / f"compare-{_short(first)}-{_short(second)}"
-    check_replaceable(folder.resolve(), "comparison", overwrite=True, remedy="name another --out")
+    folder = output(Path("runs") / f"compare-{_short(first)}-{_short(second)}" if out is None else out, "--out")
+    check_replaceable(folder, "comparison", overwrite=True, remedy="name another --out")
     rows = load_rows(data, split=split)
     loaded = []
     for name, (path, adapter) in zip(names, named, strict=True):
         say(f"loading {name}")
-        loaded.append(load_model(path, adapter, dtype=_DTYPES[dtype]))
+        loaded.append(load_model(path, adapter, dtype=_DTYPES[dtype], device=where))
     windows = _windows(loaded, rows, data, block_tokens, tokens)
-    say(f"comparing them on {windows.numel():,} tokens of {data}")
+    say(f"comparing them on {described(where)}, on {windows.numel():,} tokens of {data}")
     sides = [(name, disk_bytes(*which)) for name, which in zip(names, named, strict=True)]
     about = {"first": sides[0], "second": sides[1], "data": data, "split": split}
     found = summary(apart(loaded[0][0], loaded[1][0], windows), windows, loaded[0][1], **about)
@@ -88,6 +88,14 @@ def compare(
         report.make(staging, say, name=f"{_short(first)} and {_short(second)}")
     say(f"written to {folder}")
     return found
+
+
+def _check(dtype: str, **tokens: int | None) -> None:
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype: {dtype!r} is none of {', '.join(_DTYPES)}")
+    for option, value in tokens.items():
+        if value is not None and value < 2:
+            raise UserError(f"{option}: {value} tokens predict nothing; give at least 2")
 
 
 def _windows(
@@ -101,7 +109,7 @@ def _windows(
     )
     for model, tokenizer in loaded:
         check_tokens(windows, tokenizer, model.config.get_text_config().vocab_size, data)
-        check_length(model, block_tokens, "block_tokens")
+        require_length(model, block_tokens, "block_tokens")
     return windows
 
 

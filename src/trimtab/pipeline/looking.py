@@ -7,6 +7,7 @@ from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.labelled import label
 from trimtab.training.overview import Overview, overview
+from trimtab.training.streaming import streamed
 
 
 def look(recipe: Recipe) -> Overview:
@@ -21,6 +22,8 @@ def look(recipe: Recipe) -> Overview:
         raise UserError(
             "train.objective: grpo learns from answers that the model will give; there is nothing to look at"
         )
+    recipe = streamed(recipe)
+    assert recipe.data is not None
     read = texts.training_of(recipe)
     source = open_source(recipe.model.path)
     tokenizer = source.tokenizer()

@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from trimtab import processes
 from trimtab.pipeline.output import Work
 from trimtab.recipe.fields import Block
 from trimtab.recipe.recipe import Recipe
@@ -56,7 +57,7 @@ class Measured:
 
     def _write(self) -> None:
         """In one move: a finished run may share the file that was there."""
-        if self.file is None:
+        if self.file is None or not processes.is_first():
             return
         self.file.parent.mkdir(exist_ok=True)
         new = self.file.with_name(f"{FILE}.new")
@@ -75,4 +76,13 @@ def _hash(recipe: Recipe) -> str:
 def _plain(block: Any) -> Any:
     if not isinstance(block, Block):
         return repr(block)
-    return {key: value for key, value in block.model_dump(mode="json").items() if key not in _NAMES}
+    return _nameless(block.model_dump(mode="json", exclude={"num_proc"}))
+
+
+def _nameless(value: Any) -> Any:
+    """Without names of files, wherever they stand; a list of sources says more than names."""
+    if isinstance(value, list):
+        return [_nameless(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: _nameless(v) for k, v in value.items() if k not in _NAMES or isinstance(v, list)}

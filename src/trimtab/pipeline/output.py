@@ -17,13 +17,16 @@ from pathlib import Path
 
 from trimtab.errors import UserError
 from trimtab.formats.directory import check_replaceable, put_in_place, to_oneself
-from trimtab.formats.manifest import add, entries, kind_of, remove, some, write_manifest
-from trimtab.recipe.recipe import Recipe, read
-from trimtab.training.checkpoints import whole_checkpoint
+from trimtab.formats.manifest import entries, kind_of, remove, write_manifest
+from trimtab.outputs import output, resolved
+from trimtab.recipe.recipe import Recipe
+from trimtab.training.checkpoints import Found, checkpoints_in, find, whole_checkpoint
+from trimtab.training.saving import tidy
+from trimtab.words import and_more
 
 _OURS = (
     "recipe.yaml", "model/", "checkpoints/checkpoint-", "checkpoints/best/", "checkpoints/measured.json",
-    "checkpoints/runs/",
+    "checkpoints/runs/", "checkpoints/.writing/", "checkpoints/.best", "checkpoints/.checkpoint-",
 )  # fmt: skip
 """What names begin with that a run writes into its folder."""
 _REMEDY = "move or remove it yourself, or set `output`"
@@ -39,7 +42,7 @@ class Work:
     @classmethod
     def of(cls, recipe: Recipe) -> "Work":
         """The folders of a recipe's run."""
-        return cls(recipe.out.resolve())
+        return cls(resolved(recipe.out))
 
     @property
     def folder(self) -> Path:
@@ -61,23 +64,25 @@ class Work:
         """The last checkpoint of a stopped run."""
         return whole_checkpoint(self.checkpoints)
 
+    def found(self) -> Found:
+        """The checkpoints that `--resume` looks at: of the stopped run, else of the finished one."""
+        return find(self.checkpoints if any(checkpoints_in(self.checkpoints)) else self.out / "checkpoints")
+
     def last(self) -> Path | None:
-        """The checkpoint that `--resume` goes on from: of the stopped run, else of the finished one."""
-        return self.stopped_at if self.folder.exists() else whole_checkpoint(self.out / "checkpoints")
+        """The one of them that it goes on from."""
+        return self.found().last
 
     def check(self, overwrite: bool, resume: bool) -> None:
         """Raise a `UserError` if something is in the way of a run, unless told what to do with it."""
         if overwrite and resume:
             raise UserError("--overwrite removes what --resume continues from; pass one of them")
-        above = next(folder for folder in self.out.parents if folder.exists())
-        if not above.is_dir():
-            raise UserError(f"output: {above} is a file, so {self.out} cannot be made in it; set `output`")
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"output: {self.out} is a file, not a directory")
+        output(self.out)
         self._check_stopped(overwrite, resume)
-        if resume and self.last() is None:
+        if resume and (found := self.found()).last is None:
             if not self.out.exists() and not self.folder.exists():
                 raise UserError(f"--resume: {self.out} does not exist; run without it")
+            if found.damaged:
+                raise UserError(f"--resume: no checkpoint is whole: {'; '.join(found.lines)}. Start anew (--overwrite)")
             where = self.checkpoints if self.folder.exists() else self.out / "checkpoints"
             raise UserError(f"--resume: {where} holds no checkpoint; run without it")
         if self.out.exists() and any(self.out.iterdir()) and not (overwrite or resume):
@@ -94,12 +99,16 @@ class Work:
             raise UserError(f"output: {self.folder} is in the way, and trimtab did not write it; {_REMEDY}")
         foreign = [name for name in entries(self.folder) if not name.startswith(_OURS)]
         if foreign:
-            raise UserError(f"output: {self.folder} holds {some(foreign)}, which trimtab did not write; {_REMEDY}")
-        if self.stopped_at is not None and not (overwrite or resume):
+            raise UserError(f"output: {self.folder} holds {and_more(foreign)}, which trimtab did not write; {_REMEDY}")
+        if overwrite or resume:
+            return
+        if self.stopped_at is not None:
             raise UserError(
                 f"output: an earlier run was stopped, and {self.stopped_at} is what it reached; pass --resume to go on, "
                 "--overwrite to start anew, or set `output`"
             )
+        if damaged := find(self.checkpoints).lines:
+            raise UserError(f"output: of an earlier run, {damaged[0]}; pass --overwrite to start anew, or set `output`")
 
     @contextmanager
     def begun(self, recipe: Recipe, overwrite: bool, resume: bool) -> Iterator[None]:
@@ -112,35 +121,35 @@ class Work:
         """
         with to_oneself(self.out):
             self.check(overwrite, resume)
-            if not resume:
+            if not resume or not any(checkpoints_in(self.checkpoints)):  # what a run left that could not clear up
                 self._clear()
             self._make(recipe, resume)
             try:
                 yield
             finally:
-                if self.stopped_at is None:
+                if not any(checkpoints_in(self.checkpoints)):  # a damaged one is for people to look at
                     self._clear()
 
     def _clear(self) -> None:
         """Remove what a run made in its folder; a file that somebody put there meanwhile stays."""
         if self.folder.exists():
-            add(self.folder, (name for name in entries(self.folder) if name.startswith(_OURS)))
-            remove(self.folder)
+            # Nothing is written for it: that would fail where the disk is full.
+            remove(self.folder, [name for name in entries(self.folder) if name.startswith(_OURS)])
 
     def _make(self, recipe: Recipe, resume: bool) -> None:
+        """The folder, under its name only when it is whole: one without a manifest is nobody's."""
+        new = self.folder.with_name(f".{self.folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)  # of a process that was killed here
         if not self.folder.exists():
-            self.folder.mkdir()
-            write_manifest(self.folder, "unfinished")
+            new.mkdir()
+            write_manifest(new, "unfinished")
             if resume:  # a finished run goes on
-                shutil.copytree(self.out / "checkpoints", self.checkpoints, copy_function=_linked)
+                shutil.copytree(self.out / "checkpoints", new / "checkpoints", copy_function=_linked)
+            os.replace(new, self.folder)
+        tidy(self.checkpoints)
         shutil.rmtree(self.model, ignore_errors=True)
         self.model.mkdir()
         (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-
-    def recorded(self) -> Recipe | None:
-        """The recipe, with the hashes of its inputs, of the run that `--resume` goes on with."""
-        folder = self.folder if self.folder.exists() else self.out
-        return read(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else None
 
     def finish(self) -> None:
         """The run is whole: put it in place of what was there."""

@@ -10,6 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from trimtab.devices import beside_tensors
+from trimtab.devices import memory as memory_of
 from trimtab.errors import UserError
 from trimtab.formats.export_size import export_sizes
 from trimtab.memory.peak import Plan
@@ -35,8 +39,21 @@ def plan(recipe: Recipe, memory: int | None = None) -> Plan:
     placed = targets(laid_out, recipe.method, recipe.rules)
     about: dict[str, Any] = {"merge": recipe.merge, "activations": recipe.activations, "kv": recipe.kv}
     sizes = export_sizes(laid_out, placed, recipe.method, dtype=recipe.dtype, **about)
-    fits = None if memory is None else settings(recipe, source.layout(), memory)
-    return replace(planned(recipe, laid_out), sizes=sizes, memory=memory, settings=fits)
+    where, free = _where(recipe)
+    beside = beside_tensors(where.partition(":")[0], begun=memory is None and free is not None)
+    fits = None if memory is None else settings(recipe, source.layout(), memory - beside)
+    found: dict[str, Any] = {"sizes": sizes, "memory": memory, "settings": fits}
+    return replace(planned(recipe, laid_out), device=where, free=free, beside=beside, **found)
+
+
+def _where(recipe: Recipe) -> tuple[str, int | None]:
+    """The device that a recipe means, here or elsewhere, and what is free on it."""
+    try:
+        device = recipe.device
+    except UserError:  # a plan is also made for another machine
+        return recipe.model.device, None
+    there = memory_of(device)
+    return str(device), None if there is None else there.free
 
 
 def probed(recipe: Recipe, total: int) -> Speed | str:
@@ -44,14 +61,17 @@ def probed(recipe: Recipe, total: int) -> Speed | str:
 
     Args:
         recipe: of `to_plan`.
-        total: bytes that its training takes.
+        total: bytes that its training takes, context and libraries of a device among them.
     """
     if not recipe.train.steps:
         return "nothing is trained"
-    if total > available_bytes():
+    _, free = _where(recipe)
+    if total > (available_bytes() if free is None else free):
         return "it does not fit here"
     try:
         return speed(recipe, open_layout(recipe.model.path))
+    except torch.OutOfMemoryError:
+        return "it does not fit here"
     except UserError as error:
         return str(error)
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from trimtab.errors import UserError
 from trimtab.formats.file_size import parse_bytes
+from trimtab.models import contents
 from trimtab.models.architecture import architecture_of
 from trimtab.models.sources import open_source
 from trimtab.pruning import Options, Pruned, checkpoint, prune_checkpoint
@@ -38,6 +39,7 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
         raise UserError("prune: needs calibration text; set data.path")
     text = ("", "") if recipe.data is None else (recipe.data.named, recipe.data.split)
     sizes = block.tokens, block.block_tokens
+    decides = contents.of_data(recipe.data) if options.reads_text and recipe.data is not None else None
     made = checkpoint.made_from(out)
     if made is None:
         if show is not None:
@@ -51,15 +53,19 @@ def pruned(recipe: Recipe, show: Observer | None = None) -> Recipe:
             tokens=sizes[0],
             block_tokens=sizes[1],
             dtype=recipe.model.dtype,
+            device=recipe.device,
             rows=None if recipe.data is None else partial(_rows, recipe.data),
             template=None if recipe.data is None else recipe.data.template,
+            read=decides,
         )
         if show is not None:
             show.pruned(done, str(out))
-    elif made != checkpoint.asked(recipe.model.path, options, *text, *sizes, recipe.model.dtype):
+    elif why := checkpoint.other(
+        made, checkpoint.asked(recipe.model.path, options, *text, *sizes, recipe.model.dtype, decides)
+    ):
         raise UserError(
-            f"prune: {out} was pruned from another model, with other options or on other text; remove it to prune again "
-            "(`trimtab run --overwrite` does), or set another `output`"
+            f"prune: {out} was pruned from another model, with other options or on other text: {why}; remove it to prune "
+            "again (`trimtab run --overwrite` does), or set another `output`"
         )
     model = recipe.model.model_copy(update={"path": str(Path(out))})
     return recipe.model_copy(update={"model": model, "prune": None})

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from trimtab.data import located as data
 from trimtab.evaluation.harness import file_of
+from trimtab.models import contents
 from trimtab.models import located as models
 from trimtab.recipe import inputs
 from trimtab.recipe.recipe import Recipe
@@ -12,17 +12,13 @@ from trimtab.recipe.recipe import Recipe
 def marks_of(recipe: Recipe) -> inputs.Marks:
     """Bytes and SHA-256 of every file that a recipe reads, by the key that names it."""
     marks: inputs.Marks = {}
-    model = models.resolve(recipe.model.path)
-    marks["model.path"] = inputs.mark(models.files_of(recipe.model.path), model)
+    marks["model.path"] = contents.marks_of_model(recipe.model.path)
     if recipe.train.reference is not None:
-        folder = models.resolve(recipe.train.reference)
-        marks["train.reference"] = inputs.mark(models.files_of(recipe.train.reference), folder)
+        marks["train.reference"] = contents.marks_of_model(recipe.train.reference)
     if recipe.model.adapter is not None:
-        folder = Path(recipe.model.adapter).expanduser()
-        names = ("adapter_config.json", "adapter_model.safetensors")
-        marks["model.adapter"] = inputs.mark([folder / n for n in names if (folder / n).is_file()], folder)
+        marks["model.adapter"] = contents.marks_of_adapter(recipe.model.adapter)
     texts = inputs.texts_of(recipe.data) | ({"start.path": recipe.start.path} if recipe.start.path else {})
-    marks |= {key: inputs.mark(data.files_of(path), path) for key, path in texts.items()}
+    marks |= {key: contents.marks_of_text(path) for key, path in texts.items()}
     if recipe.evaluate.tasks and recipe.evaluate.tasks_data is not None:
         folder = Path(recipe.evaluate.tasks_data).expanduser()
         marks["evaluate.tasks_data"] = inputs.mark([file_of(t, folder) for t in recipe.evaluate.tasks], folder)

@@ -8,19 +8,13 @@ versions   of the libraries, and the machine
 """
 
 import json
-import os
-import platform
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from trimtab.evaluation.weight_error import weight_errors
 from trimtab.formats.manifest import write_json
 from trimtab.layers.linear import QuantLinear
 from trimtab.memory.peak import Plan
@@ -31,20 +25,8 @@ from trimtab.models.transformers_bridge import quant_layers
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.build import RunContext
 from trimtab.training.checkpoints import whole_checkpoint
-from trimtab.training.labelled import Labelled
+from trimtab.training.versions import versions
 
-_EXAMPLE_TOKENS = 512
-_LIBRARIES = (
-    "trimtab",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "peft",
-    "bitsandbytes",
-)
 _PLANNED = ("codes", "float_parameters", "adapters", "gradients", "optimizer", "activations", "temporary", "teacher")
 
 
@@ -54,6 +36,7 @@ class Record:
 
     values: dict[str, Any] = field(default_factory=lambda: {"versions": versions()})
     errors: dict[str, float] = field(default_factory=dict)
+    """What rounding did to each layer, as loading filled it in."""
 
     def before(self, recipe: Recipe, given: RunContext) -> None:
         """What is known before the model is loaded: the plan, and the first sequence."""
@@ -61,12 +44,8 @@ class Record:
             planned = plan(recipe, given.source.layout())
             reset_peak()  # what is measured later has the pages of libraries in it, too
             self.values["plan"] = {"process": peak_bytes(), "total": planned.total, **_parts(planned)}
-        if isinstance(given.labelled, Labelled):
-            self.values["example"] = pieces(given.tokenizer, given.labelled.sequences[0])
-
-    def rounded(self, model: PreTrainedModel, given: RunContext) -> None:
-        """What rounding did to each layer; before training."""
-        self.errors = weight_errors(model, given.source)
+        if given.overview is not None:
+            self.values["example"] = [list(part) for part in given.overview.example]
 
     def trained(self, checkpoints: Path) -> None:
         """What the trainer logged, of a resumed run from its beginning: its last checkpoint knows it."""
@@ -103,27 +82,3 @@ class Record:
 def _parts(planned: Plan) -> dict[str, int]:
     values = asdict(planned)
     return {name: values[name] for name in (*_PLANNED, "apart", "before")}
-
-
-def pieces(tokenizer: Any, sequence: Mapping[str, Sequence[int]]) -> list[list[Any]]:
-    """A training sequence as `[text, whether it is learned]`, cut after 512 tokens."""
-    ids, labels = list(sequence["input_ids"])[:_EXAMPLE_TOKENS], list(sequence["labels"])[:_EXAMPLE_TOKENS]
-    found: list[tuple[list[int], bool]] = []
-    for token, label in zip(ids, labels, strict=True):
-        learned = label >= 0
-        if not found or found[-1][1] != learned:
-            found.append(([], learned))
-        found[-1][0].append(token)
-    return [[tokenizer.decode(some), learned] for some, learned in found]
-
-
-def versions() -> dict[str, str]:
-    """Libraries that are installed, Python, and the machine."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
-    return found | {"machine": f"{sys.platform} {platform.machine()}, {os.cpu_count()} processors{gpu}"}

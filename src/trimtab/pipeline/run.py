@@ -6,10 +6,10 @@ Everything that can be wrong is checked before anything is written. All of it is
 when it is whole (see `output`).
 """
 
-import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,33 +17,33 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from trimtab import processes
 from trimtab.data.sequences import describe
-from trimtab.data.split import SHARE
-from trimtab.evaluation import harness, parity
-from trimtab.evaluation.chat import answer
+from trimtab.devices import CPU, described
+from trimtab.evaluation import parity
 from trimtab.evaluation.parity import Parity
-from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get
 from trimtab.formats.export import write
 from trimtab.formats.native.write import disk_bytes, write_into
 from trimtab.kernels import tuning
 from trimtab.layers.movement import total
-from trimtab.memory.process import peak_bytes, reset_peak
-from trimtab.models.load import load_float
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
+from trimtab.models.sharding import gather
 from trimtab.models.share import shares
 from trimtab.pages import report
-from trimtab.pipeline import checks
+from trimtab.pipeline import checks, metering
+from trimtab.pipeline.going_on import begun_or_gone_on, resolved
 from trimtab.pipeline.measured import Measured
+from trimtab.pipeline.measuring import Measuring
 from trimtab.pipeline.output import Work
-from trimtab.pipeline.reading import written_down
 from trimtab.pipeline.record import Record
-from trimtab.recipe import inputs
 from trimtab.recipe.recipe import Recipe
 from trimtab.training import teacher_cache
 from trimtab.training.build import RunContext, build, simulate
+from trimtab.training.checkpoints import check_reached
+from trimtab.training.streaming import at_one_commit
 
 if TYPE_CHECKING:
     from trimtab.training.trainer import Step
@@ -96,43 +96,27 @@ def run(
     Raises:
         UserError: for anything the user can mend; nothing is then left half-written.
     """
-    watch, work, began = show or Quiet(), Work.of(recipe), time.monotonic()
-    given = checks.gather(recipe, overwrite, resume)
+    with processes.together(recipe.model.device):
+        return _run(recipe, overwrite, resume, show if show is not None and processes.is_first() else Quiet())
+
+
+def _run(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> dict[str, Any]:
+    """One process of those that carry it out. All of them load and train; the first alone does all else."""
+    work, began = Work.of(recipe), time.monotonic()
+    recipe = processes.first(partial(at_one_commit, recipe))
+    given = processes.first_before(partial(checks.gather, recipe, overwrite, resume))
     for line in given.notes:
         watch.say(line)
-    recipe = _resolved(recipe, given)
-    down = written_down(recipe)
-    _compare(recipe, down, work.recorded() if resume else None, watch)
-    with work.begun(down, overwrite, resume):
+    recipe = resolved(recipe, given)
+    if resume and (last := work.last()) is not None:
+        check_reached(last, recipe)  # epochs are steps only now
+    down = processes.first(partial(begun_or_gone_on, recipe, work, resume, watch.say))
+    with work.begun(down, overwrite, resume) if processes.is_first() else nullcontext():
+        processes.barrier()
         metrics, parities = _carry_out(recipe, work, given, resume, watch, began)
-        work.finish()
+        processes.first(work.finish)
     watch.finish(metrics, parities)
     return metrics
-
-
-def _resolved(recipe: Recipe, given: RunContext) -> Recipe:
-    """The recipe with what only its data could tell: steps in place of epochs, and whether a share of it is held out."""
-    if given.overview is not None:
-        recipe = recipe.model_copy(
-            update={"train": recipe.train.model_copy(update={"steps": given.overview.steps, "epochs": None})}
-        )
-    block = recipe.data
-    if block is None or block.holdout is not None or block.eval_path is not None or given.texts is None:
-        return recipe
-    share = 0.0 if given.texts.held_out is None else SHARE
-    return recipe.model_copy(update={"data": block.model_copy(update={"holdout": share})})
-
-
-def _compare(recipe: Recipe, down: Recipe, begun: Recipe | None, watch: Observer) -> None:
-    """Refuse to go on with other files than a run began with; say which have changed since a recipe was saved."""
-    now = down.inputs or {}
-    if begun is not None:
-        inputs.check_same(begun.inputs or {}, now, "--resume")
-        inputs.check_same_data(begun, down, "--resume")
-    for key, before in (recipe.inputs or {}).items():
-        changed = inputs.changes(before, now[key]) if begun is None and key in now else ""
-        if changed:
-            watch.say(f"{key}: {changed} since this recipe was saved")
 
 
 def _carry_out(
@@ -142,76 +126,54 @@ def _carry_out(
     recipe = given_recipe.moved(work.folder)
     output, record = str(given_recipe.out), Record()
     metrics: dict[str, Any] = {"perplexity": {}, "answers": {}, "output": output, "method": recipe.method.name}
-    before = Measured.before(recipe, work, resume)
+    metrics["device"] = described(recipe.device)
+    before = processes.first(partial(Measured.before, recipe, work, resume))
     if before.values:
         watch.say("what was measured before training is known from when this run began")
-    _measure_float(recipe, given, metrics, before, watch)
-    record.before(recipe, given)
-    asking_bytes = _ask_teacher(recipe, given, watch)
-    model = _load(recipe, given, metrics, watch)
-    record.rounded(model, given)
+    measuring = Measuring(recipe, given, metrics, watch.say)
+    measuring.float_model(before)
+
+    def ahead() -> dict[str, int]:
+        record.before(recipe, given)
+        return _ask_teacher(recipe, given, watch)
+
+    asking = processes.first(ahead)
+    model = _load(recipe, given, metrics, record, watch)
     _simulate(recipe, model, given, watch)
-    _measure_rounded(recipe, model, given, metrics, before, watch)
+    measuring.rounded(model, before)
     metrics |= _tune(recipe, model, given, resume, watch)
-    record.trained(work.checkpoints)
-    metrics["peak_memory_bytes"] = max(peak_bytes(), asking_bytes)
-    parities = _fold_and_save(recipe, work, model, given, metrics, record, watch)
+    whole = gather(model)
     del model
-    gc.collect()
-    _measure_saved(recipe, work, given, metrics, watch)
-    metrics["seconds"] = time.monotonic() - began
-    (work.model / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    record.write(work.model)
-    report.make(work.model, watch.say, name=recipe.name)
-    return metrics, parities
+    metrics |= {name: max(most, asking[name]) for name, most in metering.peaks(recipe.device).items()}
+
+    def written() -> list[Parity]:
+        nonlocal whole
+        assert whole is not None, "the first process has all of it"
+        record.trained(work.checkpoints)
+        parities = _fold_and_save(recipe, work, whole, given, metrics, record, watch)
+        whole = None
+        return parities
+
+    parities = processes.first(written)
+    metering.begin(recipe.device)
+    measuring.saved(work.model)
+
+    def told() -> dict[str, Any]:
+        metrics["seconds"] = time.monotonic() - began
+        (work.model / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        record.write(work.model)
+        report.make(work.model, watch.say, name=recipe.name)
+        return metrics
+
+    return processes.first(told), parities
 
 
-def _measure_float(
-    recipe: Recipe, given: RunContext, metrics: dict[str, Any], before: Measured, watch: Observer
-) -> None:
-    """Perplexity of the untuned float model where asked; it is gone before the next model comes."""
-    if "float" not in recipe.evaluate.baselines:
-        return
-
-    def measure() -> float:
-        watch.say("measuring the float model (untuned)")
-        model = load_float(recipe.model.path, dtype=recipe.dtype, source=given.source)
-        assert given.held_out is not None, "the recipe was checked to have held-out data"
-        return perplexity(model, given.held_out)
-
-    metrics["perplexity"]["float"] = before.once("float", measure)
-    gc.collect()
-
-
-def _measure_rounded(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    given: RunContext,
-    metrics: dict[str, Any],
-    before: Measured,
-    watch: Observer,
-) -> None:
-    """Perplexity and an answer of the model before it is tuned, where asked."""
-    held_out, block = given.held_out, recipe.evaluate
-
-    def measure(windows_WL: Tensor) -> float:
-        watch.say("measuring the rounded model, before tuning")
-        return perplexity(model, windows_WL)
-
-    if "rounded" in block.baselines and held_out is not None:
-        metrics["perplexity"]["rounded"] = before.once("rounded", partial(measure, held_out))
-    if block.prompt:
-        ask = partial(answer, model, given.tokenizer, block.prompt, block.answer_tokens)
-        metrics["answers"]["before"] = before.once("before", ask)
-
-
-def _ask_teacher(recipe: Recipe, given: RunContext, watch: Observer) -> int:
-    """Fill the teacher's cache where the recipe has one; returns the peak memory that took."""
-    reset_peak()
+def _ask_teacher(recipe: Recipe, given: RunContext, watch: Observer) -> dict[str, int]:
+    """Fill the teacher's cache where the recipe has one; the peaks of memory that took."""
+    metering.begin(recipe.device)
     sequences = partial(_packed, given)
     teacher_cache.ask(recipe, given.tokenizer, given.rows, sequences, source=given.source, say=watch.say)
-    gc.collect()
-    return peak_bytes()
+    return metering.peaks(recipe.device)
 
 
 def _packed(given: RunContext, model: PreTrainedModel, tokenizer: Any, recipe: Recipe, rows: Any) -> tuple[Any, Any]:
@@ -221,13 +183,16 @@ def _packed(given: RunContext, model: PreTrainedModel, tokenizer: Any, recipe: R
     return packed(model, tokenizer, recipe, given.labelled or rows)
 
 
-def _load(recipe: Recipe, given: RunContext, metrics: dict[str, Any], watch: Observer) -> PreTrainedModel:
+def _load(
+    recipe: Recipe, given: RunContext, metrics: dict[str, Any], record: Record, watch: Observer
+) -> PreTrainedModel:
     """The model, quantized and with adapters."""
-    reset_peak()
+    metering.begin(recipe.device)
     how = "" if given.start is None else f" by GPTQ on {given.start.tokens.numel():,} tokens"
-    watch.say(f"loading {recipe.model.path} for {recipe.method.name}, quantizing{how} while it reads")
-    model = build(recipe, given)
-    metrics["load_peak_memory_bytes"] = peak_bytes()
+    on = "" if recipe.device == CPU else f" onto {described(recipe.device)}"
+    watch.say(f"loading {recipe.model.path}{on} for {recipe.method.name}, quantizing{how} while it reads")
+    model = build(recipe, given, record.errors)
+    metrics |= {f"load_{name}": most for name, most in metering.peaks(recipe.device).items()}
     _announce(watch)
     for line in (shares(model).line(), *fitted_starts(model)):
         watch.say(line)
@@ -256,9 +221,10 @@ def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: boo
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not recipe.train.steps:
         return {"train_seconds": 0.0, "tokens": 0, "trainable": count, "losses": []}
-    watch.say(f"training {count:,} parameters for {recipe.train.steps} steps on {describe(given.rows)}")
+    watch.say(f"training {count:,} parameters for {recipe.train.steps} steps on {describe(_seen(recipe, given))}")
     rows = given.labelled or given.rows
-    options: dict[str, Any] = {"rows": rows, "held_out": given.while_training}
+    text = (recipe.out / "recipe.yaml").read_text(encoding="utf-8") if processes.is_first() else ""
+    options: dict[str, Any] = {"rows": rows, "held_out": given.while_training, "recipe_text": text}
     done = fit(model, given.tokenizer, recipe, resume=resume, on_step=watch.step, say=watch.say, **options)
     _announce(watch)
     if done.measures:
@@ -268,6 +234,11 @@ def _tune(recipe: Recipe, model: PreTrainedModel, given: RunContext, resume: boo
     if recipe.train.objective != "sft":
         found |= {"objective": recipe.train.objective, "measures": done.measures}
     return found if done.held_out is None else found | {"held_out": asdict(done.held_out)}
+
+
+def _seen(recipe: Recipe, given: RunContext) -> Any:
+    """The rows that training sees: of preferences both answers, the good and the bad ones."""
+    return given.texts.rows if given.texts is not None and recipe.train.objective in ("dpo", "kto") else given.rows
 
 
 def _fold_and_save(
@@ -300,12 +271,14 @@ def _fold_and_save(
     if some is None or trained is None:
         return []
     on = "" if held_out is not None else ", on random tokens for want of held-out data (data.eval_path, data.holdout)"
-    watch.say(f"comparing trained, folded, and reloaded in a fresh process{on}")
-    parities = parity.report(trained, parity.logits_of(model, some), work.model, some, recipe.dtype)
+    where = model.device  # the CPU, of a model that was parted
+    watch.say(f"comparing trained, folded, and reloaded in a fresh process, all on {where}{on}")
+    parities = parity.report(trained, parity.logits_of(model, some), work.model, some, recipe.dtype, where)
     metrics["max_logit_difference"] = max(p.max_difference for p in parities)
     content = {
         "tokens": some.numel(),
         "text": "random" if held_out is None else "held-out",
+        "device": str(where),
         "fold": metrics["fold"],
         "stages": parity.to_json(parities),
     }
@@ -338,21 +311,3 @@ def _summary(folded: list[LayerFold]) -> str:
         key = f"{layer.action}, {layer.kind}" if layer.action != "kept" else "kept as adapters"
         counts[key] = counts.get(key, 0) + 1
     return "; ".join(f"{count} layers {what}" for what, count in counts.items()) or "nothing to fold"
-
-
-def _measure_saved(recipe: Recipe, work: Work, given: RunContext, metrics: dict[str, Any], watch: Observer) -> None:
-    """Perplexity and an answer of what was saved: what is evaluated is what is served."""
-    tokenizer, held_out = given.tokenizer, given.held_out
-    if held_out is None and not recipe.evaluate.prompt and not recipe.evaluate.tasks:
-        return
-    watch.say("measuring the saved model")
-    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=recipe.dtype)
-    if held_out is not None:
-        metrics["perplexity"]["tuned"] = perplexity(model, held_out)
-    if recipe.evaluate.tasks:
-        block = recipe.evaluate
-        scores = harness.run(model, tokenizer, block.tasks, block.tasks_data or "", limit=block.tasks_limit)
-        harness.write(work.model / "harness.json", {metrics["output"]: scores})
-        metrics["tasks"] = {f"{s.task} {s.metric}": [s.value, s.stderr, len(s.items)] for s in scores}
-    if recipe.evaluate.prompt:
-        metrics["answers"]["after"] = answer(model, tokenizer, recipe.evaluate.prompt, recipe.evaluate.answer_tokens)

@@ -11,11 +11,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trimtab import processes
 from trimtab.errors import UserError
 from trimtab.formats.holding import holding
 from trimtab.formats.manifest import Kind, keeps, remove
 from trimtab.pipeline import run as one
-from trimtab.pipeline.checks import check_apart, check_extras, gather
+from trimtab.pipeline.checks import check_apart, check_extras, gather, with_its_formats
 from trimtab.pipeline.output import Work
 from trimtab.pipeline.pruned import prune_options, pruned
 from trimtab.pruning import Pruned
@@ -49,10 +50,16 @@ def run(
     recipe: Recipe, *, overwrite: bool = False, resume: bool = False, show: Observer | None = None
 ) -> dict[str, Any]:
     """Carry out a recipe with all its stages; arguments and result as of `run.run`."""
+    recipe = with_its_formats(recipe)
     check_extras(recipe)
     watch = show or Quiet()
     if recipe.prune is None and recipe.search is None:
         return one.run(recipe, overwrite=overwrite, resume=resume, show=watch)
+    if processes.count() > 1 or (recipe.train.processes or 1) > 1:
+        raise UserError(
+            "prune, search: are stages of one process; carry them out first (`trimtab prune`, `trimtab search`), then "
+            "train the recipe that they leave (<output>/search) with several"
+        )
     check_apart(recipe, overwrite, resume)
     final = recipe.moved(recipe.out / "model")
     Work.of(final).check(overwrite, resume)
@@ -81,7 +88,8 @@ def _check_storage(recipe: Recipe) -> None:
     """Refuse to overwrite a search that others may be at work on: whose study lies elsewhere, or has trials that run."""
     if recipe.search is None:
         return
-    from trimtab.bit_search.ledger import begun, busy, shown
+    from trimtab.bit_search.ledger import begun, busy
+    from trimtab.bit_search.storage import shown
 
     url = recipe.search.storage
     if url is not None and (recipe.out / "search").resolve() not in Path(url).resolve().parents:
@@ -125,8 +133,9 @@ def _set_aside(recipe: Recipe) -> None:
 
 def search(recipe: Recipe, *, show: Observer | None = None) -> "Search":
     """Prune if asked, then search; results are in `<output>/search`."""
+    recipe = with_its_formats(recipe)
     check_extras(recipe)
     from trimtab.bit_search import workers
 
     watch = show or Quiet()
-    return workers.run(pruned(recipe, watch), watch.search)
+    return workers.run(pruned(recipe, watch), watch.search, watch.say)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.devices import double
 from trimtab.errors import UserError
 from trimtab.models.architecture import architecture_of
 from trimtab.models.decoder import set_blocks
@@ -46,7 +47,7 @@ def _turned(total: Tensor, i: int) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        total[i] += F.cosine_similarity(before.float(), after.float(), dim=-1).double().sum().cpu()
+        total[i] += double(F.cosine_similarity(before.float(), after.float(), dim=-1)).sum().cpu()
 
     return hook
 

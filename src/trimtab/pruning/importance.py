@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trimtab.devices import double
 from trimtab.errors import UserError
 from trimtab.pruning.structures import Layout, attention, decoder_layers, mlp, rows_of
 from trimtab.training.loss import summed_loss
@@ -119,7 +120,7 @@ def _tap(total: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
     def add(x_BLK: Tensor, grad_BLK: Tensor) -> None:
         dtype = torch.promote_types(x_BLK.dtype, torch.float32)
         # Windows first, then the K inputs of this layer, structure by structure.
-        sums_BS = torch.einsum("blk,blk->bk", x_BLK.to(dtype), grad_BLK.to(dtype)).double()
+        sums_BS = double(torch.einsum("blk,blk->bk", x_BLK.to(dtype), grad_BLK.to(dtype)))
         total.add_(sums_BS.unflatten(1, (len(total), -1)).sum(2).abs().sum(0).cpu())
 
     return _Tap.apply(args[0], add), *args[1:]
@@ -199,6 +200,6 @@ def _magnitude(layer: nn.Module, about: Layout) -> Scores:
         for linear in into:
             for p in (linear.weight, linear.bias):
                 if p is not None:
-                    total += p.double().square().view(len(total), -1).sum(1).cpu()
-        total += out.weight.double().square().sum(0).view(len(total), -1).sum(1).cpu()
+                    total += double(p).square().view(len(total), -1).sum(1).cpu()
+        total += double(out.weight).square().sum(0).view(len(total), -1).sum(1).cpu()
     return found

@@ -222,7 +222,7 @@ def _full_range(low: Tensor, high: Tensor, grid: Grid, shrink: float) -> Range:
     low, high = low.clamp(max=0) * shrink, high.clamp(min=0) * shrink
     if grid.zero == "integer":
         scale = _nonzero((high - low) / grid.top, grid)
-        return Range(scale, (-low / scale).round().clamp(0, grid.top), None)
+        return Range(scale, (-low / scale).round().clamp(max=grid.top), None)
     offset = stored(low, grid.scale_dtype)
     return Range(_nonzero((high - offset) / grid.top, grid), None, offset)
 

@@ -66,9 +66,13 @@ def exact(tensor: Tensor) -> torch.autocast:
 # ---- rounding to a stored dtype -----------------------------------------------------------------------------------
 
 
+LARGEST_PORTABLE = 65280.0
+"""The largest number that bfloat16 and float16 both hold."""
+
+
 def _stored(x: Tensor, dtype: str) -> Tensor:
     if dtype == "portable":
-        return x.clamp(-65280.0, 65280.0).to(torch.bfloat16).to(torch.float16).to(x.dtype)
+        return x.clamp(-LARGEST_PORTABLE, LARGEST_PORTABLE).to(torch.bfloat16).to(torch.float16).to(x.dtype)
     return x.to(getattr(torch, dtype)).to(x.dtype)
 
 

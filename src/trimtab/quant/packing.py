@@ -48,12 +48,12 @@ def pack(codes_NK: Tensor, bits: int) -> Tensor:
         part = torch.zeros(n, segments * length, dtype=torch.uint8, device=codes_NK.device)
         part[:, :k] = (codes_NK >> shift) & ((1 << width) - 1)
         part = part.view(n, segments, length)
-        packed = part[:, 0].clone()
-        for i in range(1, segments):
+        packed = torch.zeros(n, length, dtype=torch.uint8, device=part.device)
+        for i in range(segments):
             packed |= part[:, i] << (i * width)
         parts.append(packed)
         shift += width
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def unpack(packed: Tensor, bits: int, codes: int) -> Tensor:

@@ -1,12 +1,15 @@
 """What single fields of a recipe cannot say: keys that need, or exclude, one another."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.data.columns import check_columns
+from trimtab.data.rows import on_hub
 from trimtab.data.templates import check_template
 from trimtab.errors import UserError
-from trimtab.recipe.fields import DataBlock
-from trimtab.recipe.objectives import check_objective
+from trimtab.outputs import resolved
+from trimtab.recipe.fields import DataBlock, SearchBlock
+from trimtab.recipe.objectives import check_objective, check_stages
 
 if TYPE_CHECKING:
     from trimtab.recipe.recipe import Recipe
@@ -38,10 +41,14 @@ def check(recipe: "Recipe", where: str) -> None:
             f"{where}: train.early_stop: counts measurements of the held-out loss; set train.evaluate_steps"
         )
     _check_data(recipe, where)
-    cache = recipe.teacher_cache
-    if cache is not None and recipe.out.resolve() in (cache.resolve(), *cache.resolve().parents):
+    if recipe.data is not None and recipe.data.streaming:
+        _check_streaming(recipe, recipe.data, where)
+    cache = None if recipe.teacher_cache is None else resolved(recipe.teacher_cache, "distill.cache")
+    if cache is not None and resolved(recipe.out) in (cache, *cache.parents):
         raise UserError(f"{where}: distill.cache: {cache} is in the output directory; give it one of its own")
     _check_search(recipe, where)
+    if recipe.data is not None:
+        check_stages(recipe, where)
     if recipe.data is None or not recipe.train.steps:
         return
     check_objective(recipe, where)
@@ -59,6 +66,22 @@ def _holds_out(recipe: "Recipe") -> bool:
     return recipe.data is not None and bool(recipe.data.eval_path or recipe.data.holdout)
 
 
+def _check_streaming(recipe: "Recipe", block: DataBlock, where: str) -> None:
+    """Rows are taken until there are enough for a number of steps."""
+    said = f"{where}: data.streaming: takes rows until there are the tokens that train.steps need"
+    if recipe.train.epochs is not None:
+        raise UserError(f"{said}, and an epoch has all rows; give train.steps instead of train.epochs")
+    if not recipe.train.steps:
+        raise UserError(f"{said}, and there are no steps; set it to false, and data.limit if there are many rows")
+    if recipe.train.objective != "sft":
+        raise UserError(f"{said} with objective: sft; set it to false, and data.limit if there are many rows")
+    if not isinstance(block.path, str):
+        raise UserError(f"{said}, of one source; name one in data.path, or set it to false and a limit for each")
+    for name in ("search", "prune"):
+        if getattr(recipe, name) is not None:
+            raise UserError(f"{said}; {name} reads rows of its own: set it to false, and data.limit")
+
+
 def _check_data(recipe: "Recipe", where: str) -> None:
     """What a data block and the length of training say twice, or not at all."""
     block, train = recipe.data, recipe.train
@@ -68,10 +91,12 @@ def _check_data(recipe: "Recipe", where: str) -> None:
         )
     if block is None:
         return
+    keys = _keys_of_sources(block)
     try:
         check_columns(block.columns)
-        for source in block.sources:
-            check_columns(source.columns or {})
+        for key, source in zip(keys, block.sources, strict=True):
+            if source.columns != block.columns:
+                check_columns(source.columns or {}, f"{key}.columns")
         if block.template is not None:
             check_template(block.template)
     except UserError as error:
@@ -80,9 +105,20 @@ def _check_data(recipe: "Recipe", where: str) -> None:
         raise UserError(
             f"{where}: data.holdout: stands beside data.eval_path, which is held out already; give one of them"
         )
-    for key, source in zip(_keys_of_sources(block), block.sources, strict=True):
+    of_hub = [source for source in block.sources if on_hub(source.path)]
+    for key in ("revision", "subset"):
+        if getattr(block, key) is not None and not of_hub:
+            raise UserError(f"{where}: data.{key}: {block.named} is no data set of the hub; remove it")
+    for key, source in zip(keys, block.sources, strict=True):
+        named, _, revision = source.path.rpartition("@")
+        if named and revision and not _here(source.path) and _here(named):
+            raise UserError(f"{where}: {key}.revision: {source.path} is no data set of the hub; remove it")
         if source.path.count("@") > 1:
             raise UserError(f"{where}: {key}: {source.path} names two revisions; give one of them")
+
+
+def _here(path: str) -> bool:
+    return Path(path).expanduser().exists()
 
 
 def _keys_of_sources(block: DataBlock) -> list[str]:
@@ -107,5 +143,37 @@ def _check_search(recipe: "Recipe", where: str) -> None:
         raise UserError(f"{where}: search.promote: is a number of steps above search.steps, for tuned trials")
     if not all(1 <= b <= 8 or b == 16 for b in block.bits):
         raise UserError(f"{where}: search.bits: {list(block.bits)} are not widths; 1 to 8, or 16 for float")
+    _check_workers(recipe, block, where)
     if recipe.method.grid is None and recipe.rules is None:
         raise UserError(f"{where}: search: {recipe.method.name} quantizes nothing by itself; give a grid in the rules")
+
+
+def _check_workers(recipe: "Recipe", block: SearchBlock, where: str) -> None:
+    """What each worker of a search has: a device of its own, or what Ray gives it."""
+    device = recipe.model.device
+    if block.engine == "ray":
+        if block.devices is not None:
+            raise UserError(
+                f"{where}: search.devices: Ray gives its tasks GPUs itself; set search.resources={{gpu: 1}}"
+            )
+        if ":" in device:
+            raise UserError(
+                f"{where}: model.device: {device} is a GPU of one machine, and Ray gives each trial one of its own; set "
+                f"{device.partition(':')[0]}"
+            )
+        return
+    if block.resources is not None:
+        raise UserError(f"{where}: search.resources: are what Ray gives a trial; set search.engine=ray, or remove them")
+    if block.devices is None:
+        return
+    numbers = list(block.devices)
+    if block.workers not in (None, len(numbers)):
+        raise UserError(
+            f"{where}: search.devices: {numbers} are devices of {len(numbers)} workers, and search.workers is "
+            f"{block.workers}; name one for each worker (a GPU twice for two workers on it), or leave workers out"
+        )
+    if device not in ("auto", "cuda", "xpu"):
+        raise UserError(
+            f"{where}: search.devices: {numbers} are numbers of GPUs, and model.device is {device}; set it to auto, cuda "
+            "or xpu, or leave search.devices out"
+        )

@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trimtab.data.learned import Loss
+from trimtab.data.rows import on_hub
 from trimtab.data.sources import Source
 from trimtab.errors import UserError
+from trimtab.recipe.changing import AFTER, CONTENT, HABIT, LENGTH, MEASURED, PLACE, RATE, SPLIT
 
-FormatName = Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft"]
-"""Formats that a recipe can export to: those of `trimtab.formats`."""
+FormatName = Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft", "same"]
+"""Formats that a recipe can export to: those of `trimtab.formats`, and that of its base."""
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -32,11 +34,13 @@ class FileMark(Block):
 class ModelBlock(Block):
     """Which model to start from."""
 
-    path: str
+    path: Annotated[str, CONTENT]
     """Directory (safetensors, or saved by trimtab), .gguf file, hub id, or `smollm2-135m`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype to compute in, and of every weight that stays float."""
-    adapter: str | None = None
+    device: Annotated[str, SPLIT] = "auto"
+    """Where everything is computed: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu."""
+    adapter: Annotated[str | None, CONTENT] = None
     """Directory of a PEFT LoRA that a method with an output adapter (lora, qlora) continues from; null for none."""
 
 
@@ -45,10 +49,12 @@ class StartBlock(Block):
 
     name: Literal["rtn", "gptq"] = "rtn"
     """rtn (to nearest; the ranges that cost least are the grid's own `range: lp2` .. `lp4`) or gptq (calibrated)."""
-    path: str | None = None
+    path: Annotated[str | None, CONTENT] = None
     """GPTQ's calibration data, in the forms of data.path; null is the training data."""
     split: str = "train"
     """Split of a hub data set or of `pydoc-topics`."""
+    subset: str | None = None
+    """Configuration of a hub data set; null is the one that data.path reads, if it is the same set."""
     tokens: int = Field(default=16384, ge=2)
     """Calibrate on at most this many tokens."""
     damping: float = Field(default=0.01, ge=0)
@@ -60,7 +66,7 @@ class StartBlock(Block):
 class SourceBlock(Block):
     """One of several sources; what is null is as the whole block says."""
 
-    path: str
+    path: Annotated[str, CONTENT]
     """File, directory, hub id, or `pydoc-topics`."""
     weight: float = Field(default=1.0, gt=0)
     """How often each row counts: 2 twice in every epoch, 0.5 every second row, chosen by what it holds."""
@@ -81,7 +87,7 @@ class SourceBlock(Block):
 class DataBlock(Block):
     """What to train on, and what to measure perplexity on."""
 
-    path: str | tuple[SourceBlock, ...]
+    path: Annotated[str | tuple[SourceBlock, ...], CONTENT]
     """JSONL, JSON array, CSV, Parquet or text file, directory of such, hub id, or `pydoc-topics`; or a list of these, each
     a path or {path, weight, split, subset, revision, limit, ignore, columns}."""
     split: str = "train"
@@ -97,7 +103,7 @@ class DataBlock(Block):
     columns: dict[str, str] = Field(default={})
     """The rows' own keys by the names of a form, {prompt: sentence, completion: label}; or texts made of them,
     {prompt: "Review: {sentence}"}."""
-    template: str | None = None
+    template: Annotated[str | None, CONTENT] = None
     """Chat template, saved with the model: alpaca, chatml or a .jinja file; null is the tokenizer's own."""
     loss: Loss = "all"
     """What is learned of a row: all answers of a conversation (the completion of a pair), the last one, or the full row."""
@@ -108,11 +114,17 @@ class DataBlock(Block):
     holdout: float | None = Field(default=None, ge=0, lt=1)
     """Share of the rows to hold out of training, chosen by what they hold, and to measure on: 0.02. Null is that share of
     500 rows or more, where eval_path names no others; 0 is none."""
-    eval_path: str | None = None
+    streaming: bool = False
+    """Take rows as they come until there are the tokens that train.steps need, without reading, or fetching, all others."""
+    num_proc: Annotated[int, SPLIT] = Field(default=1, ge=1)
+    """Processes that tokenize, of each that trains; worth it from some ten megabytes on."""
+    eval_path: Annotated[str | None, CONTENT] = None
     """Held-out data for perplexity, in the same forms; null for what holdout splits off."""
     eval_split: str = "train"
     """Split of the held-out data."""
-    eval_tokens: int | None = Field(default=None, ge=2)
+    eval_subset: str | None = None
+    """Configuration of held-out data of the hub; null is the one that data.path reads, if it is the same set."""
+    eval_tokens: Annotated[int | None, MEASURED] = Field(default=None, ge=2)
     """Measure on at most this many tokens."""
 
     @field_validator("path", mode="before")
@@ -130,16 +142,33 @@ class DataBlock(Block):
         listed = (SourceBlock(path=self.path),) if isinstance(self.path, str) else self.path
         return tuple(self._as_source(block) for block in listed)
 
+    @property
+    def measured(self) -> Source:
+        """The held-out data of `eval_path`."""
+        assert self.eval_path is not None
+        return self.beside(self.eval_path, self.eval_split, self.eval_subset)
+
+    def beside(self, path: str, split: str, subset: str | None) -> Source:
+        """Other rows by the keys of these; of the same set of the hub also at its revision, and in its subset."""
+        name = path.partition("@")[0]
+        same = next((s for s in self.sources if s.path.partition("@")[0] == name and on_hub(path)), None)
+        if same is not None:
+            path, subset = path if "@" in path else same.path, subset or same.subset
+        return Source(path, split, subset, ignore=self.ignore, columns=self.columns)
+
     def _as_source(self, block: SourceBlock) -> Source:
-        revision = block.revision or self.revision
+        # What the whole block says of the hub's sets does not touch the files beside them.
+        hub = on_hub(block.path)
+        revision, subset = block.revision or (self.revision if hub else None), self.subset if hub else None
         return Source(
             path=f"{block.path}@{revision}" if revision else block.path,
             split=self.split if block.split is None else block.split,
-            subset=self.subset if block.subset is None else block.subset,
+            subset=subset if block.subset is None else block.subset,
             limit=self.limit if block.limit is None else block.limit,
             ignore=self.ignore if block.ignore is None else block.ignore,
             columns=self.columns if block.columns is None else block.columns,
             weight=block.weight,
+            stream=self.streaming,
         )
 
     @property
@@ -167,17 +196,17 @@ class TrainBlock(Block):
 
     objective: Literal["sft", "dpo", "kto", "grpo"] = "sft"
     """sft (the answers), dpo (chosen over rejected ones), kto (answers that are good or bad), grpo (a reward of yours)."""
-    steps: int = Field(default=1000, ge=0)
+    steps: Annotated[int, LENGTH] = Field(default=1000, ge=0)
     """Optimizer steps."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: Annotated[float | None, LENGTH] = Field(default=None, gt=0)
     """In place of steps: how often every row is trained on; the run says how many steps that makes."""
     batch_tokens: int = Field(default=8192, ge=2)
-    """Tokens in one optimizer step, over all sequences and accumulation."""
-    micro_batch: int = Field(default=4, ge=1)
+    """Tokens in one optimizer step, over all sequences, accumulation and processes."""
+    micro_batch: Annotated[int, SPLIT] = Field(default=4, ge=1)
     """Sequences in one forward pass; batch_tokens is reached by accumulating gradients."""
-    lr: float | None = Field(default=None, gt=0)
+    lr: Annotated[float | None, RATE] = Field(default=None, gt=0)
     """Learning rate of deltas (and of QAT's master weight); null is the default for this many steps."""
-    lr_scale: float | None = Field(default=None, ge=0)
+    lr_scale: Annotated[float | None, RATE] = Field(default=None, ge=0)
     """Learning rate of scales and offsets; null is the default for this many steps."""
     parametrization: Literal["relative", "paper"] | None = None
     """What rates mean. relative: the share of a step of the grid that a weight may move in an optimizer step, so that one
@@ -186,38 +215,49 @@ class TrainBlock(Block):
     lr_scale_bits: int | None = Field(default=None, ge=1, le=8)
     """For mixed widths: the width that lr_scale is meant for. A scale of 8 bits is a seventeenth of one of 4, and so is its
     rate then; a search sets it to the width of its rules. Null: every width gets lr_scale."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Annotated[Literal["linear", "cosine", "constant"], RATE] = "linear"
     """Learning rate after warm-up."""
-    warmup: float = Field(default=0.1, ge=0, lt=1)
+    warmup: Annotated[float, RATE] = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
-    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
+    betas: Annotated[tuple[_Decay, _Decay], RATE] = (0.9, 0.95)
     """Adam's decay rates."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Annotated[float, RATE] = Field(default=0.0, ge=0)
     """Weight decay of deltas and master weights; scales have none."""
-    clip: float = Field(default=1.0, gt=0)
+    clip: Annotated[float, RATE] = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
     """8bit keeps the two moments in 8 bits, paged in the computer's memory when a GPU's is full; both need bitsandbytes."""
     seed: int = 0
     """Seed of the adapters' start and of the order of the data."""
-    activation_checkpointing: bool = True
+    activation_checkpointing: Annotated[bool, SPLIT] = True
     """Recompute each block in backward: a third slower, a fraction of the activations."""
-    offload_activations: bool = False
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """Attention while training: auto (the model's own), sdpa, eager, or flash_attention_2 (another library's, on CUDA)."""
+    offload_activations: Annotated[bool, SPLIT] = False
     """Keep what backward needs in the computer's memory instead of the GPU's."""
-    save_steps: int = Field(default=100, ge=1)
+    compile: Annotated[Literal["auto"] | bool, SPLIT] = "auto"
+    """Decoder layers through torch.compile while they train: a shorter step, after a first one that takes a minute. auto:
+    where the steps save more than compiling costs."""
+    processes: Annotated[int | None, SPLIT] = Field(default=None, ge=1)
+    """Processes that train together on this machine, a GPU each: `trimtab run` starts them. Null is one, or as many as
+    torchrun or accelerate has started."""
+    shard: Annotated[Literal["none", "ddp", "fsdp"], SPLIT] = "ddp"
+    """Of several processes: ddp (each has the whole model, gradients are averaged) or fsdp (each keeps a part of every
+    layer); none refuses more than one."""
+    save_steps: Annotated[int, HABIT] = Field(default=100, ge=1)
     """Steps between checkpoints (of trainable tensors and optimizer state only)."""
-    keep_checkpoints: int = Field(default=2, ge=2)
+    keep_checkpoints: Annotated[int, HABIT] = Field(default=2, ge=2)
     """Checkpoints kept; at least two, since the newest may prove bad in the next step."""
     evaluate_steps: int | None = Field(default=None, ge=1)
     """Steps between measurements of the loss on held-out text, before the first and after the last step, too; the model of
     the lowest loss is the one that is folded and saved. Null measures nothing."""
-    early_stop: int | None = Field(default=None, ge=1)
+    early_stop: Annotated[int | None, LENGTH] = Field(default=None, ge=1)
     """End training when so many measurements in a row have found no lower held-out loss; null goes on to the last step."""
-    log_steps: int = Field(default=1, ge=1)
+    log_steps: Annotated[int, HABIT] = Field(default=1, ge=1)
     """Steps between log lines."""
     beta: float | None = Field(default=None, ge=0)
     """Of dpo, kto and grpo: how closely to keep to the reference; null is TRL's own, 0.1 (grpo: 0, which needs none)."""
-    reference: str | None = None
+    reference: Annotated[str | None, CONTENT] = None
     """A float model that dpo, kto and grpo keep to, as model.path; null is the model at step 0, which takes no memory."""
     reward: str | None = None
     """Of grpo: `module:function` that gives each of `completions` a number; it gets the columns of the data by name."""
@@ -225,7 +265,7 @@ class TrainBlock(Block):
     """Of grpo: answers to each prompt."""
     completion_tokens: int = Field(default=128, ge=1)
     """Of grpo: length of an answer, at most."""
-    report_to: str = "none"
+    report_to: Annotated[str, HABIT] = "none"
     """Logger: none, tensorboard, wandb, trackio, or another that transformers knows and is installed."""
 
     @property
@@ -245,28 +285,28 @@ class DistillBlock(Block):
     """The float model in bfloat16 or rounded to 8 bits, in memory; cached: its likeliest tokens, written to disk first."""
     top_k: int = Field(default=64, ge=1)
     """Tokens whose probabilities a cache keeps at every position; the mass of all others is kept as one number."""
-    cache: str | None = None
+    cache: Annotated[str | None, PLACE] = None
     """Directory of the cache, for every run on the same sequences; null is `<output>-teacher`."""
 
 
 class EvaluateBlock(Block):
     """What to measure after the run, besides the tuned model."""
 
-    baselines: tuple[Literal["float", "rounded"], ...] = ()
+    baselines: Annotated[tuple[Literal["float", "rounded"], ...], AFTER] = ()
     """Perplexity of the untuned float model and of the rounded one before tuning."""
-    parity: bool = True
+    parity: Annotated[bool, AFTER] = True
     """Compare trained, folded and reloaded-in-a-fresh-process, logit by logit; on random tokens without held-out data."""
-    parity_tokens: int = Field(default=512, ge=8)
+    parity_tokens: Annotated[int, AFTER] = Field(default=512, ge=8)
     """Tokens that parity is measured on."""
-    tasks: tuple[str, ...] = ()
+    tasks: Annotated[tuple[str, ...], AFTER] = ()
     """Tasks of lm-evaluation-harness for the saved model: piqa, arc_easy, ... (`trimtab harness` compares two models)."""
-    tasks_data: str | None = None
+    tasks_data: Annotated[str | None, AFTER] = None
     """Directory that holds <task>/<split>.jsonl, in the data sets' original fields."""
-    tasks_limit: int | None = Field(default=200, ge=2)
+    tasks_limit: Annotated[int | None, AFTER] = Field(default=200, ge=2)
     """Items of each task, spread evenly; null for all."""
-    prompt: str | None = None
+    prompt: Annotated[str | None, AFTER] = None
     """A question answered before and after tuning."""
-    answer_tokens: int = Field(default=48, ge=1)
+    answer_tokens: Annotated[int, AFTER] = Field(default=48, ge=1)
     """Length of that answer."""
 
 
@@ -312,7 +352,8 @@ class SearchBlock(Block):
     """Largest size of the stored weights in the native format, such as 90MiB: never exceeded. Other formats have sizes of
     their own (GGUF stores 2 and 3 bits in 4)."""
     budget_training: str | int | None = None
-    """Largest predicted peak of training, such as 6GiB: never exceeded."""
+    """Largest predicted peak of training, such as 6GiB: never exceeded. Of the device's memory, where that has its own:
+    context and libraries are counted then."""
     objective: Literal["rounded", "tuned"] = "rounded"
     """rounded: KL to the float model, no training; tuned: held-out loss after `steps` steps of training, of the answers
     alone where rows have prompts."""
@@ -330,7 +371,14 @@ class SearchBlock(Block):
     """Also try every uniform width within the budget."""
     storage: str | None = None
     """Journal file, or a storage of Optuna's by url (postgresql://..); null is search/journal.log in the output."""
-    workers: int = Field(default=1, ge=1)
-    """Processes on this machine; other machines join by the same command and storage."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes on this machine, or trials that Ray makes at a time; other machines join by the same command and storage.
+    null is one for each of `devices`, with Ray as many as its cluster has room for, else 1."""
+    devices: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    """Numbers of the GPUs that workers compute on, one for each: [0, 1]; null computes all on model.device."""
+    engine: Literal["processes", "ray"] = "processes"
+    """Who makes trials: processes of this command, or tasks of a Ray cluster."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    """What Ray is to give each trial, such as {gpu: 1, cpu: 4} or resources of the cluster's own; null is {cpu: 1}."""
     seed: int = 0
     """Of the search."""

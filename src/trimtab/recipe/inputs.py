@@ -4,15 +4,15 @@ A run writes its recipe with absolute paths (a hub id with its commit) and, unde
 file that it read. So whoever reads that recipe, from whatever directory, reads the same files or is told which changed.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 
+from trimtab.data.hashes import digest
 from trimtab.data.located import files_of
 from trimtab.data.templates import NAMED
 from trimtab.errors import UserError
+from trimtab.outputs import resolved
 from trimtab.recipe.fields import DataBlock, FileMark, SourceBlock
 from trimtab.recipe.recipe import Recipe, read
 
@@ -46,10 +46,10 @@ def texts_of(data: DataBlock | None) -> dict[str, str]:
     one = isinstance(data.path, str)
     found = {"data.path" if one else f"data.path.{i}": source.path for i, source in enumerate(data.sources)}
     found |= {} if data.eval_path is None else {"data.eval_path": data.eval_path}
-    return found | ({} if _template_file(data) is None else {"data.template": str(_template_file(data))})
+    return found | ({} if template_file(data) is None else {"data.template": str(template_file(data))})
 
 
-def _template_file(data: DataBlock) -> Path | None:
+def template_file(data: DataBlock) -> Path | None:
     """The file of a chat template, if one is named."""
     return None if data.template is None or data.template in NAMED else Path(data.template).expanduser()
 
@@ -87,28 +87,10 @@ def mark(files: Iterable[Path], path: str | os.PathLike[str]) -> dict[str, FileM
     root = Path(path).expanduser()
     return {
         file.relative_to(root).as_posix() if file != root and file.is_relative_to(root) else file.name: FileMark(
-            bytes=file.stat().st_size, sha256=digest(file)
+            bytes=file.stat().st_size, sha256=digest(file, keep=True)
         )
         for file in files
     }
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file, read once by a process as long as it does not change."""
-    file = file.resolve()
-    about = file.stat()
-    return _digest(file, about.st_size, about.st_mtime_ns, about.st_ino)
-
-
-@lru_cache(maxsize=4096)
-def _digest(file: Path, *_: int) -> str:
-    return sha256(file)
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, read now."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def changes(before: Mapping[str, FileMark], now: Mapping[str, FileMark]) -> str:
@@ -137,7 +119,7 @@ def check_same_data(before: Recipe, now: Recipe, begin: str) -> None:
     for key in sorted(earlier.keys() & later.keys()):
         name, _, commit = later[key].partition("@")
         was, _, pinned = earlier[key].partition("@")
-        if commit and pinned and name == was and commit != pinned:
+        if commit and pinned and name == was and not (commit.startswith(pinned) or pinned.startswith(commit)):
             raise UserError(
                 f"{begin}: {key}: {name} is at {commit}, and was at {pinned} when the run began; set data.revision to that"
             )
@@ -159,8 +141,8 @@ def held_out(folder: Path) -> DataBlock | None:
             continue
         try:
             what = changes(before, mark(files_of(path), path))
-        except UserError as error:
-            what = str(error)
+        except UserError:
+            what = "is gone"
         if what:
             raise UserError(f"{saved}: {key}: {path}: {what} since the model was made; pass --data")
     return recipe.data
@@ -182,19 +164,18 @@ def saved(
     def whole(path: str | None) -> str | None:
         return path and str(Path(path).expanduser().resolve())
 
-    def text(path: str | None) -> str | None:
-        return path and pinned(path)
-
-    data, cache = recipe.data, recipe.teacher_cache
+    data, cache, start = recipe.data, recipe.teacher_cache, recipe.start.path
+    if start is not None:
+        start = pinned(start if data is None else data.beside(start, recipe.start.split, None).path)
     blocks = {
         "model": recipe.model.model_copy(update={"path": model, "adapter": whole(recipe.model.adapter)}),
-        "start": recipe.start.model_copy(update={"path": text(recipe.start.path)}),
+        "start": recipe.start.model_copy(update={"path": start}),
         "train": recipe.train.model_copy(update={"reference": reference}),
         "data": data and _whole(data, pinned),
         "evaluate": recipe.evaluate.model_copy(update={"tasks_data": whole(recipe.evaluate.tasks_data)}),
         "distill": recipe.distill and recipe.distill.model_copy(update={"cache": cache and whole(str(cache))}),
     }
-    return recipe.model_copy(update=blocks | {"output": str(recipe.out.resolve()), "inputs": marks})
+    return recipe.model_copy(update=blocks | {"output": str(resolved(recipe.out)), "inputs": marks})
 
 
 def _whole(data: DataBlock, pinned: Callable[[str], str]) -> DataBlock:
@@ -204,11 +185,11 @@ def _whole(data: DataBlock, pinned: Callable[[str], str]) -> DataBlock:
     several = tuple(
         block.model_copy(update={"path": p, "revision": None}) for block, p in zip(listed, paths, strict=False)
     )
-    template = _template_file(data)
+    template = template_file(data)
     changed: dict[str, str | tuple[SourceBlock, ...] | None] = {
         "path": several or paths[0],
         "revision": None,
-        "eval_path": data.eval_path and pinned(data.eval_path),
+        "eval_path": data.eval_path and pinned(data.measured.path),
         "template": data.template if template is None else str(template.resolve()),
     }
     return data.model_copy(update=changed)

@@ -28,17 +28,9 @@ def check_objective(recipe: "Recipe", where: str) -> None:
             )
     if objective == "sft":
         return
-    for stage in ("distill", "search", "prune"):
-        if getattr(recipe, stage) is not None:
-            remedy = (
-                "leave it out" if stage == "distill" else f"run it first, in a recipe of its own (`trimtab {stage}`)"
-            )
-            raise UserError(f"{where}: {stage}: goes with objective: sft, not with {objective}; {remedy}")
     assert recipe.data is not None
     if recipe.data.packing not in ("auto", "none"):
         raise UserError(f"{where}: data.packing: {objective} packs no rows; leave it at auto")
-    if recipe.data.holdout:
-        raise UserError(f"{where}: data.holdout: splits texts, not rows of {objective}; name data.eval_path")
     if block.epochs is not None:
         raise UserError(f"{where}: train.epochs: goes with objective: sft; give {objective} train.steps")
     if objective == "dpo" and block.micro_batch % 2:
@@ -59,3 +51,19 @@ def check_objective(recipe: "Recipe", where: str) -> None:
             f"{where}: train.generations: {block.generations} answers to each prompt do not fill the {answers} answers of "
             "a step (batch_tokens / block_tokens); use a divisor"
         )
+
+
+def check_stages(recipe: "Recipe", where: str) -> None:
+    """Raise a `UserError` for what reads texts where the rows are those of another objective, trained or not."""
+    objective = recipe.train.objective
+    if objective == "sft":
+        return
+    for stage in ("distill", "search", "prune"):
+        if getattr(recipe, stage) is not None:
+            remedy = (
+                "leave it out" if stage == "distill" else f"run it first, in a recipe of its own (`trimtab {stage}`)"
+            )
+            raise UserError(f"{where}: {stage}: goes with objective: sft, not with {objective}; {remedy}")
+    assert recipe.data is not None
+    if recipe.data.holdout:
+        raise UserError(f"{where}: data.holdout: splits texts, not rows of {objective}; name data.eval_path")

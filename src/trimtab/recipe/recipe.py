@@ -7,22 +7,26 @@ values in YAML). What only the model can tell (does a pattern match a layer, doe
 
 import copy
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
 
-from trimtab import methods
+from trimtab import devices, methods
 from trimtab.errors import UserError, nearest
 from trimtab.layers import rates
 from trimtab.layers.rates import Parametrization, Rates
 from trimtab.methods.base import Method
+from trimtab.outputs import expanded
 from trimtab.quant.activations import Activations, KvCache
-from trimtab.recipe import agreement
+from trimtab.reading import require_regular
+from trimtab.recipe import agreement, yaml_text
+from trimtab.recipe.changing import AFTER, PLACE
 from trimtab.recipe.fields import (
     Block,
     DataBlock,
@@ -42,7 +46,7 @@ from trimtab.recipe.rules import Rule, parse_rules
 class Recipe(Block):
     """The whole configuration of a run."""
 
-    name: str = "run"
+    name: Annotated[str, PLACE] = "run"
     """Name of the run; taken from the file where it is read from one."""
     model: ModelBlock
     method: Method
@@ -64,11 +68,12 @@ class Recipe(Block):
     """Prune the float model first."""
     search: SearchBlock | None = None
     """Then search the widths of its layers; the rules that follow are the best found within the budget."""
-    merge: bool = False
+    merge: Annotated[bool, AFTER] = False
     """Merge output adapters into a dense copy of their weights when folding."""
-    export: list[FormatName] = Field(default=["native"], min_length=1)
-    """Formats to write: native into `output` always, each other one into `<output>/<format>`; see `trimtab formats`."""
-    output: str | None = None
+    export: Annotated[list[FormatName], AFTER] = Field(default=["native"], min_length=1)
+    """Formats to write: native into `output` always, each other one into `<output>/<format>`; see `trimtab formats`.
+    `same` is the format that the base came in."""
+    output: Annotated[str | None, PLACE] = None
     """Where the model is written; null is `runs/<name>`."""
     inputs: dict[str, dict[str, FileMark]] | None = None
     """Written by a run, not by hand: bytes and SHA-256 of every file that it read, by the key that names them. `eval`,
@@ -108,14 +113,14 @@ class Recipe(Block):
     @property
     def out(self) -> Path:
         """The output directory."""
-        return Path(self.output or f"runs/{self.name}")
+        return expanded(self.output or f"runs/{self.name}")
 
     @property
     def teacher_cache(self) -> Path | None:
         """Where the teacher's predictions are kept on disk, if they are."""
         if self.distill is None or self.distill.teacher != "cached":
             return None
-        return Path(self.distill.cache or f"{self.out}-teacher")
+        return expanded(self.distill.cache or f"{self.out}-teacher", "distill.cache")
 
     def moved(self, output: Path) -> "Recipe":
         """The recipe with another output, and its teacher's cache where it was."""
@@ -128,6 +133,19 @@ class Recipe(Block):
         """The compute dtype."""
         dtype: torch.dtype = getattr(torch, self.model.dtype)
         return dtype
+
+    def on(self, device: str) -> "Recipe":
+        """The recipe, computed on another device."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"device": device})})
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed here.
+
+        Raises:
+            UserError: if it names a device that is not here.
+        """
+        return devices.resolve(self.model.device)
 
     @property
     def parametrization(self) -> Parametrization:
@@ -148,27 +166,26 @@ class Recipe(Block):
             default.delta if given.lr is None else given.lr, default.scale if given.lr_scale is None else given.lr_scale
         )
 
+    def with_its_rates(self) -> "Recipe":
+        """The recipe with the rates that its number of steps gives it, which no later default changes then."""
+        given = {"lr": self.rates.delta, "lr_scale": self.rates.scale, "parametrization": self.parametrization}
+        return self.model_copy(update={"train": self.train.model_copy(update=given)})
+
     def to_yaml(self) -> str:
         """The resolved recipe: every field with the value it has, runnable as it stands."""
         values = self.model_dump(mode="json", exclude={"method", "rules"})
         values["method"] = {"name": self.method.name, **asdict(self.method)}
         values["rules"] = None if self.rules is None else [_plain(rule) for rule in self.rules]
         values["output"] = str(self.out)
-        values["train"] |= {
-            "lr": self.rates.delta,
-            "lr_scale": self.rates.scale,
-            "parametrization": self.parametrization,
-        }
-        if self.train.epochs is not None:  # until the rows are counted there is no number of steps, nor rates for it
+        if self.train.epochs is not None:  # what stands for a number of steps, until the rows are counted
             del values["train"]["steps"]
-            values["train"] |= {"lr": self.train.lr, "lr_scale": self.train.lr_scale}
         if self.inputs is None:
             del values["inputs"]
         return yaml.safe_dump({key: values[key] for key in Recipe.model_fields if key in values}, sort_keys=False)
 
 
 def _plain(rule: Rule) -> dict[str, Any]:
-    grid = rule.grid if rule.grid in (None, "float") else asdict(rule.grid)  # type: ignore[arg-type]
+    grid = rule.grid if rule.grid in (None, "float", "same") else asdict(rule.grid)  # type: ignore[arg-type]
     return {"match": rule.match, "grid": grid} | ({} if rule.rank is None else {"rank": rule.rank})
 
 
@@ -200,7 +217,8 @@ def _first(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{key}: missing, and it has no default"
     cause = problem.get("ctx", {}).get("error")
-    return str(cause) if isinstance(cause, UserError) else f"{key}: {problem['msg']} (got {problem['input']!r})"
+    given = reprlib.repr(problem["input"])  # it may be large
+    return str(cause) if isinstance(cause, UserError) else f"{key}: {problem['msg']} (got {given})"
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
@@ -223,10 +241,8 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{path}: no such recipe file")
-    try:
-        values = yaml.safe_load(file.read_bytes())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    require_regular(file, yaml_text.MOST_BYTES, "write it again")
+    values = yaml_text.load(file.read_bytes(), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys (model, method, data, ...)")
     values.setdefault("name", file.stem)
@@ -237,7 +253,7 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
 
 def from_text(text: str) -> Recipe:
     """A recipe from the text of its file, as `to_yaml` gives it."""
-    return from_dict(yaml.safe_load(text))
+    return from_dict(yaml_text.load(text, "recipe"))
 
 
 def as_recipe(recipe: "Recipe | Mapping[str, Any] | str | os.PathLike[str]", overrides: Sequence[str] = ()) -> Recipe:
@@ -279,9 +295,9 @@ def _override(values: dict[str, Any], override: str) -> None:
             block[part] = {"name": block[part]} if isinstance(block.get(part), str) and part == "method" else {}
         block = block[part]
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key}: {text!r} is not a YAML value") from None
+        value = yaml_text.load(text, key)
+    except UserError as error:
+        raise UserError(f"{key}: {text!r} is not a YAML value ({error})") from None
     if isinstance(block, list):
         block[_index(key, last, block)] = value
     else:

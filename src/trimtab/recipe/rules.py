@@ -7,7 +7,8 @@
 
 Patterns are shell globs over module names. They stand for the projections of the language model; the embedding and the
 head are touched only by a pattern that names them (whose last component is more than `*`), and a tied head follows its
-embedding. `grid: float` keeps a layer's weight in float but lets the method train an adapter on it. A pattern that matches
+embedding. `grid: float` keeps a layer's weight in float but lets the method train an adapter on it; `grid: same` keeps
+the grid that a layer has in the file, and leaves alone what is float there. A pattern that matches
 nothing is an error, and so is one that gives a grid to nothing but layers that stay in float (routers, vision towers).
 """
 
@@ -19,8 +20,8 @@ from typing import Any, Literal
 from trimtab.errors import UserError, nearest
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 
-Placement = AnyGrid | Literal["float"] | None
-"""A grid, "float" (a float weight with an adapter), or None (an untouched layer)."""
+Placement = AnyGrid | Literal["float", "same"] | None
+"""A grid, "float" (a float weight with an adapter), "same" (what the layer has), or None (an untouched layer)."""
 Kind = Literal["linear", "head", "tied", "embedding"]
 """What a layer is: the output head apart from other linear layers, and apart from that a head tied to its embedding."""
 
@@ -42,11 +43,11 @@ class Rule:
 
 
 def parse_grid(value: Any, where: str) -> Placement:
-    """A grid from a recipe's mapping, `null` or `float`; a `UserError` naming `where` otherwise."""
-    if value is None or value == "float" or isinstance(value, Grid | CodebookGrid):
+    """A grid from a recipe's mapping, `null`, `float` or `same`; a `UserError` naming `where` otherwise."""
+    if value is None or value in ("float", "same") or isinstance(value, Grid | CodebookGrid):
         return value
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}: {value!r} is no grid; write {{bits: 4, group: 64}}, float or null")
+        raise UserError(f"{where}: {value!r} is no grid; write {{bits: 4, group: 64}}, float, same or null")
     kind = CodebookGrid if "codebook" in value else Grid
     known = [f.name for f in fields(kind)]
     for key in value:

@@ -10,6 +10,7 @@ from trimtab.data import objectives
 from trimtab.data.rows import judged, load_rows
 from trimtab.data.sequences import length_of, token_windows
 from trimtab.data.sources import Texts, mixed
+from trimtab.data.split import SHARE
 from trimtab.errors import UserError
 from trimtab.recipe.fields import DataBlock, StartBlock
 
@@ -23,7 +24,18 @@ def training(block: DataBlock) -> Texts:
     Raises:
         UserError: for anything in them that the user can mend.
     """
-    return mixed(block.sources, 0.0 if block.holdout is None and block.eval_path is not None else block.holdout)
+    return mixed(block.sources, share_of(block))
+
+
+def share_of(block: DataBlock) -> float | None:
+    """The share of the rows that is split off; None for what `mixed` takes of many."""
+    return 0.0 if block.holdout is None and block.eval_path is not None else block.holdout
+
+
+def most_held_out(block: DataBlock) -> float:
+    """The share of the rows that is split off, if any is."""
+    share = share_of(block)
+    return SHARE if share is None else share
 
 
 def training_of(recipe: Recipe) -> Texts:
@@ -52,9 +64,11 @@ def held_out(block: DataBlock, texts: Texts | None = None) -> Any:
         texts: of `training`, if it is at hand.
     """
     if block.eval_path is not None:
-        rows = load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore, columns=block.columns)
+        rows = block.measured.rows()
         # Of preferences the good answers are measured, as they are learned.
         kind = "dpo" if "chosen" in rows.column_names else "kto"
+        if kind == "kto" and judged(rows) and not any(rows["label"]):
+            raise UserError(f"data.eval_path: {block.eval_path} holds no answer that is good, and those are measured")
         return objectives.answers(rows, kind) if judged(rows) else rows
     if block.holdout == 0:
         return None
@@ -65,6 +79,11 @@ def held_out(block: DataBlock, texts: Texts | None = None) -> Any:
             "name held-out data in data.eval_path, or set data.holdout to 0"
         )
     return found.held_out
+
+
+def key_of(block: DataBlock) -> str:
+    """The key that held-out rows are of."""
+    return "data.holdout" if block.eval_path is None else "data.eval_path"
 
 
 def windows_of(block: DataBlock, rows: Any, tokenizer: Any) -> Tensor:
@@ -81,5 +100,6 @@ def windows_of(block: DataBlock, rows: Any, tokenizer: Any) -> Tensor:
 def calibration(block: StartBlock, data: DataBlock | None) -> Any:
     """The rows that a start is calibrated on where it names its own, by the keys that the training data has."""
     assert block.path is not None
-    more = {} if data is None else {"ignore": data.ignore, "columns": data.columns}
-    return load_rows(block.path, split=block.split, **more)  # type: ignore[arg-type]
+    if data is not None:
+        return data.beside(block.path, block.split, block.subset).rows()
+    return load_rows(block.path, split=block.split, subset=block.subset)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from trimtab.memory.peak import Plan
 from trimtab.memory.settings import Settings
 from trimtab.memory.speed import Speed
+from trimtab.words import duration
 
 _PARTS = {
     "codes": "codes, scales, zeros",
@@ -49,9 +50,11 @@ def tables(plan: Plan, available: int, size: Callable[[float], str]) -> Iterator
     rows += [("total, above the interpreter and its libraries", size(plan.total))]
     rows += [("trainable parameters", f"{plan.trainable:,}")]
     yield Shown("predicted peak of training", ("", ""), rows)
-    memory, where = (available, "free here") if plan.memory is None else (plan.memory, "given")
-    verdict, apart = ("fits", "left") if plan.total <= memory else ("does not fit", "too much")
-    yield f"memory {where}: {size(memory)}: {verdict}, {size(abs(memory - plan.total))} {apart}"
+    memory, where = _memory(plan, available)
+    needed = plan.total + plan.beside
+    verdict, apart = ("fits", "left") if needed <= memory else ("does not fit", "too much")
+    beside = f", with {size(plan.beside)} for context and libraries" if plan.beside else ""
+    yield f"memory {where}: {size(memory)}: {verdict}{beside}, {size(abs(memory - needed))} {apart}"
     if plan.sizes:
         held = [(name, size(found)) for name, found in plan.sizes.items() if isinstance(found, int)]
         yield Shown("tuned model by format", ("", ""), held)
@@ -60,6 +63,17 @@ def tables(plan: Plan, available: int, size: Callable[[float], str]) -> Iterator
                 yield f"  {name}: no ({_short(found, _WIDTH - len(name) - 9)})"
     if plan.settings is not None:
         yield from _settings(plan.settings, memory, size)
+    if plan.speed is not None:
+        yield speed(plan.speed)
+
+
+def _memory(plan: Plan, available: int) -> tuple[int, str]:
+    """What there is, and where: as it was given, on the plan's device, or here."""
+    if plan.memory is not None:
+        return plan.memory, "given"
+    if plan.free is not None:
+        return plan.free, f"free on {plan.device}"
+    return available, "free here" if plan.device in ("auto", "cpu") else f"free here ({plan.device} is not)"
 
 
 def _settings(found: Settings, memory: int, size: Callable[[float], str]) -> Iterator[Shown | str]:
@@ -91,10 +105,10 @@ def speed(found: Speed | str) -> str:
     """What a probe found, in a line."""
     if isinstance(found, str):
         return f"speed not tried: {found}"
-    minutes = round(found.seconds / 60)
-    hours, minutes = divmod(minutes, 60)
-    took = f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{found.seconds:.0f} s"
-    return f"about {found.tokens_per_second:.0f} tokens a second ({found.how}): all steps take {took}"
+    about = f"about {found.tokens_per_second:.0f} tokens a second ({found.how})"
+    if found.seconds is None:
+        return f"{about}; how many steps the epochs are, `trimtab data` counts"
+    return f"{about}: all steps take {duration(found.seconds)}"
 
 
 def _short(text: str, width: int) -> str:

@@ -12,12 +12,13 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from trimtab import ranks
+from trimtab.errors import UserError
 from trimtab.memory import process
-from trimtab.pages.words import duration, perplexity, size
 from trimtab.report import tables
+from trimtab.words import duration, perplexity, size
 
 if TYPE_CHECKING:
-    from trimtab.api import Accuracies
     from trimtab.bit_search.searching import Search
     from trimtab.evaluation.chat import Talk
     from trimtab.evaluation.comparing import Comparison
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from trimtab.evaluation.serving import Served
     from trimtab.formats.export import Report
     from trimtab.memory.peak import Plan
+    from trimtab.pipeline.evaluating import Accuracies
     from trimtab.pruning import Pruned
     from trimtab.training.overview import Overview
     from trimtab.training.trainer import Step
@@ -55,7 +57,7 @@ class Terminal:
     """Shows a run as it goes."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, emoji=False)
+        self.console = Console(highlight=False, emoji=False, quiet=not ranks.is_first())
         self._progress: Progress | None = None
         self._live: Live | None = None
         self._status: Status | None = None
@@ -75,7 +77,8 @@ class Terminal:
     def step(self, step: "Step") -> None:
         """Advance the training bar."""
         speed = step.tokens / max(step.seconds, 1e-9)
-        fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(process.peak_bytes())}
+        most = process.peak_bytes() if step.device_bytes is None else step.device_bytes
+        fields: dict[str, Any] = {"loss": step.loss, "speed": speed, "memory": size(most)}
         if step.held_out is not None:
             self._held_out = f", held-out {step.held_out:.3f}"
         if not self.console.is_terminal:
@@ -111,7 +114,7 @@ class Terminal:
         for line in movements(metrics):
             self.say(line)
         table = Table(box=None, show_header=False, title="bytes and time", title_justify="left")
-        for name in ("peak_memory_bytes", "disk_bytes"):
+        for name in ("device_peak_memory_bytes", "peak_memory_bytes", "disk_bytes"):
             if metrics.get(name) is not None:
                 table.add_row(name.removesuffix("_bytes").replace("_", " "), size(metrics[name]))
         if metrics.get("train_seconds"):
@@ -217,6 +220,8 @@ class Terminal:
         left = search.seconds_left(trials)
         status = f"{done} trials done, {running} running, {failed} failed; hypervolume {search.hypervolume(trials):.4g}"
         status += "" if left is None else f"; about {left / 60:.0f} min left"
+        if search.doubtful:
+            status += "; waiting for a sign of life from other machines, two minutes at most"
         if not self.console.is_terminal:
             if status != self._said:
                 self.console.print(f"  {status}")
@@ -281,8 +286,12 @@ class Terminal:
         while question := self._asked():
             command, _, rest = question.partition(" ")
             if command in ("/reset", "/system"):
+                try:
+                    talk.system = talk.system if command == "/reset" else rest.strip() or None
+                except UserError as error:
+                    self.say(str(error))
+                    continue
                 talk.reset()
-                talk.system = talk.system if command == "/reset" else rest.strip() or None
                 self.say("forgotten" if command == "/reset" else "a new conversation begins")
             elif command in ("/exit", "/quit", "/bye"):
                 return

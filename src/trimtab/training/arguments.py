@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from trimtab import processes
 from trimtab.recipe.recipe import Recipe
 
 _OPTIMIZERS = {
@@ -26,7 +29,9 @@ def arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
     return {
         "output_dir": str(checkpoints),
         "max_steps": block.steps,
-        "gradient_accumulation_steps": block.batch_tokens // (block.micro_batch * block_tokens(recipe)),
+        "gradient_accumulation_steps": max(
+            1, block.batch_tokens // (block.micro_batch * block_tokens(recipe) * processes.count())
+        ),
         "learning_rate": recipe.rates.delta,
         "lr_scheduler_type": "constant_with_warmup" if block.schedule == "constant" else block.schedule,
         "warmup_steps": round(block.warmup * block.steps),
@@ -36,7 +41,9 @@ def arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "max_grad_norm": block.clip,
         "optim": _OPTIMIZERS[block.optimizer],
         "seed": block.seed,
+        "use_cpu": recipe.device.type == "cpu",
         "bf16": False,  # the model computes in its own dtype; autocast would only add casts
+        "fp16": recipe.dtype == torch.float16,  # for its loss scaling; elsewhere than on CUDA it is refused (`options`)
         "gradient_checkpointing": block.activation_checkpointing,
         "save_steps": block.save_steps,
         "save_total_limit": block.keep_checkpoints,

@@ -8,7 +8,6 @@ A run that goes on from a checkpoint keeps the best of what it did before, even 
 measured on that very model.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, TrainerCallback
 
+from trimtab import processes
+from trimtab.formats.directory import replacing
 from trimtab.recipe.recipe import Recipe
-from trimtab.training.checkpoints import CHECKPOINT, load_trainable, trainable
+from trimtab.training.checkpoints import CHECKPOINT, load_trainable, what_is_wrong, whole
 from trimtab.training.held_out import HeldOut
 
 FOLDER = "best"
@@ -66,14 +67,33 @@ class KeepsTheBest(TrainerCallback):
         self._tokens_at_once = recipe.train.micro_batch * recipe.data.block_tokens
         self.trainer: Any = None
         """The trainer that calls; set before it trains."""
+        self._of = given.digest()
+        self._pass_over_damage()
+        self._since = int((self._about() or {}).get("since", 0))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure where nothing was measured at this step yet."""
         if state.global_step == 0 and args.should_save:
             shutil.rmtree(self._folder, ignore_errors=True)  # of an earlier training
-        if state.global_step % self._every == 0 and state.global_step not in _measured(state):
+        # Or what is there was measured on another text: then it is compared with no more.
+        fresh = processes.first(lambda: self.best() is None)
+        if fresh:
+            self._since = state.global_step
+        if fresh or (state.global_step % self._every == 0 and state.global_step not in self._measured(state)):
             loss = self._measure(state)
             self._say(f"held-out loss {loss:.3f} after step {state.global_step}, on {self._given.tokens:,} tokens")
+
+    def _pass_over_damage(self) -> None:
+        """Begin the comparison again where the model that was kept is not what was written."""
+
+        def look() -> str:
+            why = what_is_wrong(self._folder, (CHECKPOINT,)) if self._folder.is_dir() else ""
+            if why:
+                shutil.rmtree(self._folder)
+            return why
+
+        if why := processes.first(look):
+            self._say(f"{self._folder}: is damaged and passed over: {why}; models are compared anew from here on")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure every so many steps, and after the last."""
@@ -88,36 +108,48 @@ class KeepsTheBest(TrainerCallback):
 
     def _measure(self, state: Any) -> float:
         model: PreTrainedModel = self.trainer.model
-        loss, before = self._given.loss(model, self._tokens_at_once), self.best()
+        mine = self._given.loss(model, self._tokens_at_once)
+        # Of one process: what all do next hangs on it, and theirs may differ in the last bits.
+        loss, before = processes.first(lambda: (mine, self.best()))
         was = model.training
         model.eval()  # so that the trainer takes it for a measurement
         self.trainer.log({_LOSS: loss})
         model.train(was)
-        if (before is None or loss < before[1]) and self.trainer.args.should_save:
+        if before is None or loss < before[1]:
             self._keep(model, state.global_step, loss)
+        processes.barrier()  # all look at what is kept
         return loss
 
     def _keep(self, model: PreTrainedModel, step: int, loss: float) -> None:
-        """Write the best model so far in place of the one before, in one move: a finished run may share that file."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().contiguous() for name, p in trainable(model).items()}
-        save_file(tensors, self._folder / f"{CHECKPOINT}.new", {"step": str(step), _LOSS: repr(loss)})
-        os.replace(self._folder / f"{CHECKPOINT}.new", self._folder / CHECKPOINT)
+        """Write the best model so far in place of the one before, in one move: a finished run may share those files."""
+        tensors = whole(model)
+        if not self.trainer.args.should_save:
+            return
+        with replacing(self._folder, "checkpoint", overwrite=True) as staging:
+            save_file(tensors, staging / CHECKPOINT, self._record(step, loss))
 
-    def best(self) -> tuple[int, float] | None:
-        """Step and loss of the best model so far, if one was kept."""
+    def _record(self, step: int, loss: float) -> dict[str, str]:
+        return {"step": str(step), _LOSS: repr(loss), "of": self._of, "since": str(self._since)}
+
+    def _about(self) -> dict[str, str] | None:
+        """What is written of the model that was kept, if one was, and measured on this very text."""
         if not (self._folder / CHECKPOINT).is_file():
             return None
         with safe_open(self._folder / CHECKPOINT, framework="pt") as file:
-            about = file.metadata()
-        return int(about["step"]), float(about[_LOSS])
+            about: dict[str, str] = file.metadata()
+        return about if about.get("of") == self._of else None
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the best model so far, if one was kept."""
+        about = self._about()
+        return None if about is None else (int(about["step"]), float(about[_LOSS]))
 
     def exhausted(self, state: Any) -> str:
         """Why training is to end, if it has gone on for too long without a better model; else nothing."""
         best = self.best()
         if self._patience is None or best is None:
             return ""
-        since = [step for step in _measured(state) if step > best[0]]
+        since = [step for step in self._measured(state) if step > best[0]]
         if len(since) < self._patience:
             return ""
         times = "evaluation" if len(since) == 1 else f"{len(since)} evaluations"
@@ -128,17 +160,16 @@ class KeepsTheBest(TrainerCallback):
 
     def restore(self, model: PreTrainedModel, state: Any) -> Evaluations | None:
         """Give the model the trainable tensors that were best; what was measured, or None if nothing was."""
-        best, measured = self.best(), _measured(state)
+        best, measured = processes.first(self.best), self._measured(state)
         if best is None:
             return None
-        if best[0] != state.global_step:
+        if best != (state.global_step, measured.get(state.global_step)):  # a step may be reached twice, by other rates
             now = measured.get(state.global_step, inf)
             after = "" if now == inf else f"; after step {state.global_step} it was {now:.3f}"
             self._say(f"the model of step {best[0]} is kept: its held-out loss, {best[1]:.3f}, is the lowest{after}")
             load_trainable(model, self._folder)
         return Evaluations([*measured], [*measured.values()], *best, state.global_step < self._steps)
 
-
-def _measured(state: Any) -> dict[int, float]:
-    """Held-out losses by step."""
-    return {entry["step"]: entry[_LOSS] for entry in state.log_history if _LOSS in entry}
+    def _measured(self, state: Any) -> dict[int, float]:
+        """Held-out losses by step, of this text."""
+        return {e["step"]: e[_LOSS] for e in state.log_history if _LOSS in e and e["step"] >= self._since}

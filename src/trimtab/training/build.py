@@ -19,6 +19,7 @@ from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.held_out import HeldOut
 from trimtab.training.overview import Overview
+from trimtab.training.parted import in_parts
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,28 @@ def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
     return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
 
 
-def build(recipe: Recipe, given: RunContext) -> PreTrainedModel:
-    """Load the model quantized, from the recipe's start, with fresh adapters or those of `model.adapter`."""
+def build(recipe: Recipe, given: RunContext, errors: dict[str, float] | None = None) -> PreTrainedModel:
+    """Load the model quantized, from the recipe's start, with fresh adapters or those of `model.adapter`.
+
+    Of several processes that keep a part each, it is parted while it is read.
+
+    Args:
+        recipe: says all of it.
+        given: what was read.
+        errors: as of `load`.
+    """
     torch.manual_seed(recipe.train.seed)
     model, _ = load(
         recipe.model.path,
         recipe.method,
         recipe.rules,
         dtype=recipe.dtype,
+        device=recipe.device,
         source=given.source,
         start=given.start,
         quiet=True,
+        errors=errors,
+        shard=in_parts(recipe),
     )
     if recipe.model.adapter is not None:
         start_from(model, recipe.model.adapter)

@@ -16,7 +16,7 @@ Legend: C tokens of a chunk, T counted tokens, V vocabulary, D hidden size, k ke
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol
 
 import torch
@@ -25,7 +25,12 @@ from torch import Tensor
 from trimtab.models.head import Head
 
 LOGITS_CHUNK_TOKENS = 128
-"""Tokens whose logits exist at once in training."""
+"""Tokens whose logits exist at once in training; on a GPU at least."""
+_MOST_TOKENS = 4096
+_SHARE = 16
+"""On a GPU logits may take this part of what is free there."""
+IGNORED = -100
+"""Label of tokens that do not count."""
 
 
 class Targets(Protocol):
@@ -102,9 +107,34 @@ class TopTargets:
         return kl, error_CV.scatter_(1, ids, gap[:, :-1])
 
 
-def chunks(tokens: int) -> Iterator[slice]:
+def counted_tokens(labels_T: Tensor) -> Tensor:
+    """Positions of the labels that count, int64. A GPU is waited for, so a micro-step asks once."""
+    return (labels_T != IGNORED).nonzero().squeeze(1)
+
+
+def chunks(tokens: int, at_once: int = LOGITS_CHUNK_TOKENS) -> Iterator[slice]:
     """Cuts counted tokens so that few logits exist at once."""
-    return (slice(start, start + LOGITS_CHUNK_TOKENS) for start in range(0, tokens, LOGITS_CHUNK_TOKENS))
+    return (slice(start, start + at_once) for start in range(0, tokens, at_once))
+
+
+@cache
+def tokens_at_once(device: torch.device, vocabulary: int) -> int:
+    """How many tokens' logits may exist at once: more on a GPU that has memory to spare, where few are slow.
+
+    Decided once in a process: sums in another order have other last bits, so no step may depend on who else uses the GPU.
+    """
+    if device.type != "cuda":
+        return LOGITS_CHUNK_TOKENS
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _at_once(free, vocabulary)
+
+
+def _at_once(free_bytes: int, vocabulary: int) -> int:
+    """Logits and their exponentials in float32, and both in a half type on their way."""
+    fits, tokens = free_bytes // _SHARE // (12 * vocabulary), LOGITS_CHUNK_TOKENS
+    while tokens < _MOST_TOKENS and 2 * tokens <= fits:
+        tokens *= 2
+    return tokens
 
 
 def top_of(logits_CV: Tensor, k: int, temperature: float) -> TopTargets:

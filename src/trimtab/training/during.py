@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.best import Evaluations, KeepsTheBest
-from trimtab.training.checkpoints import step_of
+from trimtab.training.checkpoints import state_of, step_of
 from trimtab.training.held_out import HeldOut
 from trimtab.training.held_out import held_out as held_out_of
 from trimtab.training.interrupt import EndsAfterTheStep
@@ -28,7 +28,7 @@ class During:
         recipe: `train` and `data` are read.
         tokenizer: the model's.
         vocabulary: rows of the model's embedding.
-        held_out: what to measure on where `train.evaluate_steps` is set; None reads `data.eval_path`.
+        held_out: what to measure on where `train.evaluate_steps` is set; None reads it.
         say: told what happens.
     """
 
@@ -39,7 +39,7 @@ class During:
         self._keeps: KeepsTheBest | None = None
         if recipe.train.evaluate_steps is not None:
             given = held_out or held_out_of(recipe, tokenizer, None, vocabulary)
-            self._keeps = KeepsTheBest(recipe, given, say, lambda: self._ends.asked)
+            self._keeps = KeepsTheBest(recipe, given, say, lambda: self._ends.agreed)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
@@ -50,11 +50,11 @@ class During:
         """Whether a checkpoint is of a training that has nothing left to do."""
         if last is None or step_of(last) == self._steps:
             return last is not None
-        return self._keeps is not None and bool(self._keeps.exhausted(_state_of(last)))
+        return self._keeps is not None and bool(self._keeps.exhausted(state_of(last)))
 
     def end_of(self, model: PreTrainedModel, last: Path) -> Evaluations | None:
         """As `end`, of a training that is over."""
-        return self.end(model, _state_of(last))
+        return self.end(model, state_of(last))
 
     @contextmanager
     def watching(self, trainer: Any) -> Iterator[None]:
@@ -72,8 +72,3 @@ class During:
         """
         self._ends.check(state.global_step, self._steps)
         return None if self._keeps is None else self._keeps.restore(model, state)
-
-
-def _state_of(checkpoint: Path) -> TrainerState:
-    """The trainer's state that a checkpoint was written with."""
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

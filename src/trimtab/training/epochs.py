@@ -6,6 +6,7 @@ steps an epoch   their batches of micro_batch, and of these as many to a step as
 
 import math
 
+from trimtab import processes
 from trimtab.data.rows import quiet
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.labelled import Labelled, packing_of
@@ -19,21 +20,22 @@ def sequences_of(recipe: Recipe, given: Labelled) -> int:
         return len(given.sequences)
     from trl import pack_dataset
 
+    # As TRL does, so that of many rows its packing is found again.
+    rows = given.sequences.select_columns(["input_ids", "labels"])
     with quiet():
-        return len(pack_dataset(given.sequences.shuffle(seed=recipe.train.seed), recipe.data.block_tokens, packing))
+        return len(pack_dataset(rows.shuffle(seed=recipe.train.seed), recipe.data.block_tokens, packing))
 
 
 def steps_of_epoch(recipe: Recipe, sequences: int) -> int:
     """Optimizer steps in which every sequence is seen once."""
     assert recipe.data is not None
-    micro = recipe.train.micro_batch
+    micro = recipe.train.micro_batch * processes.count()
     accumulated = max(1, recipe.train.batch_tokens // (micro * recipe.data.block_tokens))
     return math.ceil(math.ceil(sequences / micro) / accumulated)
 
 
-def resolved(recipe: Recipe, sequences: int) -> Recipe:
-    """The recipe with a number of steps in place of epochs."""
+def steps_of(recipe: Recipe, sequences: int) -> int:
+    """Optimizer steps of the whole training."""
     if recipe.train.epochs is None:
-        return recipe
-    steps = max(1, math.ceil(recipe.train.epochs * steps_of_epoch(recipe, sequences)))
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, "epochs": None})})
+        return recipe.train.steps
+    return max(1, math.ceil(recipe.train.epochs * steps_of_epoch(recipe, sequences)))

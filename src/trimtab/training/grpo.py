@@ -18,6 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.arguments import arguments
 from trimtab.training.ours import Ours
+from trimtab.training.placing import placed
 from trimtab.training.preference_trainers import reference_of
 from trimtab.training.preferred import Preferred
 from trimtab.training.rewards import reward
@@ -60,7 +61,7 @@ def trainer(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, given: Prefe
         model=model,
         ref_model=reference_of(recipe, model) if block.beta else None,
         reward_funcs=reward(recipe),
-        args=config,
+        args=placed(config, recipe.device),
         train_dataset=given.sequences,
         processing_class=tokenizer,
         callbacks=callbacks,

@@ -12,18 +12,22 @@ Legend: W windows, L tokens in each.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data.rows import load_rows
-from trimtab.data.sequences import spread, token_windows
+from trimtab.data.sequences import spread
 from trimtab.errors import UserError
+from trimtab.models.head import Head
+from trimtab.models.through import through
+from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.labelled import label
-from trimtab.training.loss import IGNORED, summed_loss
+from trimtab.training.loss import IGNORED, loss_of_logits, summed_loss
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class HeldOut:
         """Tokens that count: those that have a label and something before them."""
         return sum(int((labels[1:] != IGNORED).sum()) for _, labels in self.sequences)
 
+    def digest(self) -> str:
+        """Changes with anything that is measured on."""
+        found = sha256()
+        for ids, labels in self.sequences:
+            found.update(ids.numpy().tobytes() + labels.numpy().tobytes())
+        return found.hexdigest()
+
     @torch.no_grad()
     def loss(self, model: PreTrainedModel, tokens_at_once: int) -> float:
         """Mean of -log p over all tokens that count.
@@ -46,13 +57,19 @@ class HeldOut:
             tokens_at_once: tokens in a forward pass, padding included; at least one sequence.
         """
         was, device, total = model.training, next(model.parameters()).device, 0.0
+        fits = Head.fits(model)  # asked ahead: it may run the model, whose forward is another one within `through`
         model.eval()
         try:
             for ids, mask, labels in self._batches(tokens_at_once):
                 inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
                 if not bool(mask.all()):
                     inputs["attention_mask"] = mask.to(device)
-                total += float(summed_loss(model, labels.to(device), **inputs))
+                labels = labels.to(device)
+                if fits:
+                    part = through(model, model, partial(summed_loss, model, labels), **inputs)
+                else:
+                    part = loss_of_logits(model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+                total += float(part)
         finally:
             model.train(was)
         return total / self.tokens
@@ -76,7 +93,7 @@ def held_out(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int, windows
     Args:
         recipe: `data` is read.
         tokenizer: the model's.
-        rows: held out of training; None reads `data.eval_path`.
+        rows: held out of training; None reads them.
         vocabulary: rows of the model's embedding.
         windows_WL: the rows as windows of tokens, where they were made already.
 
@@ -86,17 +103,18 @@ def held_out(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int, windows
     block = recipe.data
     assert block is not None, "the recipe was checked to have data"
     if rows is None:
-        assert block.eval_path is not None, "the recipe was checked to have held-out data"
-        rows = load_rows(block.eval_path, split=block.eval_split, ignore=block.ignore)
+        rows = texts.held_out(block)
     if "prompt" not in rows.column_names:
         if windows_WL is None:
-            size, limit = block.block_tokens, block.eval_tokens
-            windows_WL = token_windows(rows, tokenizer, block_tokens=size, limit_tokens=limit)
+            windows_WL = texts.windows_of(block, rows, tokenizer)
         return HeldOut([(row, row) for row in windows_WL])
     if block.eval_tokens is not None:
         rows = spread(rows, tokenizer, block.eval_tokens)
-    place = {} if block.eval_path is None else {"path": block.eval_path, "split": block.eval_split}
-    named = recipe.model_copy(update={"data": block.model_copy(update={**place, "packing": "none"})})
+    place: dict[str, Any] = {"packing": "none"}
+    if block.eval_path is not None:
+        path, split, subset, *_ = block.measured
+        place |= {"path": path, "split": split, "subset": subset, "revision": None}
+    named = recipe.model_copy(update={"data": block.model_copy(update=place)})
     size = block.block_tokens
     found = HeldOut(
         [
@@ -105,5 +123,5 @@ def held_out(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int, windows
         ]
     )
     if not found.tokens:
-        raise UserError("data.eval_path: prompts leave no room for an answer; raise data.block_tokens")
+        raise UserError(f"{texts.key_of(block)}: prompts leave no room for an answer; raise data.block_tokens")
     return found

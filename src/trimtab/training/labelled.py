@@ -10,20 +10,28 @@ here is what is trained:
 Where no label is left at all the run is refused; what is less than that is told in one line, with its first row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trimtab.data.conversations import NO_TEMPLATE, Given, answer_of, end_of_turns, left_out, rendered
-from trimtab.data.learned import tokens_of_row
+from trimtab.data.conversations import NO_TEMPLATE
+from trimtab.data.digests import joined, of_code, of_rows, of_tokenizer
+from trimtab.data.portions import portions
 from trimtab.data.rows import Place, conversational, judged, unused_keys
 from trimtab.data.sources import ORIGIN, place_of
-from trimtab.data.tokens import Tokens, dataset_of, head_of
+from trimtab.data.stored import collect, each, find, mapped, sought, store
+from trimtab.data.tokens import sequence_columns, sequence_features
 from trimtab.errors import UserError
+from trimtab.recipe.fields import DataBlock
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.loss import IGNORED
+from trimtab.training.tokenizing import Row, Tally, Tokenizing, worked
 
 
 @dataclass(frozen=True)
@@ -85,14 +93,50 @@ def label(recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int, *, prefere
     return made.labelled()
 
 
-def check_end(tokenizer: Any, rows: Any) -> None:
-    """Raise a `UserError` where the tokenizer lacks the end-of-sequence token that training needs."""
-    if isinstance(tokenizer.eos_token_id, int) or (conversational(rows) and tokenizer.pad_token_id is not None):
-        return
-    name = "data: the tokenizer has no end-of-sequence token"
-    named = "" if tokenizer.eos_token is None else f" ({tokenizer.eos_token!r} is none of its tokens)"
-    why = "nor a padding token" if conversational(rows) else "so that a trained text could not end"
-    raise UserError(f"{name}{named}, {why}; name one of its tokens as `eos_token` in its tokenizer_config.json")
+def check_rows(tokenizer: Any, rows: Any, remedy: str = NO_TEMPLATE) -> None:
+    """Raise a `UserError` where the tokenizer lacks what the rows need: a token to end with, a chat template."""
+    check_tokenizer(tokenizer, conversational(rows), remedy)
+
+
+def check_tokenizer(tokenizer: Any, talk: bool, remedy: str = NO_TEMPLATE) -> None:
+    """The same for rows that are conversations, or are not."""
+    if not isinstance(tokenizer.eos_token_id, int) and not (talk and tokenizer.pad_token_id is not None):
+        name = "data: the tokenizer has no end-of-sequence token"
+        named = "" if tokenizer.eos_token is None else f" ({tokenizer.eos_token!r} is none of its tokens)"
+        why = "nor a padding token" if talk else "so that a trained text could not end"
+        raise UserError(f"{name}{named}, {why}; name one of its tokens as `eos_token` in its tokenizer_config.json")
+    if talk and not tokenizer.chat_template:
+        raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {remedy}")
+
+
+def places_of(block: DataBlock, rows: Any) -> Callable[[int], Place]:
+    """Where each row stands, by its number from 1."""
+    origins = rows[ORIGIN] if ORIGIN in rows.column_names else None
+    return lambda number: place_of(block.sources, number, None if origins is None else origins[number - 1])
+
+
+def rows_of(block: DataBlock, rows: Any) -> Iterator[Row]:
+    """Every row with its number and its place."""
+    sources = block.sources
+    for number, row in enumerate(each(rows), start=1):
+        yield Row(number, row, place_of(sources, number, row.get(ORIGIN)))
+
+
+def key_of_tokens(kind: str, tokenizer: Any, rows: Any, settings: list[Any]) -> str:
+    """What the token ids of rows are stored under: all that they follow from, the code that makes them among it."""
+    code = (Path(__file__).with_name(f"{name}.py") for name in ("labelled", "tokenizing", "preferred"))
+    return joined(kind, of_rows(rows, [ORIGIN]), of_tokenizer(tokenizer), settings, *made_by(tokenizer, *code))
+
+
+def made_by(tokenizer: Any, *code: Path) -> list[str]:
+    """What makes tokens of rows beside the tokenizer: our code (that of data and these files), libraries, and the day."""
+    today = date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else ""  # a template may say it
+    return [of_code(*code), *map(version, ("tokenizers", "transformers", "trl")), today]
+
+
+def unused_note(rows: Any) -> list[str]:
+    """A line on keys that nothing is done with, if there are any."""
+    return [f"data: keys of rows that are not used: {unused}"] if (unused := unused_keys(rows)) else []
 
 
 def _check_answers(rows: Any) -> None:
@@ -118,120 +162,90 @@ def check_learned(recipe: Recipe, sequences: Any) -> None:
 
 
 class _Maker:
-    """Goes through the rows once."""
+    """Goes through the rows once, or finds what was made of them."""
 
     def __init__(self, recipe: Recipe, tokenizer: Any, rows: Any, vocabulary: int) -> None:
         assert recipe.data is not None
         self._block, self._tokenizer, self._rows, self._vocabulary = recipe.data, tokenizer, rows, vocabulary
         self._packing, self._seed = packing_of(recipe, rows), recipe.train.seed
-        self._end: int | None = tokenizer.eos_token_id
-        self._behind: str | None = None
-        self._origins = rows[ORIGIN] if ORIGIN in rows.column_names else None
-        self._found: dict[str, list[int]] = {}
-        """Numbers of the rows, from 1, by what is to be said of them."""
+        self._place = places_of(self._block, rows)
+        self._tally = Tally(end=tokenizer.eos_token_id)
 
     def labelled(self) -> Labelled:
         """The whole."""
-        check_end(self._tokenizer, self._rows)
-        tokens = list(self._tokens())
-        self._count(tokens)
-        length = None if self._packing == "wrapped" else self._block.block_tokens
-        kept = [t for t in tokens if t.learned(length)]
-        if not kept:
-            raise self._nothing(tokens)
-        sequences = dataset_of((t.ids, t.labels(IGNORED)) for t in kept)
+        check_rows(self._tokenizer, self._rows)
+        found = find(self._key) if sought(self._rows.data.nbytes) else None
+        if found is None:
+            found = collect(sequence_features(), self._parts(), lambda: self._key, self._tally.as_json)
+        tally = self._tally = Tally.of_json(found.about)
         if self._packing == "wrapped" and "prompt" in self._rows.column_names:
-            self._found["parted"] = _parted(kept, self._block.block_tokens, self._seed)
+            count, first = self._parted(found.rows)
+            if count:
+                tally.found["parted"] = (count, first)
         counts = Counts(
-            tokens=sum(len(t.ids) for t in tokens),
-            learned=sum(t.learned() for t in tokens),
-            longest=max(len(t.ids) for t in tokens),
-            cut=len(self._found.get("cut", [])),
-            left_out=len(tokens) - len(kept),
+            tokens=tally.tokens,
+            learned=tally.learned,
+            longest=tally.longest,
+            cut=tally.count("cut"),
+            left_out=tally.rows - tally.kept,
         )
-        return Labelled(self._rows, sequences, self._end, tuple(self._notes(tokens)), counts)
+        return Labelled(self._rows, found.rows, tally.end, tuple(self._notes()), counts)
 
-    def _where(self, number: int) -> Place:
-        origin = None if self._origins is None else self._origins[number - 1]
-        return place_of(self._block.sources, number, origin)
+    def _parted(self, sequences: Any) -> tuple[int, int]:
+        """Rows of which something is learned without what is before it: how many, and the first; of many it is stored."""
+        of = partial(_parted, sequences, self._block.block_tokens, self._seed, lambda: joined("stand-ins", self._key))
+        if not mapped(sequences):
+            return of()
+        key = joined("parted", self._key)
+        found = find(key)
+        found = store(key, {"parted": of()}, {}) if found is None else found
+        count, first = found.rows[0]["parted"]
+        return count, first
 
-    def _note(self, what: str, number: int) -> None:
-        self._found.setdefault(what, []).append(number)
+    @cached_property
+    def _key(self) -> str:
+        """Of all that the sequences, and what is said of them, follow from."""
+        block = self._block
+        kept = [block.loss, block.block_tokens, self._packing, self._seed, self._vocabulary]
+        return key_of_tokens("answers", self._tokenizer, self._rows, kept)
 
-    def _tokens(self) -> Iterator[Tokens]:
-        """Of every row, checked."""
-        tokenizer, head, talk = self._tokenizer, head_of(self._tokenizer), conversational(self._rows)
-        if talk and not tokenizer.chat_template:
-            raise UserError(f"data: the rows are conversations, but the tokenizer has no chat template; {NO_TEMPLATE}")
-        for number, row in enumerate(self._rows, start=1):
-            text, where = None, self._where(number)
-            if talk:
-                text = rendered(row, tokenizer, where)
-                self._look_at(row, text, number)
-            elif "text" not in row and not answer_of(row).strip():
-                self._note("empty", number)
-            found = tokens_of_row(row, tokenizer, where, head, text, self._block.loss)
-            if found.ids and max(found.ids) >= self._vocabulary:
-                id_ = next(i for i in found.ids if i >= self._vocabulary)
-                raise UserError(
-                    f"data, {self._where(number)}: holds {tokenizer.convert_ids_to_tokens(id_)!r}, token {id_} of the "
-                    f"tokenizer, but the model's embedding has {self._vocabulary} rows; take the model's own tokenizer, or "
-                    "resize the model's embeddings (`model.resize_token_embeddings`) before it is tuned"
-                )
-            if found.merged:
-                self._note("merged", number)
-            yield found.compact()
+    def _parts(self) -> Iterator[dict[str, Any]]:
+        """Ids and labels of the rows in which something is to be learned."""
+        block = self._block
+        talk = conversational(self._rows)
+        work = Tokenizing(self._tokenizer, self._vocabulary, block.loss, block.block_tokens, self._packing, talk)
+        for portion in worked(work, rows_of(block, self._rows), block.num_proc):
+            self._tally.add(portion.tally)
+            yield sequence_columns(portion.lengths, portion.ids, portion.labels)
+        if not self._tally.kept:
+            raise self._nothing()
 
-    def _look_at(self, row: Any, text: str, number: int) -> None:
-        """Note what becomes of a conversation in its template."""
-        answer, before = left_out(row, text)
-        for what, is_so in (("answer", answer), ("before", before)):
-            if is_so:
-                self._note(what, number)
-        if not answer_of(row)[-1]["content"].strip():
-            if not Given.of(row).called(-1):
-                self._note("empty", number)
-        elif self._behind is None:
-            self._end, self._behind = end_of_turns(row, text, self._tokenizer)
-
-    def _count(self, tokens: list[Tokens]) -> None:
-        for number, row in enumerate(tokens, start=1):
-            whole, kept = row.learned(), row.learned(self._block.block_tokens)
-            if not whole:
-                self._note("unlearned", number)
-            elif self._packing != "wrapped" and kept < whole:
-                self._note("cut" if kept else "gone", number)
-
-    def _nothing(self, tokens: list[Tokens]) -> UserError:
+    def _nothing(self) -> UserError:
         """Why no row has anything to learn."""
-        gone = self._found.get("gone", [])
-        if not gone:
+        tally = self._tally
+        if not tally.count("gone"):
             what = (
                 "the chat template renders no answer" if conversational(self._rows) else "no row holds a text or answer"
             )
-            return UserError(f"data: nothing to learn in {len(tokens)} rows: {what}; look at {self._where(1)}")
-        lengths = sorted(max(1, tokens[number - 1].learned_from) for number in gone)
+            return UserError(f"data: nothing to learn in {tally.rows} rows: {what}; look at {self._place(1)}")
+        least, most = tally.prompts
         return UserError(
-            f"data: nothing to learn in {len(tokens)} rows: of {len(gone)} the prompt alone fills data.block_tokens = "
-            f"{self._block.block_tokens} ({lengths[0]} to {lengths[-1]} tokens; the first is {self._where(gone[0])}); "
-            "raise data.block_tokens, or shorten the prompts"
+            f"data: nothing to learn in {tally.rows} rows: of {tally.count('gone')} the prompt alone fills "
+            f"data.block_tokens = {self._block.block_tokens} ({least} to {most} tokens; the first is "
+            f"{self._place(tally.first('gone'))}); raise data.block_tokens, or shorten the prompts"
         )
 
-    def _notes(self, tokens: list[Tokens]) -> Iterator[str]:
-        of, size = f"of {len(tokens)} rows", self._block.block_tokens
-        unused = unused_keys(self._rows)
-        if unused:
-            yield f"data: keys of rows that are not used: {unused}"
-        cut, gone = self._found.get("cut", []), self._found.get("gone", [])
+    def _notes(self) -> Iterator[str]:
+        tally = self._tally
+        of, size = f"of {tally.rows} rows", self._block.block_tokens
+        yield from unused_note(self._rows)
+        cut, gone = tally.count("cut"), tally.count("gone")
         if cut or gone:
-            lost = sum(tokens[n - 1].learned() - tokens[n - 1].learned(size) for n in cut + gone)
-            all_ = sum(row.learned() for row in tokens)
-            longest = max(len(tokens[n - 1].ids) for n in cut + gone)
             kind = "text" if "text" in self._rows.column_names else "answer"
             yield (
-                f"data: {of}, {len(cut)} lose a part of their {kind} and {len(gone)} all of it, {lost:,} of {all_:,} "
-                f"tokens to learn: they are longer than data.block_tokens = {size} (the longest has {longest}); the first "
-                f"is {self._where(min(cut + gone))}"
+                f"data: {of}, {cut} lose a part of their {kind} and {gone} all of it, {tally.lost:,} of {tally.learned:,} "
+                f"tokens to learn: they are longer than data.block_tokens = {size} (the longest has {tally.longest_lost}); "
+                f"the first is {self._place(tally.first('cut', 'gone'))}"
             )
         sayings = {
             "parted": f"have an answer that is learned in part without its prompt: packing: wrapped cuts them at "
@@ -244,34 +258,45 @@ class _Maker:
             "model is asked",
         }
         for what, saying in sayings.items():
-            if self._found.get(what):
-                yield f"data: {of}, {len(self._found[what])} {saying}; the first is {self._where(self._found[what][0])}"
+            if tally.count(what):
+                # A sequence has the number of its row where none is left out.
+                known = what != "parted" or tally.kept == tally.rows
+                where = f"; the first is {self._place(tally.first(what))}" if known else ""
+                yield f"data: {of}, {tally.count(what)} {saying}{where}"
         if len(self._tokenizer) > self._vocabulary:
             yield (
                 f"data: the tokenizer has {len(self._tokenizer):,} tokens, the model's embedding {self._vocabulary:,} "
                 "rows; none of the tokens beyond it is in the training data"
             )
-        if conversational(self._rows) and self._end is None and self._behind is not None:
+        if conversational(self._rows) and tally.end is None and tally.behind is not None:
             yield (
-                f"data: the chat template ends an answer with {self._behind!r}, in which there is no token of its own, so "
+                f"data: the chat template ends an answer with {tally.behind!r}, in which there is no token of its own, so "
                 "that the tuned model will not know where to stop"
             )
 
 
-def _parted(rows: list[Tokens], length: int, seed: int) -> list[int]:
-    """Numbers of the rows of which something is learned in another sequence than the one that they begin in.
+def _parted(sequences: Any, length: int, seed: int, key: Callable[[], str]) -> tuple[int, int]:
+    """How many sequences have something that is learned in another block than they begin in, and the first one's number.
 
-    TRL packs stand-ins, as it will pack the rows: a row's number for each token, and whether it begins it or is learned.
+    TRL packs stand-ins, as it will pack the sequences: a number for each token, and whether it begins it or is learned.
     """
     from trl import pack_dataset
 
     begins, learned = 1, 2
-    stand_ins = [
-        ([number] * len(row.ids), [begins, *(learned if label != IGNORED else 0 for label in row.labels(IGNORED)[1:])])
-        for number, row in enumerate(rows, start=1)
-    ]
-    found: set[int] = set()
-    for block in pack_dataset(dataset_of(stand_ins).shuffle(seed=seed), length, "wrapped"):
-        numbers, marks = np.array(block["input_ids"]), np.array(block["labels"])
-        found |= set(numbers[marks == learned]) - set(numbers[marks == begins])
-    return sorted(map(int, found))
+
+    def stand_ins() -> Iterator[dict[str, Any]]:
+        number = 1
+        for some in portions(each(sequences.with_format("numpy")), lambda row: [row["labels"]]):
+            lengths = np.array([len(row["labels"]) for row in some])
+            marks = np.where(np.concatenate([row["labels"] for row in some]) == IGNORED, 0, learned).astype(np.int32)
+            marks[lengths.cumsum() - lengths] = begins
+            numbers = np.arange(number, number + len(some), dtype=np.int32)
+            yield sequence_columns(lengths, np.repeat(numbers, lengths), marks)
+            number += len(some)
+
+    made = collect(sequence_features(), stand_ins(), key).rows
+    found = np.zeros(len(sequences) + 1, bool)
+    for block in each(pack_dataset(made.shuffle(seed=seed), length, "wrapped").with_format("numpy")):
+        numbers, marks = block["input_ids"], block["labels"]
+        found[np.setdiff1d(numbers[marks == learned], numbers[marks == begins])] = True
+    return int(found.sum()), int(found.argmax())

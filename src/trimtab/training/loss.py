@@ -21,15 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.models.head import Head
-from trimtab.training.divergence import Distillation, chunks
-
-IGNORED = -100
-"""Label of tokens that do not count."""
+from trimtab.training.divergence import IGNORED, Distillation, chunks, counted_tokens, tokens_at_once
 
 
 def chunked_cross_entropy(
-    hidden_TD: Tensor, head: Head, labels_T: Tensor, distillation: Distillation | None = None
-) -> Tensor:
+    hidden_TD: Tensor, head: Head, labels_T: Tensor, distillation: Distillation | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Sum of -log softmax(logits)[y] over the tokens whose label counts; with a teacher, (1 - w) CE + w T^2 KL.
 
     Args:
@@ -37,15 +35,16 @@ def chunked_cross_entropy(
         head: frozen, in the same dtype.
         labels_T: int64 labels already shifted; -100 does not count.
         distillation: the teacher's targets of the counted tokens.
+        counted: `counted_tokens` of the labels, where they are known.
 
     Returns:
         A float32 scalar whose gradient reaches `hidden_TD` only.
     """
-    counted = labels_T != IGNORED
-    hidden, labels = hidden_TD[counted], labels_T[counted]
+    counted = counted_tokens(labels_T) if counted is None else counted
+    hidden, labels = hidden_TD.index_select(0, counted), labels_T[counted]
     with torch.no_grad():
         total, grad = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-        for chunk in _chunks(labels, distillation):
+        for chunk in _chunks(labels, head.weight_VD.shape[0], distillation):
             part, grad[chunk] = _chunk(hidden[chunk], head, labels[chunk], chunk, distillation)
             total += part
     # The value of the sum, with the gradient that was computed along with it.
@@ -64,20 +63,23 @@ def _chunk(
     return part, error.to(hidden.dtype) @ head.weight_VD
 
 
-def loss_of_logits(logits_TV: Tensor, labels_T: Tensor, distillation: Distillation | None = None) -> Tensor:
+def loss_of_logits(
+    logits_TV: Tensor, labels_T: Tensor, distillation: Distillation | None = None, counted: Tensor | None = None
+) -> Tensor:
     """The same from logits that are all there, with a gradient that reaches them: for heads that are trained.
 
     Args:
         logits_TV: with gradients, in any dtype.
         labels_T: int64 labels already shifted; -100 does not count.
         distillation: the teacher's targets of the counted tokens.
+        counted: `counted_tokens` of the labels, where they are known.
     """
     if distillation is None:
         return torch.nn.functional.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED, reduction="sum")
-    counted = labels_T != IGNORED
-    logits, labels = logits_TV[counted], labels_T[counted]
+    counted = counted_tokens(labels_T) if counted is None else counted
+    logits, labels = logits_TV.index_select(0, counted), labels_T[counted]
     total = logits.float().sum() * 0
-    for chunk in _chunks(labels, distillation):
+    for chunk in _chunks(labels, logits.shape[1], distillation):
         some = logits[chunk].float()
         with torch.no_grad():
             part, error = _error(some.detach().clone(), labels[chunk], chunk, distillation)
@@ -85,9 +87,9 @@ def loss_of_logits(logits_TV: Tensor, labels_T: Tensor, distillation: Distillati
     return total
 
 
-def _chunks(labels: Tensor, distillation: Distillation | None) -> Iterator[slice]:
+def _chunks(labels: Tensor, vocabulary: int, distillation: Distillation | None) -> Iterator[slice]:
     assert distillation is None or len(distillation.targets) == len(labels), "teacher and student count other tokens"
-    return chunks(len(labels))
+    return chunks(len(labels), tokens_at_once(labels.device, vocabulary))
 
 
 def _error(logits: Tensor, labels: Tensor, chunk: slice, distillation: Distillation | None) -> tuple[Tensor, Tensor]:
@@ -106,8 +108,9 @@ def _error(logits: Tensor, labels: Tensor, chunk: slice, distillation: Distillat
 
 
 def summed_loss(
-    model: PreTrainedModel, labels_BL: Tensor, distillation: Distillation | None = None, **inputs: Any
-) -> Tensor:
+    model: PreTrainedModel, labels_BL: Tensor, distillation: Distillation | None = None,
+    counted: Tensor | None = None, **inputs: Any,
+) -> Tensor:  # fmt: skip
     """Sum of the next-token losses of a causal model whose head is frozen.
 
     It never holds all logits, unless the model makes them in a way of its own (`Head.fits`).
@@ -116,11 +119,15 @@ def summed_loss(
         model: in any mode, its head frozen.
         labels_BL: int64 labels in step with the tokens; -100 does not count.
         distillation: the teacher's targets of the counted tokens.
+        counted: `counted_tokens` of the labels that follow each token, where they are known.
         inputs: what the model's forward takes.
     """
     labels_T = labels_BL[:, 1:].flatten()
     if not Head.fits(model):
-        return loss_of_logits(model(**inputs).logits[:, :-1].flatten(0, 1), labels_T, distillation)
+        return loss_of_logits(model(**inputs).logits[:, :-1].flatten(0, 1), labels_T, distillation, counted)
     hidden = model.base_model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
     # The head's weight lies in the shared buffer: no other layer runs until the loss is there.
-    return chunked_cross_entropy(hidden, Head.of(model, hidden.dtype, reuse=True), labels_T, distillation)
+    return chunked_cross_entropy(hidden, Head.of(model, hidden.dtype, reuse=True), labels_T, distillation, counted)
+
+
+__all__ = ["IGNORED", "chunked_cross_entropy", "loss_of_logits", "summed_loss"]

@@ -8,7 +8,7 @@ from typing import Any
 from trimtab.data.rows import conversational, judged
 from trimtab.data.sources import Texts
 from trimtab.recipe.recipe import Recipe
-from trimtab.training.epochs import resolved, sequences_of, steps_of_epoch
+from trimtab.training.epochs import sequences_of, steps_of, steps_of_epoch
 from trimtab.training.labelled import Labelled, packing_of
 from trimtab.training.loss import IGNORED
 
@@ -124,7 +124,7 @@ def overview(recipe: Recipe, texts: Texts, given: Labelled, tokenizer: Any, note
         packing=packing,
         sequences=sequences,
         steps_an_epoch=steps_of_epoch(recipe, sequences),
-        steps=resolved(recipe, sequences).train.steps,
+        steps=steps_of(recipe, sequences),
         example=_example(given.sequences[0], tokenizer, recipe.data.block_tokens),
         notes=(*notes, *texts.notes(), *given.notes),
     )

@@ -22,6 +22,7 @@ from trimtab.models.reference import chosen_for, reference
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.arguments import arguments, block_tokens
 from trimtab.training.ours import Ours
+from trimtab.training.placing import placed
 from trimtab.training.preferred import Preferred
 
 
@@ -49,7 +50,7 @@ def reference_of(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
     """What a recipe keeps to: the model as it is now, or the float model that it names."""
     if recipe.train.reference is None:
         return reference(model)
-    named = load_float(recipe.train.reference, dtype=recipe.dtype).requires_grad_(False).eval()
+    named = load_float(recipe.train.reference, dtype=recipe.dtype, device=recipe.device).requires_grad_(False).eval()
     chosen_for(model, named)
     return named
 
@@ -74,7 +75,7 @@ def trainer(model: PreTrainedModel, tokenizer: Any, recipe: Recipe, given: Prefe
     made: Ours = kind(
         model=model,
         ref_model=reference_of(recipe, model),
-        args=config,
+        args=placed(config, recipe.device),
         train_dataset=given.sequences,
         processing_class=tokenizer,
         callbacks=callbacks,

@@ -22,14 +22,14 @@ from trimtab.models.sources import ModelSource, open_source
 from trimtab.quant.grid import Grid
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule
+from trimtab.training.batches import COUNTED, counted_of
 from trimtab.training.divergence import FullTargets
-from trimtab.training.loss import IGNORED
 
 _INT8 = Grid(bits=8, group=None)
 
 
 def load_teacher(recipe: Recipe, source: ModelSource | None = None) -> PreTrainedModel:
-    """The teacher that a recipe asks for, frozen.
+    """The teacher that a recipe asks for, frozen, on the recipe's device.
 
     Args:
         recipe: with a `distill` block.
@@ -42,10 +42,11 @@ def load_teacher(recipe: Recipe, source: ModelSource | None = None) -> PreTraine
     check_teacher(recipe, opened)
     path, kind = recipe.model.path, kind_of(recipe)
     if kind == "int8":
-        model, _ = load(path, Rtn(), int8_rules(opened.layout()), dtype=recipe.dtype, source=opened, quiet=True)
+        options: dict[str, Any] = {"dtype": recipe.dtype, "device": recipe.device, "source": opened}
+        model, _ = load(path, Rtn(), int8_rules(opened.layout()), **options, quiet=True)
         return model
     dtype = torch.bfloat16 if kind == "bfloat16" else recipe.dtype
-    model = load_float(path, dtype=dtype, source=opened)
+    model = load_float(path, dtype=dtype, device=recipe.device, source=opened)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
@@ -92,8 +93,8 @@ class LiveTeacher:
         Args:
             batch: what the model's forward takes, and int64 `labels` in step with the tokens; -100 does not count.
         """
-        inputs = {k: v for k, v in batch.items() if k != "labels"} | {"use_cache": False}
-        counted = batch["labels"][:, 1:].flatten() != IGNORED
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", COUNTED)} | {"use_cache": False}
+        counted = counted_of(batch)
         if not Head.fits(self.model):
             logits = self.model(**inputs).logits
             return FullTargets(logits[:, :-1].flatten(0, 1)[counted], None)

@@ -7,16 +7,18 @@ not their sum. The arrays are mapped, not read: a step touches only the rows of 
     p p p p p        p p p         p p p p p p           a row for every position that counts, k + 1 float16 logarithms
     0                5             8                     and k int32 tokens; batches find theirs by sequence number
 
-    teacher.json     what it was made of (hashes of the model and of the rows, packing, seed ...), and how far it is
+    teacher.json     what it was made of (hashes of the model and of the rows, packing, seed ...)
     first.npy  log_probs.npy  ids.npy
+    manifest.json    the SHA-256 of each, as in every folder of ours
 
-A cache made of anything else is made anew, with a message that names what differs. An interrupted one goes on.
+A cache made of anything else, or damaged, is made anew, with a message that names why. One that is being made lies beside
+it (`filling`) and takes its place when it is whole, so whoever reads the old one reads on; an interrupted one goes on. Of
+several runs that need the same, one asks and the others wait for it.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,19 +29,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab import processes
+from trimtab.data.digests import of_tokenizer
+from trimtab.disk import is_unfinished
 from trimtab.errors import UserError
-from trimtab.formats.holding import holding
-from trimtab.models.located import files_of
+from trimtab.formats.directory import put_in_place, to_oneself
+from trimtab.formats.manifest import MANIFEST, damage, listed
+from trimtab.models.contents import of_weights
 from trimtab.models.sources import ModelSource
-from trimtab.recipe.inputs import digest
+from trimtab.outputs import output, resolved
 from trimtab.recipe.recipe import Recipe
+from trimtab.training import filling
 from trimtab.training.divergence import TopTargets, chunks, top_of
+from trimtab.training.filling import RECORD, Filling
 from trimtab.training.loss import IGNORED
 from trimtab.training.teacher import LiveTeacher, load_teacher
 
-_FLUSH_SECONDS = 20.0
+_RECORD_SECONDS = 20.0
 """Time between records of how far an unfinished cache is."""
-_ARRAYS = ("first", "log_probs", "ids")
+_FILES = (RECORD, "first.npy", "log_probs.npy", "ids.npy")
+_NEW = f"{RECORD}.new"
+_OURS = (*_FILES, _NEW, MANIFEST)
 NUMBER = "sequence"
 """Column and batch key: which of the training sequences."""
 
@@ -74,11 +84,10 @@ class Key:
         """The key of a recipe's cache; the whole model is hashed for it, once in a process."""
         assert recipe.distill is not None
         assert recipe.data is not None
-        words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
         return cls(
-            model=_hash(*(digest(f).encode() for f in files_of(recipe.model.path) if _of_weights(f))),
-            rows=_hash(*(json.dumps(row, sort_keys=True).encode() for row in rows)),
-            tokenizer=_hash(words.encode(), str(tokenizer.chat_template).encode()),
+            model=_hash(*(digest.encode() for digest in of_weights(recipe.model.path).values())),
+            rows=_hash_each(json.dumps(row, sort_keys=True).encode() for row in rows),
+            tokenizer=of_tokenizer(tokenizer),
             block_tokens=recipe.data.block_tokens,
             loss=recipe.data.loss,
             packing=recipe.data.packing,
@@ -90,11 +99,11 @@ class Key:
         )
 
 
-def _of_weights(file: Path) -> bool:
-    return file.name == "config.json" or file.suffix in (".safetensors", ".gguf")
-
-
 def _hash(*parts: bytes) -> str:
+    return _hash_each(parts)
+
+
+def _hash_each(parts: Iterable[bytes]) -> str:
     made = hashlib.blake2b(digest_size=16)
     for part in parts:
         made.update(len(part).to_bytes(8, "little") + part)
@@ -115,16 +124,28 @@ def _each(sequences: Sequences) -> Iterator[dict[str, Any]]:
     return (sequences[i] for i in range(len(sequences)))
 
 
-def _state(record: Path) -> dict[str, Any]:
-    """What a cache's record says."""
+def _state(record: Path) -> dict[str, Any] | None:
+    """What a cache's record says; None if it says nothing that a cache's would."""
     try:
         state = json.loads(record.read_text(encoding="utf-8"))
         known = {"key", "sequences", "count", "width", "done"} <= state.keys()
-    except (ValueError, AttributeError):
-        known = False
-    if not known:
-        raise UserError(f"distill.cache: {record} is no record of a cache; name another directory")
-    return dict(state)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return dict(state) if known else None
+
+
+def _check_ours(folder: Path, whole: bool = True) -> None:
+    """Refuse a directory that holds anything that is no cache's; one that is not whole is known by its record alone."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"distill.cache: {folder} is a file; name a directory")
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    foreign = [name for name in names if name not in _OURS and not is_unfinished(name)]
+    if not foreign and names and not {MANIFEST, RECORD, _NEW} & {*names}:
+        foreign = sorted(names)  # arrays of somebody else
+    if foreign:
+        raise UserError(f"distill.cache: {folder} holds {foreign[0]}, which is no cache's; name another directory")
+    if whole and RECORD in names and MANIFEST not in names and _state(folder / RECORD) is None:
+        raise UserError(f"distill.cache: {folder / RECORD} is no record of a cache; name another directory")
 
 
 class Cache:
@@ -133,79 +154,112 @@ class Cache:
     Args:
         folder: made if need be.
         key: what the predictions must have been made of.
+        read: whether its files are read, to see that they are what was written; their sizes are looked at always.
 
     Raises:
         UserError: for a directory that holds something else.
     """
 
-    def __init__(self, folder: Path, key: Key) -> None:
+    def __init__(self, folder: Path, key: Key, *, read: bool = True) -> None:
         self.folder, self.key = folder, key
-        self._state: dict[str, Any] = {}
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"distill.cache: {folder} is a file; name a directory")
-        ours = {self._record.name, self._record.with_suffix(".new").name, *(f"{name}.npy" for name in _ARRAYS)}
-        foreign = [f.name for f in folder.iterdir() if f.name not in ours] if folder.is_dir() else []
-        if self._record.is_file():
-            self._state = _state(self._record)
-        elif folder.is_dir() and any(f.name.endswith(".npy") for f in folder.iterdir()):
-            foreign = sorted(f.name for f in folder.iterdir())
-        if foreign:
-            raise UserError(f"distill.cache: {folder} holds {foreign[0]}, which is no cache's; name another directory")
+        self._beside = folder.with_name(f"{folder.name}.unfinished")
+        _check_ours(folder)
+        self.damage = self._damage(read)
+        """Why what is there cannot be used; "" where it can, or nothing is."""
+        self._state = (_state(folder / RECORD) or {}) if not self.damage and (folder / MANIFEST).is_file() else {}
+        self._begun = _state(self._beside / RECORD) or {}
 
-    @property
-    def _record(self) -> Path:
-        return self.folder / "teacher.json"
+    def _damage(self, read: bool) -> str:
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return ""
+        if not (self.folder / MANIFEST).is_file():
+            return "it has no hashes, so an earlier version made it"
+        try:
+            for name, (size, _) in listed(self.folder).items():
+                if not (self.folder / name).is_file() or (self.folder / name).stat().st_size != size:
+                    return f"{name} is not what was written"
+            missing = [name for name in _FILES if name not in listed(self.folder)]
+            return f"{missing[0]} is missing" if missing else damage(self.folder) if read else ""
+        except UserError as error:
+            return str(error)
 
     @property
     def differs(self) -> list[str]:
         """In what the cache that is there differs from what is needed."""
-        found = self._state.get("key", {})
-        return [name for name, value in asdict(self.key).items() if self._state and found.get(name) != value]
+        return self._other(self._state)
+
+    def _other(self, state: dict[str, Any]) -> list[str]:
+        found = state.get("key", {})
+        return [name for name, value in asdict(self.key).items() if state and found.get(name) != value]
 
     @property
     def done(self) -> int:
         """Sequences that are there and usable."""
-        return 0 if self.differs else int(self._state.get("done", 0))
+        if self.complete:
+            return int(self._state["done"])
+        return 0 if self._other(self._begun) else int(self._begun.get("done", 0))
 
     @property
     def complete(self) -> bool:
         """Whether nothing is missing."""
-        return bool(self._state) and not self.differs and self.done == self._state["count"]
+        return bool(self._state) and not self.differs
 
     def fill(self, live: LiveTeacher, sequences: Sequences, collate: Collate, *, at_once: int) -> None:
-        """Ask the teacher about every sequence that is not there yet.
+        """Ask the teacher about every sequence that is not there yet; to be called by whoever has the cache to himself.
 
         Args:
             live: with the whole distribution.
             sequences: as they will be trained on.
             collate: makes the trainer's batch of some of them.
             at_once: sequences in one forward pass.
-        """
-        content = hash_of(sequences)
-        if self.differs or self._state.get("sequences") != content:
-            self._start(
-                sequences, collate, content, min(self.key.top_k, live.model.config.get_text_config().vocab_size)
-            )
-        arrays = self._arrays("r+")
-        first, log_probs, ids = arrays
-        flushed = perf_counter()
-        try:
-            for start in range(self.done, len(sequences), at_once):
-                batch = collate([sequences[i] for i in range(start, min(start + at_once, len(sequences)))])
-                found = self._ask(live, batch)
-                rows = slice(first[start], first[min(start + at_once, len(sequences))])
-                log_probs[rows], ids[rows] = found.log_probs.numpy(), found.ids.numpy()
-                self._state["done"] = min(start + at_once, len(sequences))
-                if perf_counter() - flushed > _FLUSH_SECONDS:
-                    self._write(arrays)
-                    flushed = perf_counter()
-        finally:
-            self._write(arrays)
 
-    def _ask(self, live: LiveTeacher, batch: dict[str, Any]) -> TopTargets:
-        device = next(live.model.parameters()).device
+        Raises:
+            UserError: if the disk is full; what was written is kept.
+        """
+        width = min(self.key.top_k, live.model.config.get_text_config().vocab_size)
+        try:
+            rows = self._opened(sequences, collate, width)
+            try:
+                self._ask_all(rows, live, sequences, collate, at_once)
+            finally:
+                rows.close()
+            self._put()
+        except OSError as error:
+            raise UserError(
+                f"distill.cache: {self._beside}: {error.strerror or error}; make room, or name a directory on another disk "
+                "(what was asked is kept, and the same command goes on)"
+            ) from error
+
+    def _opened(self, sequences: Sequences, collate: Collate, width: int) -> Filling:
+        """The files that rows are added to, those of an earlier process if they are of these sequences."""
+        content = hash_of(sequences)
+        _check_ours(self._beside, whole=False)
+        if self._begun and not self._other(self._begun) and self._begun["sequences"] == content:
+            found = filling.go_on(self._beside, self._begun)
+            if found is not None:
+                found.check_space()
+                return found
+        counts = [int((collate([s])["labels"][:, 1:] != IGNORED).sum()) for s in _each(sequences)]
+        first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        state = {"key": asdict(self.key), "sequences": content, "count": len(counts), "width": width}
+        return filling.begin(self._beside, state, first)
+
+    def _ask_all(self, rows: Filling, live: LiveTeacher, sequences: Sequences, collate: Collate, at_once: int) -> None:
+        recorded = perf_counter()
+        try:
+            for start in range(rows.done, len(sequences), at_once):
+                end = min(start + at_once, len(sequences))
+                found = self._ask(live, collate([sequences[i] for i in range(start, end)]), rows.state["width"])
+                rows.add(end - start, found.log_probs.numpy(), found.ids.numpy())
+                if perf_counter() - recorded > _RECORD_SECONDS:
+                    rows.record()
+                    recorded = perf_counter()
+        finally:
+            rows.record()
+
+    def _ask(self, live: LiveTeacher, batch: dict[str, Any], width: int) -> TopTargets:
+        device, temperature = next(live.model.parameters()).device, self.key.temperature
         targets = live.targets({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        width, temperature = self._state["width"], self.key.temperature
         with torch.no_grad():
             parts = [top_of(targets.logits(chunk), width, temperature) for chunk in chunks(len(targets))]
         empty = TopTargets(torch.empty(0, width + 1).half(), torch.empty(0, width).int())
@@ -214,41 +268,33 @@ class Cache:
             torch.cat([empty.ids, *(p.ids.cpu() for p in parts)]),
         )
 
-    def _start(self, sequences: Sequences, collate: Collate, content: str, width: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        counts = [int((collate([s])["labels"][:, 1:] != IGNORED).sum()) for s in _each(sequences)]
-        first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._state = {"key": asdict(self.key), "sequences": content, "count": len(counts), "width": width, "done": 0}
-        self._save_state()
-        np.save(self.folder / "first.npy", first)
-        for name, columns, dtype in (("log_probs", width + 1, np.float16), ("ids", width, np.int32)):
-            np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, (int(first[-1]), columns))
-
-    def _arrays(self, mode: str) -> tuple[Any, Any, Any]:
-        maps = (np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in ("log_probs", "ids"))  # type: ignore[arg-type]
-        return np.load(self.folder / "first.npy"), *maps
-
-    def _write(self, arrays: tuple[Any, Any, Any]) -> None:
-        for array in arrays[1:]:
-            array.flush()
-        self._save_state()
-
-    def _save_state(self) -> None:
-        new = self._record.with_suffix(".new")
-        new.write_text(json.dumps(self._state, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, self._record)
+    def _put(self) -> None:
+        """What is whole takes the place of what was there, whose readers have it open."""
+        if self.damage:  # it is ours, by its names, and no manifest says so any more
+            for name in _OURS:
+                (self.folder / name).unlink(missing_ok=True)
+        for file in self._beside.iterdir():
+            if file.name not in _FILES:  # what a killed process was writing
+                file.unlink()
+        put_in_place(self._beside, self.folder, "teacher")
+        self.damage, self._state, self._begun = "", _state(self.folder / RECORD) or {}, {}
 
     def teacher(self, sequences: Sequences) -> "CachedTeacher":
         """The teacher that a complete cache stands for.
 
         Raises:
-            UserError: if it was made of other sequences than these.
+            UserError: if it was made of other sequences than these, or was made anew for another run meanwhile.
         """
         if not self.complete:
-            raise UserError(f"distill.cache: {self.folder} is not complete; a run with `teacher: cached` makes it")
+            other = f" (another run made it anew, with another {', '.join(self.differs)})" if self.differs else ""
+            raise UserError(
+                f"distill.cache: {self.folder} is not complete{other}; a run with `teacher: cached` makes it, and runs on "
+                "other sequences have one of their own"
+            )
         if self._state["sequences"] != hash_of(sequences):
             raise UserError(f"distill.cache: {self.folder} is of other training sequences; remove it, it is made anew")
-        return CachedTeacher(*self._arrays("r"))
+        maps = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in filling.ARRAYS)
+        return CachedTeacher(np.load(self.folder / "first.npy"), *maps)
 
 
 class CachedTeacher:
@@ -265,7 +311,7 @@ class CachedTeacher:
 
     def targets(self, batch: dict[str, Any]) -> TopTargets:
         """What it said of the counted tokens of a batch that names its sequences."""
-        rows = [slice(self._first[i], self._first[i + 1]) for i in batch[NUMBER].tolist()]
+        rows = [slice(self._first[i], self._first[i + 1]) for i in batch[NUMBER]]
         log_probs, ids = (np.concatenate([array[r] for r in rows]) for array in (self._log_probs, self._ids))
         device = batch["input_ids"].device
         return TopTargets(torch.from_numpy(log_probs).to(device), torch.from_numpy(ids).to(device))
@@ -282,8 +328,8 @@ class Numbered:
         self._collate = collate
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The trainer's batch, and `NUMBER`, int64 (sequences,)."""
-        return {**self._collate(examples), NUMBER: torch.tensor([example[NUMBER] for example in examples])}
+        """The trainer's batch, and `NUMBER`: plain numbers, which stay on the host."""
+        return {**self._collate(examples), NUMBER: [example[NUMBER] for example in examples]}
 
 
 def ask(
@@ -306,18 +352,22 @@ def ask(
         say: told what happens.
 
     Raises:
-        UserError: for a directory that holds something else or that another process fills, or a model that is no float
-            model.
+        UserError: for a directory that holds something else, a full disk, or a model that is no float model.
     """
     folder = recipe.teacher_cache
     if folder is None or not recipe.train.steps:
         return
-    key = Key.of(recipe, tokenizer, rows)
+    folder, key = output(folder, "distill.cache"), Key.of(recipe, tokenizer, rows)
     if Cache(folder, key).complete:
         say(f"learning from the float model's predictions in {folder}")
         return
-    with holding(folder):
+    with to_oneself(folder, waits=say):
         cache = Cache(folder, key)
+        if cache.complete:
+            say(f"learning from the float model's predictions in {folder}, which another run has asked for")
+            return
+        if cache.damage:
+            say(f"{folder}: cannot be used: {cache.damage}; made anew")
         if cache.differs:
             say(f"{folder}: was made with another {', '.join(cache.differs)}; made anew")
         say(f"asking the float model about the training sequences, into {folder}")
@@ -332,10 +382,11 @@ def attach(trainer: Any, recipe: Recipe, tokenizer: Any, rows: Any) -> None:
     if recipe.distill is None:
         return
     if folder is None:
-        model: Any = load_teacher(recipe)
-        trainer.teacher = LiveTeacher(model.to(trainer.args.device))
+        trainer.teacher = LiveTeacher(load_teacher(recipe))
         return
-    trainer.teacher = Cache(folder, Key.of(recipe, tokenizer, rows)).teacher(trainer.train_dataset)
+    folder = resolved(folder, "distill.cache")
+    cache = Cache(folder, Key.of(recipe, tokenizer, rows), read=processes.is_first())
+    trainer.teacher = cache.teacher(trainer.train_dataset)
     trainer.train_dataset = trainer.train_dataset.add_column(NUMBER, list(range(len(trainer.train_dataset))))
     trainer._signature_columns = ["input_ids", "labels", "seq_lengths", NUMBER]
     trainer.data_collator = Numbered(trainer.data_collator)

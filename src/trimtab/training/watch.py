@@ -24,9 +24,8 @@ def verdict(losses: Sequence[float]) -> Literal["still", "leaps"] | None:
         losses: of at least `FEWEST` steps.
     """
     noise = median(abs(b - a) for a, b in pairwise(losses))
-    if mean(losses[-(len(losses) // 3) :]) > losses[0] + max(
-        _LEAP, 3 * noise
-    ):  # rates that are far too high show at once
+    risen = mean(losses[-(len(losses) // 3) :]) - losses[0]  # rates that are far too high show at once
+    if risen > min(max(_LEAP, 3 * noise), _FAR):
         return "leaps"
     middle = (len(losses) - 1) / 2
     slope = sum((i - middle) * loss for i, loss in enumerate(losses))
@@ -50,6 +49,15 @@ def advice(recipe: Recipe, losses: Sequence[float]) -> str | None:
     return f"the loss leaps ({went}): try {change}; it is {rate:.2g} now"
 
 
+def lower(recipe: Recipe) -> str:
+    """What to do about a loss that is no number, as the beginning of a sentence."""
+    if recipe.parametrization == "paper":
+        return "Lower train.lr (or train.lr_scale)"
+    lr, lr_scale = recipe.rates
+    below = f"train.lr below {lr:.2g} (or train.lr_scale below {lr_scale:.2g})"
+    return f"Set train.parametrization=relative and {below}"
+
+
 class LossWatch(TrainerCallback):
     """Says so once, a tenth of the steps after the warm-up, in a run long enough to judge.
 
@@ -64,8 +72,13 @@ class LossWatch(TrainerCallback):
         logged = max(round(block.warmup * block.steps) + -(-block.steps // 10), FEWEST * block.log_steps)
         self._at = logged if logged < block.steps else None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that goes on from a checkpoint has shown its beginning already."""
+        if state.global_step:
+            self._at = None
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """A loss more; of a run that goes on from a checkpoint, none is judged."""
+        """A loss more."""
         if not logs or "loss" not in logs or self._at is None:
             return
         self._losses.append(float(logs["loss"]))

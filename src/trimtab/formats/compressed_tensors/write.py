@@ -70,6 +70,13 @@ def packed(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype) -> d
     return found | {"weight_packed": words, "weight_shape": torch.tensor([n, k])}
 
 
+def unpacked(words: Tensor, bits: int, shape: tuple[int, int], packed_dim: int) -> Tensor:
+    """Signed codes, int8 of this shape, of words that lie along a dimension: the package's own inverse of `packed`."""
+    unpack = _package().compressors.pack_quantized.helpers.unpack_from_int32
+    found: Tensor = unpack(words, bits, torch.Size(shape), packed_dim=packed_dim)
+    return found
+
+
 def integers(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
     """The same with a byte for each code."""
     scale = range_.scale_NG.to(dtype)

@@ -1,18 +1,12 @@
-"""GGUF files as a source of weights: code for code where they lie on an affine grid, dequantized where not.
+"""GGUF files as a source of weights: code for code where they lie on an affine grid (`read_blocks`), dequantized where not.
 
-    Q4_0   w = d * (q - 8)      symmetric, 4 bits     | blocks of 32 along K: float16 d (and m), then codes;
-    Q4_1   w = d * q + m        real zero, 4 bits     | for 4 bits byte j of a block holds code j in its low
-    Q8_0   w = d * q            symmetric, 8 bits     | nibble and code j + 16 in its high one
-
-Scales in a file are float16, so these weights have `scale_dtype: float16`; a recipe that asks for the same form gets the
-file's own codes, any other gets them rounded anew. The rows of q and k are permuted in Llama files; transformers knows
+A recipe that asks for the grid that a tensor has in the file (`grid: same` does) gets the file's own codes, any other gets
+them rounded anew. The rows of q and k are permuted in Llama files; transformers knows
 how to undo that for float matrices, and since rows are independent we ask it where each row goes and move rows of
 codes. gguf is imported here, to read, and in `write`, to write.
 
 What transformers leaves out of a file's config is put into it, and the model that comes of it is held against the file's
 keys and the list of its tensors (`settings`).
-
-Legend: N out features, K in features, G = K / 32 blocks in a row.
 """
 
 import copy
@@ -29,43 +23,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+from trimtab.devices import CPU
 from trimtab.errors import UserError
-from trimtab.formats.gguf import rotary, settings
+from trimtab.formats.gguf import header, rotary, settings
+from trimtab.formats.gguf.read_blocks import GRIDS, from_blocks
 from trimtab.layers.weights import AffineWeight
-from trimtab.models.sources import ModelSource, require_finite
-from trimtab.quant import packing
-from trimtab.quant.grid import Grid, Range
-
-_BLOCK = 32
-_GRIDS = {
-    gguf.GGMLQuantizationType.Q4_0: Grid(4, _BLOCK, "symmetric", "float16"),
-    gguf.GGMLQuantizationType.Q4_1: Grid(4, _BLOCK, "real", "float16"),
-    gguf.GGMLQuantizationType.Q8_0: Grid(8, _BLOCK, "symmetric", "float16"),
-}
-
-
-def from_blocks(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, rows: int) -> AffineWeight:
-    """A weight of the very codes and scales in raw GGUF blocks.
-
-    Args:
-        blocks: uint8, the tensor's bytes, row after row.
-        kind: Q4_0, Q4_1 or Q8_0.
-        rows: N.
-    """
-    grid = _GRIDS[kind]
-    header = 4 if grid.zero == "real" else 2
-    raw = torch.from_numpy(np.array(blocks)).view(rows, -1, header + _BLOCK * grid.bits // 8)
-    scale = raw[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    offset = raw[..., 2:4].contiguous().view(torch.float16).squeeze(-1) if grid.zero == "real" else None
-    kept = raw[..., header:]
-    # Q8_0 holds signed bytes; flipping the sign bit adds the 128 that our unsigned codes are centred on.
-    codes = kept ^ 0x80 if grid.bits == 8 else torch.cat([kept & 0x0F, kept >> 4], -1)
-    # A block of one value may have scale 0, by which levels cannot be divided: the code of zero stands for it on any scale.
-    flat = scale == 0
-    codes[flat] = 0 if grid.zero == "real" else grid.center
-    scale = torch.where(flat, torch.ones_like(scale).copysign(scale), scale)
-    codes = codes.reshape(rows, -1)
-    return AffineWeight(packing.pack(codes, grid.bits), Range(scale, None, offset), grid, codes.shape[1])
+from trimtab.models import believable
+from trimtab.models.finite import require_finite
+from trimtab.models.origin import note_grids
+from trimtab.models.sources import ModelSource
+from trimtab.quant.grid import Range
+from trimtab.reading import require_regular, told
 
 
 @contextmanager
@@ -94,13 +62,15 @@ class GgufSource(ModelSource):
         UserError: if the file is truncated or no GGUF file.
     """
 
+    came_in = "gguf"
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        require_regular(path, remedy="fetch it again")
+        with told(lambda words: f"{path}: not a complete GGUF file ({words}); fetch it again"):
+            header.check(path)
             self._reader = gguf.GGUFReader(path)
             self._tensors = {t.name: t for t in self._reader.tensors}
-        except (ValueError, IndexError, OSError) as error:
-            raise UserError(f"{path}: not a complete GGUF file ({error}); fetch it again") from error
         self._names: dict[str, str] = {}
         self._processor: TensorProcessor | None = None
         self._answers: dict[str, Any] = {}
@@ -118,9 +88,11 @@ class GgufSource(ModelSource):
         """
         if "config" not in self._answers:
             with self._named():
-                settings.require_single(self.keys())
+                keys = self.keys()
+                settings.require_single(keys)
+                believable.check(keys.architecture, keys.values)
             found = self._ask("model", AutoConfig)
-            with self._named():
+            with self._named(), told(lambda words: f"its keys describe no model that there is ({words})"):
                 settings.complete(found, self.keys())
             for name, ids in self._special_ids().items():
                 setattr(found, name, ids)
@@ -168,15 +140,37 @@ class GgufSource(ModelSource):
         """Once: transformers parses the whole vocabulary each time, which takes seconds."""
         if what in self._answers:
             return self._answers[what]
+        remedy = "use another GGUF file of it, or its safetensors"
+        with told(lambda words: f"{self.path}: transformers cannot read its {what} ({words}); {remedy}"):
+            with _read_once(self.path, self._reader):
+                self._answers[what] = kind.from_pretrained(
+                    self.path.parent, gguf_file=self.path.name, trust_remote_code=False
+                )
+            return self._answers[what]
+
+    def layout(self, **options: Any) -> PreTrainedModel:
+        """The model on the meta device, with a note of the grid that each of its matrices has in the file."""
+        model = super().layout(**options)
+        self._learn(model)
+        there = {hf_name: self._tensors[name] for hf_name, name in self._names.items() if name in self._tensors}
+        kept = {n: tensor for n, tensor in there.items() if _on_a_grid(tensor) and self._row_order(tensor) is not None}
+        note_grids(model, {n: GRIDS[tensor.tensor_type] for n, tensor in kept.items()}, kept=False)
+        return model
+
+    def _learn(self, model: PreTrainedModel) -> None:
+        """Learn which tensor is which parameter of a model."""
+        if self._processor is not None:
+            return
+        architecture = str(self._reader.fields["general.architecture"].contents())
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
         try:
             with _read_once(self.path, self._reader):
-                self._answers[what] = kind.from_pretrained(self.path.parent, gguf_file=self.path.name)
-            return self._answers[what]
-        except (ValueError, LookupError, TypeError, OSError) as error:
+                hf_of = get_gguf_hf_weights_map(model, processor)
+        except NotImplementedError as error:
             raise UserError(
-                f"{self.path}: transformers cannot read its {what} ({error!r}); "
-                "use another GGUF file of it, or its safetensors"
+                f"{self.path}: transformers cannot read its model ({error}); use its safetensors"
             ) from error
+        self._processor, self._names = processor, {hf_name: name for name, hf_name in hf_of.items()}
 
     def bind(self, model: PreTrainedModel) -> None:
         """Learn which tensor is which parameter of this (meta-device) model.
@@ -184,52 +178,69 @@ class GgufSource(ModelSource):
         Raises:
             UserError: naming a key in which the file and the model differ, or a tensor that is no parameter of it.
         """
-        architecture = str(self._reader.fields["general.architecture"].contents())
-        config = model.config.to_dict()
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-        try:
-            with _read_once(self.path, self._reader):
-                hf_of = get_gguf_hf_weights_map(model, self._processor)
-        except NotImplementedError as error:
-            raise UserError(
-                f"{self.path}: transformers cannot read its model ({error}); use its safetensors"
-            ) from error
-        self._names = {hf_name: name for name, hf_name in hf_of.items()}
+        self._learn(model)
+        known = {*self._names.values(), *rotary.TENSORS}
         with self._named():
             settings.require_agreement(model, self.keys())
             for name in self._tensors:
-                if name not in hf_of and name not in rotary.TENSORS:
+                if name not in known:
                     raise UserError(f"tensor {name} is no parameter of a {model.config.model_type} model here")
+
+    def count(self) -> int:
+        """Its tensors."""
+        return len(self._tensors)
 
     def name_of(self, name: str) -> str | None:
         """The file's name for the parameter of this name, or None."""
         return self._names.get(name)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor | AffineWeight:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor | AffineWeight:
         """The parameter of this name: stored codes where the file's form is one of ours, else float32."""
         assert self._processor is not None, "bind the source to a model first"
         tensor = self._tensors.get(self._names.get(name, ""))
         if tensor is None:
             raise UserError(f"{self.path}: holds no tensor for {name}; the file is incomplete or of another model")
-        if tensor.tensor_type in _GRIDS and len(tensor.shape) == 2:
-            weight = from_blocks(tensor.data, tensor.tensor_type, int(tensor.shape[1]))
-            require_finite(weight.scale, name)
-            if weight.offset is not None:
-                require_finite(weight.offset, name)
-            order = self._row_order(tensor.name, weight.shape[0])
-            return weight if order is None else _reordered(weight, order)
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        processed = self._processor.process(values, tensor.name, tensor_key_mapping=self._names, parsed_parameters={})
-        return torch.from_numpy(np.require(processed.weights, np.float32, ("C", "W")))
+        self._check_length()
+        if _on_a_grid(tensor):
+            order = self._row_order(tensor)
+            if order is not None:
+                weight = from_blocks(tensor.data, tensor.tensor_type, len(order))
+                require_finite(weight, name)
+                return _reordered(weight, order).to(device)
+        with told(lambda words: f"{self.path}: tensor {tensor.name} cannot be read ({words}); fetch it again"):
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            processed = self._processor.process(
+                values, tensor.name, tensor_key_mapping=self._names, parsed_parameters={}
+            )
+        return torch.from_numpy(np.require(processed.weights, np.float32, ("C", "W"))).to(device)
 
-    def _row_order(self, name: str, rows: int) -> Tensor | None:
-        """Where each row of a matrix comes from, found by sending row numbers through transformers' conversion."""
+    def _check_length(self) -> None:
+        """Look whether the file is as long as when it was mapped: what is behind its end ends the process, at a touch."""
+        if self.path.stat().st_size < self._reader.data.nbytes:
+            raise UserError(f"{self.path}: was cut short while it was read; fetch it again")
+
+    def _row_order(self, tensor: Any) -> Tensor | None:
+        """Where each row of a matrix comes from, found by sending row numbers through transformers' conversion.
+
+        None where that does more than move rows (GPT-2's matrices are turned): then its numbers are converted.
+        """
         assert self._processor is not None
-        numbers = np.arange(rows, dtype=np.float32)[:, None]
-        moved = self._processor.process(numbers, name, tensor_key_mapping=self._names, parsed_parameters={}).weights
-        return None if np.array_equal(moved, numbers) else torch.from_numpy(moved[:, 0].astype(np.int64))
+        numbers = np.arange(int(tensor.shape[1]), dtype=np.float32)[:, None]
+        with told(lambda words: f"{self.path}: tensor {tensor.name} has not the rows that its keys say ({words})"):
+            moved = self._processor.process(
+                numbers, tensor.name, tensor_key_mapping=self._names, parsed_parameters={}
+            ).weights
+        only_moved = moved.shape == numbers.shape and np.array_equal(np.sort(moved, 0), numbers)
+        return torch.from_numpy(moved[:, 0].astype(np.int64)) if only_moved else None
+
+
+def _on_a_grid(tensor: Any) -> bool:
+    """Whether a tensor of a file is a matrix on a grid of ours."""
+    return tensor.tensor_type in GRIDS and len(tensor.shape) == 2
 
 
 def _reordered(weight: AffineWeight, order: Tensor) -> AffineWeight:
+    if torch.equal(order, torch.arange(len(order))):
+        return weight
     offset = None if weight.offset is None else weight.offset[order]
     return AffineWeight(weight.codes[order], Range(weight.scale[order], None, offset), weight.grid, weight.shape[1])

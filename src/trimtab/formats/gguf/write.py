@@ -34,6 +34,7 @@ from trimtab.formats.gguf.read import GgufSource
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
 from trimtab.models.architecture import Gguf
+from trimtab.models.finite import require_finite
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
 from trimtab.quant.grid import Range
 
@@ -123,6 +124,14 @@ def _require_agreement(model: Any, held: settings.Keys, fields: dict[str, Any]) 
         raise UserError(f"GGUF: {error}: llama.cpp would compute another model") from error
 
 
+class _Written(np.ndarray):
+    """An array that Python writes into a file: numpy's own way does not notice where the end of it found no room."""
+
+    def tofile(self, file: Any, *_: Any, **__: Any) -> None:
+        """All of its bytes."""
+        file.write(np.ascontiguousarray(self).view(np.ndarray).data.cast("B"))
+
+
 def _write(writer: gguf.GGUFWriter, entries: list[_Entry]) -> None:
     for entry in entries:
         floats = {_Kind.F32: np.float32, _Kind.F16: np.float16}.get(entry.kind)
@@ -135,7 +144,7 @@ def _write(writer: gguf.GGUFWriter, entries: list[_Entry]) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry in entries:
-            writer.write_tensor_data(entry.make())
+            writer.write_tensor_data(entry.make().view(_Written))
     finally:
         writer.close()
 
@@ -175,12 +184,14 @@ def _entries(parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, fam
         if isinstance(value, Tensor):
             shift = family.norm_shift if hf_name.endswith("norm.weight") else 0.0
             value = value if value.dim() > 1 else value.float() + shift
-            yield _float_entry(name, value if order is None else value[order])
+            yield _float_entry(name, value if order is None else value[order.to(value.device)])
             continue
         yield _block_entry(hf_name, name, value, order)
 
 
 def _float_entry(name: str, value: Tensor) -> _Entry:
+    require_finite(value, name)
+
     def make() -> np.ndarray:
         plain = value.detach().contiguous().cpu()
         return plain.view(torch.uint8).numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
@@ -199,10 +210,10 @@ def _block_entry(hf_name: str, name: str, weight: Weight, order: Tensor | None) 
         raise UserError(f"{hf_name.removesuffix('.weight')}: {error}") from None
 
     def make() -> np.ndarray:
-        range_ = weight.range()
-        if order is not None:
-            range_ = Range(*(None if t is None else t[order] for t in range_))  # type: ignore[arg-type]
-        return to_blocks(weight.integer_codes(order), range_, weight.grid)[1].cpu().numpy()
+        range_, rows = weight.range(), None if order is None else order.to(weight.codes.device)
+        if rows is not None:
+            range_ = Range(*(None if t is None else t[rows] for t in range_))  # type: ignore[arg-type]
+        return to_blocks(weight.integer_codes(rows), range_, weight.grid)[1].cpu().numpy()
 
     return _Entry(name, _Kind[kind.name], weight.shape, make)
 
@@ -239,9 +250,10 @@ def _untouched(parameters: Sequence[tuple[str, Weight | Tensor]], source: GgufSo
     """Names of the file's tensors whose values the model still has, in the dtype that it keeps them in."""
     found = set()
     for hf_name, value in parameters:
-        kept = source.read(hf_name)
+        device = next(value.parameters()).device if isinstance(value, Weight) else value.device
+        kept = source.read(hf_name, device=device)
         theirs = kept.dequantize(torch.float32) if isinstance(kept, Weight) else kept
-        ours = value.dequantize(torch.float32) if isinstance(value, Weight) else value.cpu()
+        ours = value.dequantize(torch.float32) if isinstance(value, Weight) else value
         if torch.equal(theirs.to(ours.dtype), ours):
             found.add(source.name_of(hf_name))
     return found

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.models.layout import layout
+from trimtab.devices import CPU
+from trimtab.models import believable
+from trimtab.models.layout import layout, put
 from trimtab.models.sources import ModelSource, SafetensorsSource, read_config, read_tokenizer
 from trimtab.models.transformers_bridge import TrimtabConfig, TrimtabQuantizer
 
@@ -22,7 +24,7 @@ class NativeSource(ModelSource):
         UserError: if its safetensors are missing, truncated or incomplete.
     """
 
-    prepared = True
+    prepared, came_in = True, "native"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,19 +39,33 @@ class NativeSource(ModelSource):
         return read_tokenizer(self.path) if (self.path / "tokenizer_config.json").exists() else None
 
     def layout(self, **options: Any) -> PreTrainedModel:
-        """The model with our layers, laid out on the meta device."""
+        """The model with our layers, laid out on the meta device, and on it the buffers that are stored, not made, too."""
         config = self.config()
+        believable.require_tensors(self.path, config, self.count())
         quantized = config.quantization_config
         del config.quantization_config
         model = layout(str(self.path), config, **options)
         quantizer = TrimtabQuantizer(TrimtabConfig(**{k: v for k, v in quantized.items() if k != "quant_method"}))
-        quantizer._process_model_before_weight_loading(model, dtype=getattr(torch, quantized["compute_dtype"]))
+        quantizer.validate_environment()
+        vars(model)["hf_quantizer"] = quantizer  # what it says of buffers holds for whatever the model becomes
+        dtype = getattr(torch, quantizer.quantization_config.compute_dtype)
+        quantizer._process_model_before_weight_loading(model, dtype=dtype)
+        for name in quantized.get("buffers") or []:
+            holder, _, own = name.rpartition(".")
+            made = model.get_buffer(name)
+            put(model.get_submodule(holder), own, made.to("meta", self._stored.dtype_of(name) or made.dtype))
         return model
+
+    def count(self) -> int:
+        """Tensors in its files."""
+        return self._stored.count()
 
     def bind(self, model: PreTrainedModel) -> None:
         """Raise a `UserError` for the first tensor of this model that no file holds, or of a file that is none of its."""
         self._stored.bind(model)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor:
         """The stored tensor of this name."""
-        return self._stored.read(name, dtype)
+        found = self._stored.read(name, dtype, device)
+        assert isinstance(found, Tensor)
+        return found

@@ -13,12 +13,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from trimtab.errors import UserError
+from trimtab import processes
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
 from trimtab.formats.directory import replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
-from trimtab.models.origin import read_from
+from trimtab.models.origin import check_not_read_from
 from trimtab.models.prepared import Prepared
+from trimtab.models.sharding import gather, is_sharded
+from trimtab.outputs import output
 
 
 class Native(Format):
@@ -55,7 +57,7 @@ def save(
     """Write a prepared (or folded) model.
 
     Args:
-        model: a model with our layers.
+        model: a model with our layers; of a sharded one (`trimtab.shard`) every process has to ask.
         path: directory; an earlier save in it is replaced, whole and at the end.
         tokenizer: saved beside the model if given.
         recipe: YAML text of the resolved recipe, written as `recipe.yaml`.
@@ -64,16 +66,14 @@ def save(
     Raises:
         UserError: if the directory holds anything but an earlier save, or the model was read from it.
     """
-    largest, target = parse_bytes(max_shard_size, "max_shard_size"), Path(path)
+    largest, target = parse_bytes(max_shard_size, "max_shard_size"), output(path, "path")
     check_not_read_from(model, target)
+    if is_sharded(model):
+        whole = gather(model)
+        processes.first(lambda: save(whole, path, tokenizer, recipe=recipe, max_shard_size=max_shard_size))  # type: ignore[arg-type]
+        return
     with replacing(target, "model", overwrite=True) as folder:
         write_into(folder, model, tokenizer, recipe, largest)
-
-
-def check_not_read_from(model: PreTrainedModel, target: Path) -> None:
-    """Raise a `UserError` if a model is to be written over what it was read from."""
-    if any(target.resolve() in (path, *path.parents) for path in read_from(model)):
-        raise UserError(f"{target}: the model was read from there; save it somewhere else, and remove that if you wish")
 
 
 def write_into(

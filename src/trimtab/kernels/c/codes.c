@@ -230,10 +230,9 @@ static void row_values(const Codes *C, long n, uint8_t *buffer, void *out, int i
         float values[32] = {0};
 #ifdef WIDE
         if (C->bits <= 4) _mm512_storeu_ps(values, wide_values(C, at));
-#else
-        if (C->bits <= 4) values_of_group(C, at, values);
+        else
 #endif
-        if (C->bits == 5) values_of_group(C, at, values);
+        if (C->bits <= 5) values_of_group(C, at, values);
         if (is_bf16 && C->bits <= 5) look_up_bf16(codes, values, g, (bf16 *)out + j * g);
         else if (is_bf16) compute_bf16(C, codes, at, g, (bf16 *)out + j * g);
         else if (C->bits <= 5) look_up_float(codes, values, g, (float *)out + j * g);

@@ -28,8 +28,7 @@ static float *tiles_of(const float *A, long R, long K) {
 
 /* BLOCK rows of B (each R long) times a tile of A: sums (BLOCK, TILE). */
 static void product(const float *const B[BLOCK], const float *tile, long R, float sums[BLOCK][TILE]) {
-    lane sum[BLOCK][4];
-    memset(sum, 0, sizeof sum);
+    lane sum[BLOCK][4] = {{{0}}};
     for (long r = 0; r < R; r++) {
         const lane *a = (const lane *)(tile + r * TILE);
 #pragma GCC unroll 4
@@ -97,13 +96,11 @@ static void each_tile(const Levels *L, Body body, void *to, float *const more[2]
     free(tiles);
 }
 
-/* Half to even, then into [0, top]. Adding 1.5 * 2^23 leaves no bits for a fraction; the clamp before keeps it exact. */
+/* Half to even in [0, top], whose ends are whole. Adding 1.5 * 2^23 leaves no bits for a fraction. */
 static inline float round_clamp(float u, float top) {
-    u = u < -1 ? -1 : u;
-    u = u > top + 1 ? top + 1 : u;
-    u = (u + 12582912.0f) - 12582912.0f;
     u = u < 0 ? 0 : u;
-    return u > top ? top : u;
+    u = u > top ? top : u;
+    return (u + 12582912.0f) - 12582912.0f;
 }
 
 static void codes_of(const Levels *L, Tile *t, void *to, float *const more[2]) {

@@ -40,9 +40,11 @@ static inline bf16 narrow(float x) {
 
 /* ---- packed codes (the layout of packing.py) ------------------------------------------------------------------- */
 
-static const int PARTS[9][4] = {{0}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
+/* Of 1 to 7 bits; 8 are a byte each, which is neither packed nor unpacked. */
+static const int PARTS[8][4] = {{0}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}};
 
-/* One row of packed codes to one byte a code. Shifts act on eight bytes at once: what crosses a byte is masked away. */
+/* One row of packed codes to one byte a code, and up to 7 bytes more: the last segment is unpacked to its end.
+ * Shifts act on eight bytes at once: what crosses a byte is masked away. */
 static void unpack_row(const uint8_t *packed, int bits, long K, uint8_t *restrict codes) {
     int shift = 0;
     for (const int *part = PARTS[bits]; part < PARTS[bits] + 4 && *part; part++) {
@@ -51,26 +53,25 @@ static void unpack_row(const uint8_t *packed, int bits, long K, uint8_t *restric
         uint8_t mask = (1 << width) - 1;
         word masks = 0x0101010101010101ull * mask;
         for (int i = 0; i < segments; i++) {
-            long count = K - i * length < length ? K - i * length : length;
             const uint8_t *restrict in = packed;
             uint8_t *restrict out = codes + i * length;
             int down = i * width;
             long j = 0;
 #ifdef WIDE
             __m512i wide = _mm512_set1_epi64(masks);
-            for (; j + 64 <= count; j += 64) {
+            for (; j + 64 <= length; j += 64) {
                 __m512i piece = _mm512_and_si512(_mm512_srli_epi64(_mm512_loadu_si512(in + j), down), wide);
                 if (shift) piece = _mm512_or_si512(_mm512_slli_epi64(piece, shift), _mm512_loadu_si512(out + j));
                 _mm512_storeu_si512(out + j, piece);
             }
 #endif
             if (shift == 0) {
-                for (; j + 8 <= count; j += 8) *(word *)(out + j) = (*(const word *)(in + j) >> down) & masks;
-                for (; j < count; j++) out[j] = (in[j] >> down) & mask;
+                for (; j + 8 <= length; j += 8) *(word *)(out + j) = (*(const word *)(in + j) >> down) & masks;
+                for (; j < length; j++) out[j] = (in[j] >> down) & mask;
             } else {
-                for (; j + 8 <= count; j += 8)
+                for (; j + 8 <= length; j += 8)
                     *(word *)(out + j) |= ((*(const word *)(in + j) >> down) & masks) << shift;
-                for (; j < count; j++) out[j] |= ((in[j] >> down) & mask) << shift;
+                for (; j < length; j++) out[j] |= ((in[j] >> down) & mask) << shift;
             }
         }
         packed += length;

@@ -1,0 +1,1 @@
+"""What one GPU shows within eight minutes: `run.sh`."""

@@ -1,0 +1,1 @@
+"""bitsandbytes' own 4-bit files."""

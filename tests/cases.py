@@ -4,7 +4,7 @@ Nothing here asks the library what a method is: place, pool, repeat, scaling, ra
 copied from the table of section 2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,18 @@ from trimtab.methods.base import Source
 from trimtab.models import gptq
 from trimtab.models.gptq import Gptq
 from trimtab.quant import codebook
-from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, k_quant
 
 N, K, RANK, ALPHA = 48, 64, 4, 8.0
 BITS, ZEROS, GROUPS = (2, 3, 4, 8), ("symmetric", "integer", "real"), (32, None)
+INTEGERS = {
+    "q2_k": ((1, 15), (0, 15)),
+    "q3_k": ((-32, 31), (0, 0)),
+    "q4_k": ((1, 63), (0, 63)),
+    "q5_k": ((1, 63), (0, 63)),
+    "q6_k": ((-128, 127), (0, 0)),
+}
+"""Of scales and of minima, by the layout of GGUF's k-quants."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +54,13 @@ class Case:
     """Whether codes come from GPTQ, not from rounding to nearest."""
 
     @property
+    def columns(self) -> int:
+        """K: super-blocks of 256 need more of them."""
+        return 2 * 256 if isinstance(self.grid, Grid) and self.grid.scale_dtype in INTEGERS else K
+
+    @property
     def group(self) -> int:
-        return K if self.grid is None or self.grid.group is None else self.grid.group
+        return self.columns if self.grid is None or self.grid.group is None else self.grid.group
 
     @property
     def real(self) -> bool:
@@ -61,7 +74,7 @@ class Case:
     @property
     def sizes(self) -> dict[str, int]:
         """Trained numbers of each parameter, by the table of the methods."""
-        rows, columns, scales = N // self.repeat, K // self.pool, N * (K // self.group)
+        rows, columns, scales = N // self.repeat, self.columns // self.pool, N * (self.columns // self.group)
         rank = self.rank or 0
         known = {"delta.A": rank * columns, "delta.B": rows * rank, "delta.M": rows * columns}
         sizes = {name: known[name] for name in self.factors}
@@ -70,7 +83,7 @@ class Case:
             if self.real:
                 sizes["offset"] = scales
         if self.place == "master":
-            sizes["master"] = N * K
+            sizes["master"] = N * self.columns
         return sizes
 
 
@@ -109,6 +122,7 @@ def _cases() -> Iterator[Case]:
     for grid in (*affine, *tables):
         yield Case(name="loftq", method=Loftq(rank=RANK, alpha=ALPHA), grid=grid, place="output", **lora)
     yield from _from_gptq(lora)
+    yield from _two_levels(lora)
     # A pool of several groups, and averages.
     wide = Grid(4, 16, "real")
     yield Case(
@@ -151,6 +165,29 @@ def _from_gptq(lora: dict[str, Any]) -> Iterator[Case]:
         )
 
 
+def _two_levels(lora: dict[str, Any]) -> Iterator[Case]:
+    """Each place on each k-quant."""
+    for grid in map(k_quant, INTEGERS):
+        yield Case(name="rtn", method=Rtn(), grid=grid, place="none")
+        yield Case(name="lora", method=Lora(rank=RANK, alpha=ALPHA), grid=grid, place="output", **lora)
+        yield Case(name="peqa", method=Peqa(), grid=grid, place="levels")
+        yield Case(name="qat", method=Qat(), grid=grid, place="master")
+        for storage in ("fixed8", "int", "fp32"):
+            method = LrQat(rank=RANK, alpha=ALPHA, storage=storage)  # type: ignore[arg-type]
+            yield Case(name=f"lr-qat-{storage}", method=method, grid=grid, place="levels", **lora)
+        if grid.zero == "real":
+            p = grid.group or 0
+            about: dict[str, Any] = {"grid": grid, "place": "offset", "pool": p}
+            hira = {"repeat": 2, "scaling": 1.5, "factors": ("delta.M",)}
+            yield Case(name="qa-hira", method=QaHira(alpha=1.5, repeat=2), **about, **hira)
+            yield Case(name="qa-lora", method=QaLora(rank=RANK, alpha=ALPHA), **about, **lora)
+    for i, grid in enumerate((k_quant("q2_k", "lp2"), k_quant("q3_k"), k_quant("q4_k", "lp2"))):
+        method = (LrQat(rank=RANK, alpha=ALPHA), Peqa())[i % 2]
+        yield Case(
+            name=f"gptq-{method.name}", method=method, grid=grid, place="levels", gptq=True, **({} if i % 2 else lora)
+        )
+
+
 def _thinned(case: Case) -> bool:
     """One width for each method, zero and group, all four in turn: for contracts in which the width hardly matters."""
     grid = case.grid
@@ -173,7 +210,7 @@ def source(case: Case, weight_NK: Tensor) -> Source:
     """What the method is given: the weight, or what GPTQ made of it for correlated inputs."""
     if not case.gptq or case.grid is None:
         return weight_NK
-    x = random(100, K, seed=50)
+    x = random(100, case.columns, seed=50)
     x += x.roll(1, 1)
     return gptq.quantize(weight_NK, x.T @ x, case.grid, Gptq(tokens=torch.zeros(1, 1, dtype=torch.int64)))
 
@@ -181,7 +218,7 @@ def source(case: Case, weight_NK: Tensor) -> Source:
 def build(case: Case, weight_NK: Tensor | None = None, *, bias: bool = True, seed: int = 0) -> QuantLinear:
     """A layer of the case, on a random weight if none is given."""
     torch.manual_seed(seed)
-    weight_NK = random(N, K, seed=seed, scale=0.05) if weight_NK is None else weight_NK
+    weight_NK = random(N, case.columns, seed=seed, scale=0.05) if weight_NK is None else weight_NK
     base, adapter = case.method.build(source(case, weight_NK), case.grid)
     return QuantLinear(base, adapter, random(N, seed=seed + 1) if bias else None)
 
@@ -189,7 +226,7 @@ def build(case: Case, weight_NK: Tensor | None = None, *, bias: bool = True, see
 def steps(layer: QuantLinear) -> Tensor:
     """The size of a step of the grid, (N, 1); a stand-in where there is no affine grid."""
     if isinstance(layer.base, AffineWeight):
-        return layer.base.scale.detach().float().abs().mean(1, keepdim=True)
+        return layer.base.range().scale_NG.abs().mean(1, keepdim=True)
     return torch.full((layer.base.shape[0], 1), 0.01)
 
 
@@ -234,7 +271,9 @@ def expected(layer: QuantLinear, case: Case, x: Tensor, g: Tensor) -> reference.
         if case.place == "output":
             return _with_bias(reference.output_place(x, g, weight, update), layer)
         zeros = torch.zeros_like(absmax)
-        return _with_bias(reference.offset_real(x, g, weight, zeros, update, "float32"), layer)
+        return _with_bias(
+            reference.offset_real(x, g, weight, zeros, update, lambda o: reference.stored(o, "float32")), layer
+        )
     if not isinstance(base, AffineWeight):
         assert update is not None
         return _with_bias(reference.output_place(x, g, base.dequantize(torch.float64), update), layer)
@@ -243,10 +282,11 @@ def expected(layer: QuantLinear, case: Case, x: Tensor, g: Tensor) -> reference.
     middle = center if base.zero is None else base.zero.double()
     phi = reference.phi(base.codes, base.storage, grid.bits, middle, columns)
     zero = torch.zeros_like(center) if grid.zero == "real" else middle
-    scale = reference.stored(values.get("scale", base.scale.double()), grid.scale_dtype)
-    offset = None if base.offset is None else base.offset.double()
+    kept = base.range()
+    scale = _held(base, 0)(values.get("scale", kept.scale_NG.double()))
+    offset = None if kept.offset_NG is None else kept.offset_NG.double()
     if "offset" in values:
-        offset = reference.stored(values["offset"], grid.scale_dtype)
+        offset = _held(base, 1)(values["offset"])
     if case.place == "levels":
         result = reference.levels_place(x, g, phi, scale, zero, offset, update, grid.bits)
     elif case.place == "master":
@@ -258,10 +298,20 @@ def expected(layer: QuantLinear, case: Case, x: Tensor, g: Tensor) -> reference.
             weight = plain + (0 if offset is None else reference.spread(offset, columns))
             result = reference.output_place(x, g, weight, update)
         elif offset is not None:
-            result = reference.offset_real(x, g, plain, offset, update, grid.scale_dtype)
+            result = reference.offset_real(x, g, plain, offset, update, _held(base, 1))
         else:
             result = reference.offset_integer(x, g, phi, scale, zero, update, grid.bits)
     return _with_bias(result, layer)
+
+
+def _held(base: AffineWeight, which: int) -> Callable[[Tensor], Tensor]:
+    """What the file holds of scales (0) or offsets (1)."""
+    dtype = base.grid.scale_dtype
+    if dtype not in INTEGERS:
+        return lambda x: reference.stored(x, dtype)
+    integers = (base.scale, base.offset)[which]
+    assert integers is not None
+    return lambda x: reference.on_two_levels(x, integers, *INTEGERS[dtype][which], 256 // (base.grid.group or 0))
 
 
 def _with_bias(result: reference.Result, layer: QuantLinear) -> reference.Result:
@@ -273,10 +323,10 @@ def trained(case: Case) -> tuple[QuantLinear, Tensor, Tensor, reference.Result]:
 
     Tries seeds until no level is so close to a rounding boundary that float32 and float64 may disagree on its side.
     """
-    for seed in range(40):
+    for seed in range(100):
         layer = build(case, seed=seed)
         perturb(layer, case, seed)
-        x, g = random(10, K, seed=seed + 100), random(10, N, seed=seed + 200)
+        x, g = random(10, case.columns, seed=seed + 100), random(10, N, seed=seed + 200)
         result = expected(layer, case, x, g)
         if result.gap > 5e-5:
             return layer, x, g, result

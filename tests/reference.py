@@ -10,6 +10,7 @@ rounding boundary (float32 code can only agree where that is not within float32'
 Legend: B batch rows, N out features, K in features, g group size, G = K / g groups in a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +39,25 @@ def stored(x: Tensor, dtype: str) -> Tensor:
     if dtype == "portable":
         return x.clamp(-65280, 65280).to(torch.bfloat16).to(torch.float16).to(x.dtype)
     return x.to(getattr(torch, dtype)).to(x.dtype)
+
+
+def on_two_levels(x_NG: Tensor, kept: Tensor, low: int, high: int, groups: int) -> Tensor:
+    """d n for x: of each super-block d is float16, n an integer within the limits, and never 0 unless the limits say so.
+
+    d brings the number of largest magnitude to the integer of largest magnitude in `kept`, or if that is 0 to a limit.
+    """
+    out = torch.empty_like(x_NG)
+    for i in range(x_NG.shape[0]):
+        for at in range(0, x_NG.shape[1], groups):
+            values, integers = x_NG[i, at : at + groups].tolist(), kept[i, at : at + groups].tolist()
+            top = max(integers, key=abs) or max(low, high, key=abs)
+            d = torch.tensor(max(values, key=abs) / top, dtype=torch.float32).to(torch.float16).item()
+            for j, value in enumerate(values):
+                n = round(value / d) if d else 0
+                if n == 0 and low != 0:
+                    n = 1 if value / d >= 0 else -1
+                out[i, at + j] = d * min(max(n, low), high)
+    return out
 
 
 def spread(x_NG: Tensor, columns: int) -> Tensor:
@@ -103,10 +123,12 @@ def output_place(x: Tensor, g: Tensor, weight: Tensor, update: Update) -> Result
     return Result(x @ (weight + dense).T, g @ (weight + dense), grads, weight, weight, 1.0, 0)
 
 
-def offset_real(x: Tensor, g: Tensor, values: Tensor, offset: Tensor, update: Update, dtype: str) -> Result:
-    """W_hat = values + store(o + D); values are s * q, or absmax * table[q]."""
+def offset_real(
+    x: Tensor, g: Tensor, values: Tensor, offset: Tensor, update: Update, held: Callable[[Tensor], Tensor]
+) -> Result:
+    """W_hat = values + held(o + D), as the file holds it; values are s * q, or absmax * table[q]."""
     columns, groups = values.shape[1], offset.shape[1]
-    weight = values + spread(stored(offset + update.blocks(groups), dtype), columns)
+    weight = values + spread(held(offset + update.blocks(groups)), columns)
     # dL/dD = sum over the group of G, and delta_W is D spread over the group: H has that sum, once for each group.
     grads = update.backward(g.T @ x)
     return Result(x @ weight.T, g @ weight, grads, weight, weight, 1.0, 0)

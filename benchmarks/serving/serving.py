@@ -38,8 +38,8 @@ from trimtab.formats.written import planned
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import Method
 from trimtab.models.load import load
-from trimtab.models.prepare import targets
 from trimtab.models.sources import open_source
+from trimtab.models.targets import targets
 from trimtab.pipeline.run import run
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
 from trimtab.recipe import recipe

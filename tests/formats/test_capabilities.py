@@ -26,7 +26,7 @@ from trimtab.formats.export import check_exports
 from trimtab.formats.table import HEADER, table
 from trimtab.methods import Rtn
 from trimtab.models.architecture import features
-from trimtab.models.prepare import targets
+from trimtab.models.targets import targets
 from trimtab.recipe.recipe import from_dict
 
 ROPE: dict[str, Any] = {"rope_theta": 1e4, "factor": 4.0}

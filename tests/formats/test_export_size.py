@@ -15,9 +15,10 @@ from trimtab.formats.export_size import export_sizes
 from trimtab.formats.file_size import file_size
 from trimtab.methods import make
 from trimtab.models.load import load
-from trimtab.models.prepare import fold, targets
+from trimtab.models.prepare import fold
 from trimtab.models.simulate import simulate
 from trimtab.models.sources import open_source
+from trimtab.models.targets import targets
 from trimtab.quant.activations import Activations
 from trimtab.recipe.rules import parse_rules
 

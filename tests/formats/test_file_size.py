@@ -18,8 +18,9 @@ from trimtab.formats import file_size as storage
 from trimtab.formats.file_size import file_size, layer_bytes, parse_bytes
 from trimtab.formats.native.write import save
 from trimtab.methods import Lora, LrQat, Peqa, QaBlora, QaHira, Qat, QBara, Qlora, Rtn
-from trimtab.models.prepare import fold, prepare, targets
+from trimtab.models.prepare import fold, prepare
 from trimtab.models.simulate import rounding, simulate
+from trimtab.models.targets import targets
 from trimtab.models.transformers_bridge import cast_floats
 from trimtab.quant.activations import Activations
 from trimtab.recipe.rules import parse_rules

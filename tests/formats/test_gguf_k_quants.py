@@ -14,12 +14,16 @@ from torch import nn
 
 import trimtab as tt
 from exported import shake
+from trimtab.errors import UserError
+from trimtab.formats.export_size import export_sizes
 from trimtab.formats.gguf.read_blocks import GRIDS, from_blocks
+from trimtab.formats.gguf.write import save
+from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
-from trimtab.methods import LrQat, Rtn
+from trimtab.methods import LrQat, Peqa, QaHira, QaLora, Qat, Rtn
 from trimtab.models.load import load, load_float
-from trimtab.models.prepare import targets
 from trimtab.models.sources import open_source
+from trimtab.models.targets import targets
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.recipe.rules import parse_rules
 
@@ -111,6 +115,86 @@ def test_it_is_trained_on_them(mixed: File, tmp_path: Path) -> None:
     again, _ = load(str(tmp_path / "saved"), dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, trained)
+
+
+METHODS = {
+    "lr-qat": LrQat(rank=4), "peqa": Peqa(), "qat": Qat(), "qa-hira": QaHira(), "qa-lora": QaLora(rank=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_trained_is_written_in_its_own_type(name: str, mixed: File, tmp_path: Path) -> None:
+    """Same types, same size, all that was not tuned byte for byte, and to gguf the very numbers that were folded."""
+    model, _ = load(str(mixed.path), METHODS[name], SAME, dtype=torch.float32)
+    shake(model, 1.0)
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        trained = model(ids).logits
+    tt.fold(model)
+    save(tmp_path / "out.gguf", model, None, name="other", source=mixed.path)
+    before, after = (gguf.GGUFReader(path).tensors for path in (mixed.path, tmp_path / "out.gguf"))
+    assert (tmp_path / "out.gguf").stat().st_size == mixed.path.stat().st_size
+    changed = set()
+    for old, new in zip(before, after, strict=True):
+        assert (new.name, new.tensor_type, new.data_offset) == (old.name, old.tensor_type, old.data_offset)
+        if not np.array_equal(new.data, old.data):
+            changed.add(new.name.split(".")[-2])
+    symmetric = {n for n, (kind, _) in MIXED.items() if GRIDS[kind].zero == "symmetric"}
+    assert changed == (set(MIXED) - symmetric if name.startswith("qa-") else {*MIXED, "output"})
+    again = load_float(str(tmp_path / "out.gguf"), dtype=torch.float32)
+    for module, layer in quant_layers(model).items():
+        assert torch.equal(again.get_submodule(module).weight, layer.base.dequantize(torch.float32)), module
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, trained)
+
+
+def test_what_a_method_cannot_train_on_is_kept_and_said(mixed: File, caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = load(str(mixed.path), QaHira(), SAME)
+    adapters = {n: layer.adapter for n, layer in quant_layers(model).items() if isinstance(layer, QuantLinear)}
+    kept = {n for n, adapter in adapters.items() if adapter is None} - {"lm_head"}
+    assert kept == {n for n in adapters if n.endswith(("v_proj", "o_proj"))} - {"model.layers.1.self_attn.o_proj"}
+    why = "kept as in the file, and not trained: qa-hira acts in the zeros of a grid"
+    said = [r.message.partition(": use")[0] for r in caplog.records if "not trained" in r.message]
+    assert said == [
+        f"model.layers.0.self_attn.v_proj, model.layers.1.self_attn.v_proj: {why}; q6_k has none",
+        f"model.layers.0.self_attn.o_proj: {why}; q3_k has none",
+        f"lm_head: {why}; int8 g32 symmetric has none",
+    ]
+    asked = [{"match": "*.v_proj", "grid": {"kquant": "q6_k"}}, *SAME]
+    with pytest.raises(UserError, match=r"v_proj: qa-hira"):
+        load(str(mixed.path), QaHira(), asked)
+    with pytest.raises(UserError, match=r"v_proj: qa-hira"):
+        load(str(mixed.path), QaHira(), [{"match": "*.v_proj", "grid": "same"}, {"match": "*", "grid": None}])
+
+
+def test_a_k_quant_from_float(mixed: File, tmp_path: Path) -> None:
+    """Each type from float weights, and its size as it was said before."""
+    mixture = [
+        {"match": f"*.{PROJECTION[n]}", "grid": {"kquant": kind.name.lower(), "range": "lp2"}}
+        for n, (kind, _) in MIXED.items()
+        if kind in HALVES
+    ]
+    rules = [*mixture, {"match": "*", "grid": None}]
+    model = load_float(str(mixed.path), dtype=torch.float32)
+    tt.prepare(model, Rtn(), rules)
+    planned = targets(open_source(str(mixed.path)).layout(), Rtn(), parse_rules(rules))
+    floats = open_source(str(mixed.path)).layout(dtype=torch.float32)
+    size = export_sizes(floats, planned, Rtn(), dtype=torch.float32, only=["gguf"])["gguf"]
+    save(tmp_path / "out.gguf", model, None, name="other", source=mixed.path)
+    written = gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    types = {t.name.split(".")[-2]: t.tensor_type for t in written if t.name.startswith("blk.0")}
+    assert {n: types[n] for n, (kind, _) in MIXED.items() if kind in HALVES} == {
+        n: kind for n, (kind, _) in MIXED.items() if kind in HALVES
+    }
+    again = load_float(str(tmp_path / "out.gguf"), dtype=torch.float32)
+    for module, layer in quant_layers(model).items():
+        assert torch.equal(again.get_submodule(module).weight, layer.base.dequantize(torch.float32)), module
+    ours = {f"{n}.weight" for n in quant_layers(model)}
+    names = {t.name for t in written}
+    held = sum(t.n_bytes for t in written if t.tensor_type in HALVES)
+    left = sum(t.numel() * 4 for n, t in floats.state_dict().items() if n not in ours)
+    assert names
+    assert size == held + left
 
 
 def test_what_is_more_than_moved_rows_is_converted(mixed: File, monkeypatch: pytest.MonkeyPatch) -> None:

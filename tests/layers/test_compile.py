@@ -52,7 +52,7 @@ def test_compiles_as_one_graph(name: str) -> None:
     layer = cases.build(CASES[name])
     if layer.adapter is not None:
         cases.perturb(layer, CASES[name], seed=0)
-    x = cases.random(6, K, seed=1).to(dtype)
+    x = cases.random(6, layer.base.shape[1], seed=1).to(dtype)
     y, grads, of_x = outcome(layer, x, layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     y_, grads_, of_x_ = outcome(compiled, x, layer)

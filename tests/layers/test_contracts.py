@@ -44,8 +44,8 @@ def relative(ours: Tensor, exact: Tensor) -> float:
 @every_cases
 def test_the_start_is_the_quantized_base(name: str) -> None:
     case = CASES[name]
-    layer, x = cases.build(case), cases.random(10, K, seed=1)
-    weight = cases.random(N, K, seed=0, scale=0.05)
+    layer, x = cases.build(case), cases.random(10, case.columns, seed=1)
+    weight = cases.random(N, case.columns, seed=0, scale=0.05)
     base = QuantLinear(Rtn().build(cases.source(case, weight), case.grid)[0], None, layer.bias)
     if case.method.name == "loftq":  # it starts nearer to the float model than the base
         dense = layer.base.dequantize(torch.float32) + layer.adapter.delta.dense()  # type: ignore[union-attr,operator]
@@ -128,9 +128,10 @@ def test_outputs_and_gradients_are_those_of_the_equations(name: str) -> None:
 def test_inputs_of_any_shape(name: str) -> None:
     """As nn.Linear: one row without a batch dimension, several batch dimensions, no rows at all."""
     layer = cases.build(SOME[name])
-    x = cases.random(6, K, seed=9)
+    k = SOME[name].columns
+    x = cases.random(6, k, seed=9)
     y = layer(x)
-    for shape in ((K,), (2, 3, K), (0, K), (1, 0, K)):
+    for shape in ((k,), (2, 3, k), (0, k), (1, 0, k)):
         part = x.flatten()[: torch.Size(shape).numel()].view(shape).requires_grad_()
         out = layer(part)
         assert out.shape == (*shape[:-1], N)
@@ -150,9 +151,9 @@ def test_only_what_is_trained_wants_gradients(name: str) -> None:
     assert all(p.dtype == torch.float32 for p in layer.parameters() if p.requires_grad)
     assert not list(layer.buffers())  # FSDP2 shards parameters only
     with torch.no_grad():
-        frozen = layer(cases.random(3, K, seed=2))
+        frozen = layer(cases.random(3, layer.base.shape[1], seed=2))
     assert frozen.grad_fn is None
-    y = layer(cases.random(3, K, seed=2))
+    y = layer(cases.random(3, layer.base.shape[1], seed=2))
     assert y.requires_grad == bool(wanting)
     assert torch.equal(y, frozen)
 
@@ -238,7 +239,7 @@ def test_backward_under_autocast_uses_the_weight_of_forward(name: str) -> None:
 @some_cases
 def test_copies_and_casts_change_nothing(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    layer, x = cases.build(case), cases.random(5, K, seed=2)
+    layer, x = cases.build(case), cases.random(5, case.columns, seed=2)
     if case.place != "none":
         cases.perturb(layer, case, 3)
     state = {k: v.clone() for k, v in layer.state_dict().items()}
@@ -278,8 +279,8 @@ def test_copies_and_casts_change_nothing(name: str, tmp_path: Path) -> None:
 def test_bytes_kept_for_backward(name: str) -> None:
     """At most the input, pooled inputs and the R numbers a row between the factors, and copies of the adapter."""
     case = CASES[name]
-    layer, rows = cases.build(case, bias=False), 16
-    x = cases.random(rows, K, seed=5).requires_grad_()
+    layer, rows, k = cases.build(case, bias=False), 16, case.columns
+    x = cases.random(rows, k, seed=5).requires_grad_()
     owned = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -296,20 +297,20 @@ def test_bytes_kept_for_backward(name: str) -> None:
     factors = sum(case.sizes[f] for f in case.factors)
     allowed = {
         "none": 0,
-        "output": rows * (K // case.pool + (case.rank or 0)) + factors,
-        "levels": rows * K,
-        "master": rows * K,
+        "output": rows * (k // case.pool + (case.rank or 0)) + factors,
+        "levels": rows * k,
+        "master": rows * k,
         # the sums of x over groups, D as it is shared by rows and groups, and levels of the zeros with their scales
-        "offset": rows * (K // case.group) + factors + 5 * N * (K // case.group),
+        "offset": rows * (k // case.group) + factors + 5 * N * (k // case.group),
     }[case.place]
     assert sum(kept.values()) <= 4 * allowed
-    assert 4 * allowed < 4 * N * K + layer.base.stored_bytes()
+    assert 4 * allowed < 4 * N * k + layer.base.stored_bytes()
 
 
 @some_cases
 def test_an_input_that_backward_does_not_need_is_freed(name: str) -> None:
     case = CASES[name]
-    layer, leaf = cases.build(case), cases.random(4, K, seed=6).requires_grad_()
+    layer, leaf = cases.build(case), cases.random(4, case.columns, seed=6).requires_grad_()
     x = leaf * 1
     alive = weakref.ref(x)
     y = layer(x)
@@ -325,20 +326,23 @@ def test_an_input_that_backward_does_not_need_is_freed(name: str) -> None:
 @every_cases
 def test_stored_bytes_and_trained_numbers(name: str) -> None:
     case, grid = CASES[name], CASES[name].grid
-    layer, groups = cases.build(case), N * (K // CASES[name].group)
+    layer, k = cases.build(case), case.columns
+    groups = N * (k // case.group)
     if grid is None:
-        closed = 4 * N * K
+        closed = 4 * N * k
     elif isinstance(grid, CodebookGrid):
         absmax = groups + 4 * -(-groups // 256) + 4 if grid.double_quant else 4 * groups
-        closed = N * K * 4 // 8 + absmax
+        closed = N * k * 4 // 8 + absmax
     else:
         storage = getattr(case.method, "storage", "int")
         width = {"int": grid.bits, "fixed8": 8, "bf16": 16, "fp32": 32}[storage]
-        closed = N * K * width // 8 + groups * {"symmetric": 2, "integer": 3, "real": 4}[grid.zero]
+        kinds = {"symmetric": 1, "integer": 1.5, "real": 2}[grid.zero]
+        each = groups + 2 * N * (k // 256) if grid.scale_dtype in cases.INTEGERS else 2 * groups
+        closed = N * k * width // 8 + int(each * kinds)
     assert layer.base.stored_bytes() == closed
     assert closed == sum(p.numel() * p.element_size() for p in layer.base.parameters())
     trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-    assert case.method.trainable(grid, (N, K)) == trained == sum(case.sizes.values())
+    assert case.method.trainable(grid, (N, k)) == trained == sum(case.sizes.values())
 
 
 def test_equal_ranks_cost_equal_numbers() -> None:
@@ -360,7 +364,7 @@ FACTOR = 0.5
 def test_a_small_fit_lowers_the_loss(name: str) -> None:
     """Towards a layer of the same kind whose trained parameters were moved."""
     case = TRAINED[name]
-    layer, x = cases.build(case), cases.random(64, K, seed=7)
+    layer, x = cases.build(case), cases.random(64, case.columns, seed=7)
     teacher = copy.deepcopy(layer)
     cases.perturb(teacher, case, 8)
     with torch.no_grad():

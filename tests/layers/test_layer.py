@@ -280,7 +280,7 @@ def test_which_gradients_are_read_from_the_output() -> None:
     """Those of levels with one scale to a row, in bfloat16, without a bias: all others would keep y for nothing."""
     for name, case in SOME.items():
         layer = cases.build(case, bias=False)
-        fits = case.place == "levels" and bool(case.factors) and case.group == K and layer.base.packed  # type: ignore[union-attr]
+        fits = case.place == "levels" and bool(case.factors) and case.group == case.columns and layer.base.packed  # type: ignore[union-attr]
         assert layer.uses_output(torch.bfloat16) == (fits and cpu.serves(torch.ones(1))), name
         assert not layer.uses_output(torch.float32)
         assert not cases.build(case).uses_output(torch.bfloat16)

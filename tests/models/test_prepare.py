@@ -11,7 +11,7 @@ import trimtab as tt
 from trimtab.errors import UserError
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods import ALL, Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
-from trimtab.models.prepare import targets
+from trimtab.models.targets import targets
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import CodebookGrid, Grid
 from trimtab.recipe.rules import Kind, parse_rules, resolve

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels import levels
-from trimtab.quant import activations, opaque
+from trimtab.quant import activations, opaque, two_level
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -17,6 +17,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 N, K, G, R = 3, 8, 2, 5
 T = random(K, N, seed=1).t()  # laid out by columns
 X, A, B, SCALE, ZERO, ONE = random(N, K), random(R, K), random(N, R), random(N, G), torch.ones(N, G), torch.ones(N, 1)
+INTEGERS = (10 * X).to(torch.int8)
 DOUBLES = tuple(t.double() for t in (X, SCALE, ZERO))
 CASES: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
     "stored": (opaque._trained, [(X, "portable"), (T, "float16"), (T, "portable"), (DOUBLES[0], "bfloat16")]),
@@ -31,6 +32,10 @@ CASES: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
         ],
     ),
     "moved_zeros": (opaque._zeros_operator, [(ZERO, SCALE, SCALE, 15), (T, T, T, 15)]),
+    "stored_two_level": (
+        two_level._operator,
+        [(X, INTEGERS, 1, 15, 4), (X, INTEGERS, 0, 15, 2), (T, INTEGERS, -32, 31, 4), (DOUBLES[0], INTEGERS, 1, 63, 8)],
+    ),
     "from_levels": (
         levels._operator,
         [

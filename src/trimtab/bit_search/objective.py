@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trimtab.bit_search.held_out import Loss
 from trimtab.bit_search.sensitivity import divergence, on_grids
-from trimtab.models.prepare import targets
+from trimtab.models.targets import targets
 from trimtab.quant.grid import AnyGrid, Grid
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule

@@ -38,8 +38,8 @@ from trimtab.formats.file_size import float_bytes, parse_bytes
 from trimtab.memory.plan import plan
 from trimtab.memory.process import memory_errors
 from trimtab.models.positions import require_length
-from trimtab.models.prepare import placed_targets, targets
 from trimtab.models.sources import open_source
+from trimtab.models.targets import placed_targets, targets
 from trimtab.quant.grid import AnyGrid
 from trimtab.recipe.recipe import Recipe
 

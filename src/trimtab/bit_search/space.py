@@ -9,7 +9,7 @@ Bytes are those of `file_size`: additive, never measured, never less than the fi
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -22,10 +22,10 @@ from trimtab.formats.file_size import Entry, file_size, layer_bytes
 from trimtab.methods.base import Method
 from trimtab.models.architecture import architecture_of
 from trimtab.models.decoder import block_names
-from trimtab.models.prepare import Target, placed_targets
+from trimtab.models.targets import Target, placed_targets
 from trimtab.models.transformers_bridge import cast_floats
 from trimtab.quant.activations import Activations
-from trimtab.quant.grid import AnyGrid, Grid
+from trimtab.quant.grid import AnyGrid, of_width
 from trimtab.recipe.rules import Placement, Rule
 
 if TYPE_CHECKING:
@@ -158,13 +158,10 @@ def space(
 def _placement(method: Method, grid: AnyGrid, bits: int) -> Placement:
     if bits == FLOAT:
         return _float(method)
-    if isinstance(grid, Grid):
-        return replace(grid, bits=bits)
-    if f"nf{bits}" not in ("nf2", "nf3", "nf4"):
-        raise UserError(
-            f"search: there is no codebook of {bits} bits; use bits [2, 3, 4], or an affine grid in the rules"
-        )
-    return replace(grid, codebook=f"nf{bits}")  # type: ignore[arg-type]
+    try:
+        return of_width(grid, bits)
+    except UserError as error:
+        raise UserError(f"search.bits: {error}") from None
 
 
 def _float(method: Method) -> Placement:

@@ -24,15 +24,17 @@ from trimtab.layers.adapters import Adapter
 from trimtab.models.architecture import FUSED, Feature, features
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.quant.grid import AnyGrid, Grid, ScaleDtype, Zero
+from trimtab.quant.two_level import TWO_LEVEL
 from trimtab.recipe.rules import Kind
 
 ALL_KINDS: tuple[Kind, ...] = ("linear", "head", "tied", "embedding")
 
-_EXACT: dict[ScaleDtype, tuple[torch.dtype, ...]] = {
+_EXACT: dict[str, tuple[torch.dtype, ...]] = {
     "portable": (torch.bfloat16, torch.float16, torch.float32),
     "bfloat16": (torch.bfloat16, torch.float32),
     "float16": (torch.float16, torch.float32),
     "float32": (torch.float32,),
+    **dict.fromkeys(TWO_LEVEL, (torch.float32,)),
 }
 """Dtypes in which every stored scale is exact."""
 
@@ -67,8 +69,8 @@ class Form:
     group_of: int = 1
     """A group (per channel: K) must be a multiple of this."""
     channel: bool = True
-    scales: Literal["model", "float16", "any"] = "model"
-    """Dtype of scales and offsets in the file: the model's, float16, or the grid's own."""
+    scales: Literal["model", "any"] | ScaleDtype = "model"
+    """Dtype of scales and offsets in the file: the model's, the grid's own, or this one."""
     inputs: tuple[Activations | None, ...] = (None,)
     """Roundings of a layer's inputs that are written with it; None for inputs in float."""
     width: int | None = None
@@ -246,6 +248,8 @@ def _mismatch(forms: Sequence[Form], layer: Layer, dtype: torch.dtype, name: str
 def _scales_fit(form: Form, grid: Grid, dtype: torch.dtype) -> bool:
     if form.scales == "any":
         return True
+    if form.scales in TWO_LEVEL:
+        return form.scales == grid.scale_dtype
     return (dtype if form.scales == "model" else torch.float16) in _EXACT[grid.scale_dtype]
 
 
@@ -262,7 +266,7 @@ def _remedy(forms: Sequence[Form], what: str, dtype: torch.dtype) -> str:
         name
         for name, dtypes in _EXACT.items()
         for f in forms
-        if (dtype if f.scales == "model" else torch.float16) in dtypes
+        if f.scales == name or (name not in TWO_LEVEL and (dtype if f.scales == "model" else torch.float16) in dtypes)
     ]
     return f"use `scale_dtype: {_words(dict.fromkeys(fits))}`"
 

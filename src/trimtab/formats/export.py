@@ -33,8 +33,8 @@ from trimtab.formats.written import layers_of, planned
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.load import load
 from trimtab.models.origin import check_not_read_from
-from trimtab.models.prepare import Target
 from trimtab.models.sources import open_source
+from trimtab.models.targets import Target
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
 from trimtab.outputs import output
 from trimtab.recipe import inputs, recipe, texts

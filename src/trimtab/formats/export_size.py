@@ -3,7 +3,8 @@
     native                 as `file_size` bounds it
     compressed-tensors     b bits a code in words of 32, a scale and a packed zero for each group
     gptq                   the same with float16 scales, zeros always, and the group of each input
-    gguf                   blocks of 32 codes: w bits each, a float16 scale, and a float16 minimum where the type has one
+    gguf                   blocks of 32 codes: w bits each, a float16 scale, and a float16 minimum where the type has one;
+                           k-quants: blocks of 256, with integers for their groups besides
     mlx                    w bits a code, a scale and a bias for each group of at most 128
     dense, peft            matrices in the model's dtype; of peft, the factors too
 
@@ -19,10 +20,11 @@ from trimtab.errors import UserError
 from trimtab.formats import ALL
 from trimtab.formats.declaration import DENSE, Form, Format, Layer, refusals
 from trimtab.formats.file_size import layer_bytes
+from trimtab.formats.gguf.blocks import SUPER_TYPES, TYPES
 from trimtab.formats.mlx.write import GROUPS, width
 from trimtab.formats.written import planned
 from trimtab.methods.base import Method
-from trimtab.models.prepare import Target
+from trimtab.models.targets import Target
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.quant.grid import Grid
 
@@ -109,8 +111,8 @@ def _layer(format_: Format, layer: Layer, dtype: torch.dtype) -> int:
     assert isinstance(grid, Grid), "no form takes another"
     groups, zeros = k // (grid.group or k), grid.zero == "integer"
     if format_.name == "gguf":
-        assert form.width is not None
-        return n * (k // 32) * (form.width * 4 + (4 if grid.zero == "real" else 2))
+        kind = (TYPES | SUPER_TYPES)[form.name]
+        return n * (k // kind.weights) * kind.block_bytes
     if format_.name == "mlx":
         wide = width(grid.bits, grid.zero)
         assert wide is not None

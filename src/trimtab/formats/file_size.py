@@ -28,8 +28,9 @@ from trimtab.errors import UserError
 from trimtab.formats.written import folded, of_target, plug
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
-from trimtab.models.prepare import Target, prepare_meta
+from trimtab.models.prepare import prepare_meta
 from trimtab.models.simulate import rounding
+from trimtab.models.targets import Target
 from trimtab.models.transformers_bridge import cast_floats, quant_layers
 from trimtab.quant.activations import Activations
 from trimtab.recipe.rules import Rule

@@ -101,7 +101,7 @@ def _change(model: Any, layer: Layer, grid: Grid | None, dtype: torch.dtype) -> 
         whole = matrix(old, torch.float32)
         base: Weight = DenseWeight(whole.to(dtype)) if grid is None else AffineWeight.quantize(whole, grid)
         if isinstance(base, AffineWeight):
-            require_held(layer.name, base.scale, base.grid)
+            require_held(layer.name, base.range().scale_NG, base.grid)
         error = (base.dequantize(torch.float32) - whole).square().sum().item()
     if isinstance(old, QuantEmbedding):
         new: Any = QuantEmbedding(base, old.dtype, old.padding_idx, old.scale)

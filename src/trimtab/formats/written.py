@@ -19,7 +19,7 @@ from trimtab.layers import specs, weights
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
-from trimtab.models.prepare import Target
+from trimtab.models.targets import Target
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.activations import ActivationQuantizer, Activations, KvCache, from_spec
 from trimtab.recipe.rules import Kind

@@ -78,5 +78,6 @@ def from_levels(levels_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype
     Returns:
         (N, K) of `dtype`. Differentiable in levels (straight through rounding, 0 where clipped), scale and offset.
     """
-    weight: Tensor = _operator(levels_NK, *range_, grid.bits, grid.scale_dtype, dtype)
+    plain = "float32" if grid.two_level is not None else grid.scale_dtype
+    weight: Tensor = _operator(levels_NK, *range_, grid.bits, plain, dtype)
     return weight

@@ -26,7 +26,7 @@ from trimtab.layers import intact
 from trimtab.layers.adapter import Adapter, Fold, FoldKind
 from trimtab.layers.deltas import DeltaShape, PooledDelta
 from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Spec, Weight
-from trimtab.quant.grid import AnyGrid, Grid, Range, round_clamp, stored, to_levels
+from trimtab.quant.grid import AnyGrid, Grid, Range, round_clamp, to_levels
 from trimtab.quant.opaque import moved_zeros
 from trimtab.quant.packing import owned
 
@@ -101,7 +101,7 @@ class DeltaOffset(Adapter):
         assert isinstance(base, AffineWeight)
         range_ = base.range()
         if range_.offset_NG is not None:
-            return stored(range_.offset_NG + d_NG, base.grid.scale_dtype), None
+            return base.stored_offset(range_.offset_NG + d_NG), None
         assert range_.zero_NG is not None
         zero = moved_zeros(range_.zero_NG, d_NG, range_.scale_NG, base.grid.top)
         return -range_.scale_NG * zero, zero
@@ -363,8 +363,8 @@ def _moved(base: AffineWeight, o_eff: Tensor, zero: Tensor | None) -> Range:
 
 def _masters(base: AffineWeight) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Trainable float32 copies of the stored scales and real offsets."""
-    offset = None if base.offset is None else nn.Parameter(base.offset.float().clone())
-    return nn.Parameter(base.scale.float().clone()), offset
+    scale, _, offset = base.range()
+    return nn.Parameter(scale.clone()), None if offset is None else nn.Parameter(offset.clone())
 
 
 def _at_stored(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter | None) -> bool:
@@ -374,10 +374,11 @@ def _at_stored(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter | N
 
 
 def _trained_range(base: AffineWeight, scale: nn.Parameter, offset: nn.Parameter | None) -> Range:
-    shape, device, dtype = base.intact().scale.shape, base.scale.device, base.grid.scale_dtype
+    shape, device = base.intact().scale.shape, base.scale.device
     zero = None if base.zero is None else base.zero.float()
-    s = stored(intact.trained("scale", scale, shape, device), dtype)
-    return Range(s, zero, None if offset is None else stored(intact.trained("offset", offset, shape, device), dtype))
+    s = base.stored_scale(intact.trained("scale", scale, shape, device))
+    o = None if offset is None else base.stored_offset(intact.trained("offset", offset, shape, device))
+    return Range(s, zero, o)
 
 
 def from_spec(spec: dict[str, Any], base: Weight) -> Adapter:

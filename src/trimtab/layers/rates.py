@@ -169,7 +169,7 @@ def _exact_lengths(adapter: Adapter, base: Weight) -> dict[str, float]:
     far = step / (delta.shape.gain or 1.0)
     if adapter.acts_in_codes:
         assert isinstance(base, AffineWeight)
-        far /= _mean(base.scale)
+        far /= _mean(base.range().scale_NG)
     if delta.shape.rank is None:
         return lengths | {"delta.M": far}
     rank, columns = delta.shape.rank, delta.shape.in_features // delta.shape.pool
@@ -182,7 +182,7 @@ def _exact_lengths(adapter: Adapter, base: Weight) -> dict[str, float]:
 def _step(base: Weight) -> float:
     """The mean distance between neighbouring values, but no finer than that of 4 bits, in units of weights."""
     if isinstance(base, AffineWeight):
-        return _mean(base.scale) * max(1.0, base.grid.top / _WIDTH)
+        return _mean(base.range().scale_NG) * max(1.0, base.grid.top / _WIDTH)
     if isinstance(base, CodebookWeight):
         return 2 * _mean(base.read_absmax()) / (2**base.grid.bits - 1)
     assert isinstance(base, DenseWeight)

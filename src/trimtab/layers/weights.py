@@ -4,6 +4,8 @@ Each kind is a module whose tensors are all `Parameter(requires_grad=False)`, ne
 only), and gives back its (N, K) matrix by `dequantize`. A kind is described by a small JSON `spec`, from which
 `from_spec` builds the same module without data, so that a saved model can be laid out before its tensors are read.
 
+Scales and offsets on two levels (`quant.two_level`) are stored as integers beside a float16 number a super-block.
+
 An affine weight can also hold more than its codes. `fixed8` (see there) keeps each level in 8 bits with a fraction, `int`
 drops the fraction, `bf16` and `fp32` keep u - z (u - 2^(b-1) with a real zero) in floats, for ablations.
 
@@ -12,18 +14,18 @@ Whatever is read of a stored tensor is read after `intact`: a cast behind the mo
 Legend: N out features, K in features, g group size, G = K / g groups in a row.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import asdict
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.kernels import cpu, dequantize, encode, workspace
+from trimtab.kernels import dequantize, encode
 from trimtab.kernels.arguments import rows_of
 from trimtab.kernels.dequantize import Levels
 from trimtab.layers import intact
-from trimtab.quant import codebook, fixed8, packing
+from trimtab.layers.weight import DenseWeight, Spec, Weight, frozen
+from trimtab.quant import codebook, fixed8, packing, two_level
 from trimtab.quant.grid import (
     AnyGrid,
     CodebookGrid,
@@ -33,96 +35,11 @@ from trimtab.quant.grid import (
     group_size,
     round_clamp,
     set_range,
+    stored,
     to_levels,
 )
 
 Storage = Literal["int", "fixed8", "bf16", "fp32"]
-Spec = dict[str, Any]
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(packing.owned(tensor), requires_grad=False)
-
-
-class Weight(nn.Module, ABC):
-    """A stored (N, K) matrix."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.shape = shape
-        self._kept: intact.Kept = {}
-
-    def intact(self) -> Self:
-        """This weight; a `UserError` that names the tensor if one is no longer as it was stored."""
-        whose = f"{type(self).__name__} of {self.shape[0]} x {self.shape[1]}"
-        intact.stored(whose, self._kept, self)
-        return self
-
-    @property
-    @abstractmethod
-    def grid(self) -> AnyGrid | None:
-        """The grid that the values lie on; None for a dense weight."""
-
-    @abstractmethod
-    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False) -> Tensor:
-        """The matrix (N, K), or the given rows of it, rounded once to `dtype`.
-
-        With `reuse` the result may lie in memory that the next such call overwrites (see `kernels.workspace`).
-        """
-
-    @abstractmethod
-    def spec(self) -> Spec:
-        """What `from_spec` needs to lay this weight out without data."""
-
-    def product_of_few(self, x_TK: Tensor) -> Tensor | None:
-        """x W^T (T, N) of a few rows without ever writing W, summed in float32; None where there is no such way."""
-        on_gpu = dequantize.on_gpu(x_TK)
-        if x_TK.dtype == torch.float64 or not (on_gpu or cpu.serves(x_TK)):
-            return None
-        shape = x_TK.shape[0], self.shape[0]
-        if on_gpu:  # where each further operator has a price of its own
-            y = torch.empty(shape, dtype=x_TK.dtype, device=x_TK.device)
-            return y if self._multiply(y, x_TK) else None
-        y = torch.empty(shape)
-        x = x_TK if x_TK.dtype == torch.bfloat16 else x_TK.float()
-        return y.to(x_TK.dtype) if self._multiply(y, x) else None
-
-    def _multiply(self, y: Tensor, x_TK: Tensor) -> bool:
-        """Fill y (T, N) with x W^T, if this kind can; dtypes are those of the operator."""
-        return False
-
-    def result(self, dtype: torch.dtype, rows: Tensor | None, reuse: bool) -> Tensor:
-        """Memory for what `dequantize` returns."""
-        shape = (self.shape[0] if rows is None else rows.numel(), self.shape[1])
-        device = next(self.parameters()).device
-        return (
-            workspace.take("weight", shape, dtype, device) if reuse else torch.empty(shape, dtype=dtype, device=device)
-        )
-
-    def stored_bytes(self) -> int:
-        """Bytes of all tensors as kept in memory and on disk."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
-
-
-class DenseWeight(Weight):
-    """A weight kept as floats: the base of 16-bit LoRA."""
-
-    def __init__(self, weight_NK: Tensor) -> None:
-        super().__init__((weight_NK.shape[0], weight_NK.shape[1]))
-        self.weight = _frozen(weight_NK)
-
-    @property
-    def grid(self) -> None:
-        """A dense weight is on no grid."""
-        return None
-
-    def dequantize(self, dtype: torch.dtype, *, rows: Tensor | None = None, reuse: bool = False) -> Tensor:
-        """The matrix itself, cast to `dtype`."""
-        return rows_of(intact.floating("weight", self.weight, self.shape), rows).to(dtype)
-
-    def spec(self) -> Spec:
-        """Kind, shape and dtype."""
-        return {"kind": "dense", "shape": list(self.shape), "dtype": str(self.weight.dtype).removeprefix("torch.")}
 
 
 class AffineWeight(Weight):
@@ -130,7 +47,7 @@ class AffineWeight(Weight):
 
     Args:
         codes: packed uint8 (N, bytes) for `int`, uint8 (N, K) for `fixed8`, floats (N, K) for `bf16` and `fp32`.
-        range_: scales and zeros (N, G); stored in the grid's storage dtype, integer zeros as uint8.
+        range_: scales and zeros (N, G), exact in the grid's storage dtype; integer zeros are stored as uint8.
         grid: the affine grid.
         in_features: K.
         storage: what `codes` holds.
@@ -139,10 +56,17 @@ class AffineWeight(Weight):
     def __init__(self, codes: Tensor, range_: Range, grid: Grid, in_features: int, storage: Storage = "int") -> None:
         super().__init__((codes.shape[0], in_features))
         self._grid, self.storage = grid, storage
-        self.codes = _frozen(codes)
-        self.scale = _frozen(range_.scale_NG.to(grid.storage))
-        self.zero = None if range_.zero_NG is None else _frozen(range_.zero_NG.to(torch.uint8))
-        self.offset = None if range_.offset_NG is None else _frozen(range_.offset_NG.to(grid.storage))
+        self.codes = frozen(codes)
+        self.zero = None if range_.zero_NG is None else frozen(range_.zero_NG.to(torch.uint8))
+        kind, offset_NG = grid.two_level, range_.offset_NG
+        if kind is None:
+            self.scale = frozen(range_.scale_NG.to(grid.storage))
+            self.offset = None if offset_NG is None else frozen(offset_NG.to(grid.storage))
+            self.super_scale = self.super_offset = None
+        else:
+            self.super_scale, self.scale = _split(range_.scale_NG, kind.scales, kind)
+            none = None, None
+            self.super_offset, self.offset = none if offset_NG is None else _split(offset_NG, kind.offsets, kind)
         self._kept = intact.kept(self)
 
     @property
@@ -193,12 +117,17 @@ class AffineWeight(Weight):
         a scale of 1.
         """
         scale, zero, offset = range_
-        flat = scale == 0
+        flat, kind = scale == 0, grid.two_level
         if flat.any():
             at_zero = torch.full_like(scale, 0 if offset is not None else grid.center) if zero is None else zero
             codes = codes_NK.unflatten(1, (scale.shape[1], -1))
             codes_NK = torch.where(flat[..., None], at_zero.to(torch.uint8)[..., None], codes).flatten(1)
-            scale = torch.where(flat, torch.ones_like(scale).copysign(scale), scale)
+            ones = torch.ones_like(scale).copysign(scale)
+            scale = (
+                torch.where(flat, ones, scale)
+                if kind is None
+                else two_level.without_zeros(scale, kind.scales, two_level.SUPER // kind.group)
+            )
         return cls(packing.pack(codes_NK, grid.bits), Range(scale, zero, offset), grid, codes_NK.shape[1])
 
     def kept_as(self, storage: Storage) -> "AffineWeight":
@@ -210,14 +139,41 @@ class AffineWeight(Weight):
     def range(self) -> Range:
         """Scales and zeros (N, G) as float32."""
         self.intact()
-        zero, offset = (None if p is None else p.float() for p in (self.zero, self.offset))
-        return Range(self.scale.float(), zero, offset)
+        zero = None if self.zero is None else self.zero.float()
+        scale, offset = self._scales(), self._offsets()
+        if isinstance(scale, two_level.Split):
+            return Range(scale.product(), zero, offset.product() if isinstance(offset, two_level.Split) else None)
+        return Range(scale.float(), zero, offset.float() if isinstance(offset, Tensor) else None)
+
+    def _scales(self) -> Tensor | two_level.Split:
+        return self.scale if self.super_scale is None else two_level.Split(self.super_scale, self.scale)
+
+    def _offsets(self) -> Tensor | two_level.Split | None:
+        split = self.super_offset is not None and self.offset is not None
+        return two_level.Split(self.super_offset, self.offset) if split else self.offset  # type: ignore[arg-type]
 
     def _kept_range(self) -> Range:
         """The same in the dtypes they are stored in, where the kernels read those."""
-        if self.scale.dtype == torch.float16 and self.scale.device.type == "cpu":
+        if self.super_scale is not None or (self.scale.dtype == torch.float16 and self.scale.device.type == "cpu"):
             return self.range()
         return Range(self.scale, self.zero, self.offset)
+
+    def stored_scale(self, scale_NG: Tensor) -> Tensor:
+        """Scales trained from these, float32 (N, G), as the file will hold them, straight through."""
+        return self._as_stored(scale_NG, self._scales(), 0)
+
+    def stored_offset(self, offset_NG: Tensor) -> Tensor:
+        """Real offsets trained from these, float32 (N, G), as the file will hold them, straight through."""
+        kept = self._offsets()
+        assert kept is not None
+        return self._as_stored(offset_NG, kept, 1)
+
+    def _as_stored(self, x_NG: Tensor, kept: Tensor | two_level.Split, which: int) -> Tensor:
+        if isinstance(kept, Tensor):
+            return stored(x_NG, self.grid.scale_dtype)
+        kind = self.grid.two_level
+        assert kind is not None
+        return two_level.stored(x_NG, kept, (kind.scales, kind.offsets)[which])
 
     def levels(self, rows: Tensor | None = None) -> Tensor:
         """Levels in [0, 2^b - 1] as this storage remembers them: fresh float32 of shape (N, K)."""
@@ -298,11 +254,11 @@ class CodebookWeight(Weight):
     ) -> None:  # fmt: skip
         super().__init__((codes.shape[0], in_features))
         self._grid = grid
-        self.codes = _frozen(codes)
-        self.absmax = _frozen(absmax[0])
-        self.absmax_scale = _frozen(absmax[1]) if grid.double_quant else None
-        self.absmax_mean = _frozen(absmax[2]) if grid.double_quant else None
-        self.offset = None if offset_NG is None else _frozen(offset_NG)
+        self.codes = frozen(codes)
+        self.absmax = frozen(absmax[0])
+        self.absmax_scale = frozen(absmax[1]) if grid.double_quant else None
+        self.absmax_mean = frozen(absmax[2]) if grid.double_quant else None
+        self.offset = None if offset_NG is None else frozen(offset_NG)
         self._kept = intact.kept(self)
 
     @property
@@ -364,6 +320,11 @@ class CodebookWeight(Weight):
         self.intact()
         grid, offset = asdict(self.grid), self.offset is not None
         return {"kind": "codebook", "shape": list(self.shape), "grid": grid, "offset": offset}
+
+
+def _split(x_NG: Tensor, limits: tuple[int, int], kind: two_level.TwoLevel) -> tuple[nn.Parameter, nn.Parameter]:
+    super_, integer = two_level.split(x_NG.float(), limits, two_level.SUPER // kind.group)
+    return frozen(super_), frozen(integer)
 
 
 def _rows_at_once(weight_NK: Tensor) -> int:

@@ -16,8 +16,9 @@ from trimtab.memory.peak import Plan, Teaching, peak_of_training
 from trimtab.methods.rtn import Rtn
 from trimtab.models import calibrate
 from trimtab.models.architecture import architecture_of
-from trimtab.models.prepare import prepare_meta, targets
+from trimtab.models.prepare import prepare_meta
 from trimtab.models.sources import open_layout
+from trimtab.models.targets import targets
 from trimtab.models.transformers_bridge import cast_floats
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule

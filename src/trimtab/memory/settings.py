@@ -28,8 +28,8 @@ from trimtab.memory.plan import teaching
 from trimtab.methods import Method
 from trimtab.models import decoder
 from trimtab.models.architecture import architecture_of, windowed
-from trimtab.models.prepare import Target, placed_targets
-from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
+from trimtab.models.targets import Target, placed_targets
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, of_width
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Placement, Rule
 
@@ -41,7 +41,6 @@ METHODS = ("lr-qat", "qa-hira", "peqa", "qat", "q-bara", "qlora")
 BITS = (4, 3, 2)
 """Widths that are tried below the recipe's."""
 _SHORTEST, _LEAST_RANK, _TOKENS = 256, 4, 64
-_CODEBOOKS = {4: "nf4", 3: "nf3", 2: "nf2"}
 
 
 @dataclass(frozen=True)
@@ -262,13 +261,7 @@ def _default(method: Method, asked: Placement, group: int | None) -> Placement:
 
 
 def _narrowed(grid: Placement, bits: int) -> Placement:
-    if isinstance(grid, Grid):
-        return replace(grid, bits=min(grid.bits, bits))
-    if isinstance(grid, CodebookGrid):
-        if bits not in _CODEBOOKS:
-            raise UserError(f"there is no codebook of {bits} bits")
-        return replace(grid, codebook=_CODEBOOKS[min(grid.bits, bits)])  # type: ignore[arg-type]
-    return grid
+    return of_width(grid, min(grid.bits, bits)) if isinstance(grid, Grid | CodebookGrid) else grid
 
 
 class _Laid:
@@ -327,7 +320,7 @@ def _has_masks(config: Any) -> bool:
 
 def _without_bits(grid: AnyGrid | None) -> Any:
     if isinstance(grid, Grid):
-        return replace(grid, bits=4)
+        return grid.group, grid.zero, grid.scale_dtype
     return None if grid is None else (grid.group, grid.double_quant)
 
 

@@ -26,8 +26,9 @@ from trimtab.errors import UserError
 from trimtab.kernels import tuning, workspace
 from trimtab.models import decoder
 from trimtab.models.architecture import architecture_of
-from trimtab.models.prepare import placed_targets, prepare
+from trimtab.models.prepare import prepare
 from trimtab.models.sources import ModelSource
+from trimtab.models.targets import placed_targets
 from trimtab.models.transformers_bridge import cast_floats
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.rules import Rule

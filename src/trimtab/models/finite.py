@@ -54,9 +54,12 @@ def require_held(name: str, values_NG: Tensor, grid: Grid) -> None:
     Raises:
         UserError: naming the layer, the largest value and what to set.
     """
-    largest = stored(values_NG.detach().float().abs().amax(), grid.scale_dtype)
-    if not largest.isfinite() or largest >= _LARGEST.get(grid.scale_dtype, torch.inf):
-        most = _LARGEST.get(grid.scale_dtype, torch.finfo(grid.storage).max)
+    largest, kind = values_NG.detach().float().abs().amax(), grid.two_level
+    if kind is None:
+        largest = stored(largest, grid.scale_dtype)
+    bound = _LARGEST.get(grid.scale_dtype, torch.inf) if kind is None else kind.largest
+    if not largest.isfinite() or largest >= bound:
+        most = min(bound, torch.finfo(grid.storage).max)
         remedy = "float32" if grid.scale_dtype == "bfloat16" else "bfloat16"
         raise UserError(
             f"{name}: its weights need scales of {most:,.6g} or more, and `scale_dtype: {grid.scale_dtype}` holds none "
@@ -80,12 +83,13 @@ def look_at(model: nn.Module, name: str, base: Weight, source: Tensor | Weight) 
         return
     if isinstance(source, AffineWeight) and source.packed and same_form(source.grid, base.grid):
         return  # taken as it was
-    require_held(name, base.scale, base.grid)
-    if base.offset is not None:
-        require_held(name, base.offset, base.grid)
+    scale_NG, _, offset_NG = base.range()
+    require_held(name, scale_NG, base.grid)
+    if offset_NG is not None:
+        require_held(name, offset_NG, base.grid)
     if base.grid.scale_dtype not in _LARGEST:
         return  # it holds smaller ones
-    size_NG = base.scale.detach().float().abs()
+    size_NG = scale_NG.detach().abs()
     small_NG = size_NG <= _LEAST
     if not small_NG.any():
         return

@@ -13,8 +13,9 @@ column was rounded, so that a method which keeps fractions (LR-QAT's Phi, full Q
 error-compensated weight, and every method from the same codes.
 
 Scales: with columns in their own order each group's range is set from the compensated weight when its first column is
-reached, as in the paper's code. With `act_order` groups are not met one after another, so all ranges are set beforehand,
-from the weight as it was ("static groups"); so are doubly quantized absmax, which depend on one another.
+reached, as in the paper's code; on two levels, those of a super-block together, since they share a number. With
+`act_order` groups are not met one after another, so all ranges are set beforehand, from the weight as it was ("static
+groups"); so are doubly quantized absmax, which depend on one another.
 
 The road not taken: inverting H and factoring the inverse. U is also the inverse of the R in H = R R^T, one Cholesky
 factorisation of H with its axes reversed and one triangular solve.
@@ -23,7 +24,7 @@ Legend: N out features, K in features, g group size, G = K / g groups in a row, 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from trimtab.kernels import encode
 from trimtab.layers.weights import AffineWeight, CodebookWeight
 from trimtab.quant import codebook, packing
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, Range, from_codes, group_size, set_range, to_levels
+from trimtab.quant.two_level import SUPER
 
 _UNIT = 4096
 """Parts of a step that levels are kept to: with 8 bits before them, exact in float32 with or without z subtracted."""
@@ -66,21 +68,22 @@ class _Affine:
     """Rounds columns to an affine grid."""
 
     def __init__(self, weight_NK: Tensor, grid: Grid, ahead: bool) -> None:
-        self.grid, self.whole = grid, replace(grid, group=None)
+        self.grid = grid
+        dtype = "float32" if grid.two_level is not None else grid.scale_dtype
+        self.column = Grid(grid.bits, None, grid.zero, dtype)
         self.ranges: list[Range] = []
         if ahead:
-            parts = [[None] * 0 if t is None else t.split(1, 1) for t in _ranges(weight_NK, grid)]
-            groups = len(parts[0])
-            self.ranges = [Range(*(p[i] if p else None for p in parts)) for i in range(groups)]  # type: ignore[arg-type]
+            self.meet(weight_NK)
 
-    def meet(self, weight_Ng: Tensor) -> None:
-        """Set the range of the next group."""
-        self.ranges.append(_ranges(weight_Ng.contiguous(), self.whole))
+    def meet(self, weight_NK: Tensor) -> None:
+        """Set the ranges of the next groups."""
+        parts = [() if t is None else t.split(1, 1) for t in _ranges(weight_NK.contiguous(), self.grid)]
+        self.ranges += [Range(*(p[i] if p else None for p in parts)) for i in range(len(parts[0]))]  # type: ignore[arg-type]
 
     def round(self, w_N1: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Levels, clamped to the code range, and the values of the codes they round to."""
-        levels = to_levels(w_N1, self.ranges[group], self.whole).clamp_(0, self.grid.top)
-        return levels, from_codes(levels.round(), self.ranges[group], self.whole)
+        levels = to_levels(w_N1, self.ranges[group], self.column).clamp_(0, self.grid.top)
+        return levels, from_codes(levels.round(), self.ranges[group], self.column)
 
     def stored(self, levels_NK: Tensor) -> AffineWeight:
         """Levels in the middle of their unit, so that none is a tie, and on the side that it was rounded to."""
@@ -147,11 +150,12 @@ def quantize(weight_NK: Tensor, hessian_KK: Tensor, grid: AnyGrid, options: Gptq
     w_KN = (weight.T if order is None else weight.T[order]).clone(memory_format=torch.contiguous_format)
     groups = [i // group for i in (range(columns) if order is None else order.tolist())]
     kept_KN = torch.empty_like(w_KN)
-    for start, stop in _chunks(columns, group, options.block):
+    met = SUPER if isinstance(grid, Grid) and grid.two_level is not None else group
+    for start, stop in _chunks(columns, met, options.block):
         errors = torch.empty_like(w_KN[start:stop])
         for j in range(start, stop):
-            if not ahead and j % group == 0:
-                rounder.meet(w_KN[j : j + group].T)
+            if not ahead and j % met == 0:
+                rounder.meet(w_KN[j : j + met].T)
             kept, value = rounder.round(w_KN[j].unsqueeze(1), groups[j])
             kept_KN[j] = kept.squeeze(1)
             errors[j - start] = (w_KN[j] - value.squeeze(1)) / u_KK[j, j]

@@ -27,7 +27,7 @@ from trimtab.models.finite import require_finite
 from trimtab.models.gptq import Gptq
 from trimtab.models.layout import move_made, require_lasting, tensors_of
 from trimtab.models.origin import note_rounded, remember
-from trimtab.models.prepare import Target, finish, place, place_calibrated, prepare_by, round_by_gptq, targets
+from trimtab.models.prepare import finish, place, place_calibrated, prepare_by, round_by_gptq
 from trimtab.models.reload import reload
 from trimtab.models.sharding import Parting, mesh_of
 from trimtab.models.share import tell
@@ -37,6 +37,7 @@ from trimtab.models.sources import (
     open_source,
     require_shape,
 )
+from trimtab.models.targets import Target, targets
 from trimtab.models.transformers_bridge import cast_floats, untie
 from trimtab.models.weight_error import weight_error
 from trimtab.models.whole import checking

@@ -1,13 +1,12 @@
 """A model in, a prepared model out: which layers are ours, swapping them one at a time, and folding them back.
 
-`targets` decides everything before a weight is touched, from names and shapes alone, so it runs on a meta-device model
-too: loading, the memory plan and checks all share it. `place` swaps one layer. `fold` turns what was trained into what is
-stored.
+`targets` decides everything before a weight is touched. `place` swaps one layer. `fold` turns what was trained into what
+is stored.
 """
 
-from collections import Counter
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,126 +26,21 @@ from trimtab.models.conversion import require_names_that_last
 from trimtab.models.decoder import embedding_scale
 from trimtab.models.finite import look_at, require_finite, require_held, tell_small
 from trimtab.models.gptq import Gptq
-from trimtab.models.origin import grids_of, note_rounded
-from trimtab.models.replaceable import layers_of, refuse, refuse_model
+from trimtab.models.origin import note_rounded
+from trimtab.models.replaceable import refuse
 from trimtab.models.sharding import is_sharded
 from trimtab.models.share import tell
+from trimtab.models.targets import Target, targets
 from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
-from trimtab.quant.grid import AnyGrid, Grid, group_size, same_form
-from trimtab.recipe.rules import Kind, Placement, Rule, parse_rules, ranks, resolve
+from trimtab.quant.grid import Grid, same_form
+from trimtab.recipe.rules import Rule, parse_rules
+from trimtab.words import and_more
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Target:
-    """A layer that will be ours."""
-
-    name: str
-    kind: Kind
-    shape: tuple[int, int]
-    """(N, K); (vocabulary, K) for an embedding."""
-    grid: AnyGrid | None
-    """None keeps its weight in float, under an adapter."""
-    bias: bool
-    rank: int | None = None
-    """Of its adapter, where that is not the method's."""
-
-    def method(self, method: Method) -> Method:
-        """The method as it is on this layer."""
-        if self.rank is None:
-            return method
-        if not hasattr(method, "rank"):
-            raise UserError(f"rules: {method.name} has no rank; leave `rank` out, or use a method that has one")
-        return replace(method, rank=self.rank)  # type: ignore[call-arg]
-
-    def trainable(self, method: Method) -> int:
-        """Trainable parameters that the method puts on this layer."""
-        return self.method(method).trainable(self.grid, self.shape) if self.kind in ("linear", "head") else 0
-
-
-def targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> list[Target]:
-    """The layers that become ours and their grids, embeddings first.
-
-    Args:
-        model: on any device, the meta device included; its layers are float, or ours from an earlier run.
-        method: checked against every layer that it will train.
-        rules: None for the method's default (for a model that is already quantized: the grids it has).
-
-    Raises:
-        UserError: naming the layer, for a grid or method that does not fit it, and if no layer is left.
-    """
-    found = placed_targets(model, method, rules)
-    if not found:
-        stay = Counter(layers_of(model).left.values()).most_common()
-        why = "".join(f"; {count} layers stay in float: {reason}" for reason, count in stay)
-        raise UserError(f"rules: no layer of the model is left to quantize or train; give a layer a grid{why}")
-    return found
-
-
-def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> list[Target]:
-    """`targets`, but for rules that may leave none."""
-    refuse_model(model)
-    layers, left = layers_of(model)
-    kinds = {n: kind for n, (kind, _) in layers.items()}
-    placed, own_ranks = resolve(kinds, rules, _default(method), left), ranks(kinds, rules)
-    grids = grids_of(model)
-    any_stored = any(isinstance(module, QuantLinear | QuantEmbedding) for _, module in layers.values())
-    for name, (_, module) in layers.items():
-        stored = isinstance(module, QuantLinear | QuantEmbedding)
-        if placed[name] == "same" or (
-            rules is None and (any_stored or grids.kept)
-        ):  # a quantized model keeps what it has
-            placed[name] = _as_stored(module) if stored else grids.by_name.get(f"{name}.weight")
-    found = []
-    for name, (kind, module) in layers.items():
-        placement = placed[name]
-        if kind == "tied":
-            embedding = next((n for n, (k, _) in layers.items() if k == "embedding"), None)
-            # It may be one that stays in float; and without rules nothing of either is changed.
-            placement = None if embedding is None or rules is None else placed[embedding]
-        if placement is None:
-            continue
-        grid = None if isinstance(placement, str) else placement
-        rank = own_ranks.get(name) if kind in ("linear", "head") else None
-        target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
-        _check(target, module, method)
-        found.append(target)
-    return sorted(found, key=lambda t: t.kind != "embedding")
-
-
-def _default(method: Method) -> Placement:
-    return "float" if method.grid is None else method.grid
-
-
-def _as_stored(module: Any) -> Placement:
-    if isinstance(module, QuantLinear) and module.tied:
-        return None
-    return "float" if module.base.grid is None else module.base.grid
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    if isinstance(module, QuantLinear | QuantEmbedding):
-        return module.base.shape
-    return module.weight.shape[0], module.weight.shape[1]
-
-
-def _check(target: Target, module: nn.Module, method: Method) -> None:
-    if isinstance(module, QuantLinear) and module.adapter is not None:
-        raise UserError(
-            f"{target.name}: already has an adapter ({module.adapter.place} place); "
-            "fold it first with `trimtab.fold(model, merge=True)`, then prepare the result"
-        )
-    refuse(target.name, module, loaded=False)
-    try:
-        if target.kind == "embedding" and target.grid is None:
-            raise UserError("an embedding takes a grid or null; it has no adapter to keep in float")
-        if target.grid is not None:
-            group_size(target.grid, target.shape[1])
-        target.trainable(method)
-    except UserError as error:
-        raise UserError(f"{target.name}: {error}") from None
+_UNTRAINED = "_trimtab_untrained"
+_log = logging.getLogger("trimtab")
 
 
 def place(model: "PreTrainedModel", target: Target, source: Source, method: Method) -> None:
@@ -165,6 +59,8 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
         base, adapter = target.method(method).build(source, target.grid)
         inputs = old.inputs if isinstance(old, QuantLinear) and target.grid is not None else None
         new = QuantLinear(base, adapter, getattr(old, "bias", None), inputs=inputs)
+    if target.untrained:
+        vars(model).setdefault(_UNTRAINED, {})[target.name] = target.untrained
     if target.kind != "tied":
         look_at(model, target.name, base, source)
     new.train(old.training)
@@ -187,9 +83,18 @@ def finish(model: "PreTrainedModel") -> None:
     """After the last layer: see that it can be saved, freeze all but adapters, and tell transformers."""
     untie(model)
     tell_small(model)
+    _tell_untrained(model)
     require_names_that_last(model, quant_layers(model))
     freeze(model)
     attach(model)
+
+
+def _tell_untrained(model: nn.Module) -> None:
+    """Say, in one line for each reason, which layers keep a grid that the method cannot train on."""
+    noted: dict[str, str] = vars(model).pop(_UNTRAINED, {})
+    for reason in dict.fromkeys(noted.values()):
+        names = [name for name, why in noted.items() if why == reason]
+        _log.warning("%s: kept as in the file, and not trained: %s", and_more(names), reason)
 
 
 def round_by_gptq(source: Source, target: Target, start: Gptq, hessian_KK: Tensor) -> Source:

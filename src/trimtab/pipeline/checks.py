@@ -18,8 +18,8 @@ from trimtab.formats import writer
 from trimtab.formats.export import check_exports
 from trimtab.models.attention import check_attention
 from trimtab.models.positions import check_length
-from trimtab.models.prepare import targets
 from trimtab.models.sources import ModelSource, open_source
+from trimtab.models.targets import targets
 from trimtab.pipeline.output import Work
 from trimtab.pipeline.starting import hint
 from trimtab.recipe import inputs, texts

@@ -21,8 +21,8 @@ from trimtab.memory.plan import plan as planned
 from trimtab.memory.process import available_bytes
 from trimtab.memory.settings import settings
 from trimtab.memory.speed import Speed, speed
-from trimtab.models.prepare import targets
 from trimtab.models.sources import open_layout
+from trimtab.models.targets import targets
 from trimtab.pipeline.pruned import pruned_already
 from trimtab.recipe.recipe import Recipe, as_recipe
 

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from trimtab.errors import UserError
 from trimtab.quant import opaque
+from trimtab.quant.two_level import SUPER, TWO_LEVEL, TwoLevel, nearest
 
 Zero = Literal["symmetric", "integer", "real"]
-ScaleDtype = Literal["portable", "bfloat16", "float16", "float32"]
+ScaleDtype = Literal["portable", "bfloat16", "float16", "float32", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 RangeRule = Literal["minmax", "paper", "lp2", "lp2.4", "lp3", "lp3.5", "lp4"]
 
 _STORAGE = {
@@ -37,6 +38,7 @@ _STORAGE = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    **dict.fromkeys(TWO_LEVEL, torch.float32),  # what their products need
 }
 _CANDIDATES = 100
 """Shrunken ranges tried by the L_p search, as in LR-QAT's paper."""
@@ -55,7 +57,8 @@ class Grid:
     zero: Zero = "symmetric"
     """symmetric (nothing stored), integer (a code) or real (an offset in weight units)."""
     scale_dtype: ScaleDtype = "portable"
-    """Stored dtype of scales and offsets; portable values are exact in both bfloat16 and float16."""
+    """Stored dtype of scales and offsets; portable values are exact in both bfloat16 and float16, and q2_k .. q6_k are the
+    two levels of GGUF's k-quants (see `two_level`), each of which has one width, group and zero."""
     range: RangeRule = "minmax"
     """How scales are chosen: minmax, paper (absmax / (2^(b-1) - 1)), or lp2 .. lp4 (search for the least L_p error)."""
 
@@ -67,6 +70,12 @@ class Grid:
         _choose("grid zero", self.zero, ("symmetric", "integer", "real"))
         _choose("grid scale_dtype", self.scale_dtype, tuple(_STORAGE))
         _choose("grid range", self.range, RangeRule.__args__)  # type: ignore[attr-defined]
+        kind = self.two_level
+        if kind is not None and (self.bits, self.group, self.zero) != (kind.bits, kind.group, kind.zero):
+            raise UserError(
+                f"grid scale_dtype: {self.scale_dtype} has {kind.bits} bits, groups of {kind.group} and a zero that is "
+                f"{kind.zero}; write `{{kquant: {self.scale_dtype}}}`"
+            )
 
     @property
     def top(self) -> int:
@@ -80,11 +89,18 @@ class Grid:
 
     @property
     def storage(self) -> torch.dtype:
-        """The dtype that scales and offsets are kept and saved in."""
+        """The dtype that scales and offsets are kept and saved in, or that holds their products on two levels."""
         return _STORAGE[self.scale_dtype]
 
+    @property
+    def two_level(self) -> TwoLevel | None:
+        """How scales and offsets are stored on two levels, if they are."""
+        return TWO_LEVEL.get(self.scale_dtype)
+
     def describe(self) -> str:
-        """For example `int4 g32 integer`."""
+        """For example `int4 g32 integer`, or `q4_k`."""
+        if self.two_level is not None:
+            return self.scale_dtype
         return f"int{self.bits} {'channel' if self.group is None else f'g{self.group}'} {self.zero}"
 
 
@@ -118,6 +134,26 @@ class CodebookGrid:
 AnyGrid = Grid | CodebookGrid
 
 
+def k_quant(name: str, range_: RangeRule = "minmax") -> Grid:
+    """The grid of a k-quant of GGUF, `q2_k` to `q6_k`; a `UserError` for any other name."""
+    _choose("grid kquant", name, tuple(TWO_LEVEL))
+    kind = TWO_LEVEL[name]
+    return Grid(kind.bits, kind.group, kind.zero, name, range_)  # type: ignore[arg-type]
+
+
+def of_width(grid: AnyGrid, bits: int) -> AnyGrid:
+    """A grid of the same kind whose codes have so many bits; a `UserError` if there is none."""
+    if isinstance(grid, CodebookGrid):
+        if bits not in (2, 3, 4):
+            raise UserError(f"there is no codebook of {bits} bits; take 2, 3 or 4, or an affine grid")
+        return grid if bits == grid.bits else replace(grid, codebook=f"nf{bits}")  # type: ignore[arg-type]
+    if grid.two_level is None:
+        return replace(grid, bits=bits)
+    if f"q{bits}_k" not in TWO_LEVEL:
+        raise UserError(f"there is no k-quant of {bits} bits; take 2 to 6, or a grid of bits, group and zero")
+    return k_quant(f"q{bits}_k", grid.range)
+
+
 def same_form(a: AnyGrid | None, b: AnyGrid | None) -> bool:
     """Whether values on one grid are values on the other as they stand: equal but for how ranges are chosen."""
     if isinstance(a, Grid) and isinstance(b, Grid):
@@ -138,6 +174,11 @@ def group_size(grid: AnyGrid, in_features: int) -> int:
         divisors = [g for g in (16, 32, 64, 128, 256) if in_features % g == 0]
         remedy = f"use one of {divisors} or null (per channel)" if divisors else "use null (per channel)"
         raise UserError(f"group {grid.group} does not divide the {in_features} input features; {remedy}")
+    if isinstance(grid, Grid) and grid.two_level is not None and in_features % SUPER:
+        raise UserError(
+            f"{grid.scale_dtype} stores rows in blocks of {SUPER}, which do not divide the {in_features} input features; "
+            f"use {{bits: {grid.bits}, group: 32}} there"
+        )
     return grid.group
 
 
@@ -166,7 +207,8 @@ def stored(x: Tensor, scale_dtype: ScaleDtype) -> Tensor:
 
     Returns:
         Same shape and dtype as x, every value exact in the storage dtype; `portable` is exact in bfloat16 *and*
-        float16, so magnitudes are kept between 2^-24 and 65280 there.
+        float16, so magnitudes are kept between 2^-24 and 65280 there. What is stored on two levels depends on what is
+        beside it: `AffineWeight.stored_scale` and `stored_offset` know it.
     """
     return opaque.stored(x, scale_dtype)
 
@@ -206,9 +248,26 @@ def set_range(
     if extremes is None:
         w_NGg = weight_NK.float().unflatten(1, (-1, group_size(grid, weight_NK.shape[1])))
         extremes = w_NGg.amin(-1), w_NGg.amax(-1)
-    if grid.range in ("minmax", "paper"):
-        return _full_range(*extremes, grid, 1.0)
-    return _search_range(weight_NK, *extremes, grid, errors or _errors)
+    kind, plain = grid.two_level, grid
+    if kind is not None:
+        plain = Grid(grid.bits, grid.group, grid.zero, "float32", grid.range)
+    if plain.range in ("minmax", "paper"):
+        found = _full_range(*extremes, plain, 1.0)
+    else:
+        found = _search_range(weight_NK, *extremes, plain, errors or _errors)
+    return found if kind is None else _on_two_levels(found, grid, kind, extremes[0] == extremes[1])
+
+
+def _on_two_levels(found: Range, grid: Grid, kind: TwoLevel, constant_NG: Tensor) -> Range:
+    """The nearest range that two levels hold; where an offset moves, the scale makes up for it at the other end."""
+    j, (scale, _, offset) = SUPER // kind.group, found
+    if offset is not None:
+        held = nearest(offset, kind.offsets, j)
+        scale, offset = scale + (offset - held) / grid.top, held
+    # The scale of 1 that a group of zeros has would rule its super-block.
+    flat = (constant_NG & (found.scale_NG == 1)).unflatten(1, (-1, j))
+    scale = torch.where((flat & ~flat.all(-1, keepdim=True)).flatten(1), 0, scale)
+    return Range(nearest(scale, kind.scales, j), None, offset)
 
 
 def _full_range(low: Tensor, high: Tensor, grid: Grid, shrink: float) -> Range:

@@ -2,7 +2,7 @@
 
 One YAML file, read into `Recipe` and the models of `fields`; `key=value` overrides with dotted keys (`train.steps=10`,
 values in YAML). What only the model can tell (does a pattern match a layer, does a group divide it) is checked by
-`models.prepare.targets`, on names and shapes, before a weight is read.
+`models.targets`, on names and shapes, before a weight is read.
 """
 
 import copy

@@ -3,6 +3,7 @@
     - {match: "model.embed_tokens", grid: {bits: 8, group: 32}}
     - {match: "model.layers.[01].*", grid: {bits: 8, group: 32}}      first match wins
     - {match: "*.down_proj", grid: null}                              stays an ordinary float layer, untouched
+    - {match: "*.v_proj", grid: {kquant: q6_k}}                       a k-quant of GGUF
     - {match: "*", grid: {bits: 4, group: 64}}
 
 Patterns are shell globs over module names. They stand for the projections of the language model; the embedding and the
@@ -18,7 +19,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from trimtab.errors import UserError, nearest
-from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, k_quant
 
 Placement = AnyGrid | Literal["float", "same"] | None
 """A grid, "float" (a float weight with an adapter), "same" (what the layer has), or None (an untouched layer)."""
@@ -48,6 +49,8 @@ def parse_grid(value: Any, where: str) -> Placement:
         return value
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {value!r} is no grid; write {{bits: 4, group: 64}}, float, same or null")
+    if "kquant" in value:
+        return _k_quant(value, where)
     kind = CodebookGrid if "codebook" in value else Grid
     known = [f.name for f in fields(kind)]
     for key in value:
@@ -62,6 +65,16 @@ def parse_grid(value: Any, where: str) -> Placement:
     try:
         made: AnyGrid = kind(**options)  # type: ignore[arg-type]
         return made
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _k_quant(value: Mapping[Any, Any], where: str) -> Grid:
+    other = [str(key) for key in value if key not in ("kquant", "range")]
+    if other:
+        raise UserError(f"{where}.{other[0]}: a k-quant has its own; write {{kquant: {value['kquant']}}}")
+    try:
+        return k_quant(value["kquant"], value.get("range", "minmax"))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

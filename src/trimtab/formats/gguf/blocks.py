@@ -18,8 +18,8 @@ integer zero is absorbed into the code,
 
 never turned into a float offset m = -s z: that product needs more bits than float16 has in half of all groups. A group
 of 64 repeats its scale in two blocks, a channel in all of its row. All products above are exact in float32, so ggml's
-numbers are ours to the bit. The k-quants quantize their scales to 6 bits once more; gguf has no encoder for them and our
-scales do not lie on that grid, so they are not written.
+numbers are ours to the bit. The k-quants' scales are products of two levels: a grid whose scales are stored so
+(`quant.two_level`) is written as that k-quant (`super_blocks`), and no other grid is.
 
 Legend: N out features, K in features, G groups in a row, L = K / 32 blocks in a row.
 """
@@ -31,12 +31,14 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
+from trimtab.formats.gguf.super_blocks import to_super_blocks
 from trimtab.quant.grid import AnyGrid, Grid, Range
+from trimtab.quant.two_level import SUPER, split
 
 BLOCK = 32
-"""Weights in a block."""
+"""Weights in a block that is no super-block."""
 
-BlockName = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+BlockName = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ class BlockType:
     """Width of a code."""
     minimum: bool
     """Whether w = d c + m."""
+    integers: int = 0
+    """Bytes of a super-block's scales and minima; 0 for a block of 32 weights."""
+
+    @property
+    def weights(self) -> int:
+        """Weights in a block."""
+        return SUPER if self.integers else BLOCK
 
     @property
     def center(self) -> int:
@@ -57,7 +66,7 @@ class BlockType:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
-        return (4 if self.minimum else 2) + BLOCK * self.bits // 8
+        return (4 if self.minimum else 2) + self.integers + self.weights * self.bits // 8
 
 
 TYPES = {
@@ -71,6 +80,17 @@ TYPES = {
     )
 }
 """By name, narrowest first."""
+SUPER_TYPES: dict[str, BlockType] = {
+    kind.name: kind
+    for kind in (
+        BlockType("Q2_K", 2, True, integers=16),
+        BlockType("Q3_K", 3, False, integers=12),
+        BlockType("Q4_K", 4, True, integers=12),
+        BlockType("Q5_K", 5, True, integers=12),
+        BlockType("Q6_K", 6, False, integers=16),
+    )
+}
+"""The k-quants, each the one type of a grid of its own."""
 
 _RESCALE = "float16 is what GGUF keeps scales in: use `scale_dtype: portable` or `float16`"
 
@@ -87,6 +107,8 @@ def block_type(grid: AnyGrid, in_features: int | None = None) -> BlockType:
     """
     if not isinstance(grid, Grid):
         raise UserError(f"GGUF has no table of {grid.codebook} values: use an affine grid (bits, group, zero)")
+    if grid.two_level is not None:
+        return SUPER_TYPES[grid.scale_dtype.upper()]
     if grid.scale_dtype == "float32":
         raise UserError(f"float32 scales; {_RESCALE}")
     if grid.group is not None and grid.group % BLOCK:
@@ -116,13 +138,18 @@ def to_blocks(codes_NK: Tensor, range_: Range, grid: Grid) -> tuple[BlockType, T
         grid: the affine grid.
 
     Returns:
-        The type, and uint8 of shape (N, L * block_bytes): the tensor's bytes, row after row.
+        The type, and uint8 of shape (N, blocks in a row * block_bytes): the tensor's bytes, row after row.
 
     Raises:
         UserError: if no type holds the grid, or a scale or offset is not exact in float16.
     """
-    kind = block_type(grid, codes_NK.shape[1])
-    require_exact(range_)
+    kind, two = block_type(grid, codes_NK.shape[1]), grid.two_level
+    if two is not None:
+        j = SUPER // two.group
+        scales = split(range_.scale_NG, two.scales, j)
+        offsets = None if range_.offset_NG is None else split(range_.offset_NG, two.offsets, j)
+        return kind, to_super_blocks(codes_NK, scales, offsets, kind.name)
+    require_exact(range_, grid)
     if range_.zero_NG is not None:
         repeat = codes_NK.shape[1] // range_.zero_NG.shape[1]
         shift_NK = kind.center - range_.zero_NG.to(torch.int16).repeat_interleave(repeat, 1)
@@ -135,8 +162,10 @@ def to_blocks(codes_NK: Tensor, range_: Range, grid: Grid) -> tuple[BlockType, T
     return kind, torch.cat([*header, *body], -1).flatten(1)
 
 
-def require_exact(range_: Range) -> None:
-    """Raise a `UserError` if a scale or offset is not exact in float16."""
+def require_exact(range_: Range, grid: Grid) -> None:
+    """Raise a `UserError` if a scale or offset is not exact in float16; those on two levels are products."""
+    if grid.two_level is not None:
+        return
     for value_NG, what in ((range_.scale_NG, "scale"), (range_.offset_NG, "offset")):
         if value_NG is None:
             continue

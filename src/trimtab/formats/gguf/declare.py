@@ -9,9 +9,9 @@ from typing import Any
 
 from trimtab.errors import UserError
 from trimtab.formats.declaration import ALL_KINDS, DENSE, Engine, Form, Format, Writing
-from trimtab.formats.gguf.blocks import BLOCK, TYPES, block_type
+from trimtab.formats.gguf.blocks import BLOCK, SUPER_TYPES, TYPES, block_type
 from trimtab.models.sources import resolve
-from trimtab.quant.grid import Grid, Zero
+from trimtab.quant.grid import Grid, Zero, k_quant
 from trimtab.recipe import recipe
 
 FILE = "model.gguf"
@@ -45,6 +45,19 @@ def _forms() -> tuple[Form, ...]:
                         scales="float16",
                     )
                 )
+    for kind in SUPER_TYPES.values():
+        grid = k_quant(kind.name.lower())
+        found.append(
+            Form(
+                name=kind.name,
+                width=kind.bits,
+                bits=(kind.bits,),
+                zeros=(grid.zero,),
+                kinds=ALL_KINDS,
+                group_of=grid.group or 1,
+                scales=grid.scale_dtype,
+            )
+        )
     return tuple(found)
 
 
@@ -53,7 +66,7 @@ class Gguf(Format):
 
     name = "gguf"
     library = "gguf"
-    summary = "one file of blocks of 32, for llama.cpp; a tuned GGUF file keeps all that was not tuned"
+    summary = "one file of blocks of 32 or k-quants, for llama.cpp; a tuned GGUF file keeps all that was not tuned"
     forms = _forms()
     engines = (Engine(name="llama.cpp", bits=tuple(range(1, 9)), zeros=_ZEROS),)
 

@@ -242,5 +242,6 @@ def _on_a_grid(tensor: Any) -> bool:
 def _reordered(weight: AffineWeight, order: Tensor) -> AffineWeight:
     if torch.equal(order, torch.arange(len(order))):
         return weight
-    offset = None if weight.offset is None else weight.offset[order]
-    return AffineWeight(weight.codes[order], Range(weight.scale[order], None, offset), weight.grid, weight.shape[1])
+    scale, _, offset = weight.range()
+    range_ = Range(scale[order], None, None if offset is None else offset[order])
+    return AffineWeight(weight.codes[order], range_, weight.grid, weight.shape[1])

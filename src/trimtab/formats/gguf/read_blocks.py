@@ -6,8 +6,8 @@
     Q6_K, Q3_K         w = (d sc) (q - 2^(b-1))     super-blocks of 256: float16 d, an integer sc a group
 
 A k-quant's scales d * sc and offsets -dmin * mn are products of 11 bits and at most 8, so float32 holds them as they are,
-and q times a scale, too: a weight is rounded once, in the sum, by llama.cpp and here. What is read so is a grid with
-float32 scales; Q4_K takes 6 bits a weight in memory where the file takes 4.5.
+and q times a scale, too: a weight is rounded once, in the sum, by llama.cpp and here. They are stored on two levels, as in
+the file (`quant.two_level`).
 
 Legend: N out features, K in features, S super-blocks, g group size, G = K / g groups in a row.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimtab.layers.weights import AffineWeight
-from trimtab.quant.grid import Grid, Range
+from trimtab.quant.grid import Grid, Range, k_quant
 
 _T = gguf.GGMLQuantizationType
 GRIDS = {
@@ -29,11 +29,11 @@ GRIDS = {
     _T.Q5_0: Grid(5, 32, "symmetric", "float16"),
     _T.Q5_1: Grid(5, 32, "real", "float16"),
     _T.Q8_0: Grid(8, 32, "symmetric", "float16"),
-    _T.Q2_K: Grid(2, 16, "real", "float32"),
-    _T.Q3_K: Grid(3, 16, "symmetric", "float32"),
-    _T.Q4_K: Grid(4, 32, "real", "float32"),
-    _T.Q5_K: Grid(5, 32, "real", "float32"),
-    _T.Q6_K: Grid(6, 16, "symmetric", "float32"),
+    _T.Q2_K: k_quant("q2_k"),
+    _T.Q3_K: k_quant("q3_k"),
+    _T.Q4_K: k_quant("q4_k"),
+    _T.Q5_K: k_quant("q5_k"),
+    _T.Q6_K: k_quant("q6_k"),
 }
 """Types that are grids of ours."""
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from trimtab.errors import UserError
 from trimtab.formats.gguf import families, rotary, settings
 from trimtab.formats.gguf import vocabulary as vocabularies
-from trimtab.formats.gguf.blocks import block_type, require_exact, to_blocks
+from trimtab.formats.gguf.blocks import TYPES, block_type, require_exact, to_blocks
 from trimtab.formats.gguf.read import GgufSource
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
@@ -44,7 +44,8 @@ _FLOATS = {torch.float32: _Kind.F32, torch.float16: _Kind.F16, torch.bfloat16: _
 _FILE_TYPES = {
     _Kind.F32: gguf.LlamaFileType.ALL_F32,
     **{kind: gguf.LlamaFileType[f"MOSTLY_{kind.name}"] for kind in (_Kind.F16, _Kind.BF16)},
-    **{_Kind[name]: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")},
+    **{_Kind[name]: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in (*TYPES, "Q2_K", "Q6_K")},
+    **{_Kind[name]: gguf.LlamaFileType[f"MOSTLY_{name}_S"] for name in ("Q3_K", "Q4_K", "Q5_K")},
 }
 _SCALARS = {bool: _Value.BOOL, int: _Value.UINT32, float: _Value.FLOAT32, str: _Value.STRING}
 
@@ -205,7 +206,7 @@ def _block_entry(hf_name: str, name: str, weight: Weight, order: Tensor | None) 
     try:
         kind = block_type(grid, weight.shape[1])
         assert isinstance(weight, AffineWeight), "no other weight is on an affine grid"
-        require_exact(weight.range())
+        require_exact(weight.range(), weight.grid)
     except UserError as error:
         raise UserError(f"{hf_name.removesuffix('.weight')}: {error}") from None
 

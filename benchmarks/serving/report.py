@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.files import read
+from benchmarks.serving.k_quants import FILE as K_QUANTS
 from benchmarks.serving.serving import GROUP, MODEL, RESULTS, grids, key, others
 from trimtab.formats import ALL, table
 from trimtab.formats.mlx.write import packed, width
@@ -100,7 +102,38 @@ def page() -> str:
         lines += ["", "### Other models", "", "From GGUF files as they are found: LR-QAT at 4 bits, symmetric.", ""]
         lines += ["| model | format | engine | top-1 | RMS | noise | within |", "|---" * 7 + "|"]
         lines += [f"| {row['model']} | {parity(row)} |" for row in others()]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_k_quants(read(K_QUANTS))]) + "\n"
+
+
+def _k_quants(rows: list[dict[str, Any]]) -> list[str]:
+    """Files from the wild, tuned on their own grids."""
+    noise = {row["model"]: row for row in rows if row["method"] == "rtn"}
+    if not noise:
+        return []
+    lines = [
+        "",
+        "### Q4_K_M files, tuned on the grids that they have",
+        "",
+        "`grid: same`, `export: [same]`: each matrix keeps its type. *moved* is the share of weights that are others after",
+        "training; *gguf* and *folded* count matrices of the written file that the gguf package, or transformers, reads",
+        "as anything but the folded ones. Perplexity on held-out topics of Python's documentation, before and after;",
+        "llama.cpp multiplies k-quants in 8-bit integers, hence its noise. `benchmarks/serving/k_quants.py`.",
+        "",
+        "| model | method | steps | moved | bytes | gguf | folded | perplexity | llama.cpp: RMS | noise | within |",
+        "|---" * 11 + "|",
+    ]
+    for row in rows:
+        if row["method"] == "rtn":
+            continue
+        base = noise[row["model"]]
+        within = "yes" if row["rms_logprob"] <= 1.5 * base["rms_logprob"] else "no"
+        size = "the same" if row["bytes"] == row["file_bytes"] else f"{row['bytes'] - row['file_bytes']:+,}"
+        lines.append(
+            f"| {row['model']} | {row['method']} | {row['steps']} | {row['weights_moved']:.2%} | {size} "
+            f"| {row['not_as_gguf_reads']} | {row['not_as_folded']} | {base['perplexity']:.2f} to {row['perplexity']:.2f} "
+            f"| {row['rms_logprob']:.3g} | {base['rms_logprob']:.3g} | {within} |"
+        )
+    return lines
 
 
 def parity(row: dict[str, Any]) -> str:

@@ -80,6 +80,8 @@ registration.readers(
         "awq": "trimtab.formats.awq.read:opened",
         "compressed-tensors": "trimtab.formats.compressed_tensors.read:opened",
         "bitsandbytes": "trimtab.formats.bitsandbytes.read:opened",
+        "auto-round": "trimtab.formats.auto_round.read:opened",
+        "mlx": "trimtab.formats.mlx.read:opened",
     }
 )
 

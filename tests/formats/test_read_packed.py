@@ -171,9 +171,9 @@ def test_a_format_that_is_not_written_is_not_given_back(tmp_path: Path) -> None:
 
 
 def read(packing: Packing, stored: dict[str, Tensor]) -> Any:
-    kinds = {torch.int32: "I32", torch.float16: "F16", torch.float32: "F32"}
+    kinds = {torch.int32: "I32", torch.float16: "F16", torch.float32: "F32", torch.uint32: "U32"}
     headers = {part: Stored(Path(), kinds[t.dtype], tuple(t.shape)) for part, t in stored.items()}
-    return packing.weight(stored, packing.form(headers, stored))
+    return packing.weight(stored, packing.form("layer", headers, stored))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

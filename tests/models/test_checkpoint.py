@@ -319,8 +319,7 @@ def test_what_could_not_be_loaded_again_is_refused(model_type: str, made: Callab
 @pytest.mark.parametrize(
     ("keys", "by"),
     [
-        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
-        ({"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}, "MLX"),
+        ({"text_config": {"quantization": {"bits": 4}}}, "MLX"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
         ({"quantization_config": {"bits": 4}}, "a library that it does not name"),
         ({"compression_config": {"format": "int-quantized"}}, "compressed-tensors"),
@@ -334,11 +333,13 @@ def test_who_quantized_a_model_is_named(keys: dict[str, Any], by: str, copied: C
     refused(path, f"already quantized by {by}; start from the float model")
 
 
-def test_our_own_mlx_export_is_no_base(made: Callable[[str], Path], tmp_path: Path) -> None:
-    model, tokenizer = load(str(made("llama")), Rtn(), [{"match": "*", "grid": {"bits": 4, "group": 32}}])
-    tt.save(model, tmp_path / "saved", tokenizer)
-    tt.export(str(tmp_path / "saved"), "mlx", tmp_path / "mlx")
-    refused(tmp_path / "mlx", "already quantized by MLX")
+@pytest.mark.parametrize(
+    "keys", [{"quantization": {"group_size": 64, "bits": 4}}, {"quantization_config": {"quant_method": "gptq"}}]
+)
+def test_a_config_that_belongs_to_other_weights(keys: dict[str, Any], copied: Callable[..., Path]) -> None:
+    path = copied("llama")
+    configure(path, **keys)
+    refused(path, "no layer in its files is stored so|quantization_config")
 
 
 def test_an_adapter_beside_the_model_is_refused(copied: Callable[..., Path]) -> None:

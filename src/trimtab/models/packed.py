@@ -65,11 +65,16 @@ class Packing(ABC):
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
 
+    def settings_of(self, layer: str) -> Mapping[str, Any]:
+        """What holds for one layer: the model's settings, unless a library lets layers have their own."""
+        return self.settings
+
     @abstractmethod
-    def form(self, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
-        """The layer's shape and grid.
+    def form(self, layer: str, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
+        """A layer's shape and grid.
 
         Args:
+            layer: its name, for settings of its own.
             headers: dtypes and shapes of its tensors.
             small: those of `described`, read.
 
@@ -129,7 +134,7 @@ class PackedCheckpoint(Checkpoint):
             small = self.taken({part: (f"{layer}.{part}", parts[part]) for part in packing.described if part in parts})
             name = f"{layer}.weight"
             with self._about(layer):
-                self.forms[name] = packing.form(parts, small)
+                self.forms[name] = packing.form(layer, parts, small)
             self._parts[name] = parts
             self.tensors[name] = Stored(parts[packing.marker].file, "F32", self.forms[name].shape)
 
@@ -183,9 +188,10 @@ class PackedSource(SafetensorsSource):
             raise UserError(f"model.path: {path}: {error}") from error
         super().__init__(path, checkpoint := PackedCheckpoint(path, how))
         if not checkpoint.forms:
+            by = how.settings.get("quant_method", "MLX")
             raise UserError(
-                f"{path}: its quantization_config says {how.settings.get('quant_method')}, and no layer in its files is "
-                "stored so; take the config.json that was saved with the weights"
+                f"{path}: its quantization_config says {by}, and no layer in its files is stored so; take the config.json "
+                "that was saved with the weights"
             )
         self.came_in = packing.written_as
         self._packed = checkpoint
@@ -194,7 +200,8 @@ class PackedSource(SafetensorsSource):
     def config(self) -> Any:
         """Of the model that was quantized."""
         config = super().config()
-        del config.quantization_config
+        for key in ("quantization_config", "quantization"):  # the second is MLX's
+            vars(config).pop(key, None)
         return config
 
     def layout(self, **options: Any) -> PreTrainedModel:

@@ -277,8 +277,7 @@ def _check_config(path: str, file: Path) -> str | None:
     """Who quantized the model of a config.json, if its files can be read; None for nobody, else a `UserError`."""
     config = read_mapping(file, "fetch it again")
     believable.check(file, config)
-    quantized = config.get("quantization_config")
-    if isinstance(quantized, dict) and (by := str(quantized.get("quant_method"))) in known_readers():
+    if (by := _method(config)) in known_readers():
         return by
     for by in _quantized_by(config):
         raise UserError(
@@ -288,9 +287,17 @@ def _check_config(path: str, file: Path) -> str | None:
     return None
 
 
+def _method(config: dict[str, Any]) -> str | None:
+    """`quant_method` of a config; MLX's files name none, and have a key of their own beside."""
+    quantized = config.get("quantization_config")
+    named = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    return "mlx" if named is None and isinstance(config.get("quantization"), dict) else named and str(named)
+
+
 def quantization_of(path: Path) -> dict[str, Any]:
-    """`quantization_config` of a directory whose config.json was looked at."""
-    return dict(read_mapping(path / "config.json")["quantization_config"])
+    """`quantization_config` (of MLX's, `quantization`) of a directory whose config.json was looked at."""
+    config = read_mapping(path / "config.json")
+    return dict(config.get("quantization_config") or config["quantization"])
 
 
 def _require_plain(path: str, config: Path) -> None:

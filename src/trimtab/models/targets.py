@@ -99,8 +99,9 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
         placement = placed[name]
         if kind == "tied":
             embedding = next((n for n, (k, _) in layers.items() if k == "embedding"), None)
-            # It may be one that stays in float; and without rules nothing of either is changed.
-            placement = None if embedding is None or rules is None else placed[embedding]
+            # It may be one that stays in float; and without rules nothing of either is changed once both are ours.
+            follows = rules is not None or (grids.kept and not any_stored)
+            placement = placed[embedding] if embedding is not None and follows else None
         if placement is None:
             continue
         grid = None if isinstance(placement, str) else placement

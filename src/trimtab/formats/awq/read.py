@@ -39,10 +39,10 @@ class AwqPacking(Packing):
         if bits != _BITS or version.lower() != "gemm":
             raise UserError(f"quantization_config: AWQ of {bits} bits packed for {version!r}; 4 bits, gemm is read")
 
-    def form(self, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
+    def form(self, layer: str, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
         """From the shapes of codes and scales."""
         (k, words), (groups, n) = headers["qweight"].shape, headers["scales"].shape
-        group = group_of(self.settings, k, groups)
+        group = group_of(self.settings_of(layer), k, groups)
         if words * _A_WORD != n or group is None:
             raise UserError(f"4-bit codes of {k} x {words * _A_WORD} do not go with scales of {groups} x {n}")
         if headers["scales"].kind not in SCALE_DTYPES:

@@ -56,7 +56,7 @@ class NormalFloatPacking(Packing):
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"its quant_state is none of bitsandbytes ({error!r}); fetch it again") from error
 
-    def form(self, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
+    def form(self, layer: str, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
         """From the state that stands beside the codes."""
         state = self._of(small)
         (n, k), block = state["shape"], state["blocksize"]

@@ -50,7 +50,7 @@ class CompressedPacking(Packing):
                 stacklevel=2,
             )
 
-    def form(self, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
+    def form(self, layer: str, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
         """From the shapes of words, scales and zeros."""
         scale = headers["weight_scale"]
         if "weight_packed" in headers:

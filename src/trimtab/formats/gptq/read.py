@@ -33,24 +33,23 @@ class GptqPacking(Packing):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
-        self.bits = int(settings.get("bits", 0))
-        if self.bits not in (2, 3, 4, 8):
-            raise UserError(f"quantization_config.bits: {settings.get('bits')!r} is none of 2, 3, 4, 8")
+        _bits(settings)
         version = str(settings.get("checkpoint_format", "gptq"))
         if version not in ("gptq", "gptq_v2"):
             raise UserError(f"quantization_config.checkpoint_format: {version!r} is neither gptq nor gptq_v2")
         self.zeros_less = 1 if version == "gptq" else 0
 
-    def form(self, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
+    def form(self, layer: str, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
         """From the shapes of codes and scales."""
-        (words, n), (groups, scales) = headers["qweight"].shape, headers["scales"].shape
-        k = words * 32 // self.bits
-        group = group_of(self.settings, k, groups)
+        settings = self.settings_of(layer)
+        (words, n), (groups, scales), bits = headers["qweight"].shape, headers["scales"].shape, _bits(settings)
+        k = words * 32 // bits
+        group = group_of(settings, k, groups)
         if scales != n or group is None or headers["scales"].kind not in SCALE_DTYPES:
-            raise UserError(f"{self.bits}-bit codes of {k} x {n} do not go with scales of {groups} x {scales}")
-        symmetric = bool(self.settings.get("sym", True))
+            raise UserError(f"{bits}-bit codes of {k} x {n} do not go with scales of {groups} x {scales}")
+        symmetric = bool(settings.get("sym", True))
         scale_dtype = SCALE_DTYPES[headers["scales"].kind]
-        return Form((n, k), Grid(self.bits, None if group < 1 else group, _zero(symmetric), scale_dtype))
+        return Form((n, k), Grid(bits, None if group < 1 else group, _zero(symmetric), scale_dtype))
 
     def weight(self, tensors: Mapping[str, Tensor], form: Form) -> AffineWeight:
         """Codes and scales as they stand; zeros with what the version leaves out."""
@@ -58,8 +57,8 @@ class GptqPacking(Packing):
         (n, k), grid = form.shape, form.grid
         groups = tensors["scales"].shape[0]
         require_in_order(tensors.get("g_idx"), k, groups)
-        codes_NK = unpack_int32(tensors["qweight"].T.contiguous(), self.bits, k)
-        zero_NG = unpack_int32(tensors["qzeros"], self.bits, n).T.to(torch.int16) + self.zeros_less
+        codes_NK = unpack_int32(tensors["qweight"].T.contiguous(), grid.bits, k)
+        zero_NG = unpack_int32(tensors["qzeros"], grid.bits, n).T.to(torch.int16) + self.zeros_less
         if int(zero_NG.max()) > grid.top:
             raise UserError(
                 f"a stored zero of {grid.top} is 0 to some readers of the first version and {grid.top + 1} to others; "
@@ -70,6 +69,13 @@ class GptqPacking(Packing):
         zero = None if grid.zero == "symmetric" else zero_NG.contiguous().float()
         scale_NG = tensors["scales"].T.contiguous().float()
         return AffineWeight.of_stored(codes_NK, Range(scale_NG, zero, None), grid)
+
+
+def _bits(settings: Mapping[str, Any]) -> int:
+    bits = int(settings.get("bits", 0))
+    if bits not in (2, 3, 4, 8):
+        raise UserError(f"quantization_config.bits: {settings.get('bits')!r} is none of 2, 3, 4, 8")
+    return bits
 
 
 def group_of(settings: Mapping[str, Any], in_features: int, groups: int) -> int | None:

@@ -1,0 +1,1 @@
+"""AutoRound's checkpoints, read."""

@@ -82,6 +82,7 @@ registration.readers(
         "bitsandbytes": "trimtab.formats.bitsandbytes.read:opened",
         "auto-round": "trimtab.formats.auto_round.read:opened",
         "mlx": "trimtab.formats.mlx.read:opened",
+        "fp8": "trimtab.formats.fp8.read:opened",
     }
 )
 

@@ -1,21 +1,25 @@
-"""AutoRound's and MLX's checkpoints as bases: the very codes, scales and zeros, by the libraries' own words for them."""
+"""AutoRound, MLX and FP8 checkpoints as bases: the very codes, scales and zeros, by the libraries' own words for them."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_read_packed as packed
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import tiny
 import trimtab as tt
-from exported import everywhere, linears, prepared, tensors, write
+from exported import everywhere, linears, llama, prepared, tensors, write
 from trimtab.errors import UserError
 from trimtab.formats.auto_round.read import AutoRoundGptq
 from trimtab.formats.mlx.read import MlxPacking
 from trimtab.layers.weights import AffineWeight
+from trimtab.methods import LrQat
+from trimtab.models.load import load_float
 from trimtab.models.sources import open_source
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid
@@ -127,4 +131,78 @@ def test_other_modes_of_mlx_are_refused(tmp_path: Path) -> None:
             layer["mode"] = "mxfp4"
     file.write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"4 bits in MLX's mode mxfp4; affine codes of 2, 3, 4, 5, 6, 8 bits are read"):
+        open_source(str(tmp_path / "theirs"))
+
+
+# ---- FP8 ------------------------------------------------------------------------------------------------------------
+
+
+def fp8_folder(folder: Path, method: str, shape: str, blocks: tuple[int, int] = (48, 40)) -> dict[str, Tensor]:
+    """A folder of 8-bit floats, and each layer's values in float64."""
+    model, found, wanted = llama(), {}, {}
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    kept = load_file(folder / "model.safetensors")
+    part = "weight_scale_inv" if method == "fp8" else "weight_scale"
+    for name, t in kept.items():
+        if not name.endswith("proj.weight"):
+            found[name] = t
+            continue
+        n, k = t.shape
+        block = {"blocks": blocks, "rows": (1, k), "one": (n, k)}[shape]
+        rows, columns = (-(-size // b) for size, b in zip((n, k), block, strict=True))
+        scale = 0.01 + torch.rand(rows, columns, generator=torch.Generator().manual_seed(n + k))
+        wide = scale.repeat_interleave(block[0], 0)[:n].repeat_interleave(block[1], 1)[:, :k]
+        found[name] = (t.float() / wide).to(torch.float8_e4m3fn)
+        found[f"{name.removesuffix('weight')}{part}"] = scale.view(-1) if shape == "one" else scale
+        wanted[name.removesuffix(".weight")] = found[name].double() * wide.double()
+    save_file({n: t.contiguous() for n, t in found.items()}, folder / "model.safetensors", {"format": "pt"})
+    settings: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": blocks}
+    if method != "fp8":
+        weights = {"num_bits": 8, "type": "float", "block_structure": blocks if shape == "blocks" else None}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        settings = {"quant_method": method, "format": "float-quantized", "config_groups": groups}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    return wanted
+
+
+@pytest.mark.parametrize("shape", ["blocks", "rows", "one"])
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+def test_floats_of_eight_bits(method: str, shape: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Dequantized once, which is said; then a float model like any other."""
+    wanted = fp8_folder(tmp_path / "theirs", method, shape)
+    floats = load_float(str(tmp_path / "theirs"), dtype=torch.float32)
+    for name, values in wanted.items():
+        assert torch.equal(floats.get_submodule(name).weight, values.float()), name
+    assert "and 11 more: no grid here holds their values, so they are dequantized once" in caplog.text
+    model, _ = tt.load(str(tmp_path / "theirs"), LrQat(rank=2), [everywhere(bits=4, group=32)])
+    grid = Grid(4, 32)
+    for name, values in wanted.items():
+        rounded = AffineWeight.quantize(values.float(), grid)
+        assert torch.equal(linears(model)[name].base.integer_codes(), rounded.integer_codes()), name
+    assert linears(tt.load(str(tmp_path / "theirs"), LrQat(rank=2))[0]).keys() == wanted.keys(), "the method's own grid"
+
+
+def test_as_transformers_dequantizes_it(tmp_path: Path) -> None:
+    wanted = fp8_folder(tmp_path / "theirs", "fp8", "blocks", (32, 16))  # it takes no blocks that are cut off
+    how = FineGrainedFP8Config(weight_block_size=(32, 16), dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32, quantization_config=how)
+    ours = load_float(str(tmp_path / "theirs"), dtype=torch.float32)
+    for name in wanted:
+        assert torch.equal(ours.get_submodule(name).weight, theirs.get_submodule(name).weight), name
+
+
+def test_scales_that_do_not_go_with_floats_of_eight_bits(tmp_path: Path) -> None:
+    fp8_folder(tmp_path / "theirs", "fp8", "blocks")
+    file = tmp_path / "theirs/model.safetensors"
+    found = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    save_file({**found, name: found[name][:, :1].repeat(1, 3)}, file, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"up_proj: scales of 3 x 3 do not go with 128 x 64 weights in blocks of 48 x 40"
+    ):
+        open_source(str(tmp_path / "theirs"))
+    save_file({**found, "model.layers.0.mlp.up_proj.weight": torch.ones(128, 64)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"up_proj: has a scale of F32 beside a weight of F32; F8_E4M3 with float"):
         open_source(str(tmp_path / "theirs"))

@@ -320,7 +320,7 @@ def test_what_could_not_be_loaded_again_is_refused(model_type: str, made: Callab
     ("keys", "by"),
     [
         ({"text_config": {"quantization": {"bits": 4}}}, "MLX"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "quanto"}}, "quanto"),
         ({"quantization_config": {"bits": 4}}, "a library that it does not name"),
         ({"compression_config": {"format": "int-quantized"}}, "compressed-tensors"),
         ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "gptq"),

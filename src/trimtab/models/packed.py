@@ -9,6 +9,7 @@ from their headers, and the weight that they are. Everything else (names, rename
 checkpoint, since to transformers' conversions it is one.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ from trimtab.models.origin import note_grids
 from trimtab.models.sources import SafetensorsSource, quantization_of
 from trimtab.quant.grid import AnyGrid, ScaleDtype
 from trimtab.reading import told
+from trimtab.words import and_more
+
+_log = logging.getLogger("trimtab")
 
 SCALE_DTYPES: dict[str, ScaleDtype] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 """What scales are stored in, by safetensors' names."""
@@ -38,7 +42,8 @@ class Form(NamedTuple):
 
     shape: tuple[int, int]
     """(N, K)."""
-    grid: AnyGrid
+    grid: AnyGrid | None
+    """None for a layer that is a float matrix once its scales are multiplied in."""
 
 
 class Packing(ABC):
@@ -83,8 +88,8 @@ class Packing(ABC):
         """
 
     @abstractmethod
-    def weight(self, tensors: Mapping[str, Tensor], form: Form) -> Weight:
-        """The layer's weight: the file's codes, scales and zeros.
+    def weight(self, tensors: Mapping[str, Tensor], form: Form) -> Weight | Tensor:
+        """The layer's weight: the file's codes, scales and zeros; float32 (N, K) where it has no grid.
 
         Raises:
             UserError: as `form`.
@@ -147,8 +152,8 @@ class PackedCheckpoint(Checkpoint):
         except UserError as error:
             raise UserError(f"{self.path}: {layer}: {error}") from error
 
-    def weight(self, name: str) -> Weight | None:
-        """The packed weight that stands for this tensor; None where the file holds numbers."""
+    def weight(self, name: str) -> Weight | Tensor | None:
+        """What the packed tensors that stand for this one are; None where the file holds the tensor itself."""
         if name not in self._parts:
             return None
         layer = name.removesuffix(".weight")
@@ -163,7 +168,7 @@ class PackedCheckpoint(Checkpoint):
         for name in names:
             weight = self.weight(name)
             if weight is not None:
-                found[name] = weight.dequantize(torch.float32)
+                found[name] = weight.dequantize(torch.float32) if isinstance(weight, Weight) else weight
         return found
 
 
@@ -194,6 +199,11 @@ class PackedSource(SafetensorsSource):
                 "that was saved with the weights"
             )
         self.came_in = packing.written_as
+        floats = [name.removesuffix(".weight") for name, form in checkpoint.forms.items() if form.grid is None]
+        if floats:
+            _log.warning(
+                "%s: %s: no grid here holds their values, so they are dequantized once", path, and_more(floats)
+            )
         self._packed = checkpoint
         self._laid_out: ref[PreTrainedModel] | None = None
 
@@ -210,7 +220,8 @@ class PackedSource(SafetensorsSource):
         self.bind(model)
         self._laid_out = ref(model)
         forms = {name: self._packed.forms.get(self._source_of(name)) for name in model.state_dict()}
-        note_grids(model, {name: form.grid for name, form in forms.items() if form is not None}, kept=True)
+        grids = {name: form.grid for name, form in forms.items() if form is not None and form.grid is not None}
+        note_grids(model, grids, kept=bool(grids))
         return model
 
     def bind(self, model: PreTrainedModel) -> None:

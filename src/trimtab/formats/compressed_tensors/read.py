@@ -1,5 +1,7 @@
 """compressed-tensors checkpoints as bases, code for code: `pack-quantized` and `int-quantized`, of any groups.
 
+Layers of `float-quantized` are read as `fp8` reads them.
+
 The tensors are those of `write`; a layer's width follows from how many words its codes take, so config groups, whose
 patterns say which layer has which, need not be matched. Codes are unpacked by the package's own function, for which
 `write` asks it.
@@ -17,12 +19,13 @@ from torch import Tensor
 
 from trimtab.errors import UserError
 from trimtab.formats.compressed_tensors.write import unpacked
+from trimtab.formats.fp8 import read as fp8
 from trimtab.layers.weights import AffineWeight
 from trimtab.models.checkpoint import Stored
 from trimtab.models.packed import SCALE_DTYPES, Form, PackedSource, Packing, require_in_order
 from trimtab.quant.grid import Grid, Range
 
-_FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
 
 
 class CompressedPacking(Packing):
@@ -41,8 +44,10 @@ class CompressedPacking(Packing):
         for form in {str(settings.get("format")), *(str(g["format"]) for g in groups if g.get("format"))}:
             if form not in _FORMATS:
                 raise UserError(
-                    f"quantization_config.format: {form!r} is read by nothing here; {', '.join(_FORMATS[:2])} are"
+                    f"quantization_config.format: {form!r} is read by nothing here; {', '.join(_FORMATS[:3])} are"
                 )
+        blocks = [dict(group.get("weights") or {}).get("block_structure") for group in groups]
+        self.block: list[int] | None = next((list(block) for block in blocks if block), None)
         if any(group.get("input_activations") for group in groups):
             warnings.warn(
                 "the model's inputs were rounded where it was served, which its config alone says: the weights are "
@@ -53,6 +58,8 @@ class CompressedPacking(Packing):
     def form(self, layer: str, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
         """From the shapes of words, scales and zeros."""
         scale = headers["weight_scale"]
+        if "weight" in headers and headers["weight"].kind == fp8.KIND:
+            return Form(fp8.shape_of(headers["weight"], scale, self.block), None)
         if "weight_packed" in headers:
             if "weight_shape" not in headers:
                 raise UserError("has packed codes but no weight_shape; fetch it again")
@@ -73,8 +80,10 @@ class CompressedPacking(Packing):
         scale_dtype = SCALE_DTYPES[scale.kind]
         return Form((n, k), Grid(widths[0], group, zero, scale_dtype))
 
-    def weight(self, tensors: Mapping[str, Tensor], form: Form) -> AffineWeight:
-        """Codes, scales and zeros as they stand."""
+    def weight(self, tensors: Mapping[str, Tensor], form: Form) -> AffineWeight | Tensor:
+        """Codes, scales and zeros as they stand; floats of 8 bits times their scales."""
+        if form.grid is None:
+            return fp8.dequantized(tensors["weight"], tensors["weight_scale"], self.block)
         assert isinstance(form.grid, Grid)
         (n, k), grid = form.shape, form.grid
         groups = tensors["weight_scale"].shape[1]

@@ -209,7 +209,7 @@ def harness(
 
 def export(
     path: str,
-    format: str,
+    format: str = "same",
     out: AnyPath | None = None,
     *,
     engine: str | None = None,
@@ -222,7 +222,7 @@ def export(
 
     Args:
         path: a directory that trimtab saved.
-        format: a name in `trimtab formats`, for example `compressed-tensors`.
+        format: a name in `trimtab formats`, for example `compressed-tensors`; `same` is the one that its base came in.
         out: where to; None for `<path>/<format>`.
         engine: the one engine that must run the result; None for any that reads the format.
         allow_lossy: round what the format does not hold to the nearest that it holds, instead of refusing.

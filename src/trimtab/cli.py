@@ -159,7 +159,9 @@ def harness(
 @app.command()
 def export(
     path: _Model,
-    format_: Annotated[str, typer.Option("--format", help="Format to write; see `trimtab formats`.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="Format to write; see `trimtab formats`. same: as its base came.")
+    ] = "same",
     out: Annotated[str | None, typer.Option(help="Where to; default: DIR/<format>.")] = None,
     engine: Annotated[str | None, typer.Option(help="The one engine that must run it; default: any.")] = None,
     allow_lossy: Annotated[

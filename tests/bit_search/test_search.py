@@ -16,10 +16,13 @@ from trimtab.bit_search import sensitivity
 from trimtab.bit_search.additive import front
 from trimtab.bit_search.space import space, units
 from trimtab.errors import UserError
+from trimtab.formats.export_size import export_sizes
 from trimtab.formats.native.write import save
 from trimtab.layers import weights
 from trimtab.methods import LrQat, Qlora, Rtn
 from trimtab.models.prepare import fold, prepare
+from trimtab.models.targets import targets
+from trimtab.models.transformers_bridge import cast_floats
 from trimtab.quant.grid import Grid
 from trimtab.recipe.rules import Rule
 
@@ -117,6 +120,36 @@ def test_bytes_of_a_configuration_are_a_bound_of_its_file(config: object, method
     tensors = len(model.state_dict()) + 1
     assert size <= laid_out.bytes(chosen) <= size + 2 * 11 * tensors + 8
     assert model.get_submodule(laid_out.units[chosen.index(0)].layers[0]).base.grid.bits == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "format_"),
+    [
+        (config, format_)
+        for config in CONFIGS
+        for format_ in ("gguf", "compressed-tensors", "mlx", "dense")
+        if (config.model_type, format_) != ("gemma3_text", "gguf")  # whose windows llama.cpp computes otherwise
+    ],
+)
+def test_bytes_may_be_those_of_another_format(config: object, format_: str) -> None:
+    """Additive, and what `plan` says of the format; test_export_size holds that to files."""
+    method = LrQat(rank=2)
+    laid_out = space(
+        skeleton(config), method, bits=[8, 3, 16], grid=Grid(4, 32, "symmetric"), others=[EMBEDDING], size_of=format_
+    )
+    for seed in range(3):
+        chosen = tuple(torch.randint(3, (len(laid_out.units),), generator=torch.Generator().manual_seed(seed)).tolist())
+        model = skeleton(config)
+        cast_floats(model, torch.bfloat16)
+        placed = targets(model, method, laid_out.rules(chosen))
+        assert {format_: laid_out.bytes(chosen)} == export_sizes(
+            model, placed, method, dtype=torch.bfloat16, only=[format_]
+        )
+
+
+def test_a_format_that_does_not_hold_a_choice_is_named() -> None:
+    with pytest.raises(UserError, match=r"search.budget_of: gguf: model.layers.0.self_attn.q_proj: has 8-bit codes"):
+        space(skeleton(CONFIGS[0]), Rtn(), bits=[8, 4], grid=GRID, size_of="gguf")  # type: ignore[arg-type]
 
 
 # ---- sensitivities --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from test_gguf import FORM, MATRICES, PROJECTION, Q4_1, File, codes_of
 from transformers import PreTrainedModel
 
+import trimtab as tt
 from trimtab.errors import UserError
 from trimtab.formats.export import export
 from trimtab.formats.gguf.declare import came_from
@@ -106,10 +107,17 @@ def test_an_export_finds_the_file_again_over_two_runs(file: File, tmp_path: Path
         values = {"model": {"path": str(path)}, "method": "rtn", "rules": QA_HIRA if name == "first" else None}
         recipe = {**values, "train": {"steps": 0}, "output": str(tmp_path / name), "evaluate": {"parity": False}}
         run(from_dict(recipe))
-    report = export(str(tmp_path / "second"), "gguf")
-    assert report.kind == "exact"
+    report = export(str(tmp_path / "second"), "same")
+    assert (report.format, report.kind) == ("gguf", "exact")
     assert (tmp_path / "second" / "gguf" / "model.gguf").read_bytes() == file.path.read_bytes()
     assert came_from(tmp_path / "second") == file.path
+
+
+def test_without_a_recipe_nothing_says_what_it_was_made_from(tmp_path: Path) -> None:
+    model, tokenizer = load(str(File(tmp_path / "tiny.gguf").path), Rtn(), QA_HIRA)
+    tt.save(model, tmp_path / "saved", tokenizer)
+    with pytest.raises(UserError, match=r"export: same: no recipe beside .*saved says what it was made from; name a"):
+        tt.export(str(tmp_path / "saved"))
 
 
 def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ class Search:
             dtype=recipe.dtype,
             merge=recipe.merge,
             activations=recipe.activations,
+            size_of=self.block.budget_of,
         )
         self._check_exports()
         self.doubtful = 0

@@ -4,21 +4,25 @@ A unit is a set of layers that share a grid: a whole decoder layer, or a *fusion
 up; down), since serving engines run the layers of a group as one matrix and need one scheme for it. A configuration is a
 choice for every unit, and stands for ordinary `rules`: nothing downstream knows of a search.
 
-Bytes are those of `file_size`: additive, never measured, never less than the file's.
+Bytes are those of `file_size`: additive, never measured, never less than the file's. Of another format than ours they are
+those of `export_size`: its tensors to the byte, without what the file says of them.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from trimtab.bit_search.additive import Configuration
 from trimtab.errors import UserError
-from trimtab.formats.file_size import Entry, file_size, layer_bytes
+from trimtab.formats import get
+from trimtab.formats.declaration import Format
+from trimtab.formats.export_size import export_sizes, layer_size
+from trimtab.formats.file_size import Entry, file_size
 from trimtab.methods.base import Method
 from trimtab.models.architecture import architecture_of
 from trimtab.models.decoder import block_names
@@ -111,6 +115,7 @@ def space(
     dtype: torch.dtype = torch.bfloat16,
     merge: bool = False,
     activations: Activations | None = None,
+    size_of: str = "native",
 ) -> Space:
     """Lay out a space.
 
@@ -125,6 +130,10 @@ def space(
         dtype: compute dtype.
         merge: see `file_size`.
         activations: see `file_size`.
+        size_of: the format whose bytes count; of another than native, those of the tensors (see `export_size`).
+
+    Raises:
+        UserError: naming what is no choice here, or a layer that the format does not hold on one.
     """
     if len(set(bits)) != len(bits) or not bits:
         raise UserError(f"search: bits {list(bits)} are not different widths; write for example [2, 3, 4, 8]")
@@ -141,7 +150,7 @@ def space(
     def every(choice: int) -> list[Rule]:
         return [*(Rule(n, placements[choice], pairs[choice][1]) for n in names), *rules]
 
-    how = _How(method, dtype, merge, activations)
+    how = _How(method, dtype, merge, activations, get(size_of))
     tables = [_parts(model, every(c), names, how) for c in range(len(pairs))]
     bytes_UC = np.array([[sum(table[n] for n in unit.layers) for table in tables] for unit in found], np.int64)
     return Space(
@@ -179,6 +188,12 @@ class _How(NamedTuple):
     dtype: torch.dtype
     merge: bool
     activations: Activations | None
+    format: Format
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What decides bytes of any format, by name."""
+        return {"dtype": self.dtype, "merge": self.merge, "activations": self.activations}
 
 
 def _parts(model: "PreTrainedModel", rules: Sequence[Rule], names: Sequence[str], how: _How) -> dict[str, int]:
@@ -186,15 +201,28 @@ def _parts(model: "PreTrainedModel", rules: Sequence[Rule], names: Sequence[str]
     placed: dict[str, Target] = {t.name: t for t in placed_targets(model, how.method, rules)}
     found = {}
     for name in names:
-        if name in placed:
-            found[name] = layer_bytes(placed[name], **how._asdict())
-        else:
-            parameters = model.get_submodule(name).named_parameters(prefix=name)
-            found[name] = sum(Entry(n, p.dtype, tuple(p.shape)).bound for n, p in parameters)
+        parameters = dict(model.get_submodule(name).named_parameters(prefix=name))
+        if name not in placed:
+            entries = [Entry(n, p.dtype, tuple(p.shape)) for n, p in parameters.items()]
+            found[name] = sum(e.bound if how.format.everything else e.nbytes for e in entries)
+            continue
+        try:
+            found[name] = layer_size(how.format, placed[name], how.method, **how.stored)
+        except UserError as error:
+            raise UserError(f"search.budget_of: {how.format.name}: {error}") from error
+        if not how.format.everything:
+            found[name] += sum(p.nbytes for n, p in parameters.items() if n.endswith(".bias"))
     return found
 
 
 def _fixed(model: "PreTrainedModel", rules: Sequence[Rule], names: Sequence[str], how: _How) -> int:
     """Bytes of all but these layers."""
-    whole = file_size(copy.deepcopy(model), rules=rules, **how._asdict()).bound
+    if how.format.everything:
+        whole = file_size(copy.deepcopy(model), how.method, rules, **how.stored).bound
+    else:
+        targets, only = placed_targets(model, how.method, rules), [how.format.name]
+        size = export_sizes(model, targets, how.method, only=only, **how.stored)[how.format.name]
+        if isinstance(size, str):
+            raise UserError(f"search.budget_of: {how.format.name}: {size}")
+        whole = size
     return whole - sum(_parts(model, rules, names, how).values())

@@ -33,7 +33,7 @@ from trimtab.formats.written import layers_of, planned
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.load import load
 from trimtab.models.origin import check_not_read_from
-from trimtab.models.sources import open_source
+from trimtab.models.sources import open_source, resolve
 from trimtab.models.targets import Target
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
 from trimtab.outputs import output
@@ -231,17 +231,19 @@ def export(
 ) -> Report:
     """Export a model that trimtab saved, to `DIR/<format>` unless `out` names another directory.
 
-    It is packed, and what it costs measured, on `device`.
+    `same` is the format that its base came in. It is packed, and what it costs measured, on `device`.
 
     Raises:
         UserError: if the directory holds no such model, or as `write` does; before any tensor is read.
     """
-    format_, folder = writer(name), Path(directory)
-    opened = open_source(directory)
+    folder, opened = Path(directory), open_source(directory)
     if not opened.prepared:
         raise UserError(
             f"{directory}: was not saved by trimtab; run a recipe with `method: rtn` on it, then export that"
         )
+    if name == "same":
+        name = _base_format(directory)
+    format_ = writer(name)
     laid_out = opened.layout()
     format_.require_config(laid_out.config.get_text_config(), options.engine)
     layers = layers_of(laid_out)
@@ -265,6 +267,23 @@ def export(
     if target.parent == folder.resolve():
         add(folder, (f"{target.name}/{file}" for file in (MANIFEST, *entries(target))))
     return report
+
+
+def _base_format(directory: str) -> str:
+    """The format that the base of a saved model came in, over any number of runs."""
+    path, seen = directory, set[str]()
+    while path not in seen:
+        seen.add(path)
+        source = open_source(path)
+        if not source.prepared:
+            if source.came_in is None:
+                raise UserError(f"export: same: {path} is in a format that is read and not written; name another")
+            return source.came_in
+        saved = resolve(path) / "recipe.yaml"
+        if not saved.is_file():
+            break
+        path = recipe.read(saved).model.path
+    raise UserError(f"export: same: no recipe beside {path} says what it was made from; name a format")
 
 
 def _held_out_blocks(folder: Path, tokenizer: Any) -> Tensor | str:

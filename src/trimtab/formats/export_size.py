@@ -12,13 +12,13 @@ Tensors are counted to the byte; of a file's header, its tokenizer and its confi
 """
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trimtab.errors import UserError
 from trimtab.formats import ALL
-from trimtab.formats.declaration import DENSE, Form, Format, Layer, refusals
+from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, refusals
 from trimtab.formats.file_size import layer_bytes
 from trimtab.formats.gguf.blocks import SUPER_TYPES, TYPES
 from trimtab.formats.mlx.write import GROUPS, width
@@ -60,18 +60,38 @@ def export_sizes(
     floats = _float_entries(model, targets)
     found: dict[str, int | str] = {}
     for format_ in (f for f in ALL if only is None or f.name in only):
-        layers = planned(targets, method, merge, format_, activations, kv)
-        refused = _refused(format_, layers, model, dtype)
+        refused = _refused(format_, planned(targets, method, merge, format_, activations, kv), model, dtype)
         if refused:
             found[format_.name] = refused
-        elif format_.everything:
-            stored = sum(layer_bytes(t, method, dtype=dtype, merge=merge, activations=activations) for t in targets)
-            found[format_.name] = stored + floats * dtype.itemsize
-        else:
-            parts = (_layer(format_, layer, dtype) for layer in layers if layer.kind != "tied")
-            kept = sum(_factors(t, method) for t in targets) if format_.adapters == "kept" else 0
-            found[format_.name] = sum(parts) + floats * dtype.itemsize + kept
+            continue
+        about: dict[str, Any] = {"dtype": dtype, "merge": merge, "activations": activations}
+        found[format_.name] = sum(layer_size(format_, t, method, **about) for t in targets) + floats * dtype.itemsize
     return found
+
+
+def layer_size(
+    format_: Format,
+    target: Target,
+    method: Method,
+    *,
+    dtype: torch.dtype,
+    merge: bool = False,
+    activations: Activations | None = None,
+) -> int:
+    """Bytes of one tuned layer in a format, without its bias.
+
+    Raises:
+        UserError: if the format does not hold it.
+    """
+    if format_.everything:
+        return layer_bytes(target, method, dtype=dtype, merge=merge, activations=activations)
+    (layer,) = planned([target], method, merge, format_, activations)
+    if layer.kind == "tied":
+        return 0
+    form = format_.form(layer, dtype)
+    if isinstance(form, Refusal):
+        raise UserError(str(form))
+    return _matrix(format_, layer, form, dtype) + (_factors(target, method) if format_.adapters == "kept" else 0)
 
 
 def _refused(format_: Format, layers: Sequence[Layer], model: "PreTrainedModel", dtype: torch.dtype) -> str:
@@ -100,10 +120,8 @@ def _factors(target: Target, method: Method) -> int:
     return rank * (n + k) * itemsize
 
 
-def _layer(format_: Format, layer: Layer, dtype: torch.dtype) -> int:
-    """Bytes of a layer's matrix in a format that takes it."""
-    form = format_.form(layer, dtype)
-    assert isinstance(form, Form), "it was asked whether it is refused"
+def _matrix(format_: Format, layer: Layer, form: Form, dtype: torch.dtype) -> int:
+    """Bytes of a layer's matrix in this form."""
     n, k = layer.shape
     if form is DENSE:
         return n * k * dtype.itemsize

@@ -349,8 +349,10 @@ class SearchBlock(Block):
     trials: int = Field(default=40, ge=1)
     """Trials to make, besides the uniform widths."""
     budget: str | int | None = None
-    """Largest size of the stored weights in the native format, such as 90MiB: never exceeded. Other formats have sizes of
-    their own (GGUF stores 2 and 3 bits in 4)."""
+    """Largest size of the stored weights, such as 90MiB: never exceeded."""
+    budget_of: Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft"] = "native"
+    """The format whose size the budget is, and the search's; of another than native it is that of the tensors, without the
+    header (in GGUF with the vocabulary). GGUF stores 2 and 3 bits in 4, unless rules ask for k-quants."""
     budget_training: str | int | None = None
     """Largest predicted peak of training, such as 6GiB: never exceeded. Of the device's memory, where that has its own:
     context and libraries are counted then."""

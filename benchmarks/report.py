@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.families import report as models
 from benchmarks.files import DOCS, RESULTS
 from benchmarks.gpu.report import gpu
 from benchmarks.memory.report import memory, seven
@@ -104,6 +105,7 @@ PAGES = {
     "rates": lambda: _page("Rates", rates.page()),
     "search": search.page,
     "formats": serving.page,
+    "models": lambda: _page("Models", models.page()),
     "scale": lambda: scale.page(_read()),
     "reliability": lambda: reliability.page(_read()),
 }

@@ -1,5 +1,6 @@
 """One thread: tensors here are tiny, and on a shared machine torch's threads would mostly wait for each other."""
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -19,6 +20,14 @@ torch.set_num_threads(1)
 
 # Engines live in environments of their own, which `make test-serving` makes; it names this folder.
 collect_ignore = [] if any("tests/serving" in argument for argument in sys.argv) else ["serving"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """Runs and loads collect garbage: what was there before a file's tests, a million objects of libraries and thousands of
+    tests, need not be looked through each time, which took most of the suite's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

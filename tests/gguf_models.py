@@ -1,5 +1,6 @@
 """Tiny random models of every family that GGUF is written for, and a tokenizer with merges."""
 
+import copy
 from typing import Any
 
 import torch
@@ -48,9 +49,10 @@ FAMILIES = {
 
 
 def random_model(config: Any) -> PreTrainedModel:
-    """Every tensor random, norms and biases too, so that none can be mistaken for another."""
+    """Every tensor random, norms and biases too, so that none can be mistaken for another; with a config of its own, in
+    which preparing it leaves a note."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     for p in model.parameters():
         p.data = (torch.randn_like(p) * (0.1 if p.dim() > 1 else 0.5)).bfloat16()
     return model.eval()

@@ -112,7 +112,7 @@ def test_bytes_of_a_configuration_are_a_bound_of_its_file(config: object, method
     assert laid_out.bits == (3, 8, 16)
     chosen = tuple(torch.randint(3, (len(laid_out.units),), generator=torch.Generator().manual_seed(0)).tolist())
     assert set(chosen) == {0, 1, 2}
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
     prepare(model, method, laid_out.rules(chosen))
     fold(model)
     save(model, tmp_path / "out")

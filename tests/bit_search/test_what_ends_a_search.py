@@ -1,5 +1,6 @@
 """What ends a search, and what only ends a trial; and a search's files, which are nobody else's."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ ENDS = ("fc1", "dense_h_to_4h")
 def test_rounded_trials_of_any_family(name: str) -> None:
     """Pythia and Phi call their last norm otherwise than Llama; KL against transformers' own logits."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[name], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name]), dtype=torch.float32).eval()
     linear = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(ENDS))
     torch.nn.init.normal_(model.get_submodule(linear).weight, std=1.0)
     rules = trimtab.recipe.rules.parse_rules([{"match": linear, "grid": {"bits": 2, "group": 32}}])

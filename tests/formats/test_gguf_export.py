@@ -1,5 +1,6 @@
 """GGUF files that we write, read by transformers' and gguf's own readers: the same model, to the bit."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
         assert config == {k: v for k, v in model.config.to_dict().items() if k in config}
         if name.startswith("gemma"):
             return  # their reader leaves out what Gemma's attention is scaled by
-        dense = AutoModelForCausalLM.from_config(FAMILIES[name], dtype=torch.float32).eval()
+        dense = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name]), dtype=torch.float32).eval()
         dense.load_state_dict(expected, strict=not missing)
         torch.testing.assert_close(theirs(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
 

@@ -15,6 +15,8 @@ from torch import nn
 import trimtab as tt
 from exported import shake
 from trimtab.errors import UserError
+from trimtab.formats import get
+from trimtab.formats.declaration import Layer
 from trimtab.formats.export_size import export_sizes
 from trimtab.formats.gguf.read_blocks import GRIDS, from_blocks
 from trimtab.formats.gguf.write import save
@@ -25,6 +27,7 @@ from trimtab.models.load import load, load_float
 from trimtab.models.sources import open_source
 from trimtab.models.targets import targets
 from trimtab.models.transformers_bridge import quant_layers
+from trimtab.quant.grid import Grid, k_quant
 from trimtab.recipe.rules import parse_rules
 
 HALVES = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
@@ -195,6 +198,20 @@ def test_a_k_quant_from_float(mixed: File, tmp_path: Path) -> None:
     left = sum(t.numel() * 4 for n, t in floats.state_dict().items() if n not in ours)
     assert names
     assert size == held + left
+
+
+@pytest.mark.parametrize(
+    ("grid", "format_", "remedy"),
+    [
+        (Grid(3, 16), "gguf", "has portable scales, which gguf does not hold; use `scale_dtype: q3_k`"),
+        (k_quant("q4_k"), "compressed-tensors", "has 4-bit codes with a zero that is real"),
+        (k_quant("q6_k"), "mlx", "has groups of 16"),
+        (k_quant("q4_k"), "mlx", "has q4_k scales, which mlx does not hold; use `scale_dtype: portable or bfloat16`"),
+    ],
+)
+def test_the_remedy_where_a_format_and_two_levels_do_not_go_together(grid: Grid, format_: str, remedy: str) -> None:
+    layer = Layer(name="up", kind="linear", shape=(64, 256), grid=grid)
+    assert remedy in str(get(format_).form(layer, torch.bfloat16))
 
 
 def test_what_is_more_than_moved_rows_is_converted(mixed: File, monkeypatch: pytest.MonkeyPatch) -> None:

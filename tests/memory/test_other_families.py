@@ -1,5 +1,6 @@
 """Plans of families that no description names: their blocks are found where transformers keeps them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def test_one_micro_batch_needs_no_more_than_several(tmp_path: Path, name: str) -> None:
     """The plan of OPT or Falcon with one micro-batch a step: gradients and activations are then apart."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS[name]).bfloat16().save_pretrained(tmp_path / "m")
+    AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).bfloat16().save_pretrained(tmp_path / "m")
     tiny.tokenizer().save_pretrained(tmp_path / "m")
     rules = [{"match": "*", "grid": {"bits": 4, "group": 32}}]
     values = tiny.recipe(tmp_path / "m", tiny.text(tmp_path / "t.jsonl"), tmp_path / "out", rules=rules)

@@ -1,5 +1,6 @@
 """Loading quantizes while it reads: the same layers as `prepare` makes, in little more memory than they take."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -55,7 +56,7 @@ FOUR: dict[str, Any] = {"match": "*", "grid": {"bits": 4, "group": 32, "zero": "
 def write(path: Path, name: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
     """A random model directory; biases are not zero and norms not one."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

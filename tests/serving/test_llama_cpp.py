@@ -3,6 +3,7 @@
 llama.cpp runs in an environment of its own, whose Python `TRIMTAB_LLAMA_CPP_PYTHON` names (`make test-serving` sets it).
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -67,7 +68,7 @@ def rms(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_is_computed_as_transformers_does(name: str, tmp_path: Path) -> None:
     """In float32, so that what is left is the engine's float16 cache: a wrong row, norm or frequency is far above it."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.float32).eval()
     model.load_state_dict({k: v.float() for k, v in random_model(CONFIGS[name]).state_dict().items()})
     save(tmp_path / "model.gguf", model, byte_level_tokenizer(), name="tiny")
     expected = ours(model)

@@ -3,6 +3,7 @@
 It runs in an environment of its own, whose Python `TRIMTAB_MLX_PYTHON` names (`make test-serving` sets it).
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -60,7 +61,7 @@ def rms(x: Tensor) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_is_computed_as_transformers_does(name: str, tmp_path: Path) -> None:
     """In float32, with one layer packed: a wrong row, norm or frequency is far above what is left."""
-    model = AutoModelForCausalLM.from_config(CASES[name], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CASES[name]), dtype=torch.float32).eval()
     model.load_state_dict({k: v.float() for k, v in random_model(CASES[name]).state_dict().items()})
     tt.prepare(model, Rtn(), [{"match": "*.1.mlp.down_proj", "grid": {"bits": 8, "group": 32}}])
     apart, expected = difference(model, tmp_path / "out")

@@ -246,11 +246,14 @@ def _mismatch(forms: Sequence[Form], layer: Layer, dtype: torch.dtype, name: str
 
 
 def _scales_fit(form: Form, grid: Grid, dtype: torch.dtype) -> bool:
-    if form.scales == "any":
-        return True
+    return form.scales == "any" or _takes(form, grid.scale_dtype, dtype)
+
+
+def _takes(form: Form, scale_dtype: str, dtype: torch.dtype) -> bool:
+    """Whether scales of one of `ScaleDtype` are exact in a form that has a dtype for them, or two levels."""
     if form.scales in TWO_LEVEL:
-        return form.scales == grid.scale_dtype
-    return (dtype if form.scales == "model" else torch.float16) in _EXACT[grid.scale_dtype]
+        return form.scales == scale_dtype
+    return (dtype if form.scales == "model" else torch.float16) in _EXACT[scale_dtype]
 
 
 def _remedy(forms: Sequence[Form], what: str, dtype: torch.dtype) -> str:
@@ -262,12 +265,7 @@ def _remedy(forms: Sequence[Form], what: str, dtype: torch.dtype) -> str:
         return f"use a group that is a multiple of {min(f.group_of for f in forms)}"
     if what == "group_of":
         return f"use a group that is a multiple of {_words(sorted({f.group_of for f in forms}))}"
-    fits = [
-        name
-        for name, dtypes in _EXACT.items()
-        for f in forms
-        if f.scales == name or (name not in TWO_LEVEL and (dtype if f.scales == "model" else torch.float16) in dtypes)
-    ]
+    fits = [name for name in _EXACT for f in forms if _takes(f, name, dtype)]
     return f"use `scale_dtype: {_words(dict.fromkeys(fits))}`"
 
 

@@ -1,0 +1,144 @@
+"""What becomes of every causal family of the installed transformers: prepared, trained, folded, saved, read back, exported.
+
+    python benchmarks/families/every.py [NAMES]      a line for each family into results/families.jsonl, as it ends
+    python benchmarks/report.py models               docs/models.md
+
+Models are tiny and random (`tests/families.py`, but with at least 32 inputs to a layer, which is a block of GGUF's), tuned
+by LR-QAT at 4 bits with one scale a channel. A stage that fails with anything but a message of ours is a fault, and is
+stored as such. Lines that stand there are left alone.
+"""
+
+import argparse
+import contextlib
+import gc
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import families
+import gguf_models
+import trimtab as tt
+from benchmarks.families.report import FILE
+from benchmarks.files import add, read, say
+from trimtab.errors import UserError
+from trimtab.formats import ALL
+from trimtab.layers.linear import QuantLinear
+from trimtab.methods import LrQat
+from trimtab.models.load import load
+from trimtab.models.share import shares
+from trimtab.models.transformers_bridge import quant_layers
+
+RULES = [{"match": "*", "grid": {"bits": 4, "group": None, "scale_dtype": "portable"}}]
+EXPORTS = tuple(f.name for f in ALL if f.name not in ("native", "peft"))
+_LEAST, _TOKENS = 32, 320
+
+
+class _Ended(Exception):
+    """A stage without which there is no next one did not work."""
+
+
+def attempt(row: dict[str, Any], stage: str, call: Callable[[], Any], folder: Path) -> Any:
+    """What a call gives; what went wrong goes into the row."""
+    try:
+        found = call()
+    except UserError as error:
+        row[stage] = f"no: {error}".replace(str(folder), "DIR")
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+        row[stage] = f"FAULT: {type(error).__name__}: {error}".replace(str(folder), "DIR")[:300]
+    else:
+        row[stage] = "yes"
+        return found
+    raise _Ended
+
+
+def step_twice(model: PreTrainedModel) -> None:
+    """Two steps on random tokens, in a loop of one's own."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(tt.param_groups(model, steps=2, lr=0.3))
+    model.train()
+    for _ in range(2):
+        ids = torch.randint(5, 90, (2, 12))
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    if not loss.isfinite():
+        raise RuntimeError("the loss is not finite")
+
+
+def folded(model: PreTrainedModel) -> None:
+    """Folding changes no logit, and training moved something."""
+    trained = families.logits(model)
+    layers = tt.fold(model)
+    if not torch.equal(families.logits(model), trained):
+        raise RuntimeError("the folded model computes other logits")
+    if not any(layer.moved.codes for layer in layers):
+        raise RuntimeError("training moved no code")
+
+
+def reloaded(model: PreTrainedModel, tokenizer: Any, out: Path) -> None:
+    """Saved and read back, the logits are the same bits."""
+    before = families.logits(model)
+    tt.save(model, out, tokenizer)
+    again, _ = load(str(out), dtype=torch.float32)
+    if not torch.equal(families.logits(again), before):
+        raise RuntimeError("the model that is read back computes other logits")
+
+
+def row_of(name: str) -> dict[str, Any]:
+    """What became of a family."""
+    row: dict[str, Any] = {"family": name}
+    if name in families.NOT_BUILT:
+        return row | {"prepare": f"not tried: {families.NOT_BUILT[name]}"}
+    with tempfile.TemporaryDirectory() as temporary, contextlib.suppress(_Ended):
+        folder = Path(temporary)
+        path = families.write(name, folder / "model")
+        gguf_models.byte_level_tokenizer().save_pretrained(path)
+        model, tokenizer = attempt(
+            row, "prepare", lambda: load(str(path), LrQat(rank=2), RULES, dtype=torch.float32, quiet=True), folder
+        )
+        found = shares(model)
+        row["low_bit"] = round(found.low_bit, 3)
+        row["float"] = [f"{p.what}{f' ({p.why})' if p.why else ''}" for p in found.floats if p.why]
+        row["layers"] = sum(isinstance(layer, QuantLinear) for layer in quant_layers(model).values())
+        attempt(row, "train", lambda: step_twice(model), folder)
+        attempt(row, "fold", lambda: folded(model), folder)
+        attempt(row, "reload", lambda: reloaded(model, tokenizer, folder / "saved"), folder)
+        for format_ in EXPORTS:
+            with contextlib.suppress(_Ended):
+                attempt(row, format_, lambda to=format_: tt.export(str(folder / "saved"), to, folder / to), folder)
+    return row
+
+
+def main() -> None:
+    """Try all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("trimtab").setLevel(logging.ERROR)
+    larger = {families.VOCABULARY: _TOKENS, 16: _LEAST}
+    families.SMALL.update({name: larger.get(size, size) for name, size in families.SMALL.items()})
+    for name in options.names or families.families():
+        if any(row["family"] == name for row in read(FILE)) and not options.names:
+            continue
+        gc.freeze()  # loading collects garbage, which takes long where all of transformers is imported
+        row = row_of(name)
+        add(FILE, row)
+        say(str(row))
+
+
+if __name__ == "__main__":
+    main()

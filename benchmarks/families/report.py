@@ -1,0 +1,53 @@
+"""docs/models.md from results/families.jsonl; `benchmarks/report.py` writes it."""
+
+import re
+from typing import Any
+
+from benchmarks.files import RESULTS, read
+
+FILE = RESULTS / "families.jsonl"
+_STAGES = ("prepare", "train", "fold", "reload")
+_EXPORTS = ("dense", "compressed-tensors", "gptq", "gguf", "mlx")
+
+
+def page() -> list[str]:
+    """Everything below the title."""
+    rows = read(FILE)
+    whole = [r for r in rows if all(r.get(stage) == "yes" for stage in _STAGES)]
+    faults = [r["family"] for r in rows if any(str(v).startswith("FAULT") for v in r.values())]
+    refused = [r for r in rows if str(r.get("prepare", "")).startswith("no")]
+    named = f" ({', '.join(faults)})" if faults else ""
+    lines = [
+        "## Every causal family of the installed transformers",
+        "",
+        "Tiny random models: prepared for LR-QAT at 4 bits, trained for two steps, folded, saved, read back and exported.",
+        "*fold* is yes where the folded model has the trained one's logits bit for bit, and training moved codes; *reload*",
+        "where the saved one has them, too. A number is a reason, below. `python benchmarks/families/every.py` measures,",
+        "`docs/families.md` says of each family that its float model is loaded bit for bit.",
+        "",
+        f"{len(whole)} of {len(rows)} families go all the way; {len(refused)} are refused before anything is read; in "
+        f"{len(faults)} a stage fails without a message of ours{named}.",
+        "",
+        "| family | low-bit layers | stays in float | " + " | ".join((*_STAGES, *_EXPORTS)) + " |",
+        "|---" * (3 + len(_STAGES) + len(_EXPORTS)) + "|",
+    ]
+    reasons: dict[str, int] = {}
+
+    def cell(row: dict[str, Any], stage: str) -> str:
+        said = row.get(stage)
+        if said is None or said == "yes":
+            return said or ""
+        return f"({reasons.setdefault(_general(said, row['family']), len(reasons) + 1)})"
+
+    for row in rows:
+        stays = ", ".join(text for text in row.get("float", ()) if "no rule gives it a grid" not in text)
+        cells = [cell(row, stage) for stage in (*_STAGES, *_EXPORTS)]
+        lines.append(f"| {row['family']} | {row.get('layers', '')} | {stays} | {' | '.join(cells)} |")
+    return [*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())]
+
+
+def _general(said: str, family: str) -> str:
+    """A reason without the family's own name and numbers of layers, so that families share it."""
+    text = said.removeprefix("no: ").removeprefix("export: ").replace("|", "/")
+    text = re.sub(rf"'{re.escape(family)}[\w-]*'|\b{re.escape(family)} models", "FAMILY models", text)
+    return re.sub(r"\b\d+ layers", "layers", text)

@@ -770,6 +770,14 @@ REACHES = (
     ),
     Reach(
         library="gguf",
+        what="`GGUFReader._get`, by which a reader takes all that it reads out of `data`",
+        why="a slice of a memory map is a memory map, which takes most of the time of a vocabulary",
+        where=("formats/gguf/read.py::_Reader",),
+        test="tests/formats/test_gguf.py::test_a_file_is_read_as_a_plain_array",
+        names=("_get",),
+    ),
+    Reach(
+        library="gguf",
         what="`parts`, `data` and `types` of a reader's field, names that begin with `GGUF.`, and `data_alignment` set",
         why="a file that was tuned keeps every field of the original byte for byte",
         where=("formats/gguf/write.py::_copy_fields",),

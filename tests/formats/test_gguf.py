@@ -307,6 +307,20 @@ def test_a_file_is_parsed_once(file: File, monkeypatch: pytest.MonkeyPatch) -> N
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)
 
 
+def test_a_file_is_read_as_a_plain_array(file: File) -> None:
+    """As gguf reads it, and mapped still: nothing is copied before it is used."""
+    source = open_source(str(file.path))
+    assert isinstance(source, GgufSource)
+    theirs = gguf.GGUFReader(file.path)
+    for ours, other in zip(source.reader.tensors, theirs.tensors, strict=True):
+        assert type(ours.data) is np.ndarray
+        assert isinstance(source.reader.data.base, np.memmap)
+        assert np.array_equal(ours.data, other.data)
+    assert {n: f.contents() for n, f in source.reader.fields.items()} == {
+        n: f.contents() for n, f in theirs.fields.items()
+    }
+
+
 def test_a_truncated_file_is_named(file: File, tmp_path: Path) -> None:
     whole, cut = file.path.read_bytes(), tmp_path / "cut.gguf"
     for size in (0, 3, 4, 20, 100, 1000, 5000, len(whole) // 2, len(whole) - 1):

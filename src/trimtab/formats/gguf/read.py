@@ -52,6 +52,18 @@ def _read_once(path: Path, reader: gguf.GGUFReader) -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = made, named  # type: ignore[misc]
 
 
+class _Reader(gguf.GGUFReader):
+    """gguf's reader, over a plain array: of a memory map each slice is a memory map, in which most of the time went.
+
+    Gemma 3's vocabulary of 262,144 pieces: 8 s where it took 22.
+    """
+
+    def _get(self, *asked: Any, **named: Any) -> Any:
+        if isinstance(self.data, np.memmap):
+            self.data = self.data.view(np.ndarray)
+        return super()._get(*asked, **named)
+
+
 class GgufSource(ModelSource):
     """Tensors, config and tokenizer of one GGUF file.
 
@@ -69,7 +81,7 @@ class GgufSource(ModelSource):
         require_regular(path, remedy="fetch it again")
         with told(lambda words: f"{path}: not a complete GGUF file ({words}); fetch it again"):
             header.check(path)
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _Reader(path)
             self._tensors = {t.name: t for t in self._reader.tensors}
         self._names: dict[str, str] = {}
         self._processor: TensorProcessor | None = None

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig
 
+import tiny
 import trimtab as tt
 from exported import EMBEDDING, everywhere, linears, prepared, shake, tensors, write
 from gguf_models import SIZES, random_model
@@ -124,6 +125,13 @@ def test_frequencies_are_where_mlx_looks_for_them(tmp_path: Path) -> None:
 
 
 def test_an_exported_folder_is_not_taken_for_a_float_model(tmp_path: Path) -> None:
-    write(prepared(everywhere(bits=4, group=32)), "mlx", tmp_path / "out")
-    with pytest.raises(UserError, match="already quantized"):
-        tt.load(str(tmp_path / "out"), LrQat(rank=4))
+    """It has grids of its own, with a real zero, on which it is trained."""
+    ours = prepared(everywhere(bits=4, group=32))
+    write(ours, "mlx", tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    tiny.tokenizer().save_pretrained(tmp_path / "out")
+    model, _ = tt.load(str(tmp_path / "out"), LrQat(rank=4))
+    for name, layer in quant_layers(model).items():
+        found, grid = layer.base.dequantize(torch.float32), layer.base.grid
+        assert (grid.bits, grid.zero) == (4, "real")  # type: ignore[union-attr]
+        assert torch.equal(found, quant_layers(ours)[name].base.dequantize(torch.float32))

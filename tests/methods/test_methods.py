@@ -24,7 +24,7 @@ def test_a_method_says_what_it_attaches(name: str) -> None:
     assert method.adapter is (None if adapter is None else type(adapter))
     assert adapter is None or isinstance(adapter.weight_parameters(), tuple)
     trained = 0 if adapter is None else sum(p.numel() for p in adapter.parameters())
-    assert method.trainable(CASES[name].grid, (cases.N, cases.K)) == trained
+    assert method.trainable(CASES[name].grid, (cases.N, CASES[name].columns)) == trained
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -60,7 +60,7 @@ class _Reader(gguf.GGUFReader):
 
     def _get(self, *asked: Any, **named: Any) -> Any:
         if isinstance(self.data, np.memmap):
-            self.data = self.data.view(np.ndarray)
+            self.data = self.data.view(np.ndarray)  # type: ignore[assignment]
         return super()._get(*asked, **named)
 
 

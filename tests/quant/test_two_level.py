@@ -79,6 +79,16 @@ def test_a_range_from_float(name: str, rule: str) -> None:
     assert (error < (1.2 if grid.bits > 2 else 1.3) * least).all()
 
 
+@pytest.mark.parametrize("name", cases.INTEGERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_weight(name: str, dtype: torch.dtype) -> None:
+    """As an embedding reads them: those of the whole matrix."""
+    weight, rows = AffineWeight.quantize(cases.random(24, 512, seed=5), k_quant(name)), torch.tensor([3, 0, 23, 3])  # type: ignore[arg-type]
+    assert torch.equal(weight.dequantize(dtype, rows=rows), weight.dequantize(dtype)[rows])
+    few, whole = weight.range(rows), weight.range()
+    assert all(a is b or torch.equal(a, b[rows]) for a, b in zip(few, whole, strict=True))  # type: ignore[index,arg-type]
+
+
 def test_zeros_and_what_is_not_finite() -> None:
     x = torch.tensor([[0.0] * 8 + [0.0, 3.0] + [1.0] * 6])
     made = two_level.without_zeros(x, (1, 63), 8)

@@ -136,14 +136,12 @@ class AffineWeight(Weight):
             return self
         return AffineWeight.of_levels(self.levels(), self.range(), self.grid, storage)
 
-    def range(self) -> Range:
-        """Scales and zeros (N, G) as float32."""
+    def range(self, rows: Tensor | None = None) -> Range:
+        """Scales and zeros (N, G), or the given rows of them, as float32."""
         self.intact()
-        zero = None if self.zero is None else self.zero.float()
+        zero = None if self.zero is None else rows_of(self.zero, rows).float()
         scale, offset = self._scales(), self._offsets()
-        if isinstance(scale, two_level.Split):
-            return Range(scale.product(), zero, offset.product() if isinstance(offset, two_level.Split) else None)
-        return Range(scale.float(), zero, offset.float() if isinstance(offset, Tensor) else None)
+        return Range(_plain(scale, rows), zero, None if offset is None else _plain(offset, rows))
 
     def _scales(self) -> Tensor | two_level.Split:
         return self.scale if self.super_scale is None else two_level.Split(self.super_scale, self.scale)
@@ -197,6 +195,10 @@ class AffineWeight(Weight):
         """s * (q - z), or s * q + o; with `range_` (of all rows) in place of the stored scales and zeros if given."""
         if self.storage == "int":
             out = self.intact().result(dtype, rows, reuse)
+            if rows is not None and self.super_scale is not None and range_ is None:  # not all products for a few rows
+                codes, few = rows_of(self.codes, rows), self.range(rows)
+                dequantize.affine(out, codes, None, *few, self.grid.bits, self.grid.center)
+                return out
             dequantize.affine(out, self.codes, rows, *(range_ or self._kept_range()), self.grid.bits, self.grid.center)
             return out
         if self.storage == "fixed8" and rows is None:
@@ -320,6 +322,13 @@ class CodebookWeight(Weight):
         self.intact()
         grid, offset = asdict(self.grid), self.offset is not None
         return {"kind": "codebook", "shape": list(self.shape), "grid": grid, "offset": offset}
+
+
+def _plain(kept: Tensor | two_level.Split, rows: Tensor | None) -> Tensor:
+    """Stored numbers, or the given rows of them, as float32."""
+    if isinstance(kept, Tensor):
+        return rows_of(kept, rows).float()
+    return two_level.Split(*(rows_of(t, rows) for t in kept)).product()
 
 
 def _split(x_NG: Tensor, limits: tuple[int, int], kind: two_level.TwoLevel) -> tuple[nn.Parameter, nn.Parameter]:

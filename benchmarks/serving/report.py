@@ -108,7 +108,8 @@ def page() -> str:
 def _k_quants(rows: list[dict[str, Any]]) -> list[str]:
     """Files from the wild, tuned on their own grids."""
     noise = {row["model"]: row for row in rows if row["method"] == "rtn"}
-    if not noise:
+    tuned = [row for row in rows if row["method"] != "rtn"]
+    if not tuned:
         return []
     lines = [
         "",
@@ -122,9 +123,7 @@ def _k_quants(rows: list[dict[str, Any]]) -> list[str]:
         "| model | method | steps | moved | bytes | gguf | folded | perplexity | llama.cpp: RMS | noise | within |",
         "|---" * 11 + "|",
     ]
-    for row in rows:
-        if row["method"] == "rtn":
-            continue
+    for row in tuned:
         base = noise[row["model"]]
         within = "yes" if row["rms_logprob"] <= 1.5 * base["rms_logprob"] else "no"
         size = "the same" if row["bytes"] == row["file_bytes"] else f"{row['bytes'] - row['file_bytes']:+,}"

@@ -1,7 +1,9 @@
 """What a kill or a loss of power leaves: only what the system was made to write, and files that are whole."""
 
 import os
+import socket
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 
 WRITING = ".writing-"
@@ -14,14 +16,34 @@ def is_unfinished(name: str) -> bool:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a text file that is whole or as it was before, for folders that others may look into meanwhile."""
-    new = file.with_name(f".{file.name}{WRITING}{os.getpid()}")
+    """Write a text file that is whole or as it was before, for folders that others may look into meanwhile.
+
+    What a process of this machine left of the same file when it was killed goes.
+    """
+    mine = f".{file.name}{WRITING}{socket.gethostname()}-"
+    for left in file.parent.glob(f"{escape(mine)}*"):
+        if not _runs(left.name.removeprefix(mine)):
+            left.unlink(missing_ok=True)
+    new = file.with_name(f"{mine}{os.getpid()}")
     try:
         new.write_text(text, encoding="utf-8")
         os.replace(new, file)
     finally:
         with suppress(OSError):  # of one that failed
             new.unlink(missing_ok=True)
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process of this number runs here, or may."""
+    if os.name == "nt" or not pid.isdecimal():  # where asking would end it
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Outputs by whatever name: home folders, links, whole disks, long names, mount points; all commands ask one place."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -205,6 +206,25 @@ def test_a_file_that_was_being_written_is_in_nobodys_way(tmp_path: Path) -> None
     assert not keeps(tmp_path, "run")
     remove(tmp_path)
     assert not tmp_path.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="asking for a process there ends it")
+def test_what_a_killed_process_left_of_a_file_goes_with_the_next_writing(tmp_path: Path) -> None:
+    """Of this file, by a process of this machine that is no more: who writes it now, here or elsewhere, keeps theirs."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here, file = socket.gethostname(), tmp_path / "a[1].yaml"
+    left = tmp_path / f".a[1].yaml.writing-{here}-{ended.pid}"
+    others = [
+        tmp_path / f".a[1].yaml.writing-{here}-{os.getppid()}",
+        tmp_path / f".a[1].yaml.writing-elsewhere-{ended.pid}",
+        tmp_path / f".b.yaml.writing-{here}-{ended.pid}",
+    ]
+    for path in (left, *others):
+        path.write_text("ha")
+    replace_text(file, "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([file, *others])
+    assert file.read_text() == "whole"
 
 
 def test_a_run_that_ends_in_nan_has_not_removed_the_one_before(

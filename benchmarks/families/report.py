@@ -13,6 +13,8 @@ _EXPORTS = ("dense", "compressed-tensors", "gptq", "gguf", "mlx")
 def page() -> list[str]:
     """Everything below the title."""
     rows = read(FILE)
+    if not rows:
+        return ["Not measured yet; `python benchmarks/families/every.py` does that, family by family."]
     whole = [r for r in rows if all(r.get(stage) == "yes" for stage in _STAGES)]
     faults = [r["family"] for r in rows if any(str(v).startswith("FAULT") for v in r.values())]
     refused = [r for r in rows if str(r.get("prepare", "")).startswith("no")]

@@ -179,7 +179,7 @@ def test_what_a_method_does_not_admit_is_said(tmp_path: Path, monkeypatch: pytes
     recipe = asked(tmp_path, rules=[{"match": "*", "grid": {"bits": 8, "group": 32}}])
     monkeypatch.setattr(settings, "METHODS", ("qlora",))
     left_out = found(recipe, 10**9).left_out
-    assert "qlora at 8 bits: there is no codebook of 8 bits" in left_out
+    assert "qlora at 8 bits: there is no codebook of 8 bits; take 2, 3 or 4, or an affine grid" in left_out
 
 
 # ---- a config without weights ---------------------------------------------------------------------------------------

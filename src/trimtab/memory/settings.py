@@ -261,6 +261,8 @@ def _default(method: Method, asked: Placement, group: int | None) -> Placement:
 
 
 def _narrowed(grid: Placement, bits: int) -> Placement:
+    if isinstance(grid, CodebookGrid):
+        of_width(grid, bits)  # of a width that no table has it says so
     return of_width(grid, min(grid.bits, bits)) if isinstance(grid, Grid | CodebookGrid) else grid
 
 

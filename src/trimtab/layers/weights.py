@@ -122,12 +122,10 @@ class AffineWeight(Weight):
             at_zero = torch.full_like(scale, 0 if offset is not None else grid.center) if zero is None else zero
             codes = codes_NK.unflatten(1, (scale.shape[1], -1))
             codes_NK = torch.where(flat[..., None], at_zero.to(torch.uint8)[..., None], codes).flatten(1)
-            ones = torch.ones_like(scale).copysign(scale)
-            scale = (
-                torch.where(flat, ones, scale)
-                if kind is None
-                else two_level.without_zeros(scale, kind.scales, two_level.SUPER // kind.group)
-            )
+            if kind is None:
+                scale = torch.where(flat, torch.ones_like(scale).copysign(scale), scale)
+            else:
+                scale = two_level.without_zeros(scale, kind.scales, two_level.SUPER // kind.group)
         return cls(packing.pack(codes_NK, grid.bits), Range(scale, zero, offset), grid, codes_NK.shape[1])
 
     def kept_as(self, storage: Storage) -> "AffineWeight":

@@ -20,6 +20,7 @@ from trimtab.data.sources import Texts
 from trimtab.data.templates import set_template
 from trimtab.devices import release
 from trimtab.models.load import load_float
+from trimtab.models.opening import open_experts
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe
@@ -74,7 +75,9 @@ class Bench:
     def float_model(self) -> "PreTrainedModel":
         """In float, until `free`."""
         found = self.recipe
-        return load_float(found.model.path, dtype=found.dtype, device=found.device, source=self.source)
+        model = load_float(found.model.path, dtype=found.dtype, device=found.device, source=self.source)
+        open_experts(model)
+        return model
 
     def windows(self, rows: Any, tokens: int) -> torch.Tensor:
         """Windows of rows, int64 (W, L)."""

@@ -21,6 +21,7 @@ import torch
 
 from trimtab.errors import UserError
 from trimtab.layers.adapters import Adapter
+from trimtab.layers.experts import Holding
 from trimtab.models.architecture import FUSED, Feature, features
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.quant.grid import AnyGrid, Grid, ScaleDtype, Zero
@@ -55,6 +56,8 @@ class Layer:
     """How what it reads is rounded."""
     kv: KvCache | None = None
     """How the model rounds keys and values."""
+    expert: Holding = ""
+    """How the family's checkpoints hold it, where it is an expert's matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +158,8 @@ class Format(ABC):
     """Whether it holds whatever trimtab can store."""
     adapters: ClassVar[Literal["no", "merged", "kept"]] = "no"
     """What becomes of an output adapter: refused, added to a dense matrix, or written as an adapter."""
+    experts: ClassVar[tuple[Holding, ...]] = ()
+    """Holdings of experts that it is written in, beside models without any."""
     engines: ClassVar[tuple[Engine, ...]]
     library: ClassVar[str | None] = None
     """What an extra brings for its writer, if it needs that."""
@@ -305,6 +310,14 @@ def refusals(format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engin
         dtype: what the model computes in.
         engine: the one engine that has to run the result; None for any that reads the format.
     """
+    strange = next((x for x in layers if x.expert and x.expert not in format_.experts), None)
+    if strange is not None and not format_.everything:
+        cause = f"{strange.name} is one, and {format_.name} holds none"
+        if format_.experts:
+            cause += " of a family whose checkpoints keep all of them in one tensor"
+        return [
+            Refusal("the model's experts", cause, "export to dense or to another engine's format, or keep to native")
+        ]
     found = [f for layer in layers if isinstance(f := format_.form(layer, dtype), Refusal)]
     whole = format_.model_refusal(layers)
     found += [] if whole is None else [whole]

@@ -106,7 +106,9 @@ def _float_entries(model: "PreTrainedModel", targets: Sequence[Target]) -> int:
     """Numbers of all that belongs to no layer of ours, and of the biases of those that do; ties counted once."""
     left_out = getattr(model, "all_tied_weights_keys", {})
     ours = {f"{target.name}.weight" for target in targets}
-    return sum(t.numel() for n, t in model.state_dict().items() if n not in ours and n not in left_out)
+    state = model.state_dict()
+    in_stacks = sum(t.shape[0] * t.shape[1] for t in targets if f"{t.name}.weight" not in state)
+    return sum(t.numel() for n, t in state.items() if n not in ours and n not in left_out) - in_stacks
 
 
 def _factors(target: Target, method: Method) -> int:

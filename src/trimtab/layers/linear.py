@@ -67,6 +67,8 @@ class _Stored(nn.Module):
     """Whether transformers is reading a file into it: its state then holds what the file has to."""
     name = ""
     """Its name in its model, for messages."""
+    marked = True
+    """Whether its files hold the marker: not of an expert, of whose name transformers would make a stack."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "base" and self.__dict__.get("_borrowed"):
@@ -90,7 +92,7 @@ class _Stored(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.reading and self._borrowed is None:
+        if not self.reading and self._borrowed is None and self.marked:
             destination[f"{prefix}weight"] = marker()
 
     def _load_from_state_dict(

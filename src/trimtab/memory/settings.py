@@ -28,6 +28,7 @@ from trimtab.memory.plan import teaching
 from trimtab.methods import Method
 from trimtab.models import decoder
 from trimtab.models.architecture import architecture_of, windowed
+from trimtab.models.opening import open_experts
 from trimtab.models.targets import Target, placed_targets
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, of_width
 from trimtab.recipe.recipe import Recipe
@@ -142,6 +143,7 @@ class _Skeleton:
 
     def __init__(self, recipe: Recipe, model: "PreTrainedModel") -> None:
         self.recipe, self.model, self.teaching, self.count = recipe, model, teaching(recipe), count_of(recipe)
+        open_experts(model)
         self.asked = placed_targets(model, recipe.method, recipe.rules)
         blocks = list(decoder.blocks(model)) if architecture_of(model).blocks else []
         self.even = not _has_masks(model.config.get_text_config())

@@ -27,7 +27,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from trimtab.devices import CPU, kept_as
 from trimtab.errors import UserError
+from trimtab.layers.experts import Stack, closed, stacks
 from trimtab.models.checkpoint import Checkpoint
+from trimtab.models.opening import closed_experts
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Conversion:
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         self._checkpoint, self._shapes = checkpoint, _Shapes(model)
+        self._stacks: dict[str, Stack] = {
+            f"{name}.{s.name}": s for name, module in closed_experts(model) for s in stacks(module)
+        }
         self._by_target: dict[str, _Made] = {}
         self._stands_for: dict[str, str] = {}
         self.absent: set[str] = set()
@@ -229,10 +234,51 @@ class Conversion:
             device: where it is made: what it is made of goes there first.
         """
         name = self._stands_for.get(name, name)
+        of_stack = None if name in self._by_target else closed(name)
+        if of_stack is not None and of_stack[0] in self._by_target:
+            return self._expert(*of_stack, dtype, device)
         if name not in self._by_target:
             raise self.lacking(name)
         made = self._by_target[name]
         mapped = self._checkpoint.mapped(part for _, part in made.parts)
+        return self._converted(made, name, mapped, dtype, device)
+
+    def _expert(self, name: str, expert: int, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        """One matrix, or one bias, of a stack of experts. No other expert is read where the files hold each by itself, or
+        hold the stack.
+        """
+        whole, stack = self._by_target[name], self._stacks.get(name)
+        alone = self._alone(whole, expert)
+        made, mapped = alone or (whole, self._checkpoint.mapped(part for _, part in whole.parts))
+        found = self._converted(made, name, mapped, dtype, device)[0 if alone else expert]
+        return (found.T if stack is not None and stack.is_transposed else found).clone(
+            memory_format=torch.contiguous_format
+        )
+
+    def _alone(self, made: _Made, expert: int) -> tuple[_Made, dict[str, Tensor]] | None:
+        """The conversion of one expert to a stack of one, and what goes in; None where the files hold it otherwise."""
+        wanted = self._shapes.tensors[made.first].shape
+        of_pattern: dict[str, list[str]] = {}
+        for pattern, name in made.parts:
+            of_pattern.setdefault(pattern, []).append(name)
+        parts, cut = [], set[str]()
+        for pattern, names in of_pattern.items():
+            if len(names) == wanted[0] > 1:
+                parts.append((pattern, names[expert]))
+            elif len(names) == 1 and self._checkpoint.tensors[names[0]].shape[:1] == wanted[:1]:
+                parts.append((pattern, names[0]))
+                cut.add(names[0])
+            else:
+                return None
+        one = _Made(made.first, made.rule, parts)
+        mapped = self._checkpoint.mapped(name for _, name in parts)
+        taken = {name: t[expert : expert + 1] if name in cut else t for name, t in mapped.items()}
+        tried = one.convert({name: t.to("meta") for name, t in taken.items()}, self._shapes)[made.first]
+        return (one, taken) if tried.shape == (1, *wanted[1:]) else None
+
+    def _converted(
+        self, made: _Made, name: str, mapped: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
+    ) -> Tensor:
         tensors = {part: t.to(device, kept_as(dtype or t.dtype, device)) for part, t in mapped.items()}
         found = made.convert(tensors, self._shapes)[name]
         # What is mapped would change with its file, and a part of something larger would keep all of it.

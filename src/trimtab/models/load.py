@@ -26,6 +26,7 @@ from trimtab.models.arriving import Arrivals, fill_stored
 from trimtab.models.finite import require_finite
 from trimtab.models.gptq import Gptq
 from trimtab.models.layout import move_made, require_lasting, tensors_of
+from trimtab.models.opening import open_experts
 from trimtab.models.origin import note_rounded, remember
 from trimtab.models.prepare import finish, place, place_calibrated, prepare_by, round_by_gptq
 from trimtab.models.reload import reload
@@ -38,7 +39,7 @@ from trimtab.models.sources import (
     require_shape,
 )
 from trimtab.models.targets import Target, targets
-from trimtab.models.transformers_bridge import cast_floats, untie
+from trimtab.models.transformers_bridge import cast_floats, set_reading, untie
 from trimtab.models.weight_error import weight_error
 from trimtab.models.whole import checking
 from trimtab.processes import take_device
@@ -124,6 +125,7 @@ def _prepared(
     found.bind(model)
     move_made(model, device)
     todo = targets(model, chosen, parsed) if changes or not found.prepared else []
+    open_experts(model, (target.name for target in todo))
     arrivals = Arrivals(model, found, device, parting)
     if start is None or not todo:
         arrivals.expect([target.name for target in todo])
@@ -238,6 +240,7 @@ def _complete(model: PreTrainedModel, source: ModelSource, device: torch.device,
     """Read what no rule touched, tie what is tied, freeze; part what is not parted yet, where it is to be."""
     untie(model)
     arrivals.fill_all()
+    set_reading(model, False)
     if getattr(model, "all_tied_weights_keys", {}):
         model.tie_weights(recompute_mapping=False)
     left = [name for name, _, _, tensor in tensors_of(model) if tensor.is_meta]

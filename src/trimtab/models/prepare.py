@@ -26,6 +26,7 @@ from trimtab.models.conversion import require_names_that_last
 from trimtab.models.decoder import embedding_scale
 from trimtab.models.finite import look_at, require_finite, require_held, tell_small
 from trimtab.models.gptq import Gptq
+from trimtab.models.opening import hold_the_rest, open_experts
 from trimtab.models.origin import note_rounded
 from trimtab.models.replaceable import refuse
 from trimtab.models.sharding import is_sharded
@@ -82,6 +83,7 @@ def fitted_starts(model: "PreTrainedModel") -> list[str]:
 def finish(model: "PreTrainedModel") -> None:
     """After the last layer: see that it can be saved, freeze all but adapters, and tell transformers."""
     untie(model)
+    hold_the_rest(model)
     tell_small(model)
     _tell_untrained(model)
     require_names_that_last(model, quant_layers(model))
@@ -139,11 +141,16 @@ def place_calibrated(
     if not any(watched.values()):
         raise UserError(f"gptq: no layer in the decoder blocks has a grid to round to under {method.name}; give it one")
 
+    unseen = list[str]()
+
     def leave(block: str, hessians: dict[str, Tensor]) -> None:
         for name in inside[block]:
             put(by_name[name], hessians.get(name))
+        unseen.extend(name for name in watched[block] if name not in hessians)
 
     calibrate(model, start.tokens, watched, enter, leave)
+    if unseen:
+        _log.warning("gptq: no calibration token reached %s: rounded to nearest", and_more(unseen))
 
 
 def prepare(
@@ -177,6 +184,7 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
     """`prepare` with rules that are parsed already. A model that it fails on is left as it was."""
     tuning.for_models()
     todo = targets(model, method, rules)
+    open_experts(model, (target.name for target in todo))
     for target in todo:
         refuse(target.name, model.get_submodule(target.name), loaded=True)
 
@@ -203,10 +211,13 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
 
 def prepare_meta(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> None:
     """Prepare a model on the meta device, in place: what plans of memory and of files are computed from."""
-    for target in targets(model, method, rules):
+    todo = targets(model, method, rules)
+    open_experts(model, (target.name for target in todo))
+    for target in todo:
         old: Any = model.get_submodule(target.name)
         place(model, target, old.base if hasattr(old, "base") else old.weight.detach(), method)
     untie(model)
+    hold_the_rest(model)
     freeze(model)
 
 

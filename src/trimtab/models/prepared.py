@@ -158,7 +158,7 @@ class Prepared(_Base):
 def mark(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add, for every weight of ours, a tensor of another shape under the name that the float weight has."""
     for name, layer in quant_layers(model).items():
-        if not layer.reading and not (isinstance(layer, QuantLinear) and layer.tied):
+        if layer.marked and not layer.reading and not (isinstance(layer, QuantLinear) and layer.tied):
             state.setdefault(f"{name}.weight", marker())
     return state
 

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
+from trimtab.layers.experts import stacks
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.models.opening import layers_of_experts
 from trimtab.recipe.rules import Kind
 
 SAME_AS_LINEAR = ("FalconLinear",)
@@ -76,6 +78,12 @@ def layers_of(model: Any) -> Layers:
                 offered[name] = ("linear", module)
             else:
                 left[name] = reason
+        elif stacks(module):
+            experts = dict(layers_of_experts(name, module))
+            if f"{name}.".startswith(elsewhere):
+                left |= dict.fromkeys(experts, ELSEWHERE)
+            else:
+                offered |= {own: ("linear", layer) for own, layer in experts.items()}
         elif type(module).__name__ == "Conv1D":
             left[name] = f"a {type(module).__name__}, which keeps its weight transposed"
     return Layers(offered, left)

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from trimtab.errors import UserError
+from trimtab.layers.experts import Holding
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
+from trimtab.models.opening import owners_of_experts
 from trimtab.models.origin import grids_of
 from trimtab.models.replaceable import layers_of, refuse, refuse_model
+from trimtab.models.saved_names import holding
 from trimtab.quant.grid import AnyGrid, group_size
 from trimtab.recipe.rules import Kind, Placement, Rule, ranks, resolve
 
@@ -38,6 +41,8 @@ class Target:
     bias: bool
     rank: int | None = None
     """Of its adapter, where that is not the method's."""
+    expert: Holding = ""
+    """How the family's checkpoints hold it, where it is an expert's matrix."""
     untrained: str = ""
     """Why the method cannot train on the grid that the layer keeps; it stays as it is then, without an adapter."""
 
@@ -95,6 +100,7 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             placed[name] = _as_stored(module) if stored else grids.by_name.get(f"{name}.weight")
             kept.add(name)
     found = []
+    experts, held = owners_of_experts(model), holding(model)
     for name, (kind, module) in layers.items():
         placement = placed[name]
         if kind == "tied":
@@ -107,6 +113,8 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
         grid = None if isinstance(placement, str) else placement
         rank = own_ranks.get(name) if kind in ("linear", "head") else None
         target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
+        if name.rsplit(".", 2)[0] in experts:
+            target = replace(target, expert=held)
         found.append(_checked(target, module, method, name in kept))
     return sorted(found, key=lambda t: t.kind != "embedding")
 

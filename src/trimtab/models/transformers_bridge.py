@@ -27,12 +27,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trimtab.errors import UserError
 from trimtab.kernels import tuning
 from trimtab.layers import linear
+from trimtab.layers.experts import QuantExperts
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models import whole
 from trimtab.models.buffers import guard, keep_with_state, not_remade
 from trimtab.models.finite import require_finite
 from trimtab.models.kv_cache import current, install
 from trimtab.models.offloading import follow, refuse_other_parting
+from trimtab.models.opening import open_experts
 from trimtab.models.origin import remember
 from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
 from trimtab.quant import packing
@@ -170,14 +172,15 @@ class TrimtabQuantizer(HfQuantizer):
     def _lay_out(self, model: "PreTrainedModel", dtype: torch.dtype) -> None:
         """Put our layers in the places of those that they replaced."""
         config, tied_to = self.quantization_config, None
+        open_experts(model, config.layers)
         # Embeddings come before their tied heads in every model we know, but nothing promises it.
         for name in sorted(config.layers, key=lambda n: "embedding" not in config.specs[config.layers[n]]):
             with torch.device("meta"):
                 layer = linear.from_spec(config.specs[config.layers[name]], dtype, tied_to)
-            layer.reading = True
             _require_place(model, name, layer)
             model.set_submodule(name, layer)
             tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
+        set_reading(model, True)
         if config.kv is not None:  # transformers keeps the name of an attention out of config.json
             install(model, KvCache(**config.kv))
 
@@ -187,8 +190,7 @@ class TrimtabQuantizer(HfQuantizer):
             # What stays on the disk until it is used (`offload_folder`) was looked for there.
             if not p.is_meta and not getattr(p, "_is_hf_initialized", False):
                 raise UserError(f"no tensor {name} in the model's safetensors; save or fetch it again")
-        for layer in quant_layers(model).values():
-            layer.reading = False
+        set_reading(model, False)
         cast_floats(model, self._compute_dtype or torch.bfloat16)
         for name, p in model.named_parameters():
             if not p.is_meta:
@@ -286,6 +288,13 @@ def freeze(model: nn.Module) -> None:
                 p.requires_grad_(True)
 
 
+def set_reading(model: nn.Module, reading: bool) -> None:
+    """Tell every module of ours whether transformers is reading a file into it."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts):
+            module.reading = reading
+
+
 def settle(model: nn.Module) -> None:
     """What holds for a model of ours from now on: its class answers for it, buffers outlive casts, layers have names."""
     become_prepared(model)
@@ -294,6 +303,7 @@ def settle(model: nn.Module) -> None:
     head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, layer in quant_layers(model).items():
         layer.name = name
+        layer.marked = not isinstance(model.get_submodule(name.rsplit(".", 2)[0]), QuantExperts)
         if layer is head and isinstance(layer, QuantLinear):
             layer.head_dtype = compute_dtype(model)
 

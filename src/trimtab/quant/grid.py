@@ -225,6 +225,10 @@ class Range(NamedTuple):
     offset_NG: Tensor | None
     """Real offsets; None for symmetric and integer."""
 
+    def of(self, rows: slice) -> "Range":
+        """Those of some rows."""
+        return Range(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+
 
 Errors = Callable[[Tensor, "Range", Grid, float], Tensor]
 """(w, range, grid, p) to the sum of |w - w_hat|^p over each group, float32 (N, G)."""

@@ -34,19 +34,18 @@ nonsense, so the word count is checked here. This is the only file that imports 
 Legend: N out features, K in features, G groups in a row, b bits.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.formats.declaration import DENSE, Engine, Form, Format, Rounded, Writing
 from trimtab.formats.dense.write import add_dense
-from trimtab.formats.directory import Shards, float_tensors, write_surroundings
+from trimtab.formats.directory import Shards, write_surroundings
+from trimtab.formats.files import Files
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
-from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.activations import ActivationQuantizer, Activations
 from trimtab.quant.grid import Grid, Range
 
@@ -170,6 +169,7 @@ class CompressedTensors(Format):
 
     name = "compressed-tensors"
     library = "compressed_tensors"
+    experts = ("alone",)
     summary = "packed codes with group or channel scales, for vLLM and transformers"
     forms = (
         Form(name=PACKED, bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),
@@ -207,30 +207,31 @@ class CompressedTensors(Format):
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Packed codes where a form took the layer, float matrices elsewhere."""
-        ours = quant_layers(writing.model)
+        files = Files(writing.model)
         shards = Shards(folder, writing.max_shard_bytes)
-        for name, tensor in float_tensors(writing.model, ours, writing.dtype):
+        for name, tensor in files.floats(writing.dtype):
             shards.add(name, tensor)
         schemes: dict[Scheme, list[str]] = {}
-        for name, layer in ours.items():
-            if writing.forms[name] is DENSE:
-                add_dense(shards, name, layer, writing.dtype)
+        ignore = files.linear_in_float()
+        for held in files.layers():
+            if writing.forms[held.of] is DENSE:
+                add_dense(shards, held, writing.dtype)
+                ignore += [held.name] if isinstance(held.layer, QuantLinear) else []
                 continue
+            name, layer = held.name, held.layer
             base = layer.base
             assert isinstance(base, AffineWeight)
             assert isinstance(layer, QuantLinear)
             inputs = layer.inputs
             schemes.setdefault((_plain(base.grid), None if inputs is None else inputs.kind), []).append(name)
             parts = (packed if inputs is None else integers)(
-                base.integer_codes(), base.range(), base.grid, writing.dtype
+                base.integer_codes()[held.rows], base.range().of(held.rows), base.grid, writing.dtype
             )
             for part, tensor in (parts if inputs is None else parts | measured(inputs)).items():
                 shards.add(f"{name}.{part}", tensor)
             if layer.bias is not None:
-                shards.add(f"{name}.bias", layer.bias.to(writing.dtype))
+                shards.add(f"{name}.bias", layer.bias[held.rows].to(writing.dtype))
         shards.close()
-        quantized = {name for names in schemes.values() for name in names}
-        ignore = [name for name in _linear_names(writing.model) if name not in quantized]
         made = config(schemes, ignore) if schemes else None
         write_surroundings(folder, writing.model, writing.tokenizer, writing.dtype, made)
 
@@ -238,7 +239,3 @@ class CompressedTensors(Format):
 def _plain(grid: Grid) -> Grid:
     """What the format tells apart."""
     return Grid(grid.bits, grid.group, grid.zero)
-
-
-def _linear_names(model: nn.Module) -> Iterator[str]:
-    return (n for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
-from trimtab.formats.directory import Shards, float_tensors, write_surroundings
-from trimtab.models.transformers_bridge import quant_layers
+from trimtab.formats.directory import Shards, write_surroundings
+from trimtab.formats.files import Files, Held
 
 _ENGINES = (
     Engine(name="transformers", bits=(), zeros=()),
@@ -30,18 +30,18 @@ def matrix(layer: Any, dtype: torch.dtype) -> Tensor:
         return made
 
 
-def add_dense(shards: Shards, name: str, layer: Any, dtype: torch.dtype) -> None:
+def add_dense(shards: Shards, held: Held, dtype: torch.dtype) -> None:
     """Write one of our layers as an ordinary `weight`, and its bias."""
-    add_matrix(shards, name, layer, None if getattr(layer, "tied", False) else matrix(layer, dtype))
+    add_matrix(shards, held, None if getattr(held.layer, "tied", False) else matrix(held.layer, dtype))
 
 
-def add_matrix(shards: Shards, name: str, layer: Any, matrix_NK: Tensor | None) -> None:
-    """Write this matrix (none for a tied head) and the bias of one of our layers."""
-    if matrix_NK is not None and not getattr(layer, "tied", False):
-        shards.add(f"{name}.weight", matrix_NK)
-    bias = getattr(layer, "bias", None)
+def add_matrix(shards: Shards, held: Held, matrix_NK: Tensor | None) -> None:
+    """Write this matrix (none for a tied head) and the bias of one of our layers, or the rows that are held of them."""
+    if matrix_NK is not None and not getattr(held.layer, "tied", False):
+        shards.add(f"{held.name}.weight", matrix_NK[held.rows])
+    bias = getattr(held.layer, "bias", None)
     if bias is not None:
-        shards.add(f"{name}.bias", bias if matrix_NK is None else bias.to(matrix_NK.dtype))
+        shards.add(f"{held.name}.bias", (bias if matrix_NK is None else bias.to(matrix_NK.dtype))[held.rows])
 
 
 class Dense(Format):
@@ -52,15 +52,18 @@ class Dense(Format):
     forms = ()
     dense = ALL_KINDS
     adapters = "merged"
+    experts = ("alone", "stack")
     engines = _ENGINES
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Every matrix dequantized, in order of the model."""
-        ours = quant_layers(writing.model)
+        files, dtype = Files(writing.model), writing.dtype
         shards = Shards(folder, writing.max_shard_bytes)
-        for name, tensor in float_tensors(writing.model, ours, writing.dtype):
+        for name, tensor in files.floats(dtype):
             shards.add(name, tensor)
-        for name, layer in ours.items():
-            add_dense(shards, name, layer, writing.dtype)
+        for held in files.layers():
+            add_dense(shards, held, dtype)
+        for name, tensor in files.stacks(lambda layer: matrix(layer, dtype)):
+            shards.add(name, tensor)
         shards.close()
         write_surroundings(folder, writing.model, writing.tokenizer, writing.dtype, None)

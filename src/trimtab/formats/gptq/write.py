@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from trimtab.formats.declaration import DENSE, Engine, Form, Format, Layer, Refusal, Writing
 from trimtab.formats.dense.write import add_dense
-from trimtab.formats.directory import Shards, float_tensors, write_surroundings
+from trimtab.formats.directory import Shards, write_surroundings
+from trimtab.formats.files import Files
 from trimtab.formats.manifest import write_json
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
-from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid, Range
 from trimtab.quant.int32_packing import pack_int32
 
@@ -86,14 +86,15 @@ class Gptq(Format):
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Packed codes where a form took the layer, float matrices elsewhere."""
-        ours = quant_layers(writing.model)
+        files = Files(writing.model)
         shards = Shards(folder, writing.max_shard_bytes)
-        for name, tensor in float_tensors(writing.model, ours, writing.dtype):
+        for name, tensor in files.floats(writing.dtype):
             shards.add(name, tensor)
         grids: list[Grid] = []
-        for name, layer in ours.items():
+        for held in files.layers():
+            name, layer = held.of, held.layer
             if writing.forms[name] is DENSE:
-                add_dense(shards, name, layer, writing.dtype)
+                add_dense(shards, held, writing.dtype)
                 continue
             assert isinstance(layer, QuantLinear)
             assert isinstance(layer.base, AffineWeight)

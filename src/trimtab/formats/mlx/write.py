@@ -35,11 +35,11 @@ from torch import Tensor
 from trimtab.errors import UserError
 from trimtab.formats.declaration import ALL_KINDS, DENSE, Engine, Form, Format, Writing
 from trimtab.formats.dense.write import add_dense
-from trimtab.formats.directory import Shards, float_tensors, write_surroundings
+from trimtab.formats.directory import Shards, write_surroundings
+from trimtab.formats.files import Files
 from trimtab.formats.manifest import write_json
 from trimtab.layers.weights import AffineWeight
 from trimtab.models.architecture import FAMILIES, architecture_of, features, rope, windowed
-from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.grid import Grid, Range, Zero
 from trimtab.quant.int32_packing import pack_int32
 
@@ -145,14 +145,15 @@ class Mlx(Format):
     def write(self, folder: Path, writing: Writing) -> None:
         """Packed codes where a form took the layer, float matrices elsewhere."""
         keys = config_keys(writing.model.config)
-        ours = quant_layers(writing.model)
+        files = Files(writing.model)
         shards = Shards(folder, writing.max_shard_bytes)
-        for name, tensor in float_tensors(writing.model, ours, writing.dtype):
+        for name, tensor in files.floats(writing.dtype):
             shards.add(name, tensor)
         layers: dict[str, dict[str, Any]] = {}
-        for name, layer in ours.items():
+        for held in files.layers():
+            name, layer = held.of, held.layer
             if writing.forms[name] is DENSE or getattr(layer, "tied", False):
-                add_dense(shards, name, layer, writing.dtype)
+                add_dense(shards, held, writing.dtype)
                 continue
             assert isinstance(layer.base, AffineWeight)
             parts, bits, group = packed(layer.base.integer_codes(), layer.base.range(), layer.base.grid, writing.dtype)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Layer, Refusal, Writing
 from trimtab.formats.dense.write import add_matrix
-from trimtab.formats.directory import Shards, float_tensors, write_surroundings
+from trimtab.formats.directory import Shards, write_surroundings
+from trimtab.formats.files import Files
 from trimtab.formats.manifest import write_json
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.adapter_files import config, factors, tensor_name
@@ -60,17 +61,21 @@ class PeftLora(Format):
 
     def write(self, folder: Path, writing: Writing) -> None:
         """The base, then the adapters."""
-        ours = quant_layers(writing.model)
+        files = Files(writing.model)
         base = folder / "base"
         base.mkdir()
         shards = Shards(base, writing.max_shard_bytes)
-        for name, tensor in float_tensors(writing.model, ours, writing.dtype):
+        for name, tensor in files.floats(writing.dtype):
             shards.add(name, tensor)
-        for name, layer in ours.items():
-            add_matrix(shards, name, layer, layer.base.dequantize(writing.dtype))
+        for held in files.layers():
+            add_matrix(shards, held, held.layer.base.dequantize(writing.dtype))
         shards.close()
         write_surroundings(base, writing.model, writing.tokenizer, writing.dtype, None)
-        found = {n: x.adapter for n, x in ours.items() if isinstance(x, QuantLinear) and x.adapter is not None}
+        found = {
+            n: x.adapter
+            for n, x in quant_layers(writing.model).items()
+            if isinstance(x, QuantLinear) and x.adapter is not None
+        }
         tensors = Shards(folder, writing.max_shard_bytes, stem="adapter_model")
         ranks, alphas = {}, {}
         for name, adapter in found.items():

@@ -1,0 +1,43 @@
+"""Experts in a model of transformers: which layers they are before they are open, and opening those that become ours."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from trimtab.layers.experts import QuantExperts, layers_in, open_up, stacks
+from trimtab.layers.linear import QuantLinear
+from trimtab.layers.weights import DenseWeight
+
+
+def closed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Experts that stand in stacks, by name."""
+    return ((name, module) for name, module in model.named_modules() if stacks(module))
+
+
+def owners_of_experts(model: nn.Module) -> set[str]:
+    """Names of all experts that are open, or can be."""
+    return {name for name, module in model.named_modules() if isinstance(module, QuantExperts) or stacks(module)}
+
+
+def layers_of_experts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The layers that they have once they are open, by their names in the model."""
+    return ((f"{name}.{own}", layer) for own, layer in layers_in(module))
+
+
+def open_experts(model: nn.Module, layers: Iterable[str] | None = None) -> None:
+    """Open, in place, the experts that these layers are of; of all that there are without `layers`."""
+    owners = None if layers is None else {name.rsplit(".", 2)[0] for name in layers}
+    for name, module in list(closed_experts(model)):
+        if owners is None or name in owners:
+            open_up(module)
+
+
+def hold_the_rest(model: nn.Module) -> None:
+    """What no rule gives a grid in experts that are open is stored in float: their stacks, in which it stood, are gone."""
+    for module in model.modules():
+        for _, expert in module.named_children() if isinstance(module, QuantExperts) else ():
+            for own, layer in list(expert.named_children()):
+                if isinstance(layer, nn.Linear):
+                    bias: Any = layer.bias
+                    expert.add_module(own, QuantLinear(DenseWeight(layer.weight.detach()), None, bias))

@@ -21,6 +21,7 @@ from trimtab.errors import UserError
 from trimtab.formats import ALL, declaration, directory, get, manifest, table
 from trimtab.formats import export as exporting
 from trimtab.formats.declaration import Form, Layer
+from trimtab.formats.refusals import refusals
 from trimtab.methods import LrQat, QaHira, Qlora
 from trimtab.models.sources import SafetensorsSource
 from trimtab.pipeline.run import run
@@ -89,7 +90,7 @@ def test_mixed_widths(tmp_path: Path) -> None:
     ],
 )
 def test_refused_grids(grid: Any, cause: str, remedy: str) -> None:
-    found = declaration.refusals(get("compressed-tensors"), [replace(LAYER, grid=grid)], torch.bfloat16)
+    found = refusals(get("compressed-tensors"), [replace(LAYER, grid=grid)], torch.bfloat16)
     assert len(found) == 1
     assert found[0].layer == LAYER.name
     assert cause in found[0].cause

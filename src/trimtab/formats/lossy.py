@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trimtab.formats.declaration import Engine, Form, Format, Layer, Refusal, not_run
+from trimtab.formats.declaration import Engine, Form, Format, Layer, Refusal
 from trimtab.formats.dense.write import matrix
+from trimtab.formats.refusals import not_run
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
 from trimtab.models.architecture import FUSED

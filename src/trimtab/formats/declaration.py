@@ -55,6 +55,17 @@ class Layer:
     """How what it reads is rounded."""
     kv: KvCache | None = None
     """How the model rounds keys and values."""
+    beside: frozenset[str] = frozenset()
+    """Last parts of the names of its owner's linear layers, its own among them."""
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """Last parts of the names of the layers that engines join with it, itself among them.
+
+        Empty where a part is not there: the `up_proj` of a plain MLP has no gate beside it.
+        """
+        last = self.name.rpartition(".")[2]
+        return next((parts for parts in FUSED if last in parts and self.beside.issuperset(parts)), ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,23 +375,17 @@ def _unlike_in_fusion(
     format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engines: list[str]
 ) -> list[Refusal]:
     by_name = {layer.name: layer for layer in layers}
-    parents = dict.fromkeys(name.rpartition(".")[0] for name in by_name)
+    groups = dict.fromkeys((layer.name.rpartition(".")[0], layer.joined) for layer in layers if layer.joined)
     found = []
-    for parent in parents:
-        for parts in FUSED:
-            together = [by_name.get(f"{parent}.{part}") for part in parts]
-            first = next((layer for layer in together if layer is not None), None)
-            if first is None:
-                continue
-            kinds = {_scheme(format_, layer, dtype) for layer in together}
-            if len(kinds) > 1:
-                each = ", ".join(f"{p} {_scheme(format_, x, dtype)}" for p, x in zip(parts, together, strict=True))
-                remedy = "give them one grid in `rules`, or export with --engine for one that keeps them apart"
-                found.append(
-                    Refusal(
-                        first.name, f"{_words(engines)} joins {'/'.join(parts)}, which differ here ({each})", remedy
-                    )
-                )
+    for parent, parts in groups:
+        together = [by_name.get(f"{parent}.{part}") for part in parts]
+        first = next(layer for layer in together if layer is not None)
+        kinds = {_scheme(format_, layer, dtype) for layer in together}
+        if len(kinds) > 1:
+            each = ", ".join(f"{p} {_scheme(format_, x, dtype)}" for p, x in zip(parts, together, strict=True))
+            remedy = "give them one grid in `rules`, or export with --engine for one that keeps them apart"
+            cause = f"{_words(engines)} joins {'/'.join(parts)}, which differ here ({each})"
+            found.append(Refusal(first.name, cause, remedy))
     return found
 
 

@@ -19,6 +19,7 @@ from trimtab.layers import specs, weights
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
+from trimtab.models.replaceable import linears_beside
 from trimtab.models.targets import Target
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.activations import ActivationQuantizer, Activations, KvCache, from_spec
@@ -49,7 +50,9 @@ def of_target(
         activations: how inputs are rounded, or None.
         fold: False leaves it as it is trained.
     """
-    return _of_target(replace(target, name="", rank=None), target.method(method), dtype, merge, activations, fold)
+    return _of_target(
+        replace(target, name="", rank=None, beside=frozenset()), target.method(method), dtype, merge, activations, fold
+    )
 
 
 @cache
@@ -85,7 +88,7 @@ def folded(layer: QuantLinear, merge: bool) -> QuantLinear:
     return QuantLinear(base, None, layer.bias, inputs=layer.inputs)
 
 
-def describe(name: str, kind: Kind, layer: Ours, kv: KvCache | None) -> Layer:
+def describe(name: str, kind: Kind, layer: Ours, kv: KvCache | None, beside: frozenset[str]) -> Layer:
     """What a format is told of a layer."""
     adapter, inputs = getattr(layer, "adapter", None), getattr(layer, "inputs", None)
     return Layer(
@@ -96,6 +99,7 @@ def describe(name: str, kind: Kind, layer: Ours, kv: KvCache | None) -> Layer:
         adapter=None if adapter is None else type(adapter),
         inputs=None if inputs is None else inputs.kind,
         kv=kv,
+        beside=beside,
     )
 
 
@@ -108,7 +112,7 @@ def layers_of(model: "PreTrainedModel") -> list[Layer]:
             return "embedding"
         return "tied" if layer.tied else "head" if layer is head else "linear"
 
-    return [describe(name, kind(layer), layer, kv) for name, layer in quant_layers(model).items()]
+    return [describe(n, kind(layer), layer, kv, linears_beside(model, n)) for n, layer in quant_layers(model).items()]
 
 
 def planned(
@@ -125,4 +129,4 @@ def planned(
     """
     fold = format_.adapters != "kept" or method.adapter is None or method.adapter.acts_in_codes
     options: dict[str, Any] = {"merge": merge, "activations": activations, "fold": fold}
-    return [describe(t.name, t.kind, of_target(t, method, **options), kv) for t in targets]
+    return [describe(t.name, t.kind, of_target(t, method, **options), kv, t.beside) for t in targets]

@@ -17,7 +17,7 @@ from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
 from trimtab.models.origin import grids_of
-from trimtab.models.replaceable import layers_of, refuse, refuse_model
+from trimtab.models.replaceable import layers_of, linears_beside, refuse, refuse_model
 from trimtab.quant.grid import AnyGrid, group_size
 from trimtab.recipe.rules import Kind, Placement, Rule, ranks, resolve
 
@@ -38,6 +38,8 @@ class Target:
     bias: bool
     rank: int | None = None
     """Of its adapter, where that is not the method's."""
+    beside: frozenset[str] = frozenset()
+    """Last parts of the names of its owner's linear layers, its own among them."""
     untrained: str = ""
     """Why the method cannot train on the grid that the layer keeps; it stays as it is then, without an adapter."""
 
@@ -106,7 +108,15 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             continue
         grid = None if isinstance(placement, str) else placement
         rank = own_ranks.get(name) if kind in ("linear", "head") else None
-        target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
+        target = Target(
+            name,
+            kind,
+            _shape(module),
+            grid,
+            getattr(module, "bias", None) is not None,
+            rank,
+            linears_beside(model, name),
+        )
         found.append(_checked(target, module, method, name in kept))
     return sorted(found, key=lambda t: t.kind != "embedding")
 

@@ -22,7 +22,7 @@ import torch
 from trimtab.errors import UserError
 from trimtab.layers.adapters import Adapter
 from trimtab.layers.experts import Holding
-from trimtab.models.architecture import Feature, features
+from trimtab.models.architecture import FUSED, Feature, features
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.quant.grid import AnyGrid, Grid, ScaleDtype, Zero
 from trimtab.quant.two_level import TWO_LEVEL
@@ -58,6 +58,17 @@ class Layer:
     """How the model rounds keys and values."""
     expert: Holding = ""
     """How the family's checkpoints hold it, where it is an expert's matrix."""
+    beside: frozenset[str] = frozenset()
+    """Last parts of the names of its owner's linear layers, its own among them."""
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """Last parts of the names of the layers that engines join with it, itself among them.
+
+        Empty where a part is not there: the `up_proj` of a plain MLP has no gate beside it.
+        """
+        last = self.name.rpartition(".")[2]
+        return next((parts for parts in FUSED if last in parts and self.beside.issuperset(parts)), ())
 
 
 @dataclass(frozen=True, kw_only=True)

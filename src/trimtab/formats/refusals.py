@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from trimtab.formats.declaration import DENSE, Engine, Format, Layer, Refusal, Rounded, in_words
-from trimtab.models.architecture import FUSED
 from trimtab.quant.activations import Activations
 from trimtab.quant.grid import Grid
 
@@ -89,25 +88,17 @@ def _unlike_in_fusion(
     format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engines: list[str]
 ) -> list[Refusal]:
     by_name = {layer.name: layer for layer in layers}
-    parents = dict.fromkeys(name.rpartition(".")[0] for name in by_name)
+    groups = dict.fromkeys((layer.name.rpartition(".")[0], layer.joined) for layer in layers if layer.joined)
     found = []
-    for parent in parents:
-        groups = {parts: [by_name.get(f"{parent}.{part}") for part in parts] for parts in FUSED}
-        there = {parts: sum(layer is not None for layer in together) for parts, together in groups.items()}
-        for parts, together in groups.items():
-            first = next((layer for layer in together if layer is not None), None)
-            # An attention's own gate is no MLP's: what joins more of the layers here says what these are.
-            if first is None or (there[parts] < len(parts) and there[parts] < max(there.values())):
-                continue
-            kinds = {_scheme(format_, layer, dtype) for layer in together}
-            if len(kinds) > 1:
-                each = ", ".join(f"{p} {_scheme(format_, x, dtype)}" for p, x in zip(parts, together, strict=True))
-                remedy = "give them one grid in `rules`, or export with --engine for one that keeps them apart"
-                found.append(
-                    Refusal(
-                        first.name, f"{in_words(engines)} joins {'/'.join(parts)}, which differ here ({each})", remedy
-                    )
-                )
+    for parent, parts in groups:
+        together = [by_name.get(f"{parent}.{part}") for part in parts]
+        first = next(layer for layer in together if layer is not None)
+        kinds = {_scheme(format_, layer, dtype) for layer in together}
+        if len(kinds) > 1:
+            each = ", ".join(f"{p} {_scheme(format_, x, dtype)}" for p, x in zip(parts, together, strict=True))
+            remedy = "give them one grid in `rules`, or export with --engine for one that keeps them apart"
+            cause = f"{in_words(engines)} joins {'/'.join(parts)}, which differ here ({each})"
+            found.append(Refusal(first.name, cause, remedy))
     return found
 
 

@@ -359,14 +359,16 @@ def methods() -> None:
 @app.command()
 def recipe(
     explain: Annotated[bool, typer.Option("--explain", help="Explain every field.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
 ) -> None:
     """Print a recipe to start from; with --explain, what every field means."""
     _terminal()
     from trimtab.recipe.explain import explanation
     from trimtab.recipe.recipe import EXAMPLE
+    from trimtab.recipe.schema import schema_text
 
     _leave()
-    sys.stdout.write(explanation() if explain else EXAMPLE)
+    sys.stdout.write(schema_text() if schema else explanation() if explain else EXAMPLE)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from trimtab.recipe.going_on import changeable, check
 from trimtab.recipe.recipe import Recipe, from_dict
 
 MAY = {
-    "name", "output", "export", "merge", "model.device", "distill.cache", "data.eval_tokens", "data.num_proc",
+    "version", "name", "output", "export", "merge", "model.device", "distill.cache", "data.eval_tokens", "data.num_proc",
     "train.steps", "train.epochs", "train.early_stop",
     "train.lr", "train.lr_scale", "train.schedule", "train.warmup", "train.betas", "train.weight_decay", "train.clip",
     "train.micro_batch", "train.processes", "train.shard", "train.activation_checkpointing", "train.offload_activations",

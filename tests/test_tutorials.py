@@ -28,7 +28,7 @@ QUICK = {
     r"batch_tokens: \d+": "batch_tokens: 512",
     r"block_tokens: \d+": "block_tokens: 64",
     r"micro_batch: \d+": "micro_batch: 1",
-    r"budget: 80MiB": "budget: 100KiB",
+    r"budget: 80MiB": "budget: 200KiB",
     r"trials: \d+": "trials: 1",
     r"bits: \[2, 3, 4, 8\]": "bits: [3, 4]",
     r"\btokens: \d+": "tokens: 64",
@@ -105,7 +105,6 @@ def test_every_cell_runs(page: Path, given: Path) -> None:
         assert made
         next(Path("base-gguf").glob("*.gguf")).rename("model.gguf")
     play(page.read_text(encoding="utf-8"), given)
-    assert len(list(given.iterdir())) > 3
 
 
 # ---- how pages become notebooks -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""mkdocs's hook: the source of the site is put together anew before every build (`docs_site`), by trimtab's own Python.
+"""mkdocs's hook: the source of the site is put together again before every build (`docs_site`), by trimtab's own Python.
 
 TRIMTAB_PYTHON names that Python: mkdocs runs in an environment of its own, without torch.
 """

@@ -121,7 +121,7 @@ def run(
         The metrics, as written to `metrics.json` in the output directory.
 
     Raises:
-        UserError: for anything the user can mend; nothing is then left half-written.
+        UserError: for anything the user can fix; nothing is then left half-written.
     """
     from trimtab.pipeline import stages
 

@@ -1,6 +1,6 @@
 """The command line: a thin skin over `trimtab.api`, which does what a command says, and `report.terminal`, which shows it.
 
-Heavy libraries load when a command needs them, so `trimtab --help` is quick. Errors that a user can mend are printed in
+Heavy libraries load when a command needs them, so `trimtab --help` is quick. Errors that a user can fix are printed in
 one line; everything else keeps its traceback. The only file that imports typer.
 """
 
@@ -285,7 +285,7 @@ def compare(
 def report(
     path: Annotated[str, typer.Argument(help="Folder of a run, a search or a comparison.", metavar="DIR")],
 ) -> None:
-    """Write report.html anew, with the exports and checks that came since."""
+    """Write report.html again, with the exports and checks made since."""
     _terminal().say(f"written to {trimtab.write_report(path)}")
 
 

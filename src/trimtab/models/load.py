@@ -2,7 +2,7 @@
 
 The model is laid out on the meta device, the rules decide every layer's grid from names and shapes, and then each layer
 is read, quantized and put in place before the next is read. What a path may be is in `sources`. Of a model that is to be
-parted among processes each decoder block is parted as soon as it is whole (`arriving`).
+sharded among processes each decoder block is sharded as soon as it is whole (`arriving`).
 """
 
 import gc
@@ -74,7 +74,7 @@ def load(
             there is one), `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`; the CPU unless told, as in transformers.
         source: an already opened source of this path, to save parsing it again.
         start: how layers find their codes, see `prepare`; GPTQ has one decoder block in float at a time.
-        quiet: whether to log no line about what share of the parameters is in few bits (`share`).
+        quiet: whether to log no line about what share of the parameters is quantized (`share`).
         errors: is given `weight_error` of every layer that is rounded here, by name, while its float weight is at hand.
         shard: part the model among the processes as `trimtab.shard` does, but while it is read: each decoder block as soon
             as it is there, so that at most one of them is whole at a time. True for all processes, or a mesh of torch.
@@ -237,7 +237,7 @@ def _as_saved(source: ModelSource, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _complete(model: PreTrainedModel, source: ModelSource, device: torch.device, arrivals: Arrivals) -> PreTrainedModel:
-    """Read what no rule touched, tie what is tied, freeze; part what is not parted yet, where it is to be."""
+    """Read what no rule touched, tie what is tied, freeze; part what is not sharded yet, where it is to be."""
     untie(model)
     arrivals.fill_all()
     set_reading(model, False)

@@ -46,7 +46,7 @@ def make(folder: Path, say: Callable[[str], None], *, name: str | None = None) -
 
 
 def write_report(path: str | os.PathLike[str]) -> Path:
-    """Write `report.html` of a folder anew, with what has come into it since (exports, what engines computed); the file.
+    """Write `report.html` of a folder again, with what has come into it since (exports, what engines computed); the file.
 
     Args:
         path: the folder of a run, a search or a comparison.

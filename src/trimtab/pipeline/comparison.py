@@ -63,7 +63,7 @@ def compare(
         say: told what is being done.
 
     Raises:
-        UserError: for models with different tokenizers, and for anything else the user can mend.
+        UserError: for models with different tokenizers, and for anything else the user can fix.
     """
     require_library("`trimtab compare`", "datasets")
     _check(dtype, tokens=tokens, block_tokens=block_tokens)

@@ -122,7 +122,7 @@ def called(source: str) -> list[tuple[str, list[str]]]:
             found.append((ast.unparse(node.func), [k.arg for k in node.keywords if k.arg]))
         elif isinstance(node, ast.Attribute):
             found.append((ast.unparse(node), []))
-    return [(name.removeprefix("tt."), keywords) for name, keywords in found if name.startswith("tt.")]
+    return [(name.removeprefix("tt."), keywords) for name, keywords in found if re.fullmatch(r"tt\.[\w.]+", name)]
 
 
 def missing(name: str, keywords: list[str]) -> str:

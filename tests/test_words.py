@@ -1,5 +1,5 @@
-"""The English of pages, docstrings, comments and messages: idioms that a reader of the field would stumble over, and what is
-written instead. Names in code spans are left alone, and so are docs/log.md and CHANGELOG.md, which are history.
+"""The English of pages, docstrings, comments and messages: idioms that a reader of the field would stumble over, and what
+is written instead. Names in code spans are left alone, and so are docs/log.md and CHANGELOG.md, which are history.
 """
 
 import io
@@ -71,7 +71,7 @@ def test_words_are_those_of_the_field(paths: list[Path]) -> None:
 
 def test_idioms_are_found(tmp_path: Path) -> None:
     assert idioms("It is made anew.") == ["'anew': write again, over, from scratch"]
-    assert idioms("Training goes on from there") and idioms("Whoever asks") and idioms("the layer is parted")
+    assert all(map(idioms, ("Training goes on from there", "Whoever asks", "the layer is parted")))
     assert not idioms("`parted` is a module, and `whoever` a name")
     module = tmp_path / "a.py"
     module.write_text('"""Made\n\nanew."""\nanew = 1  # of anybody\nkey = "parted"\n')

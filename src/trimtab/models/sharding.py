@@ -92,11 +92,11 @@ def mesh_of(kind: str) -> "DeviceMesh":
 
 
 def shard(model: "PreTrainedModel", mesh: "DeviceMesh | None" = None, **options: Any) -> "PreTrainedModel":
-    """Part a prepared model among the processes, in place. `load(..., shard=True)` parts it while it is read.
+    """Shard a prepared model among the processes, in place (FSDP2). `load(..., shard=True)` does it while it reads.
 
     Args:
         model: from `prepare` or `load`, the same in every process.
-        mesh: of torch; None for all processes in one row, on the GPUs if there are any.
+        mesh: torch's device mesh; None for all processes in one row, on the GPUs if there are any.
         options: of `torch.distributed.fsdp.fully_shard`, such as `reshard_after_forward` and `offload_policy`.
 
     Returns:
@@ -104,6 +104,10 @@ def shard(model: "PreTrainedModel", mesh: "DeviceMesh | None" = None, **options:
 
     Raises:
         UserError: where parameters are to be cast, or processes were not started.
+
+    Examples:
+        >>> tt.shard(model)
+        >>> optimizer = torch.optim.AdamW(tt.param_groups(model, steps=300))
     """
     if is_sharded(model):
         raise UserError("shard: the model is sharded already")
@@ -204,13 +208,17 @@ def like(tensor: Tensor, whole: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather(model: "PreTrainedModel") -> "PreTrainedModel | None":
-    """The whole of a sharded model, a tensor at a time.
+    """Gather a sharded model in the first process, one tensor at a time.
 
     Args:
-        model: every process has to ask; it is left as it is. One that is not sharded is given back in the first process.
+        model: every process has to call this; the model is left as it is. One that is not sharded is returned as it is in
+            the first process.
 
     Returns:
         In the first process a model on the CPU, as it was before `shard`, with what was trained since; None in the others.
+
+    Examples:
+        >>> whole = tt.gather(model)  # None but in the first process
     """
     from torch.distributed.fsdp import FSDPModule
 

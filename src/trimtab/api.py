@@ -238,8 +238,7 @@ def export(
         allow_lossy: round what the format does not hold to the nearest that it holds, instead of refusing.
         overwrite: replace an earlier export.
         max_shard_size: size of a safetensors file.
-        device: see the top of this file; stored codes are written as they are from every one, last bits of merged adapters
-            may differ.
+        device: see the top of this file; stored codes do not depend on it, last bits of merged adapters may.
 
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
@@ -291,13 +290,10 @@ def parity(
 
 
 def verify(path: AnyPath) -> int:
-    """Compare every file of a saved or exported model with the hashes in its manifest.
+    """Compare every file of a saved or exported model with the hashes in its manifest, and count the files.
 
     Args:
         path: the folder.
-
-    Returns:
-        The number of files that are what was written.
 
     Raises:
         UserError: naming the first file that is missing, changed or foreign.

@@ -49,7 +49,7 @@ def command(patch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 MOMENTS: dict[str, tuple[Any, str, str]] = {
-    "before anything": (cli, "_terminal", "stopped before anything was begun: the same command does it"),
+    "before anything": (cli, "_terminal", "stopped before anything was begun: run the same command again"),
     "while reading": (
         running.checks,
         "gather",

@@ -52,14 +52,15 @@ def written(annotation: Any) -> str:
 
 
 def field_row(key: str, field: Any) -> tuple[str, ...]:
-    """Key, type, default and meaning; whether `--resume` lets it change."""
+    """Key, type with its default, and meaning with whether `--resume` lets it change."""
     if field.is_required():
         default = "required"
     else:
         value = field.get_default(call_default_factory=True)
         default = "`{}`" if isinstance(value, Block) else f"`{value if isinstance(value, str) else json.dumps(value)}`"
     may = any(isinstance(mark, Change) for mark in field.metadata)
-    return f"`{key}`", written(field.annotation), default, field.description or "", "yes" if may else ""
+    meaning = (field.description or "") + (" *May change on `--resume`.*" if may else "")
+    return f"`{key}`", f"{written(field.annotation)}; {default}", meaning
 
 
 def block_of(annotation: Any) -> type[Block] | None:
@@ -68,7 +69,7 @@ def block_of(annotation: Any) -> type[Block] | None:
     return next((o for o in options if isinstance(o, type) and issubclass(o, Block)), None)
 
 
-HEADER = ("key", "type", "default", "meaning", "may change on `--resume`")
+HEADER = ("key", "type; default", "meaning")
 
 
 def recipe() -> str:
@@ -126,7 +127,11 @@ def commands() -> str:
         usage = " ".join(["trimtab", name, *shown, "[OPTIONS]"])
         rows = [(f"`{metavar}`", p.help or "", "") for metavar, p in zip(shown, arguments, strict=True)]
         rows += [
-            (", ".join(f"`{o}`" for o in p.opts), p.help or "", "" if p.default in (None, False) else f"`{p.default}`")
+            (
+                ", ".join(f"`{o}`" for o in p.opts),
+                p.help or "",
+                "" if p.default is None or p.default is False else f"`{p.default}`",
+            )
             for p in command.params
             if p.param_type_name == "option"
         ]

@@ -2,7 +2,7 @@
 # Set-up runs again only when pyproject.toml or constraints.txt has changed: a stamp in .venv is named after both.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-floor test-serving test-gpu fuzz mutate faults upgrade-check lint bench clean
+.PHONY: help setup model demo test test-floor test-serving test-gpu fuzz mutate faults upgrade-check test-wheel docs docs-serve lint bench clean
 
 # Extra words for what is run: recipe overrides for demo, options for test (pytest), fuzz, mutate and bench.
 #   make demo ARGS="train.steps=4"     make test ARGS="-k grid -x"
@@ -22,6 +22,8 @@ LLAMA := .venv-llama
 LLAMA_STAMP := $(LLAMA)/.stamp-$(shell cksum < constraints-llama.txt | cut -d' ' -f1)
 MLX := .venv-mlx
 MLX_STAMP := $(MLX)/.stamp-$(shell cksum < constraints-mlx.txt | cut -d' ' -f1)
+DOCS := .venv-docs
+DOCS_STAMP := $(DOCS)/.stamp-$(shell cksum < constraints-docs.txt | cut -d' ' -f1)
 FLOOR := .venv-floor
 UPGRADE := .venv-upgrade
 # The torch of upgrade-check: the newest one unless told otherwise, which may be a build for CUDA of many gigabytes.
@@ -46,6 +48,8 @@ help:
 	@echo "make mutate  breaks the numerical core on purpose and lists what no test notices (ARGS= adds options; half an hour)"
 	@echo "make faults  kills every command a hundred times, fills its disk, and sees that it goes on (ARGS= adds options; an hour)"
 	@echo "make upgrade-check  the newest versions of all libraries, and which of our reaches into them break (minutes)"
+	@echo "make test-wheel  builds sdist and wheel and tries them in clean environments, on every Python here (minutes)"
+	@echo "make docs   builds the site into build/site, with all links checked; docs-serve shows it while pages are written"
 	@echo "make lint   ruff and mypy only"
 	@echo "make bench  time one training step (ARGS= adds options)"
 	@echo "make setup  only make .venv and install into it; the others do this first"
@@ -83,6 +87,19 @@ DEVICE ?= cuda
 test-gpu: $(SETUP_STAMP)
 	TRIMTAB_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest tests/gpu tests/kernels/test_triton.py \
 	    tests/kernels/test_triton_compiled.py $(ARGS)
+
+# What RELEASING.md asks for; ARGS="python3.11 python3.13" names the Pythons.
+test-wheel: $(SETUP_STAMP)
+	$(BIN)/python tools/release.py try $(ARGS)
+
+# Pages are put together by trimtab's own Python (tools/docs_site.py) and built by mkdocs's; a warning ends it.
+MKDOCS = mkdir -p build/docs-source && NO_MKDOCS_2_WARNING=1 TRIMTAB_PYTHON=$(CURDIR)/$(BIN)/python $(DOCS)/bin/mkdocs
+docs: $(SETUP_STAMP) $(DOCS_STAMP)
+	$(MKDOCS) build --strict --quiet
+	@echo "docs: $$(find build/site -name '*.html' | wc -l) pages in build/site"
+
+docs-serve: $(SETUP_STAMP) $(DOCS_STAMP)
+	$(MKDOCS) serve --livereload $(ARGS)
 
 # What `make test` tries a part of. ARGS="--case float:17" tries one case again, with its traceback.
 fuzz: $(SETUP_STAMP)
@@ -178,3 +195,11 @@ $(MLX_STAMP): constraints-mlx.txt | $(SETUP_STAMP)
 	@$(BIN)/python -m venv $(MLX)
 	@$(MLX)/bin/python -m pip install --no-input --disable-pip-version-check --quiet -r constraints-mlx.txt
 	@rm -f $(MLX)/.stamp-* && touch $@
+
+# The site's own environment: it installs in seconds, and has no torch.
+$(DOCS_STAMP): constraints-docs.txt | $(SETUP_STAMP)
+	@echo "set-up: installing mkdocs into $(DOCS)"
+	@$(BIN)/python -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --no-input --disable-pip-version-check --quiet -r constraints-docs.txt || { \
+	    echo "make docs: constraints-docs.txt could not be installed; is the package index reachable?" >&2; exit 1; }
+	@rm -f $(DOCS)/.stamp-* && touch $@

@@ -45,7 +45,7 @@ def demo(metrics: dict[str, Any], parity: dict[str, Any]) -> list[str]:
         f"| tuned, folded, saved, reloaded | {p['tuned']:.2f} |",
         "",
         f"{metrics['tokens']:,} tokens in {metrics['train_seconds']:.0f} s on 2 CPU cores; {metrics['trainable']:,}",
-        f"trained parameters; peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB with interpreter and libraries;",
+        f"trainable parameters; peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB with interpreter and libraries;",
         f"{metrics['disk_bytes'] / 1e6:.1f} MB on disk.",
         "",
         *(f"* {line}" for line in movements(metrics)),

@@ -19,7 +19,7 @@ def table(head: str, rows: list[list[str]]) -> list[str]:
 
 
 def between_marks(page: Path, sections: Mapping[str, Callable[[Any], list[str]]], read: Mapping[str, Any]) -> str:
-    """A page written by hand, with the tables between its marks made anew.
+    """A page written by hand, with the tables between its marks made again.
 
     Args:
         page: its file.

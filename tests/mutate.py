@@ -4,7 +4,7 @@
     make mutate ARGS="--only src/trimtab/quant/grid.py"    one file or folder
     make mutate ARGS="--again"                             what survived before, after a test was written
 
-A row is written for each break as soon as it is known (runs/mutation/results.jsonl), so a run that is stopped goes on where
+A row is written for each break as soon as it is known (runs/mutation/results.jsonl), so a stopped run continues where
 it was. What survives is a missing test, dead code, or an equivalent: no test could tell. Equivalents stand in
 mutation/equivalents.yaml, each with its reason.
 """

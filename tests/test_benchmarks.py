@@ -163,3 +163,12 @@ def test_a_script_without_its_path_line_is_found() -> None:
     assert not_runnable("benchmarks.a.one", text) is not None
     assert not_runnable("benchmarks.a.one", PATH_LINE.format(2) + "\n" + text) is None
     assert not_runnable("benchmarks.a.one", text.partition("\n")[0]) is None
+
+
+def test_the_chart_is_of_these_results() -> None:
+    from benchmarks.quality import chart
+
+    assert chart.OUT.read_text(encoding="utf-8") == chart.svg()
+    assert [label for label, _, value, _ in chart.bars() if value > 60] == [
+        "QLoRA, merged and rounded again", "rounded, not tuned",
+    ]  # fmt: skip

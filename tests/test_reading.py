@@ -1,4 +1,4 @@
-"""Files of anybody: what is opened, how much of it is believed, and what is said."""
+"""Files from an untrusted source: what is opened, how much of it is believed, and what is said."""
 
 import json
 import os
@@ -40,8 +40,8 @@ def nested(levels: int) -> str:
 )
 def test_json_that_nobody_means(file: Path, text: str | bytes, said: str) -> None:
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=rf"file\.json: .*{said}.*; mend it$"):
-        reading.read_json(file, "mend it")
+    with pytest.raises(UserError, match=rf"file\.json: .*{said}.*; fix it$"):
+        reading.read_json(file, "fix it")
 
 
 def test_as_deep_as_it_may_be(file: Path) -> None:

@@ -307,7 +307,7 @@ def test_public_names() -> None:
 
 
 def test_the_picture_is_of_these_imports() -> None:
-    """docs/imports.svg; `python tools/import_graph.py` makes it anew."""
+    """docs/imports.svg; `python tools/import_graph.py` makes it again."""
     script = PACKAGE.parents[1] / "tools" / "import_graph.py"
     assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0
 

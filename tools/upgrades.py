@@ -196,7 +196,7 @@ REACHES = (
     Reach(
         library="torch",
         what="`LambdaLR.lr_lambdas`, `base_lrs` and `_last_lr` set",
-        why="a resumed run goes on at the recipe's rates, which may have been mended, not at the checkpoint's",
+        why="a resumed run continues at the recipe's rates, which may have been corrected, not at the checkpoint's",
         where=("training/ours.py::Ours._load_optimizer_and_scheduler",),
         test="tests/training/test_resume.py::test_a_loss_that_is_no_number",
         names=("_last_lr", "lr_lambdas", "base_lrs"),
@@ -220,7 +220,7 @@ REACHES = (
     # ---- transformers ----
     Reach(
         library="transformers",
-        what="a trainer writes its checkpoints into `checkpoint-<step>` by `save_pretrained`, and goes on from whole ones",
+        what="a trainer writes its checkpoints into `checkpoint-<step>` by `save_pretrained`, and resumes from whole ones",
         why="elsewhere an adapter is saved alone",
         where=("models/prepared.py::Prepared.save_pretrained",),
         test="tests/models/test_saving.py::test_a_trainer_goes_on_from_its_checkpoint_and_ends_with_the_adapter",
@@ -253,7 +253,7 @@ REACHES = (
     Reach(
         library="transformers",
         what="`_compile_jinja_template` replaced while a chat template is rendered, and its environment taken",
-        why="chat templates are programs of anybody, and are given a bound on time and size",
+        why="chat templates are programs from an untrusted source, and are given a bound on time and size",
         where=("data/bounded.py::_theirs", "data/bounded.py::bounded"),
         test="tests/data/test_bounded.py::test_it_renders_as_transformers_does",
         names=("_compile_jinja_template",),
@@ -473,7 +473,7 @@ REACHES = (
     Reach(
         library="transformers",
         what="`layer_idx` of the modules in a layer, and keys of the config that hold a value for each layer",
-        why="layers that stay are numbered anew when others are dropped",
+        why="layers that stay are renumbered when others are dropped",
         where=("pruning/depth.py::drop", "models/architecture.py::Architecture"),
         test="tests/pruning/test_prune.py::test_layers_that_stay_are_numbered_anew",
         names=("layer_idx", "layer_types", "no_rope_layers", "mlp_layer_types"),
@@ -504,7 +504,7 @@ REACHES = (
     ),
     Reach(
         library="transformers",
-        what="rotary modules made anew from their config, and the buffers and factors that they keep",
+        what="rotary modules made again from their config, and the buffers and factors that they keep",
         why="what a GGUF file's keys say is held against the frequencies that transformers computes",
         where=("formats/gguf/rotary.py::of_model", "formats/gguf/families.py::_rope"),
         test="tests/formats/test_gguf_settings.py::test_a_written_file_computes_what_was_trained",
@@ -581,7 +581,7 @@ REACHES = (
     Reach(
         library="transformers",
         what="`Trainer._save_optimizer_and_scheduler` extended",
-        why="moments of a parted model are saved whole",
+        why="moments of a sharded model are saved whole",
         where=("training/ours.py::Ours._save_optimizer_and_scheduler",),
         test="tests/processes/test_several.py::test_a_checkpoint_holds_whole_tensors",
         names=("_save_optimizer_and_scheduler",),
@@ -589,7 +589,7 @@ REACHES = (
     Reach(
         library="transformers",
         what="`Trainer._defer_fsdp_gradient_reduction` replaced",
-        why="gradients of a parted model are summed at once",
+        why="gradients of a sharded model are summed at once",
         where=("training/ours.py::Ours._defer_fsdp_gradient_reduction",),
         test="tests/processes/test_several.py::test_gradients_are_summed_over_micro_steps",
         names=("_defer_fsdp_gradient_reduction",),
@@ -613,7 +613,7 @@ REACHES = (
     Reach(
         library="transformers",
         what="`Trainer.is_distributed_loading_by_transformers` set after a trainer is made",
-        why="it then leaves a model that is parted as it is, which accelerate would wrap in DDP",
+        why="it then leaves a model that is sharded as it is, which accelerate would wrap in DDP",
         where=("training/parted.py::part",),
         test="tests/processes/test_several.py::test_they_train_as_one_does",
         names=("is_distributed_loading_by_transformers",),
@@ -840,7 +840,7 @@ REACHES = (
     Reach(
         library="peft",
         what="the same files read, with its rule for patterns and for what rslora scales by",
-        why="training goes on from a LoRA of PEFT's",
+        why="training continues from a LoRA of PEFT's",
         where=("models/peft_init.py::_TENSOR", "models/peft_init.py::_scaling"),
         test="tests/formats/test_export_peft.py::test_start_from_peft",
         names=("alpha_pattern", "use_rslora"),
@@ -891,7 +891,7 @@ REACHES = (
     Reach(
         library="optuna",
         what="a journal is lines, and its lock is any object with `acquire` and `release`",
-        why="our lock goes with its holder, and mends a line that was cut off",
+        why="our lock goes with its holder, and repairs a line that was cut off",
         where=("bit_search/storage.py::_Lock", "bit_search/storage.py::_mend", "bit_search/storage.py::opened"),
         test="tests/bit_search/test_ledger.py::test_a_cut_line_is_mended",
         names=("JournalFileBackend", "lock_obj"),

@@ -54,7 +54,7 @@ def seconds(call: Callable[[], Any], device: str, rounds: int = 20) -> float:
 
 
 def forget(device: str) -> None:
-    """Begin to measure memory anew."""
+    """Begin to measure memory again."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

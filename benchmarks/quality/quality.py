@@ -260,7 +260,7 @@ def further(tried: Collection[float], best: float, given: int) -> list[float]:
 
 
 def _converted(model: str, folder: Path) -> Path:
-    """The same numbers in float32 safetensors: every cell reads them, and would parse the GGUF anew."""
+    """The same numbers in float32 safetensors: every cell reads them, and would parse the GGUF again."""
     if not folder.exists():
         import torch
 

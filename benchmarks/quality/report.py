@@ -118,7 +118,7 @@ def table(name: str, cells: Cells) -> list[str]:
     if not rows:
         return []
     lines = ["", f"## {TITLES[name]}", ""]
-    heads = ["row", rows[0].metric, "seeds", "trained parameters", "learning rate", "of scales", "codes moved"]
+    heads = ["row", rows[0].metric, "seeds", "trainable parameters", "learning rate", "of scales", "codes moved"]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         found = list(cells[row.name].values())

@@ -58,5 +58,5 @@ SECTIONS: dict[str, Callable[[Any], list[str]]] = {"fuzz": hostile, "faults": di
 
 
 def page(read: dict[str, Any]) -> str:
-    """docs/reliability.md, with its tables made anew; one whose numbers are not there stays as it is."""
+    """docs/reliability.md, with its tables made again; one whose numbers are not there stays as it is."""
     return between_marks(DOCS / "reliability.md", SECTIONS, read)

@@ -67,5 +67,5 @@ SECTIONS: dict[str, Callable[[Any], list[str]]] = {"rows": rows, "70b": paper, "
 
 
 def page(read: dict[str, Any]) -> str:
-    """docs/scale.md, with its tables made anew; one whose numbers are not there stays as it is."""
+    """docs/scale.md, with its tables made again; one whose numbers are not there stays as it is."""
     return between_marks(DOCS / "scale.md", SECTIONS, read)

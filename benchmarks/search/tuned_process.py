@@ -36,7 +36,7 @@ def cell(values: dict[str, Any]) -> None:
 
 
 def search(values: dict[str, Any]) -> None:
-    """Search within the bytes of the recipe's rules; goes on where an earlier process ended.
+    """Search within the bytes of the recipe's rules; continues where an earlier process ended.
 
     Widths, bytes and cost, with the time that sensitivities took, go to `found.json`.
     """

@@ -97,7 +97,7 @@ def _claims(task: str, ratio: int, cells: Cells) -> list[str]:
         gains = [sign * (cells[a][s]["value"] - cells[b][s]["value"]) for s in shared]
         mean, wide = statistics.fmean(gains), interval(gains)
         if all(cells[a][s].get("same_as", "").endswith(f"-{b}") for s in shared):
-            verdict = "one model: the search came to it"
+            verdict = "one model: the search found the same"
         elif wide is None:
             verdict = "one seed: no interval"
         elif abs(mean) <= wide:

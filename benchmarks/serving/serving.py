@@ -265,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="*", default=[], help="method:zero:bits:format:engine, with * and ?")
     parser.add_argument("--model", help="a file or folder: measure this model instead")
-    parser.add_argument("--again", action="store_true", help="measure anew what stands there")
+    parser.add_argument("--again", action="store_true", help="measure again what stands there")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after this time")

@@ -109,7 +109,7 @@ class Row:
 
     label: str
     setup: Callable[..., tuple[Step, int]]
-    """Builds what the worker runs; returns the step and the number of trained parameters."""
+    """Builds what the worker runs; returns the step and the number of trainable parameters."""
     options: dict[str, Any]
     imports: tuple[str, ...] = ()
     """Libraries of this row, loaded before memory is first read."""
@@ -298,7 +298,7 @@ def _resident(field: str) -> int:
 
 
 def _busy_seconds() -> float:
-    """Seconds that all CPUs together have been busy, whoever used them or took them away."""
+    """Seconds that all CPUs together have been busy, whether for us or for others."""
     user, nice, system, _, _, irq, softirq, steal, *_ = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
 
@@ -328,7 +328,7 @@ def _work(name: str, shape: str, dtype: str, threads: int, pipe: Connection) -> 
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # give back what only building the model needed
     loaded = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts over
     pipe.send({"trained_parameters": trained, "libraries_bytes": libraries, "loaded_bytes": loaded})
     while pipe.recv() is not None:
         start, cpu, busy = time.perf_counter(), time.process_time(), _busy_seconds()

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trimtab.quant.grid import CodebookGrid, Grid
     from trimtab.recipe.recipe import Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
     "chat", "compare", "evaluate", "export", "fold", "gather", "harness", "load", "methods", "overview", "param_groups",

@@ -1,13 +1,5 @@
 """What every command of `trimtab` does, as one call: the command line is a thin skin over these functions.
 
-    import trimtab as tt
-
-    tt.plan("small.yaml")                         what training will need, before anything is loaded
-    metrics = tt.run("small.yaml", ["train.steps=500"])
-    tt.evaluate("runs/small", data="heldout.jsonl").perplexity
-    tt.export("runs/small", "gguf")
-    print(tt.chat("runs/small").answer("What is a trim tab?"))
-
 The same thing has the same name everywhere: `path` is a model (a directory, a .gguf file, a hub id), `recipe` a file, a
 mapping or a `Recipe`, `data` text in the forms of a recipe's `data.path`, `out` where something is written. What needs an
 extra that is not installed says so in one line before any work is done.
@@ -67,14 +59,17 @@ def plan(
         recipe: a file, a mapping or a `Recipe`; or a model alone (a directory, a config.json, a .gguf file, a hub id, of
             which only the config is fetched), which is planned with the defaults.
         overrides: `key=value` with dotted keys, for example `train.micro_batch=2`.
-        memory: what there is for training, `24GiB`: `.settings` are then those that fit.
-        probe: train layers of random weights for ten seconds: `.speed` is then that of the recipe's training here.
+        memory: memory for training, `24GiB`; `.settings` of the result then lists what fits into it.
+        probe: whether to train layers of random weights for ten seconds, which measures `.speed`.
         device: in place of the recipe's; its free memory is what a plan is compared with.
 
     Returns:
         Bytes by what they are for; `.total` is the predicted peak above the interpreter and its libraries, `.sizes` are
         those of the tuned model by format. Of a recipe with a `prune` block it is the plan of the pruned model where that
         is there, else of the whole one.
+
+    Examples:
+        >>> tt.plan("small.yaml", memory="24GiB").total
     """
     from trimtab.formats.file_size import parse_bytes
     from trimtab.pipeline import planning
@@ -90,6 +85,9 @@ def overview(recipe: AnyRecipe, overrides: Sequence[str] = ()) -> "Overview":
     Args:
         recipe: a file, a mapping or a `Recipe`; its model's tokenizer is read, and no weight.
         overrides: `key=value` with dotted keys, for example `data.loss=last`.
+
+    Examples:
+        >>> tt.overview("small.yaml", ["data.loss=last"])
     """
     chosen = as_recipe(recipe, overrides)
     require("`trimtab data`", "train")
@@ -115,13 +113,16 @@ def run(
         overwrite: replace what an earlier run left in the output directory.
         resume: continue from its last checkpoint.
         device: in place of the recipe's.
-        show: told what happens (`trimtab.report.terminal.Terminal()` prints it); None for silence.
+        show: an observer of the run (`trimtab.report.terminal.Terminal()` prints it); None for silence.
 
     Returns:
         The metrics, as written to `metrics.json` in the output directory.
 
     Raises:
-        UserError: for anything the user can mend; nothing is then left half-written.
+        UserError: for anything the user can fix; nothing is then left half-written.
+
+    Examples:
+        >>> metrics = tt.run("small.yaml", ["train.steps=500"])
     """
     from trimtab.pipeline import stages
 
@@ -141,11 +142,14 @@ def search(
         recipe: a file, a mapping or a `Recipe` with a `search` block.
         overrides: `key=value` with dotted keys.
         device: in place of the recipe's.
-        show: told when a trial begins or ends; None for silence.
+        show: an observer of trials; None for silence.
 
     Returns:
         The search: `.front(search.ledger.trials())` is the Pareto front. Tables, pictures and a recipe for every point
         are in `<output>/search`.
+
+    Examples:
+        >>> tt.search("small.yaml", ["search.budget=80MiB"])
     """
     chosen = as_recipe(recipe, _on(overrides, device))
     if chosen.search is None:
@@ -169,10 +173,13 @@ def evaluate(
     Args:
         path: the model.
         data: held-out data, in the forms of a recipe's `data.path`; None for what the model's own recipe names.
-        split: of a hub data set or of `pydoc-topics`; None for the recipe's, or `train` where `data` is given.
+        split: split of a hub data set or of `pydoc-topics`; None for the recipe's, or `train` where `data` is given.
         block_tokens: length of a window; None for the recipe's, or 1024.
         tokens: at most this many; None for the recipe's, or all where `data` is given.
         device: see the top of this file.
+
+    Examples:
+        >>> tt.evaluate("runs/small", data="heldout.jsonl").perplexity
     """
     require_library("`trimtab eval`", "datasets")
     from trimtab.pipeline import evaluating
@@ -200,6 +207,9 @@ def harness(
         limit: items of each task, spread evenly; None for all.
         out: JSON file; None for `harness.json` in `path`.
         device: see the top of this file.
+
+    Examples:
+        >>> tt.harness("runs/small", "base", tasks=["piqa"], data="tasks")
     """
     require("`trimtab harness`", "eval")
     from trimtab.pipeline import evaluating
@@ -228,11 +238,13 @@ def export(
         allow_lossy: round what the format does not hold to the nearest that it holds, instead of refusing.
         overwrite: replace an earlier export.
         max_shard_size: size of a safetensors file.
-        device: see the top of this file; stored codes are written as they are from every one, last bits of merged adapters
-            may differ.
+        device: see the top of this file; stored codes do not depend on it, last bits of merged adapters may.
 
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
+
+    Examples:
+        >>> tt.export("runs/small", "gguf")
     """
     from trimtab.formats import export as exporting
 
@@ -262,7 +274,10 @@ def parity(
         trained: the directory that trimtab saved; None for the one that holds `path`.
         data: held-out text; None for what the recipe names.
         tokens: how many to compare on.
-        device: of the trained model and of the engine transformers; other engines run where they see fit.
+        device: of the trained model and of the engine transformers; other engines choose for themselves.
+
+    Examples:
+        >>> tt.parity("runs/small/gguf", "llama.cpp", python="llama-env/bin/python")
     """
     require_library("`trimtab parity`", "datasets")
     from trimtab.evaluation import serving
@@ -275,10 +290,16 @@ def parity(
 
 
 def verify(path: AnyPath) -> int:
-    """Compare every file of a saved or exported model with the hashes in its manifest; the number of files.
+    """Compare every file of a saved or exported model with the hashes in its manifest, and count the files.
+
+    Args:
+        path: the folder.
 
     Raises:
         UserError: naming the first file that is missing, changed or foreign.
+
+    Examples:
+        >>> tt.verify("runs/small")
     """
     from trimtab.formats.manifest import verify as verify_files
 
@@ -293,14 +314,17 @@ def chat(
     engine: str = "auto",
     device: Device = "auto",
 ) -> "Talk":
-    """A model to talk to: `.answer(question)` alone, or `.say(question)`, piece by piece and remembered until `.reset()`.
+    """A model to talk to: `.answer(question)` alone; `.say(question)` streams, and remembers until `.reset()`.
 
     Args:
         path: a run's folder, a saved or exported model, a .gguf file, a hub id, or a PEFT LoRA that names its base.
         system: what the model is told first.
-        sampling: `trimtab.evaluation.chat.Sampling`; None for the likeliest token each time, 256 at most.
+        sampling: `trimtab.evaluation.chat.Sampling`; None takes the likeliest token each time, 256 at most.
         engine: auto, transformers or llama.cpp.
         device: see the top of this file; llama.cpp decides for itself.
+
+    Examples:
+        >>> tt.chat("runs/small").answer("What is a trim tab?")
     """
     from trimtab.evaluation.chat import Sampling
     from trimtab.pipeline.talking import talk
@@ -337,18 +361,21 @@ def prune(
         ratio: share of the parameters to remove, at least; exactly one of `ratio`, `bytes` and `layers`.
         bytes: or the largest size of what is left, for example `200MiB`.
         layers: or a number of whole layers to drop.
-        what: what gives way to a ratio or size: widths or layers.
+        what: what is removed for a ratio or size: widths or layers.
         importance: taylor, magnitude or random.
         keep: layers not to drop, which decide the widths; negative numbers count from the end.
         count_embeddings: whether the ratio is one of all parameters.
         multiple_of: MLP widths are a multiple of this: the largest group size to be used.
         data: calibration set, in the forms of a recipe's `data.path`.
-        split: of it.
-        tokens: calibration tokens, at most.
-        block_tokens: length of a calibration window.
-        dtype: of the pruned model: bfloat16, float16 or float32.
-        seed: of random importance.
+        split: split of the calibration set.
+        tokens: calibrate on at most this many tokens.
+        block_tokens: length of a calibration window, in tokens.
+        dtype: dtype of the pruned model: bfloat16, float16 or float32.
+        seed: seed of random importance.
         device: see the top of this file.
+
+    Examples:
+        >>> tt.prune("base", "smaller", ratio=0.2)
     """
     from trimtab.formats.file_size import parse_bytes
     from trimtab.pruning import Options, prune_checkpoint

@@ -1,6 +1,6 @@
 """The command line: a thin skin over `trimtab.api`, which does what a command says, and `report.terminal`, which shows it.
 
-Heavy libraries load when a command needs them, so `trimtab --help` is quick. Errors that a user can mend are printed in
+Heavy libraries load when a command needs them, so `trimtab --help` is quick. Errors that a user can fix are printed in
 one line; everything else keeps its traceback. The only file that imports typer.
 """
 
@@ -22,13 +22,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _RecipeFile = Annotated[str, typer.Argument(help="Recipe file (YAML).", metavar="RECIPE")]
-_Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.steps=10 ...", metavar="[KEY=VALUE]...")]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Values that replace the recipe's: train.steps=10 ...", metavar="[KEY=VALUE]..."),
+]
 _Model = Annotated[str, typer.Argument(help="Directory of a saved model.", metavar="DIR")]
 _NAMES = "auto (a GPU if there is one), cpu, cuda, cuda:N, mps, xpu"
 _Device = Annotated[str, typer.Option(help=f"Where to compute: {_NAMES}.")]
-_RecipeDevice = Annotated[str | None, typer.Option("--device", help="In place of the recipe's model.device.")]
+_RecipeDevice = Annotated[str | None, typer.Option("--device", help="Device in place of the recipe's model.device.")]
 _ENDED = 130
-_NOTHING = "stopped before anything was begun: the same command does it"
+_NOTHING = "stopped before anything was begun: run the same command again"
 _shown: list[Any] = []
 """Terminals that a command has drawn on, to be left as they were."""
 
@@ -73,7 +76,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")] = False,
     device: _RecipeDevice = None,
 ) -> None:
-    """Quantize, tune, fold, save, and compare; Ctrl-C finishes the step and saves it, `--resume` goes on."""
+    """Quantize, tune, fold, save and compare a model; Ctrl-C finishes and saves the step, `--resume` continues."""
     stopped: Any = None
     try:
         with ending.held():
@@ -103,11 +106,11 @@ def plan(
         str, typer.Argument(help="Recipe file, or a model: directory, config.json, .gguf, hub id.", metavar="RECIPE")
     ],
     overrides: _Overrides = None,
-    memory: Annotated[str | None, typer.Option(help="Memory for training, 24GiB: what fits into it.")] = None,
-    probe: Annotated[bool, typer.Option(help="Train random layers for ten seconds to tell the speed.")] = True,
+    memory: Annotated[str | None, typer.Option(help="Memory to plan for, 24GiB: lists what fits.")] = None,
+    probe: Annotated[bool, typer.Option(help="Train random layers for ten seconds, to predict the speed.")] = True,
     device: _RecipeDevice = None,
 ) -> None:
-    """Predict memory, sizes and time of a recipe's training; loads no weight."""
+    """Predict the memory, sizes and time of a recipe's training, without loading a weight."""
     terminal = _terminal()
     terminal.say(f"planning {recipe}" + ("" if memory is None else f" for {memory}"))
     found = trimtab.plan(recipe, overrides or (), memory=memory, probe=probe, device=device)
@@ -118,20 +121,20 @@ def plan(
 
 @app.command()
 def data(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
-    """Show what training will see: rows, tokens, what is learned, the first example; reads no weight."""
+    """Show what training will see: rows, tokens, what is learned, and the first example."""
     _terminal().data(trimtab.overview(recipe, overrides or ()))
 
 
 @app.command("eval")
 def evaluate(
     path: _Model,
-    data: Annotated[str | None, typer.Option(help="Held-out data; default: the recipe's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out data; default: what the recipe names.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = None,
     block_tokens: Annotated[int | None, typer.Option(help="Window length; default: the recipe's, or 1024.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="At most this many tokens.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Use at most this many tokens.")] = None,
     device: _Device = "auto",
 ) -> None:
-    """Perplexity of a saved model on held-out data."""
+    """Measure the perplexity of a saved model on held-out data."""
     terminal = _terminal()
     found = trimtab.evaluate(path, data, split=split, block_tokens=block_tokens, tokens=tokens, device=device)
     where = f"{found.tokens} tokens of {found.data} ({found.split}), windows of {found.block_tokens}"
@@ -144,13 +147,13 @@ def harness(
     other: Annotated[
         str | None, typer.Argument(help="A second model, paired with the first.", metavar="[DIR2]")
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = "piqa,arc_easy",
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = "piqa,arc_easy",
     data: Annotated[str | None, typer.Option(help="Directory that holds <task>/<split>.jsonl.")] = None,
     limit: Annotated[int | None, typer.Option(help="Items of each task, spread evenly; default: all.")] = None,
     out: Annotated[str | None, typer.Option(help="JSON file; default: harness.json in DIR.")] = None,
     device: _Device = "auto",
 ) -> None:
-    """Accuracies with standard errors on local files; with two models, their paired differences."""
+    """Measure accuracies with standard errors on local files; of two models, paired differences."""
     terminal = _terminal()
     names = [name.strip() for name in tasks.split(",")]
     terminal.accuracies(trimtab.harness(path, other, tasks=names, data=data, limit=limit, out=out, device=device))
@@ -160,18 +163,16 @@ def harness(
 def export(
     path: _Model,
     format_: Annotated[
-        str, typer.Option("--format", help="Format to write; see `trimtab formats`. same: as its base came.")
+        str, typer.Option("--format", help="Format (see `trimtab formats`); same: that of the base.")
     ] = "same",
-    out: Annotated[str | None, typer.Option(help="Where to; default: DIR/<format>.")] = None,
-    engine: Annotated[str | None, typer.Option(help="The one engine that must run it; default: any.")] = None,
-    allow_lossy: Annotated[
-        bool, typer.Option("--allow-lossy", help="Round what the format does not hold to the nearest that it does.")
-    ] = False,
+    out: Annotated[str | None, typer.Option(help="Output folder; default: DIR/<format>.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Engine that must run it; default: any that reads it.")] = None,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Round what the format cannot hold.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Size of a safetensors file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a safetensors file.")] = "5GB",
     device: _Device = "auto",
 ) -> None:
-    """Write a saved model in another format, from its codes."""
+    """Write a saved model in another format, from its stored codes."""
     terminal = _terminal()
     options: dict[str, Any] = {"engine": engine, "allow_lossy": allow_lossy, "overwrite": overwrite}
     terminal.exported(trimtab.export(path, format_, out, **options, max_shard_size=max_shard_size, device=device))
@@ -180,14 +181,14 @@ def export(
 @app.command()
 def parity(
     path: Annotated[str, typer.Argument(help="Exported directory.", metavar="DIR")],
-    engine: Annotated[str, typer.Option(help="transformers, vllm, llama.cpp or mlx.")],
+    engine: Annotated[str, typer.Option(help="Engine to ask: transformers, vllm, llama.cpp or mlx.")],
     python: Annotated[str | None, typer.Option(help="Python of the engine's environment.")] = None,
     trained: Annotated[str | None, typer.Option(help="Model saved by trimtab; default: the directory above.")] = None,
     data: Annotated[str | None, typer.Option(help="Held-out text; default: the recipe's.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to compare on.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Compare on this many tokens.")] = 512,
     device: _Device = "auto",
 ) -> None:
-    """Compare what an engine computes from an exported model with the trained one."""
+    """Compare what an engine computes from an exported model with what the trained model computes."""
     terminal = _terminal()
     on: dict[str, Any] = {"data": data, "tokens": tokens, "device": device}
     terminal.served(trimtab.parity(path, engine, python=python, trained=trained, **on))
@@ -195,7 +196,7 @@ def parity(
 
 @app.command()
 def formats() -> None:
-    """List the formats, what they can hold, and what each engine runs of them."""
+    """List the formats, what each of them can hold, and what each engine runs of it."""
     terminal = _terminal()
     from trimtab.formats import ALL
     from trimtab.formats.table import HEADER, table
@@ -215,18 +216,18 @@ def chat(
         str, typer.Argument(help="Folder of a run, model or export, .gguf file, or hub id.", metavar="DIR")
     ],
     prompt: Annotated[str | None, typer.Option(help="Answer this one question and stop.")] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time; 0.7 draws.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens with this share together.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0 for all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Draw from tokens at least so likely, of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens are less likely again.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
-    engine: Annotated[str, typer.Option(help="auto, transformers, or llama.cpp for GGUF.")] = "auto",
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    tokens: Annotated[int, typer.Option(help="Length of an answer, at most, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the tokens of this total probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 for all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Sample from tokens this likely, relative to the best.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, repeated tokens become less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    engine: Annotated[str, typer.Option(help="Engine: auto, transformers, or llama.cpp for GGUF.")] = "auto",
     device: _Device = "auto",
 ) -> None:
-    """Talk to a model; /reset forgets, /system TEXT tells it something first, an empty line ends."""
+    """Talk to a model; /reset forgets, /system TEXT sets the system prompt, an empty line ends."""
     terminal = _terminal()
     from trimtab.evaluation.chat import Sampling
 
@@ -243,12 +244,12 @@ def chat(
 def serve(
     path: Annotated[str, typer.Argument(help="Folder of a run or export, or a .gguf file.", metavar="DIR")],
     engine: Annotated[
-        str | None, typer.Option(help="vllm, llama.cpp or mlx-lm; default: what the folder is for.")
+        str | None, typer.Option(help="Engine: vllm, llama.cpp or mlx-lm; default: the folder's.")
     ] = None,
-    port: Annotated[int | None, typer.Option(help="To listen on; default: the engine's own.")] = None,
-    start: Annotated[bool, typer.Option("--run", help="Start it, instead of printing the command.")] = False,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; default: the engine's own.")] = None,
+    start: Annotated[bool, typer.Option("--run", help="Start the engine instead of printing the command.")] = False,
 ) -> None:
-    """Print, or start, the command that serves what a folder holds."""
+    """Print the command that serves what a folder holds, or run it."""
     from pathlib import Path
 
     from trimtab.models.held import serving, start_serving
@@ -263,18 +264,18 @@ def serve(
 @app.command()
 def compare(
     first: Annotated[str, typer.Argument(help="Directory, .gguf file, hub id, or PEFT adapter.", metavar="A")],
-    second: Annotated[str, typer.Argument(help="Another, compared with the first.", metavar="B")],
-    data: Annotated[str, typer.Option(help="The text, in the forms of a recipe's data.path.")],
-    adapter_a: Annotated[str | None, typer.Option(help="PEFT adapter beside A.")] = None,
-    adapter_b: Annotated[str | None, typer.Option(help="PEFT adapter beside B.")] = None,
+    second: Annotated[str, typer.Argument(help="The model that it is compared with.", metavar="B")],
+    data: Annotated[str, typer.Option(help="Text to compare on, in the forms of a recipe's data.path.")],
+    adapter_a: Annotated[str | None, typer.Option(help="PEFT adapter that acts beside A.")] = None,
+    adapter_b: Annotated[str | None, typer.Option(help="PEFT adapter that acts beside B.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = "train",
-    tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 8192,
-    block_tokens: Annotated[int, typer.Option(help="Length of a window.")] = 512,
-    dtype: Annotated[str, typer.Option(help="To compute in: bfloat16, float16 or float32.")] = "bfloat16",
+    tokens: Annotated[int, typer.Option(help="Use at most this many tokens.")] = 8192,
+    block_tokens: Annotated[int, typer.Option(help="Length of a window, in tokens.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Dtype to compute in: bfloat16, float16 or float32.")] = "bfloat16",
     device: _Device = "auto",
-    out: Annotated[str | None, typer.Option(help="Folder; default: runs/compare-A-B.")] = None,
+    out: Annotated[str | None, typer.Option(help="Output folder; default: runs/compare-A-B.")] = None,
 ) -> None:
-    """Compare two models on one text: KL, agreement, perplexity of each, sizes; a table and report.html."""
+    """Compare two models on one text: KL divergence, agreement, perplexities, sizes; a table and a page."""
     terminal = _terminal()
     beside: dict[str, Any] = {"first_adapter": adapter_a, "second_adapter": adapter_b, "out": out, "dtype": dtype}
     on: dict[str, Any] = {"split": split, "tokens": tokens, "block_tokens": block_tokens, "device": device}
@@ -285,17 +286,17 @@ def compare(
 def report(
     path: Annotated[str, typer.Argument(help="Folder of a run, a search or a comparison.", metavar="DIR")],
 ) -> None:
-    """Write report.html anew, with the exports and checks that came since."""
+    """Write report.html again, with the exports and checks made since."""
     _terminal().say(f"written to {trimtab.write_report(path)}")
 
 
 @app.command()
 def push(
     path: Annotated[str, typer.Argument(help="Folder of a run, a saved model or an export.", metavar="DIR")],
-    repo: Annotated[str, typer.Argument(help="Repository of the hub, made if there is none.", metavar="OWNER/NAME")],
-    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch; default: the main one.")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload by trimtab",
+    repo: Annotated[str, typer.Argument(help="Repository of the hub; created if missing.", metavar="OWNER/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to; default: the main one.")] = None,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload by trimtab",
 ) -> None:
     """Upload a model and its card to the hub."""
     terminal = _terminal()
@@ -306,24 +307,24 @@ def push(
 @app.command()
 def prune(
     path: Annotated[str, typer.Argument(help="Directory, .gguf file, hub id, or smollm2-135m.", metavar="MODEL")],
-    out: Annotated[str, typer.Option(help="New directory.")],
+    out: Annotated[str, typer.Option(help="New directory for the pruned model.")],
     ratio: Annotated[float | None, typer.Option(help="Share of the parameters to remove, at least: 0.3.")] = None,
-    size: Annotated[str | None, typer.Option("--bytes", help="Or the largest size of what is left: 200MiB.")] = None,
-    drop_layers: Annotated[int | None, typer.Option(help="Or a number of whole layers to drop.")] = None,
-    what: Annotated[str, typer.Option(help="What gives way to a ratio or size: widths or layers.")] = "widths",
-    importance: Annotated[str, typer.Option(help="taylor, magnitude or random.")] = "taylor",
-    keep: Annotated[str, typer.Option(help="Layers not to drop, which decide the widths: 0,1,-1.")] = "",
-    count_embeddings: Annotated[bool, typer.Option(help="A ratio of all parameters, embeddings included.")] = False,
-    multiple_of: Annotated[int, typer.Option(help="Of MLP widths: the largest group size to be used.")] = 64,
+    size: Annotated[str | None, typer.Option("--bytes", help="Or remove until this size is left: 200MiB.")] = None,
+    drop_layers: Annotated[int | None, typer.Option(help="Or drop this many whole layers.")] = None,
+    what: Annotated[str, typer.Option(help="What is removed for a ratio or size: widths or layers.")] = "widths",
+    importance: Annotated[str, typer.Option(help="Importance: taylor, magnitude or random.")] = "taylor",
+    keep: Annotated[str, typer.Option(help="Layers that stay, and decide the widths: 0,1,-1.")] = "",
+    count_embeddings: Annotated[bool, typer.Option(help="Count embeddings in the ratio.")] = False,
+    multiple_of: Annotated[int, typer.Option(help="Make MLP widths multiples of this, the largest group.")] = 64,
     data: Annotated[str, typer.Option(help="Calibration set.")] = "pydoc-topics",
     split: Annotated[str, typer.Option(help="Split of a hub data set or of pydoc-topics.")] = "train",
-    tokens: Annotated[int, typer.Option(help="Calibration tokens, at most.")] = 8192,
-    block_tokens: Annotated[int, typer.Option(help="Length of a calibration window.")] = 256,
-    dtype: Annotated[str, typer.Option(help="Of the pruned model: bfloat16, float16 or float32.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Of random importance.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Calibrate on at most this many tokens.")] = 8192,
+    block_tokens: Annotated[int, typer.Option(help="Length of a calibration window, in tokens.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Dtype of the pruned model: bfloat16, float16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Seed of random importance.")] = 0,
     device: _Device = "auto",
 ) -> None:
-    """Take attention heads and MLP channels, or whole layers, out of a float model; writes an ordinary checkpoint."""
+    """Remove attention heads and MLP channels, or whole layers, from a float model; writes a float checkpoint."""
     terminal = _terminal()
     much: dict[str, Any] = {"ratio": ratio, "bytes": size, "layers": drop_layers, "what": what}
     how: dict[str, Any] = {"importance": importance, "keep": whole_numbers(keep, "--keep"), "seed": seed}
@@ -335,7 +336,7 @@ def prune(
 
 @app.command()
 def search(recipe: _RecipeFile, overrides: _Overrides = None, device: _RecipeDevice = None) -> None:
-    """Search bits per layer within a budget; Ctrl-C stops it, and the same command resumes it."""
+    """Search for the bits of each layer within a budget; the same command resumes a search that was stopped."""
     terminal = _terminal()
     try:
         terminal.searched(trimtab.search(recipe, overrides or (), device=device, show=terminal))
@@ -359,14 +360,16 @@ def methods() -> None:
 @app.command()
 def recipe(
     explain: Annotated[bool, typer.Option("--explain", help="Explain every field.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
 ) -> None:
-    """Print a recipe to start from; with --explain, what every field means."""
+    """Print a recipe to start from, what every field means, or the schema of recipes."""
     _terminal()
     from trimtab.recipe.explain import explanation
     from trimtab.recipe.recipe import EXAMPLE
+    from trimtab.recipe.schema import schema_text
 
     _leave()
-    sys.stdout.write(explanation() if explain else EXAMPLE)
+    sys.stdout.write(schema_text() if schema else explanation() if explain else EXAMPLE)
 
 
 def main() -> None:

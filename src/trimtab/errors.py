@@ -3,8 +3,8 @@
 A `UserError` says what is wrong, where (layer, file, line, key) and what to do about it, in one line. The command line
 prints it and exits with status 2; everything else is a bug and keeps its traceback.
 
-What it quotes may come from a file of anybody: a value of a million characters, a line break, an escape sequence that would
-steer the terminal, half of a surrogate pair that cannot be printed at all. So the message is made one printable line here.
+What it quotes may come from an untrusted file: a value of a million characters, a line break, an escape sequence that
+would steer the terminal, half of a surrogate pair that cannot be printed. So a message is made one printable line here.
 """
 
 from difflib import get_close_matches

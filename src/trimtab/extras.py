@@ -1,4 +1,4 @@
-"""Which libraries stand behind which extra, and one line for whoever lacks one: said before any work is done.
+"""Which libraries stand behind which extra, and one line for a user who lacks one: said before any work is done.
 
 pip install trimtab              quantize, load, save, fold, plan, verify
 pip install 'trimtab[train]'     and train;  [all] for everything

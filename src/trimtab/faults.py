@@ -29,7 +29,7 @@ _SAYS = {
     errno.EIO: ("the disk fails", f"look after it (`dmesg`), or {_ANOTHER}"),
     errno.ESTALE: ("the network's disk has forgotten the file", f"mount it again, or {_ANOTHER}"),
     errno.ENAMETOOLONG: ("the name is too long for the disk", "choose a shorter one"),
-    errno.ELOOP: ("symbolic links lead in a circle", "mend them, or choose another place"),
+    errno.ELOOP: ("symbolic links lead in a circle", "fix them, or choose another place"),
     errno.EBUSY: ("something else uses it", "a mount point cannot be replaced: choose a folder in it"),
     errno.EXDEV: ("is on another disk than the folder above it", "a mount point cannot be replaced: choose a folder in it"),
     errno.EMFILE: ("too many files are open", "raise the limit: `ulimit -n 4096`"),

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 -m trimtab run recipe.yaml          or `accelerate launch`, or `train.processes: 2`
 
-Whoever starts them says so in the environment (RANK, WORLD_SIZE, ...), and ends all of them when one has ended with an
+The launcher says so in the environment (RANK, WORLD_SIZE, ...), and ends all of them when one has ended with an
 error. What the first process finds or decides, `first` tells all; what reads or writes files goes through it. The others
 wait for as long as that takes, hours of it if need be, in a group of their own on gloo, which no NCCL watchdog ends.
 
@@ -113,7 +113,7 @@ def _hear(store: dist.Store, kind: type[BaseException] | None, error: BaseExcept
         return
     if isinstance(error, KeyboardInterrupt):
         with suppress(dist.DistError, RuntimeError):
-            # By SIGTERM whoever started all ends those that did not fail.
+            # By SIGTERM the launcher ends those that did not fail.
             if isinstance(error, Terminated) and store.check(["failed"]):
                 raise Elsewhere(1) from None
         return  # Ctrl-C reaches all of them, and the first one is to say how to go on
@@ -128,7 +128,7 @@ def _hear(store: dist.Store, kind: type[BaseException] | None, error: BaseExcept
             error.args = (said,)
         return
     with suppress(dist.DistError, RuntimeError):
-        store.wait(["the end"], _END)  # of this process: whoever started all sees that one has failed
+        store.wait(["the end"], _END)  # of this process: the launcher sees that one has failed
     raise Elsewhere(1) from None
 
 

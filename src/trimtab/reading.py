@@ -122,7 +122,7 @@ FAILS = (
 
 
 class told:
-    """Let another library read a file of anybody, and say in one line that it could not.
+    """Let another library read a file from an untrusted source, and say in one line that it could not.
 
     Libraries check little of what they read: they fail somewhere in it, with whatever comes of that. Two have exceptions
     of their own that stand below no other: tokenizers raises `Exception` itself, and what its Rust panics with; the configs

@@ -57,7 +57,7 @@ def test_a_dead_hosts_trial_is_made_again_by_a_rerun(elsewhere: Any, monkeypatch
     assert [t.state for t in trials] == ["complete", "complete", "dead", "complete"]
     assert trials[2].reason == DIED
     assert trials[3].wish == trial.wish
-    assert seen[0] == 1  # and whoever watches is told what is being waited for
+    assert seen[0] == 1  # and the observer is told what is being waited for
     assert seen[-1] == 0
     assert not other.ledger.finish(trial, 1, 0.1, 1.0)
 

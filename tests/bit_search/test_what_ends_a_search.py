@@ -91,7 +91,7 @@ def test_a_want_of_memory_is_known_from_what_torch_really_says() -> None:
 
 
 def test_a_failure_of_one_worker_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its trace comes to whoever gave the command, and the others are not waited for."""
+    """Its trace reaches the command that was given, and the others are not waited for."""
     started: list[Any] = []
 
     class Process:

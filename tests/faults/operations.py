@@ -55,7 +55,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def _content(file: Path) -> bytes:
-    """Bytes of a file; of safetensors with the metadata in one order, which the library draws anew in each process."""
+    """Bytes of a file; of safetensors with the metadata in one order, which the library draws again in each process."""
     held = file.read_bytes()
     if file.suffix != ".safetensors":
         return held

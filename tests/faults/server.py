@@ -1,4 +1,4 @@
-"""A warm process that has everything loaded, and forks a child for each fault: importing torch anew would take seconds.
+"""A warm process that has everything loaded, and forks a child for each fault: importing torch again would take seconds.
 
 Started with the shim (`LD_PRELOAD`), a folder, and requests as lines of JSON on its standard input:
 

@@ -165,7 +165,7 @@ with replacing(Path(sys.argv[1]), "export", overwrite=True) as folder:
 
 
 def test_the_staging_folder_of_the_dead_goes_and_that_of_the_living_stays(tmp_path: Path) -> None:
-    """Whoever has the lock knows that all others are dead: no process's number says so, which may be another machine's."""
+    """The lock's holder knows that all others are dead; a process's number does not, which may be another machine's."""
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], check=False)
     left = [f.name for f in tmp_path.iterdir() if f.is_dir()]
     assert len(left) == 1

@@ -75,7 +75,7 @@ class Lines(UserError):
 
 
 OUTCOMES: dict[str, tuple[Any, str]] = {
-    "one line": (_raises(UserError("x is wrong; mend it")), "refused"),
+    "one line": (_raises(UserError("x is wrong; fix it")), "refused"),
     "two lines": (_raises(Lines("")), "exception"),
     "not printable": (_raises(Unprintable("")), "exception"),
     "an exception": (_raises(ValueError("x")), "exception"),

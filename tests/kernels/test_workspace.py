@@ -86,7 +86,7 @@ def test_other_devices_and_compilers_get_memory_of_their_own(monkeypatch: pytest
     ],
 )
 def test_a_layer_makes_its_matrices_there(name: str, slots: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In forward, in backward, and dL/dW: nothing of N x K is allocated anew in every layer."""
+    """In forward, in backward, and dL/dW: nothing of N x K is allocated again in every layer."""
     layer, real, seen = cases.build(CASES[name]), workspace.take, []
     monkeypatch.setattr(workspace, "take", lambda slot, *rest: (seen.append((slot, rest[0])), real(slot, *rest))[1])
     layer(cases.random(3, K, seed=0).requires_grad_()).sum().backward()

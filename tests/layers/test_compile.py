@@ -304,7 +304,7 @@ class _Look(torch.autograd.Function):
     ["lr-qat-fixed8-int3-g32-integer", "qat-int3-channel-symmetric", "qa-lora-int3-g32-real", "qlora-nf4-g32-double"],
 )
 def test_layers_of_one_kind_share_one_graph(name: str) -> None:
-    """Nothing of ours makes a compiler start anew for each layer, until its limit of eight is reached."""
+    """Nothing of ours makes a compiler start over for each layer, until its limit of eight is reached."""
     torch._dynamo.reset()
     counter = CompileCounter()
     x = cases.random(6, K, seed=1).requires_grad_()

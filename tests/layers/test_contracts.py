@@ -362,7 +362,7 @@ FACTOR = 0.5
 
 @some_trained
 def test_a_small_fit_lowers_the_loss(name: str) -> None:
-    """Towards a layer of the same kind whose trained parameters were moved."""
+    """Towards a layer of the same kind whose trainable parameters were moved."""
     case = TRAINED[name]
     layer, x = cases.build(case), cases.random(64, case.columns, seed=7)
     teacher = copy.deepcopy(layer)

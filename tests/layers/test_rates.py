@@ -148,7 +148,7 @@ def test_every_parameter_is_in_one_group_and_scales_have_no_decay() -> None:
 
 
 def test_rates_of_groups_follow_the_rate_asked_for_and_keep_their_members() -> None:
-    """So that a checkpoint goes on with a lower rate."""
+    """So that a checkpoint continues with a lower rate."""
     made = model(methods.LrQat(rank=4), Grid(4, 32, "real"))
     first = param_groups(made, 0.01, 0.01, steps=50)
     second = param_groups(made, 0.0013, 0.0013, steps=50)

@@ -262,7 +262,7 @@ def prepared_meta(config: PreTrainedConfig, method: Method, rule: dict[str, Any]
 @pytest.mark.parametrize("config", [LLAMA, QWEN, GEMMA], ids=lambda c: c.model_type)
 @pytest.mark.parametrize("name", KEPT)
 def test_kept_for_backward_is_what_a_real_forward_keeps(name: str, config: PreTrainedConfig) -> None:
-    """Counted anew here, by address; Gemma beyond its sliding window."""
+    """Counted again here, by address; Gemma beyond its sliding window."""
     (method, rule), dtype = KEPT[name], torch.float32 if config is QWEN else torch.bfloat16
     real, meta = prepare(model_of(config, dtype), method, [rule]), prepared_meta(config, method, rule, dtype)
     kept, held = dict[int, int](), list[Tensor]()

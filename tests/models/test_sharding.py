@@ -69,7 +69,7 @@ def test_a_gathered_model_rounds_the_keys_that_it_is_told_to(tmp_path: Path, mes
 
 
 def test_buffers_that_are_stored_are_read(tmp_path: Path, mesh: DeviceMesh) -> None:
-    """Rotary frequencies that a cast has rounded are saved, since they would be made anew."""
+    """Rotary frequencies that a cast has rounded are saved, since they would be made again."""
     model = LlamaForCausalLM.from_pretrained(tiny.model(tmp_path / "model"), dtype=torch.float32).bfloat16()
     trimtab.save(trimtab.prepare(model, trimtab.methods.Rtn(), tiny.RULES), tmp_path / "saved")
     whole, parted = (trimtab.load(str(tmp_path / "saved"), shard=shard)[0] for shard in (False, mesh))

@@ -165,7 +165,7 @@ class Pretend(torch.Tensor):
         self.kept, self.where = value.kept, value.where
 
     def untyped_storage(self) -> Any:
-        """Whoever looks for tensors that share memory finds what they keep."""
+        """A search for tensors that share memory finds what they keep."""
         return self.kept.untyped_storage()
 
     def data_ptr(self) -> int:

@@ -46,7 +46,7 @@ def train(model: Any) -> None:
 
 
 def in_parts(case: dict[str, Any]) -> dict[str, Any]:
-    """Load a model that is parted while it is read, train and save it; the bytes that this process held meanwhile."""
+    """Load a model that is sharded while it is read, train and save it; the bytes that this process held meanwhile."""
     seen: list[int] = []
     part = Parting.block
 

@@ -64,7 +64,7 @@ def cases(folder: Path) -> list[dict[str, Any]]:
         ]
     watched = {"evaluate_steps": 2}
     made += [{"recipe": recipe(folder, f"watched-{shard}", train={"shard": shard, **watched})} for shard in SHARDS]
-    # What one process has begun, two go on with, by FSDP2; and the other way round, below.
+    # What one process has begun, two continue with, by FSDP2; and the other way round, below.
     made += [{"recipe": recipe(folder, "begun-by-one", train={"shard": "fsdp", **CONSTANT}), "resume": True}]
     made += [{"recipe": recipe(folder, "begun-by-two", train={"shard": "fsdp", "steps": 3, **CONSTANT})}]
     made += [{"recipe": recipe(folder, f"summed-{shard}", train={"shard": shard, **SUMMED})} for shard in SHARDS]
@@ -332,7 +332,9 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(done: Path) -> No
         ranks = [int(pid) for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
         os.kill(ranks[-1], signal.SIGKILL)
         shown, _ = run.communicate(timeout=120)
-    line = "error: process 1 of 2 was ended by SIGKILL, mostly for want of memory; --resume goes on from the last step"
+    line = (
+        "error: process 1 of 2 was ended by SIGKILL, mostly for want of memory; --resume continues from the last step"
+    )
     assert [shown_line for shown_line in shown.splitlines() if shown_line.startswith(line)]
     assert run.returncode == 128 + signal.SIGKILL
     last = max(int(p.parent.name.rpartition("-")[2]) for p in unfinished.glob("checkpoint-*/trainer_state.json"))

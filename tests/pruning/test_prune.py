@@ -203,7 +203,7 @@ def test_a_byte_target_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [(0,), (2,)])
 def test_kept_layers_decide_the_widths(keep: tuple[int, ...]) -> None:
-    """Layer 0 lives by its attention, layer 2 by its MLP: whoever is kept is spared the cut that hurts it."""
+    """Layer 0 lives by its attention, layer 2 by its MLP: the one that is kept is spared the cut that hurts it."""
     model = model_of("mistral")
     with torch.no_grad():
         for layer, (attention, mlp) in zip(model.base_model.layers, ((9, 0.1), (1, 1), (0.1, 9)), strict=True):

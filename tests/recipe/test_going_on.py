@@ -1,4 +1,4 @@
-"""What a checkpoint may go on with another value of: declared by the fields of a recipe, looked at in all of them."""
+"""What a checkpoint may continue with another value of: declared by the fields of a recipe, looked at in all of them."""
 
 import copy
 import warnings
@@ -19,7 +19,7 @@ from trimtab.recipe.going_on import changeable, check
 from trimtab.recipe.recipe import Recipe, from_dict
 
 MAY = {
-    "name", "output", "export", "merge", "model.device", "distill.cache", "data.eval_tokens", "data.num_proc",
+    "version", "name", "output", "export", "merge", "model.device", "distill.cache", "data.eval_tokens", "data.num_proc",
     "train.steps", "train.epochs", "train.early_stop",
     "train.lr", "train.lr_scale", "train.schedule", "train.warmup", "train.betas", "train.weight_decay", "train.clip",
     "train.micro_batch", "train.processes", "train.shard", "train.activation_checkpointing", "train.offload_activations",
@@ -98,7 +98,7 @@ def test_every_field_of_a_recipe() -> None:
         assert said.startswith(f"--resume: checkpoint-3 was trained by another recipe: {key}"), key
         assert str(is_ if not isinstance(is_, tuple) else is_[0]) in said, said
         assert "and was null" in said or "and was not set" in said if was is None else "and was" in said, said
-        assert said.endswith("; set it back, or start anew (--overwrite)")
+        assert said.endswith("; set it back, or start over (--overwrite)")
     assert seen >= MAY
     assert {"method.rank", "rules.0.grid.bits", "rules.1.match", "train.seed", "train.batch_tokens", "data.block_tokens",
             "search.trials", "prune.ratio", "kv.bits", "data.path.1.weight", "data.path.0.columns"} <= seen  # fmt: skip
@@ -162,7 +162,7 @@ def test_a_new_field_may_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_guide_lists_what_may_change() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
-    part = guide.partition("## Going on")[2].partition("\n## ")[0]
+    part = guide.partition("## Resuming")[2].partition("\n## ")[0]
     for key in MAY - {key for key in MAY if key.startswith("evaluate.")} | {"evaluate"}:
         assert f"`{key}`" in part, key
 
@@ -178,9 +178,9 @@ def test_other_steps_of_a_stream_are_named_by_what_was_set() -> None:
     """Nobody has set the number of its rows."""
     before = streams(10, 70)
     with pytest.raises(UserError, match=r"train\.steps: checkpoint-5 was trained on 70 rows, .* 20 steps take 140, .*; set "
-                       r"data\.limit=70 to see those again, set train\.steps=10, or start anew"):  # fmt: skip
+                       r"data\.limit=70 to see those again, set train\.steps=10, or start over"):  # fmt: skip
         check(before, streams(20, 140), "checkpoint-5")
-    with pytest.raises(UserError, match=r"8 steps take 56, in another order; set train\.steps=10, or start anew"):
+    with pytest.raises(UserError, match=r"8 steps take 56, in another order; set train\.steps=10, or start over"):
         check(before, streams(8, 56), "checkpoint-5")
     check(before, streams(20, 70), "checkpoint-5")
     with pytest.raises(UserError, match=r"data\.limit is 140, and was 70; train\.seed is 7"):

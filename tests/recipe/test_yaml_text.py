@@ -1,4 +1,4 @@
-"""YAML of anybody: the values that stand there, and no bomb."""
+"""YAML from an untrusted source: the values that stand there, and no bomb."""
 
 from typing import Any
 

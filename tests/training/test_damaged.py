@@ -97,7 +97,7 @@ def test_a_damaged_file_is_named_and_the_one_before_taken(
     (line,) = found.lines
     assert line.startswith(f"{checkpoints / 'checkpoint-6'}: is damaged and passed over: ")
     assert name in line or name == MANIFEST  # whose own hashes are those of other files
-    assert line.endswith("; going on from checkpoint-4")
+    assert line.endswith("; continuing from checkpoint-4")
     damage(checkpoints / "checkpoint-4" / name)
     assert find(checkpoints).last == checkpoints / "checkpoint-2"
     assert len(find(checkpoints).lines) == 2

@@ -268,7 +268,7 @@ def test_a_cache_is_used_again_and_remade_when_stale(given: Path, tmp_path: Path
     assert again.startswith("learning from the float model's predictions")
     assert (tmp_path / "run-teacher" / "ids.npy").stat().st_mtime_ns == made
     stale, _ = asked(parsed(given, tmp_path / "run", train={"seed": 1}))
-    assert stale.endswith("run-teacher: was made with another seed; made anew")
+    assert stale.endswith("run-teacher: was made with another seed; made again")
     (again,) = asked(parsed(given, tmp_path / "run", train={"seed": 1}))
     assert again.startswith("learning from the float model's predictions")
 

@@ -281,7 +281,7 @@ class PressesCtrlC(Watches):
 
 
 def test_ctrl_c_finishes_the_step_and_saves_it(given: Path, tmp_path: Path) -> None:
-    """And what goes on from there is what would have been without it, measurements included."""
+    """And what continues from there is what would have been without it, measurements included."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train = {"steps": 6, "save_steps": 100, "evaluate_steps": 2}
     metrics = run(from_dict(values(given, straight, train=train)))
@@ -338,7 +338,7 @@ def test_the_command_says_what_goes_on(
         assert command(patch, "run", recipe, "train.steps=4") == 130
     found = capsys.readouterr()
     last = unfinished(tmp_path / "run") / "checkpoints" / "checkpoint-3"
-    line = f"stopped after step 3 of 4: {last} is kept. Go on with: trimtab run '{recipe}' train.steps=4 --resume"
+    line = f"stopped after step 3 of 4: {last} is kept. Continue with: trimtab run '{recipe}' train.steps=4 --resume"
     assert found.out.splitlines()[-1] == line
     assert "Traceback" not in found.out + found.err
     assert command(monkeypatch, "run", recipe, "train.steps=4", "--resume") == 0
@@ -351,7 +351,7 @@ def test_the_command_says_that_nothing_was_kept(
     recipe = tiny.write(tmp_path / "recipe.yaml", values(given, tmp_path / "run"))
     monkeypatch.setattr(running, "build", lambda *_: signal.raise_signal(signal.SIGINT))
     assert command(monkeypatch, "run", recipe) == 130
-    line = "stopped, and nothing was trained yet that could be kept: the same command begins anew"
+    line = "stopped, and nothing was trained yet that could be kept: the same command begins again"
     assert capsys.readouterr().out.splitlines()[-1] == line
     assert not unfinished(tmp_path / "run").exists()
 

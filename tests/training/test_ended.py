@@ -49,13 +49,13 @@ def command(patch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 MOMENTS: dict[str, tuple[Any, str, str]] = {
-    "before anything": (cli, "_terminal", "stopped before anything was begun: the same command does it"),
+    "before anything": (cli, "_terminal", "stopped before anything was begun: run the same command again"),
     "while reading": (
         running.checks,
         "gather",
-        "nothing was trained yet that could be kept: the same command begins anew",
+        "nothing was trained yet that could be kept: the same command begins again",
     ),
-    "while loading": (running, "build", "nothing was trained yet that could be kept: the same command begins anew"),
+    "while loading": (running, "build", "nothing was trained yet that could be kept: the same command begins again"),
     "before the first step": (
         trainer,
         "groups_of",
@@ -64,22 +64,22 @@ MOMENTS: dict[str, tuple[Any, str, str]] = {
     "in a step": (
         trainer._Trainer,
         "compute_loss",
-        "stopped after step 1 of 4: {out}checkpoint-1 is kept. Go on with: ",
+        "stopped after step 1 of 4: {out}checkpoint-1 is kept. Continue with: ",
     ),
     "while folding": (
         running,
         "fold",
-        "stopped after step 4 of 4: {out}checkpoint-4 is kept. Go on with: trimtab run ",
+        "stopped after step 4 of 4: {out}checkpoint-4 is kept. Continue with: trimtab run ",
     ),
     "while saving": (
         running,
         "write_into",
-        "stopped after step 4 of 4: {out}checkpoint-4 is kept. Go on with: trimtab ",
+        "stopped after step 4 of 4: {out}checkpoint-4 is kept. Continue with: trimtab ",
     ),
     "in the end": (
         running.report,
         "make",
-        "stopped after step 4 of 4: {out}checkpoint-4 is kept. Go on with: trimtab run",
+        "stopped after step 4 of 4: {out}checkpoint-4 is kept. Continue with: trimtab run",
     ),
 }
 
@@ -227,7 +227,7 @@ def test_two_processes_end_with_whoever_started_them(given: Path, tmp_path: Path
     assert run.returncode == 128 + number, said
     last = max(kept.glob("checkpoint-*"), key=step_of)
     assert said.splitlines()[-1].startswith(
-        f"stopped after step {step_of(last)} of 5000: {last} is kept. Go on with: "
+        f"stopped after step {step_of(last)} of 5000: {last} is kept. Continue with: "
     ), said
     assert "Traceback" not in said
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]

@@ -87,7 +87,7 @@ def test_going_on_is_not_stopping(given: Path, tmp_path: Path, changes: dict[str
     assert not list((stopped / "checkpoints").glob(".*"))
     assert same(load_file(stopped / "model.safetensors"), load_file(straight / "model.safetensors"))
     shorter = {**recipe.model_dump()["train"], "steps": 5}
-    with pytest.raises(UserError, match=r"--resume: .*checkpoint-6 is past train\.steps = 5; raise it, or start anew"):
+    with pytest.raises(UserError, match=r"--resume: .*checkpoint-6 is past train\.steps = 5; raise it, or start over"):
         run(from_dict(values(given, stopped, **{**changes, "train": shorter})), resume=True)
 
 
@@ -112,7 +112,7 @@ def test_another_recipe_cannot_go_on(given: Path, tmp_path: Path) -> None:
     complaints: list[tuple[dict[str, Any], str]] = [
         ({"method": {"name": "lr-qat", "rank": 8, "alpha": 64.0}}, r"method\.rank is 8, and was 4; set it back"),
         ({"method": {"name": "peqa"}}, r"method\.name is 'peqa', and was 'lr-qat'; .* more; set them back"),
-        ({"rules": wider}, r"rules\.1\.grid\.bits is 4, and was 3; set it back, or start anew \(--overwrite\)"),
+        ({"rules": wider}, r"rules\.1\.grid\.bits is 4, and was 3; set it back, or start over \(--overwrite\)"),
         ({"train": {"seed": 1}}, r"train\.seed is 1, and was 0"),
         ({"train": {"batch_tokens": 256}}, r"train\.batch_tokens is 256, and was 128"),
     ]
@@ -135,7 +135,7 @@ def went_wrong(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 
 def test_a_loss_that_is_no_number(given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Step 4 fails, so what step 3 left is bad; the run goes on from step 2, at the rates that the recipe now has."""
+    """Step 4 fails, so what step 3 left is bad; the run continues from step 2, at the rates that the recipe now has."""
     output, straight = tmp_path / "run", tmp_path / "straight"
     mended = values(given, straight, train={"save_steps": 2, "warmup": 0, "schedule": "constant"})
     file = tiny.write(tmp_path / "recipe.yaml", {**mended, "output": str(output)})
@@ -150,7 +150,7 @@ def test_a_loss_that_is_no_number(given: Path, tmp_path: Path, capsys: pytest.Ca
     named = unfinished(output) / "checkpoints" / "checkpoint-2"
     assert line == (
         f"error: train: the loss became nan in step 4; the last good checkpoint is {named}. "
-        "Lower train.lr (or train.lr_scale) and go on with --resume"
+        "Lower train.lr (or train.lr_scale) and continue with --resume"
     )
     assert not output.exists()
     assert not (unfinished(output) / "checkpoints" / "checkpoint-3").exists()

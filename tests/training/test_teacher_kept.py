@@ -107,7 +107,7 @@ def raises() -> None:
 
 
 def test_a_kill_at_any_point(tmp_path: Path) -> None:
-    """What goes on from there asks for nothing that was recorded, and ends with the same bytes."""
+    """What continues from there asks for nothing that was recorded, and ends with the same bytes."""
     fill(tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         points = killed_at(patch, 10**9, raises)
@@ -234,7 +234,7 @@ def test_readers_of_one_that_is_made_anew_read_on(tmp_path: Path) -> None:
     fill(tmp_path / "cache", OTHER)
     assert torch.equal(teacher.targets({NUMBER: [5], "input_ids": torch.zeros(1)}).ids, before)
     is_right(tmp_path / "cache", OTHER)
-    with pytest.raises(UserError, match=r"another run made it anew, with another seed.*have one of their own"):
+    with pytest.raises(UserError, match=r"another run made it again, with another seed.*have one of their own"):
         Cache(tmp_path / "cache", KEY).teacher(SEQUENCES)
 
 

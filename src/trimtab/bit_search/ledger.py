@@ -220,7 +220,7 @@ class Ledger:
             return  # it was given up for dead; `finish` will say so
 
     def finish(self, trial: Trial, size: int, quality: float, seconds: float) -> bool:
-        """A trial came to its end; False if it had been given up for dead."""
+        """A trial ended; False if it had been given up for dead."""
         identity = self._identity(trial.number)
         if not math.isfinite(quality):
             return self.fail(trial, "infeasible", f"quality became {quality}")

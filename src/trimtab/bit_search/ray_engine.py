@@ -6,7 +6,7 @@
 Tasks open no storage, so that machines of the cluster need trimtab, the model and the data, and no way to a database. The
 study is an ordinary one: other commands, with Ray or without, may work on it at the same time. Ray is told to try nothing
 twice (`max_retries=0`): a task whose process or machine is lost leaves a dead trial, and dead trials are made again by the
-rules of every search, twice at most for one that kills whoever makes it.
+rules of every search, twice at most for one that kills its worker.
 
 The only file that imports ray.
 """

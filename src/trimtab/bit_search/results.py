@@ -5,7 +5,7 @@ front.csv           the Pareto front, by ascending bytes
 points/<n>.yaml     a runnable recipe for each of its points: `trimtab run points/3.yaml`
 front.png, bits.png (see `figures`)
 search.json         what the numbers are: objective, budget, the float model's
-report.html         all of it, as a page, where the search came to its end
+report.html         all of it, as a page, where the search ended
 """
 
 import csv

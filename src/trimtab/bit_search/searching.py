@@ -2,7 +2,7 @@
 
     space, prior -> claim -> trial -> told -> claim ...        by one process or many, on one machine or more
 
-Whoever runs this on the same storage works on the same study; what is finished stays finished whatever happens to a
+Whatever runs this on the same storage works on the same study; what is finished stays finished whatever happens to a
 process. The order of wishes is: uniform widths, for comparison; then one promotion for every four short trials, of the
 best one and of those that the short front would lose most without (under a budget the next best); else what `proposal`
 proposes. The last is the best short trial's promotion, if it had none: the result is chosen of promoted ones.
@@ -163,7 +163,7 @@ class Search:
         cost = np.array(noted) * np.array(gain)
         adapter = self.recipe.method.adapter
         if self.block.objective == "tuned" and adapter is not None and adapter.acts_in_codes:
-            # Training codes and scales mends small roundings better than large ones: KL goes with the square of a step,
+            # Training codes and scales repairs small roundings better than large ones: KL goes with the square of a step,
             # what is left of it falls faster; the third power fits best, by little (benchmarks/search/repair.py).
             cost = cost * 0.5 ** np.array(self.space.bits)
         return Problem(cost, self.space.bytes_UC, self.space.fixed_bytes, self.budget, bound)

@@ -133,7 +133,7 @@ class Patient:
                 if not _passes(cause, opening):
                     raise Away(what) from error
                 if waited > patience or self._given_up:
-                    self._given_up = True  # what is asked while a search ends does not wait anew
+                    self._given_up = True  # what is asked while a search ends does not wait again
                     raise Away(
                         f"{what}; away for {waited:.0f} s, and the same command goes on when it is back"
                     ) from error
@@ -190,7 +190,7 @@ def _passes(error: BaseException | None, opening: bool) -> bool:
 
 
 class _Lock:
-    """A journal's lock; taking it mends a last line that was cut off."""
+    """A journal's lock; taking it repairs a last line that was cut off."""
 
     def __init__(self, journal: Path) -> None:
         self._journal = journal

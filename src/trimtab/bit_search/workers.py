@@ -89,7 +89,7 @@ def _watch(search: Search, recipe: Recipe, places: Sequence[str | None], told: C
                 process.terminate()  # their trials would fail alike
     except Terminated:
         for process in processes:
-            process.terminate()  # SIGTERM came to this one alone
+            process.terminate()  # SIGTERM reached this one alone
         raise
     finally:
         _end(processes)
@@ -108,7 +108,7 @@ def _watch(search: Search, recipe: Recipe, places: Sequence[str | None], told: C
 
 
 def _leave_with_parent() -> None:
-    """End this worker if whoever started it was killed: nobody would write results, and the next command starts its own."""
+    """End this worker if the process that started it was killed: the next command starts workers of its own."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise SystemExit("search: the command that started this worker is gone")

@@ -1,4 +1,4 @@
-"""Chat templates with a bound on time and size: a template is a program of whoever made the model, and runs for every row.
+"""Chat templates with a bound on time and size: a template is a program that comes with the model, and runs for every row.
 
 jinja2's sandbox keeps a template from what is not its own (transformers renders in it), but lets it loop for hours and fill
 the memory with one expression. `bounded` is a block in which transformers compiles templates with these bounds, by what

@@ -86,7 +86,7 @@ def _check_prompt(row: Mapping[str, Any], where: str) -> None:
 
 
 def answers(rows: Dataset, objective: str) -> Dataset:
-    """The same as prompts with their good answers (of grpo: as texts), for whoever calibrates, measures or describes."""
+    """The same as prompts with their good answers (of grpo: as texts), for calibrating, measuring or describing."""
     names = rows.column_names
     if objective == "dpo":
         rows = rows.rename_column("chosen", "completion")

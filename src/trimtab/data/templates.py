@@ -1,7 +1,7 @@
 """Chat templates for models that have none: `alpaca`, `chatml`, or a file.
 
 A base model's tokenizer has no chat template, so that conversations say nothing to it. A named one is set on the
-tokenizer, and so is saved with the tuned model: whoever serves it renders conversations as they were in training. Turns end
+tokenizer, and so is saved with the tuned model: its server renders conversations as training did. Turns end
 with the tokenizer's own end-of-sequence token (in ChatML with `<|im_end|>` where that is one of its tokens), since a token
 that was never trained cannot be learned by a few percent of the weights; and a conversation begins with the
 beginning-of-sequence token, if the tokenizer begins texts with one.

@@ -1,7 +1,7 @@
 """Answers of a model, greedy or sampled, all at once or as they come, through its chat template where it has one.
 
 Chat      a model of transformers: any that we load
-Talk      what a conversation is, whoever computes the answers (`chat_llama_cpp` has llama.cpp do it)
+Talk      what a conversation is, whatever computes the answers (`chat_llama_cpp` has llama.cpp do it)
 """
 
 from abc import ABC, abstractmethod
@@ -75,7 +75,7 @@ class Talk(ABC):
     """
 
     templated: bool = True
-    """Whether the model has a chat template; one without goes on with the text that it is given."""
+    """Whether the model has a chat template; one without continues the text that it is given."""
 
     def __init__(self, system: str | None = None, sampling: Sampling = GREEDY) -> None:
         self.sampling, self.history = sampling, list[Message]()
@@ -181,7 +181,7 @@ class Chat(Talk):
         def generate() -> None:
             device = self.model.device
             if device.type == "cuda" and device.index != torch.cuda.current_device():
-                torch.cuda.set_device(device)  # which each thread chooses anew
+                torch.cuda.set_device(device)  # which each thread chooses for itself
             if self.sampling.seed is not None:
                 torch.manual_seed(self.sampling.seed)
             with torch.no_grad():
@@ -189,7 +189,7 @@ class Chat(Talk):
 
         with ThreadPoolExecutor(1) as pool:
             done = pool.submit(generate)
-            # Whatever it fails with, whoever waits for the next piece has to hear of the end.
+            # Whatever it fails with, what waits for the next piece has to hear of the end.
             done.add_done_callback(lambda future: streamer.end() if future.exception() else None)
             try:
                 yield from streamer
@@ -220,7 +220,7 @@ def ids_of(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
                 found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
         except Unrendered as error:
             raise UserError(
-                f"the tokenizer's chat template cannot write this conversation ({error}); mend chat_template.jinja beside "
+                f"the tokenizer's chat template cannot write this conversation ({error}); fix chat_template.jinja beside "
                 "the model, or set data.template when it is trained"
             ) from error
         return list(found["input_ids"])

@@ -75,7 +75,7 @@ def to_oneself(target: Path, waits: Callable[[str], None] | None = None) -> Iter
     """
     with writing(target), holding(target, waits) as alone:
         mend(target)
-        if alone:  # so whoever began these is dead; a process's number would not say so, which may be another machine's
+        if alone:  # so what began these is dead; a process's number would not say so, which may be another machine's
             for left in target.parent.glob(f"{escape(f'.{target.name}{WRITING}')}*"):
                 shutil.rmtree(left, ignore_errors=True)
         yield

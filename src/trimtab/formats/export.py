@@ -56,7 +56,7 @@ class Report:
     relative_error: float
     """Frobenius error of all matrices together over their norm; 0 for exact."""
     changed: list[str]
-    """Layers that were rounded anew."""
+    """Layers that were rounded again."""
     dense: list[str]
     """Quantized layers that were written as float matrices."""
     perplexity: dict[str, float]
@@ -170,15 +170,15 @@ def _make_room(
     """Change the refused layers; refuse after all if that did not help."""
     if not refused:
         return []
-    # A weight rounded anew would come without the inputs it was trained on.
+    # A weight rounded again would come without the inputs it was trained on.
     if any(layer.inputs or layer.kv for layer in layers):
-        raise UserError(f"export: {format_.name}: {refused[0]} (--allow-lossy cannot mend this)")
+        raise UserError(f"export: {format_.name}: {refused[0]} (--allow-lossy cannot fix this)")
     engine = format_.engine(options.engine) if options.engine else None
     names = {layer.name for layer in layers}
     changes = make_room(model, format_, layers, [r for r in refused if r.layer in names], dtype, engine)
     left = refusals(format_, layers_of(model), dtype, options.engine)
     if left:
-        raise UserError(f"export: {format_.name}: {left[0]} (--allow-lossy cannot mend this)")
+        raise UserError(f"export: {format_.name}: {left[0]} (--allow-lossy cannot fix this)")
     return changes
 
 

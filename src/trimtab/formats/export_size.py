@@ -104,7 +104,7 @@ def _refused(format_: Format, layers: Sequence[Layer], model: "PreTrainedModel",
 
 
 def _float_entries(model: "PreTrainedModel", targets: Sequence[Target]) -> int:
-    """Numbers of all that belongs to no layer of ours, and of the biases of those that do; ties counted once."""
+    """Parameters of all that belongs to no layer of ours, and of the biases of those that do; ties counted once."""
     left_out = getattr(model, "all_tied_weights_keys", {})
     ours = {f"{target.name}.weight" for target in targets}
     state = model.state_dict()

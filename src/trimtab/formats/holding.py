@@ -1,7 +1,7 @@
 """An output that only one process writes at a time.
 
-The lock is the system's own on an open file, `.<name>.lock` beside the output, so it goes with whoever holds it: a killed
-process leaves a file that nobody has locked. The file says who has it, and is removed by whoever lets go of it. A file
+The lock is the system's own on an open file, `.<name>.lock` beside the output, so it goes with its holder: a killed
+process leaves a file that nobody has locked. The file says who has it, and goes when that process releases it. A file
 system that has no locks gets a warning: an output that cannot be written at all would be worse than one that two may write.
 """
 
@@ -86,7 +86,7 @@ def _locked(file: Path) -> int | None:
     while True:
         descriptor, mine = os.open(file, os.O_RDWR | os.O_CREAT, 0o666), False
         try:
-            # Whoever had it may have removed the file since it was opened: then this lock is one on nothing.
+            # Its last holder may have removed the file since it was opened: then this lock is one on nothing.
             mine = lock_descriptor(descriptor, blocking=False) and _is(descriptor, file)
             if mine:
                 return descriptor

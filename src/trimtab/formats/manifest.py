@@ -172,7 +172,7 @@ def remove(folder: Path, also: Iterable[str] = ()) -> None:
     """Remove what the folder's manifest lists, and the folders that are empty then; what is left stays.
 
     Args:
-        folder: with its manifest, which goes last: whoever is killed in between leaves a folder that is known.
+        folder: with its manifest, which goes last: a process that is killed in between leaves a folder that is known.
         also: names of more that goes with it.
     """
     if (folder / MANIFEST).is_file():

@@ -33,18 +33,21 @@ def push(
     """Upload a run, a saved model or an export to the hub.
 
     Args:
-        path: its folder; of a run its own model goes, and each export by its own folder (`trimtab push DIR/gguf ...`).
-        repo: owner/name; made if there is none.
-        private: of a repository that is made.
+        path: the folder. Of a run, its own model is uploaded; an export is uploaded by its own folder (`DIR/gguf`).
+        repo: owner/name; the repository is created if it does not exist.
+        private: whether a created repository is private.
         revision: branch; None for the main one.
-        message: of the commit.
-        say: told what is uploaded.
+        message: commit message.
+        say: called with a line for each thing that is uploaded.
 
     Returns:
         The repository's address.
 
     Raises:
         UserError: for a folder that trimtab did not write or that was changed since, and with what the hub said.
+
+    Examples:
+        >>> tt.push("runs/small/gguf", "owner/small-gguf", private=True)
     """
     folder = Path(path)
     kind = manifest.kind_of(folder) if folder.is_dir() else None

@@ -3,7 +3,7 @@
     trim            hands freed pages back once, after a model was loaded layer by layer
     return_freed    has every large block handed back when it is freed, from then on, in the whole process
 
-`return_freed` changes the process of whoever imports trimtab, so it is done in one place (`tuning`), once, announced once
+`return_freed` changes the process that imports trimtab, so it is done in one place (`tuning`), once, announced once
 in the log, and left out where TRIMTAB_TUNE is 0.
 """
 

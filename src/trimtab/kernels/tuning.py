@@ -27,14 +27,13 @@ def allowed() -> bool:
 
 
 def tune(enabled: bool = True) -> None:
-    """Allow, or forbid and take back, what trimtab changes in this process (see the module's docstring).
+    """Allow, or forbid and undo, what trimtab changes in this process: CPU kernels of torch, and the heap.
 
     Args:
         enabled: False leaves torch's kernels and the heap alone from now on. The heap's option, where training has set it
             already, stays: glibc cannot take it back.
 
-    Example:
-        >>> import trimtab as tt
+    Examples:
         >>> tt.tune(False)  # before the first model is loaded
     """
     # In the environment, so that processes started from here (the reload that a run compares, workers of a search) follow.

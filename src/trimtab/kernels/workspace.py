@@ -2,7 +2,7 @@
 
 A fresh allocation of tens of megabytes is mapped, faulted in page by page and unmapped each time, which on a CPU costs more
 than filling it (33 MB: 13 ms against 0.7). A weight that is multiplied once and dropped can live in the same memory every
-time. The rule: whoever takes a slot must be done with it before anything else could take it, and nothing may keep a view.
+time. The rule: a slot's taker must be done with it before anything else could take it, and nothing may keep a view.
 
 Under a dispatch mode (fake tensors), under `torch.compile` and on devices with a caching allocator a fresh tensor is given
 out instead.

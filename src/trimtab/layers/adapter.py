@@ -1,7 +1,7 @@
 """What an adapter is: the questions that a layer, a plan and a format ask it.
 
 An adapter answers three questions about the stored weight it is attached to: which matrix multiplies x (`weight`, built
-anew whenever it is needed), what is added to the product (`output`), and which stored weight equals the two together
+again whenever it is needed), what is added to the product (`output`), and which stored weight equals the two together
 (`fold`).
 
 What others need to know of a kind of adapter (does it move W? is it a LoRA? what is stored once it is folded?) its class
@@ -48,7 +48,7 @@ class Adapter(nn.Module, ABC):
     moves_weight: ClassVar[bool] = True
     """Whether W is made with it, and folding puts it into what is stored; else it acts beside W."""
     acts_in_codes: ClassVar[bool] = False
-    """Whether it trains levels or their scales: training then mends small roundings, and no LoRA equals it."""
+    """Whether it trains levels or their scales: training then repairs small roundings, and no LoRA equals it."""
     reads_rounded_inputs: ClassVar[bool] = False
     """Whether `output` is given the inputs as W sees them, rounded."""
     delta: PooledDelta | None

@@ -39,7 +39,7 @@ AdapterDtype = Literal["bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaShape:
-    """Everything about a delta but its numbers; saved with the model."""
+    """Everything about a delta but its values; saved with the model."""
 
     out_features: int
     in_features: int
@@ -187,7 +187,7 @@ class PooledDelta(nn.Module):
     def as_plain(self, *, acting: bool = True) -> tuple[Tensor, Tensor]:
         """The factors of the plain low-rank update that this one equals: A Pool (R, K) and Repeat B (N, R), unscaled.
 
-        Without `acting` they are as trained, for whoever passes them through the adapter dtype itself.
+        Without `acting` they are as trained, for a caller that passes them through the adapter dtype itself.
         """
         factors, shape = self.factors() if acting else self.masters(), self.shape
         if len(factors) == 1:

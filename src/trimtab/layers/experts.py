@@ -183,7 +183,7 @@ def open_up(module: Any) -> None:
 def closed(name: str) -> tuple[str, int] | None:
     """The stack that a tensor `….experts.3.gate_up_proj.weight` (or `.bias`) is of, by its name, and its expert; else None.
 
-    Only the name is looked at: whoever asks knows that the experts are open.
+    Only the name is looked at: the caller knows that the experts are open.
     """
     parts = name.split(".")
     if len(parts) < 4 or not parts[-3].isdecimal():

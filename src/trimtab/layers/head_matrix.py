@@ -1,4 +1,4 @@
-"""The matrix of a head, lent to whoever multiplies by it: it can be read, and not be written to.
+"""The matrix of a head, lent to what multiplies by it: it can be read, and not be written to.
 
 Losses that never make all logits at once take `lm_head.weight`, a part of it at a time, and multiply by it. Ours is made
 when it is asked for, and gone when nobody holds it: whatever is written into it is lost. So `lm_head.weight.data += delta`,

@@ -11,7 +11,7 @@ serves a LoRA beside a low-bit layer gives it what the layer was given. All that
 reads x_hat, as W does.
 
 There is deliberately no `.weight`: a computed one lets other libraries "merge" into a temporary and drop the adapter
-silently. Asking for it raises, with advice, and so does setting it. Only a head has one, computed for whoever asks: losses
+silently. Asking for it raises, with advice, and so does setting it. Only a head has one, computed on request: losses
 that never make all logits at once multiply by it themselves (TRL's, Liger's). It is the matrix with its adapter, with
 gradients for what is trained, and it can be read but not written to (`head_matrix`). Stored dtypes survive `.to(dtype)`: a
 cast moves tensors and changes what is computed in, never what is stored.
@@ -124,7 +124,7 @@ class _Stored(nn.Module):
 
 
 class QuantLinear(_Stored):
-    """y = x W^T + bias, with W stored in few bits and an adapter that says what is trained.
+    """y = x W^T + bias, with W quantized and an adapter that says what is trained.
 
     Args:
         base: the stored weight (N, K).

@@ -82,23 +82,25 @@ def param_groups(
     weight_decay: float = 0.0,
     scale_bits: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups of everything that a prepared model trains, for Adam and its kin.
-
-        optimizer = torch.optim.AdamW(tt.param_groups(model, steps=300))
-        trainer = SFTTrainer(model, ..., optimizer_cls_and_kwargs=(AdamW, {"params": tt.param_groups(model, steps=300)}))
+    """Parameter groups of everything that a prepared model trains, for Adam and its variants.
 
     Args:
         model: from `prepare` or `load`.
         lr: rate of deltas and master weights: the share of a step of the grid that a weight may move in an optimizer step;
             None is the default for `steps`. With `paper`, Adam's rate itself.
         lr_scale: rate of scales and offsets: the share of a step that they may move the ends of the range by, or Adam's.
-        steps: optimizer steps to come; read where a rate is None.
+        steps: optimizer steps to come, which decide the rates that are None.
         parametrization: `relative`, or `paper`: one absolute rate for all deltas, another for all scales.
         weight_decay: of deltas and master weights; scales have none.
         scale_bits: with `paper` and mixed widths, the width that lr_scale is meant for; others get it in proportion.
 
     Raises:
         UserError: if nothing is trained, or rates are missing that `paper` needs.
+
+    Examples:
+        >>> optimizer = torch.optim.AdamW(tt.param_groups(model, steps=300))
+        >>> adam = (torch.optim.AdamW, {"params": tt.param_groups(model, steps=300)})
+        >>> trainer = SFTTrainer(model, arguments, train_dataset=rows, optimizer_cls_and_kwargs=adam)
     """
     if parametrization == "paper" and (lr is None or lr_scale is None):
         raise UserError("param_groups: parametrization 'paper' has no rates of its own; give lr and lr_scale")

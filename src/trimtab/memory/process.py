@@ -3,7 +3,7 @@
 Imports nothing of trimtab, and nothing that a system may lack; the only file that imports psutil.
 
 "Resident" is anonymous resident memory where the system tells it apart (Linux): file-mapped pages, which the kernel can
-drop, are not counted. A peak that can be started anew is Linux's; elsewhere the peak is that of the whole process.
+drop, are not counted. A peak that can be reset is Linux's; elsewhere the peak is that of the whole process.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """What a method is: a frozen dataclass that is also its block in a recipe, with one function, `build`.
 
-`build` takes a weight (a float matrix, or one that is already stored in few bits) and the grid that the rules chose for
+`build` takes a weight (a float matrix, or one that is already quantized) and the grid that the rules chose for
 it, and gives back the stored weight and the adapter that trains it. Everything else about a method follows from those.
 """
 
@@ -125,7 +125,7 @@ def base_weight(source: Source, grid: AnyGrid | None, storage: Storage = "int") 
     """The stored weight that a layer starts from.
 
     A stored source whose grid has the asked form is taken code for code (levels in float, as `gptq` gives them, are kept
-    as `storage`); any other is dequantized and rounded anew. `grid` None gives a dense weight.
+    as `storage`); any other is dequantized and rounded again. `grid` None gives a dense weight.
     """
     if isinstance(source, Weight):
         if same_form(source.grid, grid) and grid is not None:

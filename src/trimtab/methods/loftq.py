@@ -36,7 +36,7 @@ class Loftq(Method):
     rounds_itself = True
 
     rank: int = 16
-    """r."""
+    """Rank r of the update."""
     alpha: float = 16.0
     """Numerator of the scaling alpha / r."""
     turns: int = 5

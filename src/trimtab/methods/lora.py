@@ -19,7 +19,7 @@ class Lora(Method):
     adapter = DeltaOutput
 
     rank: int = 16
-    """r."""
+    """Rank r of the update."""
     alpha: float = 16.0
     """Numerator of the scaling alpha / r."""
 

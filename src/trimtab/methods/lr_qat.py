@@ -49,7 +49,7 @@ class LrQat(Method):
     lr = 1e-3
 
     rank: int = 32
-    """r."""
+    """Rank r of the update."""
     alpha: float = 1.0
     """Numerator of the scaling alpha / r, in steps of the grid."""
     storage: Storage = "fixed8"

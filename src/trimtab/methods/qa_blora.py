@@ -23,7 +23,7 @@ class QaBlora(Method):
     kind = "offset"
 
     rank: int = 16
-    """r."""
+    """Rank r of the update."""
     alpha: float = 16.0
     """Numerator of the scaling alpha / r."""
     repeat: int = 2

@@ -25,7 +25,7 @@ class QaLora(Method):
     kind = "offset"
 
     rank: int = 16
-    """r."""
+    """Rank r of the update."""
     alpha: float = 16.0
     """Numerator of the scaling alpha / r."""
     pool: int | None = None

@@ -11,7 +11,7 @@ those are in the config of each model. What follows from a description and a liv
 
 Any other model made of `nn.Linear` has a description, too, derived from its structure. It is right about what can be seen:
 the blocks are the first list of modules of the decoder, and layers are told by their names. It says None where it does not
-know, and then whoever needs the fact refuses the model by its type. Keys of a config that one family or another has are
+know, and then what needs the fact refuses the model by its type. Keys of a config that one family or another has are
 looked for in it, since a factor that is not noticed would make a wrong loss and no error.
 """
 
@@ -269,7 +269,7 @@ IN_WORDS = "Llama, Mistral, Qwen2, Qwen3, SmolLM and Gemma"
 """The families as people call them."""
 
 FUSED = tuple(dict.fromkeys(parts for family in FAMILIES.values() for parts in family.fused.values()))
-"""Last parts of the names of layers that are joined, in any family: for whoever has names and no model."""
+"""Last parts of the names of layers that are joined, in any family: for a caller that has names and no model."""
 
 
 def architecture_of(model_or_config: Any) -> Architecture:

@@ -1,9 +1,9 @@
-"""What happens to a decoder block while a model is read: its tensors come, and once all of them are there it is parted.
+"""What happens to a decoder block while a model is read: its tensors come, and once all of them are there it is sharded.
 
     in one process      layers are put in place one after another, and what no rule touched is read at the end
-    in several          a block's norms and biases are read after its last layer, and the block is parted at once
+    in several          a block's norms and biases are read after its last layer, and the block is sharded at once
 
-So of a model that is parted a process never holds more than its parts, one block, and what lies outside the blocks, which
+So of a model that is sharded a process never holds more than its parts, one block, and what lies outside the blocks, which
 it has to hold while it runs, too. Every process reads all: none waits for what another one makes of it, and a file that one
 of them has read comes out of the computer's cache for the others.
 """
@@ -56,7 +56,7 @@ class Arrivals:
     def enter(self, block: str) -> None:
         """Read what is left of a block that is to be run, or with `""` of what lies outside the blocks.
 
-        The block before it has been run, quantized, by then: it is parted.
+        The block before it has been run, quantized, by then: it is sharded.
         """
         if self._entered:
             self._whole(self._entered)
@@ -65,14 +65,14 @@ class Arrivals:
         self._fill(lambda n: n.startswith(f"{block}.") if block else not n.startswith(outside))
 
     def fill_all(self) -> None:
-        """Read all that is left, the blocks one after another where they are parted."""
+        """Read all that is left, the blocks one after another where they are sharded."""
         if self._parting is not None:
             for block in block_names(self._model):
                 self._whole(block)
         self._fill(lambda _: True)
 
     def part_the_rest(self) -> None:
-        """Part what lies outside the blocks; all that is parted is whole by then, and frozen."""
+        """Part what lies outside the blocks; all that is sharded is whole by then, and frozen."""
         if self._parting is not None:
             self._parting.rest(self._model)
 

@@ -1,6 +1,6 @@
 """Float buffers that no file holds (rotary frequencies, scales of embeddings): a cast leaves them whole, or is saved.
 
-transformers makes such buffers anew whenever a model is loaded, whole in float32. A cast, `model.to(bfloat16)`, rounds them
+transformers recomputes such buffers whenever a model is loaded, whole in float32. A cast, `model.to(bfloat16)`, rounds them
 on the way, so that the model that was trained and the model that is reloaded would turn by other angles: 0.2
 in the logits of a small Llama. So
 

@@ -91,7 +91,7 @@ def write_card(folder: Path, model: "PreTrainedModel", base: str | None) -> None
     grids = Counter("float" if x.base.grid is None else x.base.grid.describe() for x in layers.values())
     places = Counter(a.place for x in layers.values() if (a := getattr(x, "adapter", None)) is not None)
     head = metadata(*(("native", rounded_from(model)) if base is None else ("peft", base, ["lora"])))
-    what = "An adapter" if base is not None else "A model in few bits"
+    what = "An adapter" if base is not None else "A quantized model"
     stored = ", ".join(f"{count} layers in {grid}" for grid, count in grids.most_common())
     trained = ", ".join(f"{count} adapters in the {place} place" for place, count in places.items())
     open_ = f" With {trained}: not folded." if trained and base is None else ""

@@ -118,7 +118,7 @@ def _named(path: Path) -> str | None:
     """The file that config.json says the weights are in, as transformers lets it."""
     try:
         named = read_mapping(path / "config.json").get("transformers_weights")
-    except UserError:  # whoever reads the config says what is wrong with it
+    except UserError:  # the config's reader says what is wrong with it
         return None
     return None if named is None else str(named)
 
@@ -154,7 +154,7 @@ def _open(file: Path) -> Any:
 
 def _header(file: Path) -> Iterator[tuple[str, Stored]]:
     require_regular(file)
-    if not file.exists():  # what should be in it is named by whoever asks for it
+    if not file.exists():  # what should be in it is named by its caller
         return
     opened = _open(file)
     names = opened.keys()

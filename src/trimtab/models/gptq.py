@@ -43,7 +43,11 @@ _UNIT = 4096
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Gptq:
-    """GPTQ as the start of any method, and what it is calibrated on."""
+    """GPTQ as the start of any method, and the calibration set of it.
+
+    Examples:
+        >>> model, tokenizer = tt.load(name, tt.methods.LrQat(rank=32), rules, start=tt.Gptq(tokens=windows))
+    """
 
     tokens: Tensor
     """Calibration windows, int64 (W, L)."""

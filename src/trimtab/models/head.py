@@ -5,7 +5,7 @@
 Where families keep f and c differs, and the same key of a config divides in one family (Granite), multiplies in another
 (HyperCLOVA X) and divides the hidden states in a third (MiniCPM3). So keys only say which numbers to try: for a family that
 is not described in `architecture`, the model itself is asked once, with two tokens, and what does not give its logits is
-not used. Where nothing does, `Head.fits` says no, and whoever asked takes the model's own logits.
+not used. Where nothing does, `Head.fits` says no, and the caller takes the model's own logits.
 
 Legend: C tokens of a chunk, D hidden size, V vocabulary.
 """

@@ -2,7 +2,7 @@
 
 The model is laid out on the meta device, the rules decide every layer's grid from names and shapes, and then each layer
 is read, quantized and put in place before the next is read. What a path may be is in `sources`. Of a model that is to be
-parted among processes each decoder block is parted as soon as it is whole (`arriving`).
+sharded among processes each decoder block is sharded as soon as it is whole (`arriving`).
 """
 
 import gc
@@ -63,28 +63,35 @@ def load(
     shard: "DeviceMesh | bool" = False,
     verify: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
-    """A prepared model and its tokenizer.
+    """Load a model, quantize it while it is read, and attach a method's adapters.
 
     Args:
-        path: see `trimtab.models.sources`.
-        method: what will train it; None for round-to-nearest (a saved model is then loaded as it is).
+        path: a directory, a .gguf file, a hub id, or a model that trimtab saved.
+        method: what will train it; None rounds to nearest, and loads a saved model as it is.
         rules: `Rule`s or a recipe's mappings; None for the method's default.
         dtype: dtype to compute in, and of everything that stays float.
         device: where it is to compute: each tensor goes there when it is read, and is quantized there. `auto` (a GPU if
             there is one), `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`; the CPU unless told, as in transformers.
         source: an already opened source of this path, to save parsing it again.
-        start: how layers find their codes, see `prepare`; GPTQ has one decoder block in float at a time.
-        quiet: whether to log no line about what share of the parameters is in few bits (`share`).
-        errors: is given `weight_error` of every layer that is rounded here, by name, while its float weight is at hand.
-        shard: part the model among the processes as `trimtab.shard` does, but while it is read: each decoder block as soon
+        start: how layers find their codes, see `prepare`; GPTQ holds one decoder block in float at a time.
+        quiet: whether to log no line about what share of the parameters is quantized (`share`).
+        errors: a mapping that receives the relative rounding error of every layer that is rounded here, by its name.
+        shard: shard the model among the processes as `trimtab.shard` does, but while it is read: each decoder block as soon
             as it is there, so that at most one of them is whole at a time. True for all processes, or a mesh of torch.
             Every process reads all of the files. On GPUs that `device` gives no number, each takes that of its LOCAL_RANK,
             which becomes the current one.
-        verify: whether a folder of ours is compared with its manifest first (see `whole`): large files are read once for it
+        verify: whether a folder that trimtab wrote is compared with its manifest first: large files are read once for it
             on a machine. TRIMTAB_VERIFY=0 in the environment leaves it out everywhere.
+
+    Returns:
+        The prepared model and its tokenizer.
 
     Raises:
         UserError: naming the file, tensor or layer that is wrong.
+
+    Examples:
+        >>> rules = [{"match": "*", "grid": {"bits": 4, "group": 64}}]
+        >>> model, tokenizer = tt.load("HuggingFaceTB/SmolLM2-135M-Instruct", tt.methods.LrQat(rank=32), rules)
     """
     if shard is not False and ":" not in str(device):
         take_device(str(device), "device")
@@ -237,7 +244,7 @@ def _as_saved(source: ModelSource, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _complete(model: PreTrainedModel, source: ModelSource, device: torch.device, arrivals: Arrivals) -> PreTrainedModel:
-    """Read what no rule touched, tie what is tied, freeze; part what is not parted yet, where it is to be."""
+    """Read what no rule touched, tie what is tied, freeze; part what is not sharded yet, where it is to be."""
     untie(model)
     arrivals.fill_all()
     set_reading(model, False)

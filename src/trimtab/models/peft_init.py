@@ -1,4 +1,4 @@
-"""Go on from a LoRA that PEFT trained: its factors become the start of our output adapters.
+"""Continue from a LoRA that PEFT trained: its factors become the start of our output adapters.
 
 PEFT computes y = x W^T + (alpha / r) x A^T B^T; ours has its own gain, so B is scaled by the quotient of the two. That is
 what an adapter means only if nothing else in its config changes the base, the layers or the sum. So every field of the

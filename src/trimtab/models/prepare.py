@@ -169,11 +169,15 @@ def prepare(
         start: how the layers in the decoder blocks find their codes: `trimtab.Gptq(tokens=...)`; None rounds to nearest.
 
     Returns:
-        The model itself. Its float layers are kept until the last of ours is in place, so that a failure leaves the model
-        as it was; to quantize while reading, so that the float model never exists, use `trimtab.load`.
+        The model itself. Its float layers are kept until the last quantized one is in place, so that a failure leaves the
+        model as it was. `trimtab.load` quantizes while it reads, so that the float model never exists.
 
     Raises:
         UserError: naming the layer, for what is no plain float layer (of bitsandbytes, peft, FP8), or does not fit.
+
+    Examples:
+        >>> model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16")
+        >>> tt.prepare(model, tt.methods.LrQat(rank=32), [{"match": "*", "grid": {"bits": 4, "group": 64}}])
     """
     prepare_by(model, method, parse_rules(rules), start)
     tell(model)
@@ -238,14 +242,25 @@ class LayerFold:
 
 
 def fold(model: "PreTrainedModel", *, merge: bool = False) -> list[LayerFold]:
-    """Turn what was trained into what is stored, in place.
+    """Fold what was trained into what is stored, in place.
 
-    Levels and offsets fold into codes, scales and zeros, to the bit. Output adapters (LoRA, QLoRA, Q-BaRA) fit in no
-    low-bit weight: they stay adapters, or with `merge` become part of a dense copy of the weight (`algebraic`).
+    Adapters in the levels and in the zeros fold into codes, scales and zeros, bit for bit. Output adapters (LoRA, QLoRA,
+    Q-BaRA) fit in no low-bit weight: they stay adapters, or with `merge` become part of a dense copy of the weight.
+
+    Args:
+        model: from `load` or `prepare`, trained.
+        merge: whether output adapters are merged into dense weights.
+
+    Returns:
+        For each layer how it was folded (`bitwise` or `algebraic`) and what that changed.
 
     Raises:
         UserError: where an adapter beside rounded inputs is to be merged, or what was trained is not finite; nothing is
             folded then.
+
+    Examples:
+        >>> report = tt.fold(model)
+        >>> tt.save(model, "tuned", tokenizer)
     """
     todo = [
         (n, x, x.adapter)

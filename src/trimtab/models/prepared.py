@@ -73,7 +73,7 @@ class Prepared(_Base):
         return ((n, p) for n, p in found if not p.requires_grad) if spares else found
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable and all parameters, as peft counts them: a weight in few bits as the float one."""
+        """Trainable and all parameters, as peft counts them: a quantized weight as the float one."""
         ours = quant_layers(self)
         stored = {id(p) for layer in ours.values() for p in layer.base.parameters()}
         others = [p for p in self.parameters() if id(p) not in stored]
@@ -81,7 +81,7 @@ class Prepared(_Base):
         return sum(p.numel() for p in others if p.requires_grad), sum(p.numel() for p in others) + weights
 
     def print_trainable_parameters(self) -> None:
-        """Print both numbers, in peft's words."""
+        """Print both counts, in peft's words."""
         trained, all_ = self.get_nb_trainable_parameters()
         share = 100 * trained / all_
         line = f"trainable params: {trained:,d} || all params: {all_:,d} || trainable%: {share:.4f}"
@@ -99,7 +99,7 @@ class Prepared(_Base):
         """As transformers does, if the embedding and the head are float.
 
         Raises:
-            UserError: if one of them is stored in few bits and the number of rows would change.
+            UserError: if one of them is quantized and the number of rows would change.
         """
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         ours = [m for m in (embedding, head) if isinstance(m, QuantEmbedding | QuantLinear)]
@@ -111,7 +111,7 @@ class Prepared(_Base):
             return embedding
         name = next(n for n, m in self.named_modules() if m is ours[0])
         raise UserError(
-            f"{name}: is stored in few bits with {rows} rows, so it cannot have {wanted}; resize the float model "
+            f"{name}: is quantized with {rows} rows, so it cannot have {wanted}; resize the float model "
             "(`model.resize_token_embeddings(...)`) before it is prepared, or keep embedding and head in float"
         )
 
@@ -119,7 +119,7 @@ class Prepared(_Base):
         """Save the adapter alone where peft would and it is all there is to save (`adapter_files`), else the whole model.
 
         With a model card, and one warning where adapters that fold are not folded. A trainer's checkpoint
-        (`checkpoint-<step>`) is whole, so that it can go on from it.
+        (`checkpoint-<step>`) is whole, so that it can continue from it.
 
         Args:
             save_directory: the folder.

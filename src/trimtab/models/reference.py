@@ -41,14 +41,16 @@ def has_reference(model: nn.Module) -> bool:
 
 
 def reference(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A frozen model that goes on computing what `model` computes now, and shares with it all that is not trained.
+    """A frozen copy that keeps computing what `model` computes now, and shares with it all that is not trained.
 
     Args:
         model: from `load` or `prepare`, before training: the reference is the model at the time of this call.
 
     Returns:
-        A model of its own, for inference: `DPOTrainer(model, ref_model=trimtab.reference(model), ...)`. What moves one of
-        the two (`.to(device)`) moves both.
+        A model for inference. Moving one of the two (`.to(device)`) moves both.
+
+    Examples:
+        >>> trainer = DPOTrainer(model, ref_model=tt.reference(model), args=arguments, train_dataset=rows)
     """
     layers = quant_layers(model)
     memo: dict[int, Any] = {}

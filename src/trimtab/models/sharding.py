@@ -1,14 +1,14 @@
 """FSDP2: each of several processes keeps a part of every layer, and gathers the whole of it while it is used.
 
-    tt.load(..., shard=True)    each decoder block is parted as soon as it is read, so that no process ever has them all
+    tt.load(..., shard=True)    each decoder block is sharded as soon as it is read, so that no process ever has them all
     tt.shard(model, mesh)       a decoder block a unit, and what lies outside the blocks with the model itself; in place
     tt.gather(model)            the whole model again: in the first process, on the CPU; None in the others
 
-Codes, scales and zeros are parameters like factors are, so all of them are parted, bytes as bytes. Nothing may be cast on
+Codes, scales and zeros are parameters like factors are, so all of them are sharded, bytes as bytes. Nothing may be cast on
 the way (`param_dtype` of FSDP2's mixed precision): a cast changes codes.
 
 A sharded model is trained and asked; what needs the weights themselves (fold, save, export) is for the whole one. For that
-the model's modules are copied without their tensors before they are parted, and tensors come into that copy one at a time,
+the model's modules are copied without their tensors before they are sharded, and tensors come into that copy one at a time,
 so that no GPU holds the whole.
 """
 
@@ -48,10 +48,10 @@ class Parting:
     def __init__(self, mesh: "DeviceMesh", **options: Any) -> None:
         self._mesh, self._options = mesh, options
         self._copies: dict[int, Any] = {}
-        """The parted blocks without their tensors, by the blocks' `id`."""
+        """The sharded blocks without their tensors, by the blocks' `id`."""
 
     def has(self, block: nn.Module) -> bool:
-        """Whether a decoder block is parted."""
+        """Whether a decoder block is sharded."""
         return id(block) in self._copies
 
     def block(self, block: nn.Module) -> None:
@@ -92,11 +92,11 @@ def mesh_of(kind: str) -> "DeviceMesh":
 
 
 def shard(model: "PreTrainedModel", mesh: "DeviceMesh | None" = None, **options: Any) -> "PreTrainedModel":
-    """Part a prepared model among the processes, in place. `load(..., shard=True)` parts it while it is read.
+    """Shard a prepared model among the processes, in place (FSDP2). `load(..., shard=True)` does it while it reads.
 
     Args:
         model: from `prepare` or `load`, the same in every process.
-        mesh: of torch; None for all processes in one row, on the GPUs if there are any.
+        mesh: torch's device mesh; None for all processes in one row, on the GPUs if there are any.
         options: of `torch.distributed.fsdp.fully_shard`, such as `reshard_after_forward` and `offload_policy`.
 
     Returns:
@@ -104,6 +104,10 @@ def shard(model: "PreTrainedModel", mesh: "DeviceMesh | None" = None, **options:
 
     Raises:
         UserError: where parameters are to be cast, or processes were not started.
+
+    Examples:
+        >>> tt.shard(model)
+        >>> optimizer = torch.optim.AdamW(tt.param_groups(model, steps=300))
     """
     if is_sharded(model):
         raise UserError("shard: the model is sharded already")
@@ -162,7 +166,7 @@ def _become(config: Any, other: Any) -> None:
 
 
 def _modules(model: nn.Module, parted: Mapping[int, Any]) -> Iterator[nn.Module]:
-    """A module and all in it, but for what is parted."""
+    """A module and all in it, but for what is sharded."""
     if id(model) in parted:
         return
     yield model
@@ -183,7 +187,7 @@ def parameters_now(before: dict[int, str], model: nn.Module, groups: list[dict[s
 
 
 def to_first(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be parted, on the CPU, in the first process; every process has to ask.
+    """The whole of a tensor that may be sharded, on the CPU, in the first process; every process has to ask.
 
     The others get an empty one: of tensors that are asked for one after another no GPU holds more than one whole.
     """
@@ -204,13 +208,17 @@ def like(tensor: Tensor, whole: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather(model: "PreTrainedModel") -> "PreTrainedModel | None":
-    """The whole of a sharded model, a tensor at a time.
+    """Gather a sharded model in the first process, one tensor at a time.
 
     Args:
-        model: every process has to ask; it is left as it is. One that is not sharded is given back in the first process.
+        model: every process has to call this; the model is left as it is. One that is not sharded is returned as it is in
+            the first process.
 
     Returns:
         In the first process a model on the CPU, as it was before `shard`, with what was trained since; None in the others.
+
+    Examples:
+        >>> whole = tt.gather(model)  # None but in the first process
     """
     from torch.distributed.fsdp import FSDPModule
 

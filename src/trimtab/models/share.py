@@ -3,7 +3,7 @@
     92.1 % of 134 M parameters in 4 bits; float: embedding 7.2 % (no rule gives it a grid), norms and biases 0.7 %
 
 A model whose experts or projections stay in float looks prepared, trains, and saves no memory. So the line is a warning
-where less than `ENOUGH` of the parameters is stored in few bits.
+where less than `ENOUGH` of the parameters is quantized.
 """
 
 import logging
@@ -18,7 +18,7 @@ from trimtab.models.prepared import quant_layers
 from trimtab.models.replaceable import ELSEWHERE, ROUTER, is_router, layers_of, outside_of
 
 ENOUGH = 0.9
-"""Share of the parameters in few bits below which the line is a warning."""
+"""Share of the parameters that is quantized below which the line is a warning."""
 
 _log = logging.getLogger("trimtab")
 _warned = set[str]()
@@ -50,7 +50,7 @@ class Shares:
 
     @property
     def low_bit(self) -> float:
-        """The share in few bits."""
+        """The share that is quantized."""
         return sum(self.bits.values()) / max(self.total, 1)
 
     def line(self) -> str:

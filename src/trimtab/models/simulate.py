@@ -37,16 +37,19 @@ def simulate(
     kv: KvCache | None = None,
     calibration: Tensor | None = None,
 ) -> None:
-    """Round activations, KV cache or both from now on, in place.
+    """Round the inputs of low-bit layers, the KV cache, or both from now on, in place.
 
     Args:
-        model: prepared; what it rounds already stays where None is given here.
+        model: from `load` or `prepare`; where None is given here, what it rounds already stays.
         activations: how to round the inputs of low-bit layers.
         kv: how to round keys and values.
         calibration: token ids (W, L), for static ranges.
 
     Raises:
         UserError: for a model in which there is nothing to round, or static ranges without calibration tokens.
+
+    Examples:
+        >>> tt.simulate(model, activations=tt.Activations(8), kv=tt.KvCache(8))
     """
     static = activations is not None and activations.mode == "static"
     if static and (calibration is None or not calibration.numel()):

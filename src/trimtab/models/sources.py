@@ -161,7 +161,7 @@ def read_tokenizer(path: Path) -> Any:
 
 
 class ConfigSource(ModelSource):
-    """A config without weights: names and shapes, for whoever only plans.
+    """A config without weights: names and shapes, for a caller that only plans.
 
     Args:
         path: a config.json, or the directory that holds it.
@@ -229,8 +229,8 @@ def _fetch(repo: str, wanted: Sequence[str] = _WANTED) -> Path:
 
 
 def open_layout(path: str) -> ModelSource:
-    """The source behind a path for whoever reads no weights: a config.json by itself will do, and of the hub only that is
-    fetched. Where weights are at hand it is that of `open_source`.
+    """The source behind a path for a caller that reads no weights: a config.json alone will do, and of the hub only that
+    is fetched. Where weights are at hand it is that of `open_source`.
     """
     local = Path(path).expanduser()
     if not local.exists() and path not in NAMED and path.count("/") == 1 and not path.startswith((".", "/", "~")):

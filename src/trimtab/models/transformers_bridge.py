@@ -49,7 +49,7 @@ _log = logging.getLogger("trimtab")
 QUANT_METHOD = "trimtab"
 FORMAT_VERSION = 3
 """Newest version of the native format: raised when a stored file would read differently. A file has the oldest version that
-reads it right: 3 if it holds buffers that an older reader would make anew, 2 if inputs or the KV cache are rounded, which a
+reads it right: 3 if it holds buffers that an older reader would recompute, 2 if inputs or the KV cache are rounded, which a
 reader of version 1 would leave out, else 1."""
 
 
@@ -64,7 +64,7 @@ class TrimtabConfig(QuantizationConfigMixin):
         specs: distinct layer specs.
         layers: layer name to index into `specs`.
         kv: how keys and values are rounded (`kv_cache`), or None.
-        buffers: names of buffers in the file that would otherwise be made anew (`buffers`).
+        buffers: names of buffers in the file that would otherwise be made again (`buffers`).
     """
 
     def __init__(
@@ -273,7 +273,7 @@ def untie(model: "PreTrainedModel") -> None:
     names = {f"{n}.weight" for n in quant_layers(model)}
     keys = getattr(model, "all_tied_weights_keys", {})
     model.all_tied_weights_keys = {k: v for k, v in keys.items() if k not in names and v not in names}
-    # From these it is made anew by whoever calls `tie_weights` (lm-evaluation-harness does).
+    # From these it is made again by what calls `tie_weights` (lm-evaluation-harness does).
     declared = model._tied_weights_keys or {}
     model._tied_weights_keys = {k: v for k, v in declared.items() if k not in names and v not in names}
 
@@ -311,7 +311,7 @@ def settle(model: nn.Module) -> None:
 def attach(model: "PreTrainedModel", buffers: Sequence[str] = ()) -> None:
     """Make transformers see the model for what it is now: quantized by us, trainable, and savable.
 
-    `buffers` are names of those that are saved from now on, although they would be made anew.
+    `buffers` are names of those that are saved from now on, although they would be made again.
     """
     if not quant_layers(model):
         return

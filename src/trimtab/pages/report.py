@@ -46,13 +46,19 @@ def make(folder: Path, say: Callable[[str], None], *, name: str | None = None) -
 
 
 def write_report(path: str | os.PathLike[str]) -> Path:
-    """Write `report.html` of a folder anew, with what has come into it since (exports, what engines computed); the file.
+    """Write `report.html` of a folder again, with the exports and checks made since.
 
     Args:
         path: the folder of a run, a search or a comparison.
 
+    Returns:
+        The path of the page.
+
     Raises:
-        UserError: if the folder is none that has a report, or the extra is missing.
+        UserError: if the folder is of no run, search or comparison, or the extra `report` is not installed.
+
+    Examples:
+        >>> tt.write_report("runs/small")
     """
     folder = Path(path)
     stages = [folder, folder / "model", folder / "search"]  # of a run with stages: its model, else its search

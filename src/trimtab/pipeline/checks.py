@@ -34,7 +34,7 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     """Read and check everything but weights.
 
     Raises:
-        UserError: for anything the user can mend.
+        UserError: for anything the user can fix.
     """
     if recipe.prune is not None or recipe.search is not None:
         raise UserError("prune, search: these are stages before a run; `trimtab.run` and `trimtab run` carry out all")

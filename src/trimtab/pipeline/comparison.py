@@ -50,20 +50,26 @@ def compare(
 
     Args:
         first: a directory, a .gguf file, a hub id, a model saved by trimtab, or a PEFT LoRA directory that names its base.
-        second: another; what the first is compared with.
+        second: the model that it is compared with.
         data: the text, in the forms of a recipe's `data.path`.
-        first_adapter: PEFT LoRA directory that lies beside the first; None for none.
-        second_adapter: the same of the second.
-        split: of a hub data set or of `pydoc-topics`.
-        tokens: at most this many; None for all.
-        block_tokens: length of a window.
-        dtype: that both compute in: bfloat16, float16 or float32.
-        device: that both compute on: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu.
+        first_adapter: directory of a PEFT LoRA that acts beside the first model; None for none.
+        second_adapter: the same for the second model.
+        split: split of a hub data set or of `pydoc-topics`.
+        tokens: compare on at most this many tokens; None for all.
+        block_tokens: length of a window, in tokens.
+        dtype: dtype that both compute in: bfloat16, float16 or float32.
+        device: where both compute: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu.
         out: folder of `compare.json` and `report.html`; None for `runs/compare-<first>-<second>`.
-        say: told what is being done.
+        say: called with a line for each stage.
+
+    Returns:
+        What was measured, as in `compare.json`.
 
     Raises:
-        UserError: for models with different tokenizers, and for anything else the user can mend.
+        UserError: for models with different tokenizers, and for anything else the user can fix.
+
+    Examples:
+        >>> tt.compare("base", "runs/small", "heldout.jsonl", second_adapter=None)
     """
     require_library("`trimtab compare`", "datasets")
     _check(dtype, tokens=tokens, block_tokens=block_tokens)

@@ -43,7 +43,9 @@ def perplexity(
     if data is None:
         block = inputs.held_out(Path(path))
         if block is None:
-            raise UserError(f"{path}: its recipe names no held-out data; pass --data")
+            inside = Path(path) / "model"
+            where = f", or give the model that a search left: {inside}" if inside.is_dir() else ""
+            raise UserError(f"{path}: has no recipe that names held-out data; pass --data{where}")
         if split is not None and block.eval_path is None:
             raise UserError(f"split: {path} is measured on rows held out of {block.named}; pass --data with the split")
     else:

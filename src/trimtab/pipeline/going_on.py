@@ -35,7 +35,7 @@ def begun_or_gone_on(recipe: Recipe, work: Work, resume: bool, say: Callable[[st
     """The recipe with hashes of what it reads; says which of it has changed since a recipe was saved.
 
     Raises:
-        UserError: if it is to go on from what another recipe, or other files, have trained.
+        UserError: if it is to continue from what another recipe, or other files, have trained.
     """
     down = written_down(recipe)
     if resume:

@@ -14,7 +14,7 @@ def look(recipe: Recipe) -> Overview:
     """What training would see.
 
     Raises:
-        UserError: for a recipe without data, and whatever in it the user can mend.
+        UserError: for a recipe without data, and whatever in it the user can fix.
     """
     if recipe.data is None:
         raise UserError(f"{recipe.name}: data: missing; there is nothing to look at")

@@ -33,7 +33,7 @@ class Measured:
     """Numbers and answers by name, each measured once."""
 
     file: Path | None
-    """None where nothing is trained, so that there is nothing to go on with."""
+    """None where nothing is trained, so that there is nothing to continue with."""
     of: str
     values: dict[str, Any] = field(default_factory=dict)
     """What is known already."""

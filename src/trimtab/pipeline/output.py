@@ -5,7 +5,7 @@
     <output>.unfinished/model             what the output will hold
 
 The earlier run stays until then. A run that is stopped leaves the folder if there is a checkpoint in it, which `--resume`
-goes on from and `--overwrite` removes; without one there is nothing to keep, and the next run starts anew.
+continues from and `--overwrite` removes; without one there is nothing to keep, and the next run starts over.
 """
 
 import os
@@ -69,7 +69,7 @@ class Work:
         return find(self.checkpoints if any(checkpoints_in(self.checkpoints)) else self.out / "checkpoints")
 
     def last(self) -> Path | None:
-        """The one of them that it goes on from."""
+        """The one of them that it continues from."""
         return self.found().last
 
     def check(self, overwrite: bool, resume: bool) -> None:
@@ -82,7 +82,7 @@ class Work:
             if not self.out.exists() and not self.folder.exists():
                 raise UserError(f"--resume: {self.out} does not exist; run without it")
             if found.damaged:
-                raise UserError(f"--resume: no checkpoint is whole: {'; '.join(found.lines)}. Start anew (--overwrite)")
+                raise UserError(f"--resume: no checkpoint is whole: {'; '.join(found.lines)}. Start over (--overwrite)")
             where = self.checkpoints if self.folder.exists() else self.out / "checkpoints"
             raise UserError(f"--resume: {where} holds no checkpoint; run without it")
         if self.out.exists() and any(self.out.iterdir()) and not (overwrite or resume):
@@ -105,10 +105,10 @@ class Work:
         if self.stopped_at is not None:
             raise UserError(
                 f"output: an earlier run was stopped, and {self.stopped_at} is what it reached; pass --resume to go on, "
-                "--overwrite to start anew, or set `output`"
+                "--overwrite to start over, or set `output`"
             )
         if damaged := find(self.checkpoints).lines:
-            raise UserError(f"output: of an earlier run, {damaged[0]}; pass --overwrite to start anew, or set `output`")
+            raise UserError(f"output: of an earlier run, {damaged[0]}; pass --overwrite to start over, or set `output`")
 
     @contextmanager
     def begun(self, recipe: Recipe, overwrite: bool, resume: bool) -> Iterator[None]:
@@ -116,8 +116,8 @@ class Work:
 
         Args:
             recipe: as it will be saved.
-            overwrite: start anew.
-            resume: go on from the last checkpoint.
+            overwrite: start over.
+            resume: continue from the last checkpoint.
         """
         with to_oneself(self.out):
             self.check(overwrite, resume)

@@ -20,7 +20,7 @@ from trimtab.recipe.rules import Placement
 
 
 class Observer(Protocol):
-    """Whoever watches pruning."""
+    """The observer of pruning."""
 
     def say(self, text: str) -> None:
         """A line about a stage."""

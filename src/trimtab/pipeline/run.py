@@ -54,7 +54,7 @@ _TOLD = ("rewards/accuracies", "rewards/margins", "kl", "reward", "completions/m
 
 
 class Observer(Protocol):
-    """Whoever watches a run."""
+    """The observer of a run."""
 
     def say(self, text: str) -> None:
         """A line about a stage."""
@@ -94,7 +94,7 @@ def run(
         The metrics, as written to `<output>/metrics.json`.
 
     Raises:
-        UserError: for anything the user can mend; nothing is then left half-written.
+        UserError: for anything the user can fix; nothing is then left half-written.
     """
     with processes.together(recipe.model.device):
         return _run(recipe, overwrite, resume, show if show is not None and processes.is_first() else Quiet())
@@ -271,7 +271,7 @@ def _fold_and_save(
     if some is None or trained is None:
         return []
     on = "" if held_out is not None else ", on random tokens for want of held-out data (data.eval_path, data.holdout)"
-    where = model.device  # the CPU, of a model that was parted
+    where = model.device  # the CPU, of a model that was sharded
     watch.say(f"comparing trained, folded, and reloaded in a fresh process, all on {where}{on}")
     parities = parity.report(trained, parity.logits_of(model, some), work.model, some, recipe.dtype, where)
     metrics["max_logit_difference"] = max(p.max_difference for p in parities)

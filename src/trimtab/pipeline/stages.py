@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Observer(one.Observer, Protocol):
-    """Whoever watches all stages."""
+    """The observer of all stages."""
 
     def pruned(self, done: Pruned, out: str) -> None:
         """The model was pruned."""
@@ -96,7 +96,7 @@ def _check_storage(recipe: Recipe) -> None:
         if begun(url, recipe.name):
             raise UserError(
                 f"search.storage: {shown(url)} holds a study {recipe.name!r}, which --overwrite does not remove and the "
-                "search would go on with; set another `name`, or remove it (`optuna delete-study`)"
+                "search would continue with; set another `name`, or remove it (`optuna delete-study`)"
             )
         return
     journal = Path(url or recipe.out / "search" / "journal.log")

@@ -66,7 +66,7 @@ def _start(count: int, arguments: list[str]) -> int:
         name = signal.Signals(-failure.exitcode).name
         why = ", mostly for want of memory" if name == "SIGKILL" else ""
         sys.stderr.write(
-            f"error: process {rank} of {count} was ended by {name}{why}; --resume goes on from the last step saved\n"
+            f"error: process {rank} of {count} was ended by {name}{why}; --resume continues from the last step saved\n"
         )
         return 128 - int(failure.exitcode)
     except SignalException as error:  # handed on to all of them, of which the first has spoken
@@ -75,7 +75,7 @@ def _start(count: int, arguments: list[str]) -> int:
 
 
 def hint(recipe: Recipe) -> tuple[str, ...]:
-    """A line for whoever trains on one of several GPUs."""
+    """A line for a user who trains on one of several GPUs."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus < 2 or processes.count() > 1 or not recipe.train.steps or recipe.train.shard == "none":
         return ()

@@ -21,5 +21,7 @@ def stopped(given: str, overrides: Sequence[str] = ()) -> str:
     command = shlex.join(["trimtab", "run", given, *overrides])
     if last is None:
         done = "; stages that were finished are kept" if staged else ", and nothing was trained yet that could be kept"
-        return f"stopped{done}: the same command begins anew"
-    return f"stopped after step {step_of(last)} of {recipe.train.steps}: {last} is kept. Go on with: {command} --resume"
+        return f"stopped{done}: the same command begins again"
+    return (
+        f"stopped after step {step_of(last)} of {recipe.train.steps}: {last} is kept. Continue with: {command} --resume"
+    )

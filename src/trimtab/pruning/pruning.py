@@ -146,7 +146,7 @@ def prune(
 
 
 def _to_remove(model: "PreTrainedModel", about: Layout, options: Options) -> int:
-    """Numbers to remove, at least."""
+    """Parameters to remove, at least."""
     if options.ratio is not None:
         counted = about.parameters - (0 if options.count_embeddings else about.embedding_parameters)
         return -int(-options.ratio * counted // 1)

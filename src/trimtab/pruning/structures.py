@@ -49,13 +49,13 @@ class Layout:
     heads_per_group: int
     head_dim: int
     group_parameters: int
-    """Numbers that go with one KV group of one layer."""
+    """Parameters that go with one KV group of one layer."""
     channel_parameters: int
-    """Numbers that go with one MLP channel of one layer."""
+    """Parameters that go with one MLP channel of one layer."""
     layer_parameters: int
-    """Numbers of one whole decoder layer."""
+    """Parameters of one whole decoder layer."""
     parameters: int
-    """All numbers of the model, tied ones once."""
+    """All parameters of the model, tied ones once."""
     embedding_parameters: int
     """Of these, the input embedding's and an untied head's."""
 
@@ -121,7 +121,7 @@ def layout(model: "PreTrainedModel") -> Layout:
 
 
 def _coupled(block: Iterable[nn.Linear], outgoing: nn.Linear) -> int:
-    """Numbers of a block that go with one or another of its structures: all but the bias of what leads out of them."""
+    """Parameters of a block that go with one or another of its structures: all but the bias of what leads out of them."""
     numbers = sum(p.numel() for linear in block for p in linear.parameters())
     return numbers - (0 if outgoing.bias is None else outgoing.bias.numel())
 

@@ -56,13 +56,13 @@ def _loads(config: Any, about: Layout, widths: Widths) -> bool:
 
 
 def parameters(about: Layout, widths: Widths) -> int:
-    """Numbers of the model with these widths."""
+    """Parameters of the model with these widths."""
     groups, channels = about.widths.groups - widths.groups, about.widths.channels - widths.channels
     return about.parameters - about.layers * (groups * about.group_parameters + channels * about.channel_parameters)
 
 
 def pairs(config: Any, about: Layout, remove: int, multiple_of: int) -> list[Widths]:
-    """For each number of groups that the architecture can have, the most channels that remove `remove` numbers."""
+    """For each number of groups that the architecture can have, the most channels that remove `remove` parameters."""
     found, all_ = [], about.widths
     if remove <= 0:
         return [all_]
@@ -88,7 +88,7 @@ def choose(
     keep: Sequence[int],
     measure: Callable[[Widths], float] | None = None,
 ) -> Widths:
-    """The widths that remove at least `remove` numbers and lose the least: by `measure` if given, else by scores.
+    """The widths that remove at least `remove` parameters and lose the least: by `measure` if given, else by scores.
 
     Raises:
         UserError: if no widths remove so many.

@@ -61,7 +61,7 @@ _tensors: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def _tensor(name: str, device: torch.device | str) -> Tensor:
-    """The dynamic map or a table, made once for each device (but anew where tensors are fake or being traced)."""
+    """The dynamic map or a table, made once for each device (but again where tensors are fake or being traced)."""
 
     def make() -> Tensor:
         return torch.tensor(_VALUES[name], dtype=torch.float32, device=device)

@@ -51,15 +51,25 @@ def _default(field: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _documented(cls: type) -> list[str]:
-    """Fields of a dataclass with the strings that stand below them in its source."""
+def documented(cls: type) -> list[tuple[str, str, str]]:
+    """Name, default (as written) and meaning of the fields that a dataclass itself declares.
+
+    The meaning is the string that stands below a field in the source. A field without a default has an empty one.
+    """
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
-    lines = []
+    found = []
     for item, below in pairwise(tree.body):
         if not isinstance(item, ast.AnnAssign) or ast.unparse(item.annotation).startswith("ClassVar"):
             continue
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            default = "" if item.value is None else f" {ast.unparse(item.value)}"
-            lines += [f"  {ast.unparse(item.target)}:{default}", f"      # {below.value.value!s}"]
-    return lines
+            default = "" if item.value is None else ast.unparse(item.value)
+            found.append((ast.unparse(item.target), default, " ".join(str(below.value.value).split())))
+    return found
+
+
+def _documented(cls: type) -> list[str]:
+    """Those fields as commented YAML keys."""
+    return [
+        line for name, default, said in documented(cls) for line in (f"  {name}: {default}".rstrip(), f"      # {said}")
+    ]

@@ -37,7 +37,7 @@ class ModelBlock(Block):
     path: Annotated[str, CONTENT]
     """Directory (safetensors, or saved by trimtab), .gguf file, hub id, or `smollm2-135m`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype to compute in, and of every weight that stays float."""
+    """Dtype to compute in, and of every weight that stays in float."""
     device: Annotated[str, SPLIT] = "auto"
     """Where everything is computed: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu."""
     adapter: Annotated[str | None, CONTENT] = None
@@ -58,7 +58,7 @@ class StartBlock(Block):
     tokens: int = Field(default=16384, ge=2)
     """Calibrate on at most this many tokens."""
     damping: float = Field(default=0.01, ge=0)
-    """Added to the Hessian's diagonal, as a share of its mean."""
+    """What is added to the Hessian's diagonal, as a share of its mean."""
     act_order: bool = False
     """Round columns in the order of the Hessian's diagonal; the ranges of groups are then set beforehand."""
 
@@ -216,15 +216,15 @@ class TrainBlock(Block):
     """For mixed widths: the width that lr_scale is meant for. A scale of 8 bits is a seventeenth of one of 4, and so is its
     rate then; a search sets it to the width of its rules. Null: every width gets lr_scale."""
     schedule: Annotated[Literal["linear", "cosine", "constant"], RATE] = "linear"
-    """Learning rate after warm-up."""
+    """Course of the learning rate after warm-up."""
     warmup: Annotated[float, RATE] = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps in which the learning rate rises (warm-up)."""
     betas: Annotated[tuple[_Decay, _Decay], RATE] = (0.9, 0.95)
     """Adam's decay rates."""
     weight_decay: Annotated[float, RATE] = Field(default=0.0, ge=0)
     """Weight decay of deltas and master weights; scales have none."""
     clip: Annotated[float, RATE] = Field(default=1.0, gt=0)
-    """Largest norm of the gradient."""
+    """Gradients are clipped to this norm."""
     optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
     """8bit keeps the two moments in 8 bits, paged in the computer's memory when a GPU's is full; both need bitsandbytes."""
     seed: int = 0
@@ -252,7 +252,7 @@ class TrainBlock(Block):
     """Steps between measurements of the loss on held-out text, before the first and after the last step, too; the model of
     the lowest loss is the one that is folded and saved. Null measures nothing."""
     early_stop: Annotated[int | None, LENGTH] = Field(default=None, ge=1)
-    """End training when so many measurements in a row have found no lower held-out loss; null goes on to the last step."""
+    """End training when so many measurements in a row have found no lower held-out loss; null trains to the last step."""
     log_steps: Annotated[int, HABIT] = Field(default=1, ge=1)
     """Steps between log lines."""
     beta: float | None = Field(default=None, ge=0)
@@ -262,7 +262,7 @@ class TrainBlock(Block):
     reward: str | None = None
     """Of grpo: `module:function` that gives each of `completions` a number; it gets the columns of the data by name."""
     generations: int = Field(default=8, ge=2)
-    """Of grpo: answers to each prompt."""
+    """Of grpo: number of answers to each prompt."""
     completion_tokens: int = Field(default=128, ge=1)
     """Of grpo: length of an answer, at most."""
     report_to: Annotated[str, HABIT] = "none"
@@ -320,34 +320,34 @@ class PruneBlock(Block):
     layers: int | None = None
     """Or a number of whole layers to drop."""
     what: Literal["widths", "layers"] = "widths"
-    """What gives way to a ratio or size."""
+    """What is removed for a ratio or size: widths (heads and channels) or whole layers."""
     importance: Literal["taylor", "magnitude", "random"] = "taylor"
-    """Of heads and channels."""
+    """How the importance of heads and channels is measured."""
     keep: tuple[int, ...] = ()
-    """Layers not to drop, which decide the widths."""
+    """Layers that are not dropped, and that alone decide the widths."""
     count_embeddings: bool = False
-    """A ratio of all parameters, embeddings included."""
+    """Whether the ratio is one of all parameters, embeddings included."""
     multiple_of: int = Field(default=64, ge=1)
-    """Of MLP widths, and of heads' where some go; made a multiple of the groups that the rules name, too."""
+    """MLP widths, and those of heads where some are removed, become multiples of this and of the rules' groups."""
     tokens: int = Field(default=8192, ge=2)
-    """Calibration tokens of data.path, at most."""
+    """Calibrate on at most this many tokens of data.path."""
     block_tokens: int = Field(default=256, ge=2)
-    """Length of a calibration window."""
+    """Length of a calibration window, in tokens."""
     seed: int = 0
-    """Of random importance."""
+    """Seed of random importance."""
 
 
 class SearchBlock(Block):
     """Search the widths of layers for a budget in bytes; see `trimtab search --help`."""
 
     units: Literal["fusion", "layer"] = "fusion"
-    """What gets a width of its own: groups that engines fuse (q/k/v, gate/up), or whole decoder layers."""
+    """What is given a width of its own: groups that engines fuse (q/k/v, gate/up), or whole decoder layers."""
     bits: tuple[int, ...] = (2, 3, 4, 8)
     """Widths to choose from; 16 keeps a unit in float. Group and zero are those of the recipe's rules."""
     ranks: tuple[int, ...] | None = None
-    """Ranks of adapters to choose from, too; null leaves the method's."""
+    """Ranks of adapters to choose from as well; null keeps the method's."""
     trials: int = Field(default=40, ge=1)
-    """Trials to make, besides the uniform widths."""
+    """Number of trials, besides the uniform widths."""
     budget: str | int | None = None
     """Largest size of the stored weights, such as 90MiB: never exceeded."""
     budget_of: Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft"] = "native"
@@ -360,7 +360,7 @@ class SearchBlock(Block):
     """rounded: KL to the float model, no training; tuned: held-out loss after `steps` steps of training, of the answers
     alone where rows have prompts."""
     steps: int = Field(default=50, ge=1)
-    """Steps of a tuned trial."""
+    """Training steps of a tuned trial."""
     promote: int | None = Field(default=None, ge=2)
     """Steps of the longer trials to which the best quarter are promoted; null for none."""
     sensitivity: Literal["exact", "fisher"] = "fisher"
@@ -370,7 +370,7 @@ class SearchBlock(Block):
     sensitivity_tokens: int = Field(default=1024, ge=2)
     """Training tokens that sensitivities are measured on."""
     uniform: bool = True
-    """Also try every uniform width within the budget."""
+    """Whether every uniform width within the budget is tried as well."""
     storage: str | None = None
     """Journal file, or a storage of Optuna's by url (postgresql://..); null is search/journal.log in the output."""
     workers: int | None = Field(default=None, ge=1)
@@ -383,4 +383,4 @@ class SearchBlock(Block):
     resources: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
     """What Ray is to give each trial, such as {gpu: 1, cpu: 4} or resources of the cluster's own; null is {cpu: 1}."""
     seed: int = 0
-    """Of the search."""
+    """Seed of the search."""

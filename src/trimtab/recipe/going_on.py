@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: the recipe that wrote it and the recipe now, key by key.
+"""Whether a run may continue from a checkpoint: the recipe that wrote it and the recipe now, key by key.
 
 Compared are the plain values of both, as they are saved, so nothing in a recipe is left out; what may differ is marked on
 the fields (`changing`), and everything else is refused by its key and both values.
@@ -34,7 +34,7 @@ class Difference:
 
 
 def check(before: Recipe, now: Recipe, checkpoint: str) -> None:
-    """Refuse to go on from what another recipe, or the same one on other files, has trained.
+    """Refuse to continue from what another recipe, or the same one on other files, has trained.
 
     Args:
         before: of the checkpoint; with hashes of what it reads, as it was saved.
@@ -51,7 +51,7 @@ def check(before: Recipe, now: Recipe, checkpoint: str) -> None:
         more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise UserError(
             f"--resume: {checkpoint} was trained by another recipe: {'; '.join(map(str, found[:_NAMED]))}{more}; set "
-            f"{'it' if len(found) == 1 else 'them'} back, or start anew (--overwrite)"
+            f"{'it' if len(found) == 1 else 'them'} back, or start over (--overwrite)"
         )
     same = {k: v for k, v in (now.inputs or {}).items() if changeable(k) is None or changeable(k).content}  # type: ignore[union-attr]
     inputs.check_same(before.inputs or {}, same, "--resume")
@@ -67,7 +67,7 @@ def _check_stream(found: list[Difference], before: Recipe, now: Recipe, checkpoi
     again = f"set data.limit={was} to see those again, " if wanted > steps else ""
     raise UserError(
         f"--resume: train.steps: {checkpoint} was trained on {was} rows, as many as {steps} steps take of the stream, and "
-        f"{wanted} steps take {is_}, in another order; {again}set train.steps={steps}, or start anew (--overwrite)"
+        f"{wanted} steps take {is_}, in another order; {again}set train.steps={steps}, or start over (--overwrite)"
     )
 
 

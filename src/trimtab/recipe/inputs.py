@@ -1,7 +1,7 @@
 """What a recipe reads: where it lies, what it held, and that nothing which is removed holds any of it.
 
 A run writes its recipe with absolute paths (a hub id with its commit) and, under `inputs`, the SHA-256 and size of every
-file that it read. So whoever reads that recipe, from whatever directory, reads the same files or is told which changed.
+file that it read. So a reader of that recipe, from whatever directory, reads the same files or is told which changed.
 """
 
 import os
@@ -110,7 +110,7 @@ def check_same(before: Marks, now: Marks, begin: str) -> None:
     for key in sorted(before.keys() & now.keys()):
         what = changes(before[key], now[key])
         if what:
-            raise UserError(f"{begin}: {key}: {what} since the run began; put it back, or start anew")
+            raise UserError(f"{begin}: {key}: {what} since the run began; put it back, or start over")
 
 
 def check_same_data(before: Recipe, now: Recipe, begin: str) -> None:

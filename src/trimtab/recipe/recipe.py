@@ -26,7 +26,7 @@ from trimtab.outputs import expanded
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.reading import require_regular
 from trimtab.recipe import agreement, yaml_text
-from trimtab.recipe.changing import AFTER, PLACE
+from trimtab.recipe.changing import AFTER, HABIT, PLACE
 from trimtab.recipe.fields import (
     Block,
     DataBlock,
@@ -41,11 +41,14 @@ from trimtab.recipe.fields import (
     TrainBlock,
 )
 from trimtab.recipe.rules import Rule, parse_rules
+from trimtab.recipe.versions import VERSION, migrated
 
 
 class Recipe(Block):
     """The whole configuration of a run."""
 
+    version: Annotated[int, HABIT] = VERSION
+    """Version of the recipe's form; a recipe of an earlier one is read as what it meant then."""
     name: Annotated[str, PLACE] = "run"
     """Name of the run; taken from the file where it is read from one."""
     model: ModelBlock
@@ -195,6 +198,7 @@ def from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     Raises:
         UserError: one line naming the key, with the nearest known one for a typo.
     """
+    values = migrated(values, where)
     try:
         recipe = Recipe(**values)
     except ValidationError as error:
@@ -246,7 +250,7 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys (model, method, data, ...)")
     values.setdefault("name", file.stem)
-    recipe = from_dict(_overridden(values, overrides), str(path))
+    recipe = from_dict(_overridden(migrated(values, str(path)), overrides), str(path))
     recipe._file = str(file.absolute())
     return recipe
 
@@ -269,7 +273,7 @@ def as_recipe(recipe: "Recipe | Mapping[str, Any] | str | os.PathLike[str]", ove
     if isinstance(recipe, Recipe):
         return from_dict(_overridden(yaml.safe_load(recipe.to_yaml()), overrides)) if overrides else recipe
     if isinstance(recipe, Mapping):
-        return from_dict(_overridden(copy.deepcopy(dict(recipe)), overrides))
+        return from_dict(_overridden(migrated(copy.deepcopy(dict(recipe)), "recipe"), overrides))
     return read(recipe, overrides)
 
 

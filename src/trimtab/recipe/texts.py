@@ -22,7 +22,7 @@ def training(block: DataBlock) -> Texts:
     """The rows to train on, and what is split off them.
 
     Raises:
-        UserError: for anything in them that the user can mend.
+        UserError: for anything in them that the user can fix.
     """
     return mixed(block.sources, share_of(block))
 
@@ -42,7 +42,7 @@ def training_of(recipe: Recipe) -> Texts:
     """What a recipe trains on, in the form that its objective needs: only supervised texts are split.
 
     Raises:
-        UserError: for anything in it that the user can mend.
+        UserError: for anything in it that the user can fix.
     """
     block, objective = recipe.data, recipe.train.objective
     assert block is not None, "the recipe was checked to have data"

@@ -11,7 +11,7 @@ from trimtab.words import duration
 _PARTS = {
     "codes": "codes, scales, zeros",
     "float_parameters": "float parameters",
-    "adapters": "trained parameters",
+    "adapters": "trainable parameters",
     "gradients": "gradients",
     "optimizer": "optimizer (AdamW)",
     "activations": "activations kept for backward",

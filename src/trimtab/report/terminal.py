@@ -204,7 +204,7 @@ class Terminal:
             few = ", ".join(report.dense[:3]) + (" ..." if len(report.dense) > 3 else "")
             self.say(f"written as float matrices, equal in the model's dtype: {len(report.dense)} layers ({few})")
         if report.kind != "exact":
-            self.say(f"relative weight error {report.relative_error:.3g}; {len(report.changed)} layers rounded anew")
+            self.say(f"relative weight error {report.relative_error:.3g}; {len(report.changed)} layers rounded again")
         if report.perplexity:
             before, after = report.perplexity["before"], report.perplexity["after"]
             self.say(f"held-out perplexity {before:.4f} before, {after:.4f} as exported")
@@ -282,7 +282,7 @@ class Terminal:
         """A conversation: a question a line, until an empty one; Ctrl-C breaks off an answer."""
         self.say("an empty line ends the conversation; /reset forgets it, /system TEXT tells the model something first")
         if not talk.templated:
-            self.say("the model has no chat template: it goes on with your text")
+            self.say("the model has no chat template: it continues your text")
         while question := self._asked():
             command, _, rest = question.partition(" ")
             if command in ("/reset", "/system"):

@@ -2,7 +2,7 @@
 
 Their number decides shapes, so a host would otherwise ask a GPU for it, and wait until all that was queued there is done.
 The road not taken: leaving out a mask that masks nothing, about which transformers asks in every forward pass. Without a
-mask it asks whether positions begin anew.
+mask it asks whether positions begin again.
 """
 
 from collections.abc import Callable

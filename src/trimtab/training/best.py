@@ -4,7 +4,7 @@ What is measured is logged as `eval_loss`, where transformers' loggers and its s
 what was measured before. The trainable tensors of the lowest loss lie in `checkpoints/best`; the model before the first
 step is one of those compared, since training may do nothing but harm.
 
-A run that goes on from a checkpoint keeps the best of what it did before, even of steps after that checkpoint: the loss was
+A run that continues from a checkpoint keeps the best model from before, even of steps after that checkpoint: the loss was
 measured on that very model.
 """
 
@@ -93,7 +93,7 @@ class KeepsTheBest(TrainerCallback):
             return why
 
         if why := processes.first(look):
-            self._say(f"{self._folder}: is damaged and passed over: {why}; models are compared anew from here on")
+            self._say(f"{self._folder}: is damaged and passed over: {why}; models are compared from here on")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure every so many steps, and after the last."""
@@ -145,7 +145,7 @@ class KeepsTheBest(TrainerCallback):
         return None if about is None else (int(about["step"]), float(about[_LOSS]))
 
     def exhausted(self, state: Any) -> str:
-        """Why training is to end, if it has gone on for too long without a better model; else nothing."""
+        """Why training is to end, if it has run for too long without a better model; else nothing."""
         best = self.best()
         if self._patience is None or best is None:
             return ""

@@ -64,7 +64,7 @@ def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
 def build(recipe: Recipe, given: RunContext, errors: dict[str, float] | None = None) -> PreTrainedModel:
     """Load the model quantized, from the recipe's start, with fresh adapters or those of `model.adapter`.
 
-    Of several processes that keep a part each, it is parted while it is read.
+    Of several processes that keep a part each, it is sharded while it is read.
 
     Args:
         recipe: says all of it.

@@ -1,7 +1,7 @@
 """Checkpoints: what is trained, on disk, and which of a folder's is the last that is what was written.
 
-checkpoints/checkpoint-<step>/    trainable tensors, optimizer, schedule, random state: what training goes on from; the
-                                  recipe, with hashes of all that it reads, and versions: what may go on from it; and a
+checkpoints/checkpoint-<step>/    trainable tensors, optimizer, schedule, random state: what training continues from; the
+                                  recipe, with hashes of all that it reads, and versions: what may continue from it; and a
                                   manifest with the SHA-256 of each of these files
 checkpoints/best/                 trainable tensors alone, of the lowest held-out loss (see `best`)
 checkpoints/.writing/             one that is not whole yet, nor under its name (see `saving`)
@@ -78,7 +78,7 @@ class Found:
     @property
     def lines(self) -> list[str]:
         """What is to be said of those that are passed over."""
-        after = "" if self.last is None else f"; going on from {self.last.name}"
+        after = "" if self.last is None else f"; continuing from {self.last.name}"
         return [f"{checkpoint}: is damaged and passed over: {why}{after}" for checkpoint, why in self.damaged.items()]
 
 
@@ -101,7 +101,7 @@ def find(checkpoints: Path) -> Found:
 
 
 def what_is_wrong(checkpoint: Path, needed: tuple[str, ...] = _NEEDED) -> str:
-    """Why nothing can go on from a checkpoint; "" where it is what was written.
+    """Why nothing can continue from a checkpoint; "" where it is what was written.
 
     Args:
         checkpoint: its folder.
@@ -133,7 +133,7 @@ def whole_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def last_checkpoint(recipe: Recipe) -> Path:
-    """The checkpoint that training goes on from; a `UserError` if there is none, or if it is past the last step."""
+    """The checkpoint that training continues from; a `UserError` if there is none, or if it is past the last step."""
     last = whole_checkpoint(recipe.out / "checkpoints")
     if last is None:
         raise UserError(f"--resume: {recipe.out / 'checkpoints'} holds no checkpoint; run without it")
@@ -144,7 +144,7 @@ def last_checkpoint(recipe: Recipe) -> Path:
 def check_reached(last: Path, recipe: Recipe) -> None:
     """Raise a `UserError` if a checkpoint is past the last step of a recipe."""
     if recipe.train.epochs is None and step_of(last) > recipe.train.steps:  # epochs become steps as rows are counted
-        raise UserError(f"--resume: {last} is past train.steps = {recipe.train.steps}; raise it, or start anew")
+        raise UserError(f"--resume: {last} is past train.steps = {recipe.train.steps}; raise it, or start over")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -9,7 +9,7 @@ as it was: what is folded, compared and saved never went through a compiler. Wha
 which a compiler cannot look into (`quant.opaque`), so codes are the same either way.
 
 `auto` is an estimate from the recipe and the shapes, not a measurement: two equal runs take the same way, and so does one
-that goes on from a checkpoint.
+that continues from a checkpoint.
 """
 
 import os
@@ -78,7 +78,7 @@ class CompiledForward:
 class Compiling:
     """Around a training: compiles the decoder layers if the recipe asks for it, or if it says `auto` and that pays.
 
-    Layers that are parted among processes are left as they are; `options` refuses a recipe that asks for both.
+    Layers that are sharded among processes are left as they are; `options` refuses a recipe that asks for both.
 
     Args:
         model: prepared, on the device that it trains on.
@@ -123,7 +123,7 @@ class Compiling:
         """A graph for each kind in each of a few forms (with and without a mask); past that an error, not a silence."""
         limits = {"recompile_limit": 8 * kinds, "fail_on_recompile_limit_hit": True}
         self._settings.enter_context(torch._dynamo.config.patch(limits))
-        # Backward is compiled with forward, where a failure can still be mended.
+        # Backward is compiled with forward, where a failure can still be fixed.
         eager = {"force_non_lazy_backward_lowering": True}
         self._settings.enter_context(torch._functorch.config.patch(eager))
         self._settings.enter_context(warnings.catch_warnings())  # dynamo looks at what it should not

@@ -4,7 +4,7 @@
     <cache>.unfinished/log_probs.npy    a header for all rows, then those that were written so far
 
 A row counts when it, and all before it, are on the disk and the record says so: what a killed process left behind the last
-record is cut off, and if the rows before it are not what was written, filling begins anew. Files are written, not mapped:
+record is cut off, and if the rows before it are not what was written, filling begins again. Files are written, not mapped:
 on a full disk writing fails, while touching a page of a map ends the process.
 """
 
@@ -31,7 +31,7 @@ def begin(folder: Path, state: dict[str, Any], first: Any) -> "Filling":
     """A cache with no row yet.
 
     Args:
-        folder: made anew; what is in it goes.
+        folder: made again; what is in it goes.
         state: key, hash of the sequences, their count, and `width`, the tokens that are kept.
         first: (sequences + 1,) int64, the first row of each.
 

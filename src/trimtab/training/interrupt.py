@@ -1,7 +1,7 @@
 """Ctrl-C, or SIGTERM, while a model trains: the step that runs is finished and saved, and only then all ends.
 
 A KeyboardInterrupt in the middle of a step would leave gradients half summed and an optimizer half stepped; what could be
-kept is then the last checkpoint, up to `save_steps` steps old. A second one is an ordinary one, for whoever cannot wait.
+kept is then the last checkpoint, up to `save_steps` steps old. A second one is an ordinary one, for a user who cannot wait.
 """
 
 import signal
@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 class EndsAfterTheStep(TrainerCallback):
     """Ends training when Ctrl-C was pressed, or SIGTERM came; in a `with` block, around the training alone.
 
-    Only the main thread is told of signals, and whoever has a handler of their own keeps it; of SIGTERM, what stands for
+    Only the main thread is told of signals, and a caller's own handler is kept; of SIGTERM, what stands for
     none is the command line's (`ending`).
 
     Args:

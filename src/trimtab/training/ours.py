@@ -123,7 +123,7 @@ class Ours(_Base):
             if _gradients(self.model) != before:
                 raise UserError(
                     f"train.compile: a layer could not be compiled in backward ({failed}); set train.compile: false, and "
-                    "go on with --resume"
+                    "continue with --resume"
                 ) from failed
             self.compiling.give_up(failed)
         return super().training_step(*args, **kwargs)
@@ -132,7 +132,7 @@ class Ours(_Base):
         last = whole_checkpoint(Path(self.args.output_dir))
         if last is None:
             return Diverged(f"train: {what}; there is no good checkpoint yet. {self.lower}")
-        return Diverged(f"train: {what}; the last good checkpoint is {last}. {self.lower} and go on with --resume")
+        return Diverged(f"train: {what}; the last good checkpoint is {last}. {self.lower} and continue with --resume")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As transformers does, into a folder apart, which becomes the checkpoint when it is whole."""
@@ -164,7 +164,7 @@ class Ours(_Base):
         load_trainable(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Moments and step of the checkpoint, but rates, betas and decay of the recipe: it may have been mended."""
+        """Moments and step of the checkpoint, but rates, betas and decay of the recipe: it may have been corrected."""
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         given = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
@@ -188,7 +188,7 @@ class Ours(_Base):
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Nothing is put off where a model is parted: gradients are few, and summed at once they stay parted, too."""
+        """Nothing is put off where a model is sharded: gradients are few, and summed at once they stay parted, too."""
         yield
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

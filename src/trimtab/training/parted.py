@@ -1,8 +1,8 @@
-"""A trainer whose model is parted among processes (`models.sharding`), with checkpoints of whole tensors.
+"""A trainer whose model is sharded among processes (`models.sharding`), with checkpoints of whole tensors.
 
 transformers' trainer has a way for models that own their placement and average their gradients themselves; it is taken once
 the trainer is made, since a trainer that is made with such a model refuses to write checkpoints. Ours hold no part of
-anything: what is trained and its moments are gathered tensor by tensor, so any number of processes can go on from them.
+anything: what is trained and its moments are gathered tensor by tensor, so any number of processes can continue from them.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def in_parts(recipe: Recipe) -> bool:
 def part(trainer: Any, recipe: Recipe) -> Any:
     """The trainer, which has its groups of parameters; its model parted where the recipe says so and there are several.
 
-    A run's own is parted already, since it was loaded; one that `fit` is given may not be.
+    A run's own is sharded already, since it was loaded; one that `fit` is given may not be.
     """
     assert trainer.args.world_size == processes.count(), "accelerate sees other processes than were started"
     if not in_parts(recipe):

@@ -2,7 +2,7 @@
 
 transformers has no option for it: which device a single process trains on is decided in `TrainingArguments`, and accelerate
 decides it again. Both are told here, before there is a trainer. Where several processes train together, each of them has
-been given its device by whoever started it, and nothing is changed.
+been given its device by the process that started it, and nothing is changed.
 """
 
 from typing import Any, TypeVar

@@ -11,8 +11,8 @@ not their sum. The arrays are mapped, not read: a step touches only the rows of 
     first.npy  log_probs.npy  ids.npy
     manifest.json    the SHA-256 of each, as in every folder of ours
 
-A cache made of anything else, or damaged, is made anew, with a message that names why. One that is being made lies beside
-it (`filling`) and takes its place when it is whole, so whoever reads the old one reads on; an interrupted one goes on. Of
+A cache made of anything else, or damaged, is made again, with a message that names why. One that is being made lies beside
+it (`filling`) and takes its place when it is whole, so readers of the old one read on; an interrupted one is continued. Of
 several runs that need the same, one asks and the others wait for it.
 """
 
@@ -205,7 +205,7 @@ class Cache:
         return bool(self._state) and not self.differs
 
     def fill(self, live: LiveTeacher, sequences: Sequences, collate: Collate, *, at_once: int) -> None:
-        """Ask the teacher about every sequence that is not there yet; to be called by whoever has the cache to himself.
+        """Ask the teacher about every sequence that is missing; only the holder of the cache may call this.
 
         Args:
             live: with the whole distribution.
@@ -283,16 +283,16 @@ class Cache:
         """The teacher that a complete cache stands for.
 
         Raises:
-            UserError: if it was made of other sequences than these, or was made anew for another run meanwhile.
+            UserError: if it was made of other sequences than these, or was made again for another run meanwhile.
         """
         if not self.complete:
-            other = f" (another run made it anew, with another {', '.join(self.differs)})" if self.differs else ""
+            other = f" (another run made it again, with another {', '.join(self.differs)})" if self.differs else ""
             raise UserError(
                 f"distill.cache: {self.folder} is not complete{other}; a run with `teacher: cached` makes it, and runs on "
                 "other sequences have one of their own"
             )
         if self._state["sequences"] != hash_of(sequences):
-            raise UserError(f"distill.cache: {self.folder} is of other training sequences; remove it, it is made anew")
+            raise UserError(f"distill.cache: {self.folder} is of other training sequences; remove it, it is made again")
         maps = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in filling.ARRAYS)
         return CachedTeacher(np.load(self.folder / "first.npy"), *maps)
 
@@ -367,9 +367,9 @@ def ask(
             say(f"learning from the float model's predictions in {folder}, which another run has asked for")
             return
         if cache.damage:
-            say(f"{folder}: cannot be used: {cache.damage}; made anew")
+            say(f"{folder}: cannot be used: {cache.damage}; made again")
         if cache.differs:
-            say(f"{folder}: was made with another {', '.join(cache.differs)}; made anew")
+            say(f"{folder}: was made with another {', '.join(cache.differs)}; made again")
         say(f"asking the float model about the training sequences, into {folder}")
         model = load_teacher(recipe, source)
         sequences, collate = packed(model, tokenizer, recipe, rows)

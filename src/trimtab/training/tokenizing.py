@@ -205,7 +205,7 @@ def worked(work: Callable[[list[Row]], _T], rows: Iterable[Row], processes: int 
     Args:
         work: what is done with some; can be sent to another process.
         rows: in order.
-        processes: how many do it; more than one are started anew (spawned), with the libraries that they need.
+        processes: how many do it; more than one are started fresh (spawned), with the libraries that they need.
 
     Raises:
         UserError: of the first row that has something wrong.
@@ -241,7 +241,7 @@ _mine: list[Callable[[list[Row]], Any]] = []
 
 
 def _take(work: Callable[[list[Row]], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; whoever started this process ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; what started this process ends it
     Thread(target=_leave_with_parent, daemon=True).start()
     _mine.append(work)
 

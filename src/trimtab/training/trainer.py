@@ -86,7 +86,7 @@ class Trained:
     tokens: int
     seconds: float
     losses: list[float]
-    """Training loss of each logged step, those before the checkpoint that it went on from among them."""
+    """Training loss of each logged step, those before the checkpoint that it continued from among them."""
     measures: dict[str, float] = field(default_factory=dict)
     """What else the objective says of the last logged step: `rewards/accuracies`, `rewards/margins`, `kl`, ..."""
     held_out: Evaluations | None = None
@@ -212,7 +212,7 @@ def fit(
         model: from `trimtab.load` or `trimtab.prepare`.
         tokenizer: the model's.
         recipe: `train` and `data` are read; checkpoints go to `<output>/checkpoints`.
-        resume: go on from the last checkpoint there.
+        resume: continue from the last checkpoint there.
         on_step: called after every logged step.
         rows: the data set, if it was read already; or `ready` of it.
         held_out: what `train.evaluate_steps` measures on, if it was read already.

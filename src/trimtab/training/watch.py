@@ -73,7 +73,7 @@ class LossWatch(TrainerCallback):
         self._at = logged if logged < block.steps else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that goes on from a checkpoint has shown its beginning already."""
+        """A run that continues from a checkpoint has shown its beginning already."""
         if state.global_step:
             self._at = None
 

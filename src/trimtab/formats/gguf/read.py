@@ -1,7 +1,7 @@
 """GGUF files as a source of weights: code for code where they lie on an affine grid (`read_blocks`), dequantized where not.
 
 A recipe that asks for the grid that a tensor has in the file (`grid: same` does) gets the file's own codes, any other gets
-them rounded anew. The rows of q and k are permuted in Llama files; transformers knows
+them rounded again. The rows of q and k are permuted in Llama files; transformers knows
 how to undo that for float matrices, and since rows are independent we ask it where each row goes and move rows of
 codes. gguf is imported here, to read, and in `write`, to write.
 
@@ -40,7 +40,7 @@ from trimtab.reading import require_regular, told
 def _read_once(path: Path, reader: gguf.GGUFReader) -> Iterator[None]:
     """Lend transformers our reader of a file, and each table of tensor names once.
 
-    It would parse the whole file again for the config and for the tokenizer, and build the table anew for every module of
+    It would parse the whole file again for the config and for the tokenizer, and build the table again for every module of
     a model.
     """
     made, named = gguf.GGUFReader, gguf.get_tensor_name_map

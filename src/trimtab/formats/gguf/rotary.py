@@ -95,7 +95,7 @@ def _ramp(base: float, rotated: int, context: int) -> Tensor:
 def of_model(model: Any) -> dict[str, Frequencies]:
     """What a model of transformers rotates by: of all layers under "", or of each kind of layer.
 
-    Its modules are made anew from their config, since a cast of the model rounds their buffers.
+    Its modules are made again from their config, since a cast of the model rounds their buffers.
     """
     found: dict[str, Frequencies] = {}
     for module in model.modules():

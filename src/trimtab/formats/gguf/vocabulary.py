@@ -244,7 +244,7 @@ def _ends_of(ids: dict[str, int], stops: dict[int, str]) -> dict[str, int]:
 
 
 def more_ends(fields: Mapping[str, Any], stops: Sequence[int]) -> dict[str, int]:
-    """Keys to add to a file that is written anew, so that llama.cpp stops where the model does.
+    """Keys to add to a newly written file, so that llama.cpp stops where the model does.
 
     Args:
         fields: of the file, gguf's.

@@ -54,17 +54,21 @@ def save(
     recipe: str | None = None,
     max_shard_size: str | int = SHARD_BYTES,
 ) -> None:
-    """Write a prepared (or folded) model.
+    """Save a prepared or folded model as a folder that `trimtab.load` and transformers read.
 
     Args:
-        model: a model with our layers; of a sharded one (`trimtab.shard`) every process has to ask.
-        path: directory; an earlier save in it is replaced, whole and at the end.
+        model: from `load` or `prepare`; of a sharded one (`trimtab.shard`) every process has to call this.
+        path: directory; an earlier save in it is replaced as a whole, at the end.
         tokenizer: saved beside the model if given.
         recipe: YAML text of the resolved recipe, written as `recipe.yaml`.
-        max_shard_size: size of a safetensors file, for example `5GB`.
+        max_shard_size: largest size of a safetensors file, for example `5GB`.
 
     Raises:
         UserError: if the directory holds anything but an earlier save, or the model was read from it.
+
+    Examples:
+        >>> tt.save(model, "tuned", tokenizer)
+        >>> model = AutoModelForCausalLM.from_pretrained("tuned")
     """
     largest, target = parse_bytes(max_shard_size, "max_shard_size"), output(path, "path")
     check_not_read_from(model, target)

@@ -16,7 +16,7 @@ looked for in it, since a factor that is not noticed would make a wrong loss and
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from torch import nn
@@ -208,6 +208,14 @@ FAMILIES: Mapping[str, Architecture] = {
 }
 """By transformers' `model_type`."""
 
+ASKS_FOR: Mapping[str, str] = {
+    "idefics": "pixel_values",
+    "kosmos-2": "pixel_values",
+    "molmo2": "mm_token_type_ids",
+    "voxtral_realtime": "input_features",
+}
+"""What models that see or hear cannot be trained without, where it is not seen in how they are called."""
+
 IN_WORDS = "Llama, Mistral, Qwen2, Qwen3, SmolLM and Gemma"
 """The families as people call them."""
 
@@ -216,12 +224,19 @@ FUSED = tuple(dict.fromkeys(parts for family in FAMILIES.values() for parts in f
 
 
 def architecture_of(model_or_config: Any) -> Architecture:
-    """The description of a model or a config: its family's, or what can be derived from it."""
+    """The description of a model or a config: its family's, or what can be derived from it.
+
+    Of a model that also sees or hears it is the description of its language model, with paths that lead there.
+    """
     live = isinstance(model_or_config, nn.Module)
     config = getattr(model_or_config, "config", None) if live else model_or_config
     model_type = getattr(config, "model_type", type(model_or_config).__name__)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    family = FAMILIES.get(getattr(text_config(model_or_config), "model_type", "")) if live else None
+    if family is not None:
+        inside = _path_in(base_of(model_or_config), base_of(language_model(model_or_config)))
+        return replace(family, blocks=f"{inside}.{family.blocks}", norm=f"{inside}.{family.norm}")
     blocks = _first_list(model_or_config) if live else None
     return Architecture(
         model_type=model_type,
@@ -240,10 +255,47 @@ def base_of(model: Any) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
+def text_config(model: Any) -> Any:
+    """The config of the language model in a model that may also see or hear."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def language_model(model: Any) -> nn.Module:
+    """The part of a model that reads text, which transformers finds; its head stands beside it in most families.
+
+    This is all that decides what is trained and quantized by default: towers and projectors are what is outside of it.
+    """
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def in_language_model(model: Any, name: str) -> str | None:
+    """What a language model by itself calls a tensor of its base or its head; None of one that is of neither.
+
+    Args:
+        model: that may also see or hear.
+        name: of a tensor in it, for example `model.language_model.norm.weight`.
+    """
+    base, head = base_of(language_model(model)), model.get_output_embeddings()
+    for module, called in ((base, "model"), (head, "lm_head")):
+        inside = _path_in(model, module) if module is not None else None
+        if inside is not None and name.startswith(f"{inside}."):
+            return f"{called}{name.removeprefix(inside)}"
+    return None
+
+
+def sees_or_hears(model: Any) -> bool:
+    """Whether a model is more than a language model."""
+    return base_of(language_model(model)) is not base_of(model)
+
+
+def _path_in(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, inside in model.named_modules() if inside is module)
+
+
 def _first_list(model: Any) -> str | None:
     """Of a model that reads more than text, the first of its text decoder."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    lists = {id(module) for module in decoder.modules() if isinstance(module, nn.ModuleList)}
+    lists = {id(module) for module in language_model(model).modules() if isinstance(module, nn.ModuleList)}
     return next((name for name, module in base_of(model).named_modules() if id(module) in lists), None)
 
 
@@ -285,7 +337,6 @@ def rope(config: Any) -> Rope:
 def features(config: Any) -> Iterator[tuple[Feature, str]]:
     """What the config of a text model asks for that one reader or another lacks, each with a word for it."""
     family = architecture_of(config)
-    heads, d = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
     if any(windowed(config)):
         yield "windows", f"a sliding window of {getattr(config, 'sliding_window', None)} tokens"
     caps: tuple[tuple[Feature, str | None], ...] = (
@@ -299,8 +350,10 @@ def features(config: Any) -> Iterator[tuple[Feature, str]]:
     for feature, key in biases:
         if getattr(config, key, False):
             yield feature, key
-    if family.implied_head_dim and heads and d and heads * d != config.hidden_size:
-        yield "implied heads", f"head_dim {d} with {heads} heads of {config.hidden_size} features"
+    if family.implied_head_dim:  # elsewhere layers may have each their own
+        heads, d = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
+        if heads and d and heads * d != config.hidden_size:
+            yield "implied heads", f"head_dim {d} with {heads} heads of {config.hidden_size} features"
     if getattr(config, "rope_parameters", None):
         yield from _rope_features(rope(config).full)
 

@@ -77,6 +77,8 @@ def test_what_transformers_splits_is_not_written_packed() -> None:
     with pytest.raises(UserError, match=r"makes several tensors of attn\.qkv\.weight in a qianfan_ocr"):
         packed.require_config(config)
     packed.require_config(config, "vllm")
+    with pytest.raises(UserError, match=r"takes experts for matrices apart.* in a llama4 model; export to dense"):
+        packed.require_config(families.tiny_config("llama4"))
     packed.require_config(families.tiny_config("llava"))
 
 

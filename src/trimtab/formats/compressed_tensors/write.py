@@ -31,7 +31,7 @@ processor with AMX it takes a kernel that ignores static ranges and stops in flo
 No GPU kernel of vLLM 0.32 takes int-quantized W4A8.
 
 A family of whose tensors transformers makes several while it reads (qkv, say) it does not read at all in this format:
-it would have to divide scales and packed words, too.
+it would have to divide scales and packed words, too. Of Llama 4 it looks for experts as matrices, and goes on without them.
 
 transformers 5.23 lays layers with integer zeros out in a wrong shape unless the config says `dequantize`, and with that it
 takes every layer for one of the first group: so it reads integer zeros only where all layers share a grid.
@@ -231,11 +231,11 @@ class CompressedTensors(Format):
     def require_config(self, config: Any, engine: str | None = None) -> None:
         """Raise a `UserError` too for a family that transformers does not read in this format, unless for vLLM."""
         super().require_config(config, engine)
-        split = next(_split(config), None)
-        if split is not None and engine in (None, "transformers"):
+        why = next(_unread(config), None)
+        if why is not None and engine in (None, "transformers"):
             raise UserError(
-                f"export: {self.name}: transformers makes several tensors of {split} in a {config.model_type} model, which "
-                "it cannot of packed ones; export to dense, or with --engine vllm, where it was not tried"
+                f"export: {self.name}: transformers {why} in a {config.model_type} model; export to dense, or with "
+                "--engine vllm, where it was not tried"
             )
 
     def write(self, folder: Path, writing: Writing) -> None:
@@ -274,14 +274,16 @@ def _layer(held: Held, dtype: torch.dtype) -> tuple[Scheme, dict[str, Tensor]]:
     return scheme, made if inputs is None else made | measured(inputs)
 
 
-def _split(config: Any) -> Iterator[str]:
-    """Names of tensors of a checkpoint that transformers makes several of, in any part of a model."""
+def _unread(config: Any) -> Iterator[str]:
+    """What transformers does to tensors of any part of a model while it reads, and cannot do to a folder of this format."""
+    if config.model_type == "llama4_text":
+        yield "takes experts for matrices apart, and leaves them at random,"
     for rule in get_checkpoint_conversion_mapping(config.model_type) or ():
         if isinstance(rule, WeightConverter) and len(rule.target_patterns) > 1:
-            yield from (name for name in rule.source_patterns if name.endswith(".weight"))
+            yield from (f"makes several tensors of {n}" for n in rule.source_patterns if n.endswith(".weight"))
     for part in config.sub_configs:
         if isinstance(getattr(config, part, None), PreTrainedConfig):
-            yield from _split(getattr(config, part))
+            yield from _unread(getattr(config, part))
 
 
 def _plain(grid: Grid) -> Grid:

@@ -95,7 +95,7 @@ def _cases() -> Iterator[Case]:
     lora: dict[str, Any] = {"rank": RANK, "scaling": ALPHA / RANK, "factors": ("delta.A", "delta.B")}
     balanced = {**lora, "rank": 2 * RANK, "pool": 2, "repeat": 2, "mean": True}
     affine: list[Grid] = [Grid(b, g, z) for b in BITS for z in ZEROS for g in GROUPS]  # type: ignore[arg-type]
-    tables = [CodebookGrid("nf4", 32, double_quant=d) for d in (False, True)]
+    tables = [*(CodebookGrid("nf4", 32, double_quant=d) for d in (False, True)), CodebookGrid("mxfp4", 32)]
     for grid in (*affine, *tables, None):
         yield Case(name="rtn", method=Rtn(), grid=grid, place="none")
         yield Case(name="lora", method=Lora(rank=RANK, alpha=ALPHA), grid=grid, place="output", **lora)
@@ -157,7 +157,8 @@ def _from_gptq(lora: dict[str, Any]) -> Iterator[Case]:
             if (i + j) % 2 == 0 or i == 4:
                 yield Case(name=name, method=method, grid=grid, place=place, gptq=True, **about)
     double = CodebookGrid("nf4", 32, double_quant=True)
-    yield Case(name="gptq-qlora", method=levels[1][0], grid=double, place="output", gptq=True, **lora)
+    for table in (double, CodebookGrid("mxfp4", 32)):
+        yield Case(name="gptq-qlora", method=levels[1][0], grid=table, place="output", gptq=True, **lora)
     hira = {"pool": 32, "repeat": 2, "scaling": 1.5, "factors": ("delta.M",)}
     for grid in (Grid(3, 32, "integer"), Grid(3, 32, "real"), double):
         yield Case(

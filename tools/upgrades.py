@@ -393,11 +393,19 @@ REACHES = (
     ),
     Reach(
         library="transformers",
-        what="`AutoModelForCausalLM._model_mapping`, asked whether it holds a config's class",
-        why="a model of another kind is named, instead of a list of all that there are",
-        where=("models/layout.py::_refusal", "models/layout.py::require_lasting"),
-        test="tests/models/test_checkpoint.py::test_a_class_that_is_no_causal_model_is_named",
+        what="`_model_mapping` of two auto classes, asked whether it holds a config's class, and for which model",
+        why="a model that sees is of the class that its config names; one of another kind is named, instead of all kinds",
+        where=("models/layout.py::auto_class", "models/layout.py::_refusal", "models/layout.py::require_lasting"),
+        test="tests/models/test_seeing.py::test_a_config_of_two_models_is_of_the_one_that_it_names",
         names=("_model_mapping",),
+    ),
+    Reach(
+        library="transformers",
+        what="`get_checkpoint_conversion_mapping`, of the config of every part of a model",
+        why="compressed-tensors folders of families whose tensors are split while they are read are refused by name",
+        where=("formats/compressed_tensors/write.py::_unread",),
+        test="tests/models/test_seeing.py::test_what_transformers_splits_is_not_written_packed",
+        names=("get_checkpoint_conversion_mapping",),
     ),
     Reach(
         library="transformers",

@@ -21,6 +21,7 @@ GRIDS: list[AnyGrid] = [
     Grid(2, 16, "integer", range="lp2.4"),
     CodebookGrid("nf4", 32),
     CodebookGrid("nf3", 16, double_quant=True),
+    CodebookGrid("mxfp4", 32),
 ]
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.describe().replace(" ", "-"))
 

@@ -35,7 +35,7 @@ from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import DenseWeight
 from trimtab.methods.base import Method
 from trimtab.models import decoder
-from trimtab.models.architecture import softcap
+from trimtab.models.asked import softcap
 from trimtab.models.prepare import prepare_meta
 from trimtab.models.simulate import lay_out
 from trimtab.models.transformers_bridge import cast_floats, quant_layers

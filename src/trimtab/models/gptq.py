@@ -114,7 +114,7 @@ class _Codebook:
 
     def meet(self, weight_Ng: Tensor) -> None:
         """Set the absmax of the next group."""
-        self.absmax.append(weight_Ng.abs().amax(1, keepdim=True))
+        self.absmax.append(codebook.scale_of(weight_Ng.abs().amax(1, keepdim=True), self.grid))
 
     def round(self, w_N1: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes, and their values."""
@@ -124,7 +124,7 @@ class _Codebook:
 
     def stored(self, codes_NK: Tensor) -> CodebookWeight:
         """Packed codes with their absmax."""
-        kept = self.kept or (torch.cat(self.absmax, 1),)
+        kept = self.kept or codebook.as_kept(torch.cat(self.absmax, 1), self.grid)
         packed = packing.pack(codes_NK.to(torch.uint8), self.grid.bits)
         return CodebookWeight(packed, kept, self.grid, codes_NK.shape[1])
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from trimtab.errors import UserError
 from trimtab.layers.experts import stacks
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.models.architecture import language_model, text_config
 from trimtab.models.opening import layers_of_experts
 from trimtab.recipe.rules import Kind
 
@@ -87,12 +88,6 @@ def layers_of(model: Any) -> Layers:
         elif type(module).__name__ == "Conv1D":
             left[name] = f"a {type(module).__name__}, which keeps its weight transposed"
     return Layers(offered, left)
-
-
-def text_config(model: Any) -> Any:
-    """The config of the language model in a model that may also see or hear."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _reason(
@@ -162,8 +157,8 @@ def outside_of(model: Any) -> tuple[str, ...]:
             name.rpartition(".")[2]
         ):
             found.append(f"{name}.")
-    if text is not whole and hasattr(model, "get_decoder"):
-        decoder = model.get_decoder()
+    if text is not whole:
+        decoder = language_model(model)
         inside = next((n for n, m in modules.items() if m is decoder), "")
         if inside:  # beside the decoder there is the head, and nothing else that is ours
             found += [f"{n}." for n, m in modules.items() if n and not _on_the_way(n, inside) and _linear(m)]

@@ -52,6 +52,21 @@ def test_a_large_weight_is_quantized_in_pieces_of_rows(grid: AnyGrid, monkeypatc
 
 
 @grids
+def test_equal_weights_without_numbers_are_laid_out_once(grid: AnyGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan has hundreds of them, each with tensors of its own."""
+    w, made, plain = cases.random(N, K, seed=0, scale=0.05), [], weights._quantize
+    monkeypatch.setattr(weights, "_quantize", lambda *given: made.append(given) or plain(*given))
+    weights._laid_out.cache_clear()
+    real, one, two = (weights.quantize(x, grid) for x in (w, w.to("meta"), w.to("meta")))
+    assert [len(given) for given in made] == [3, 3]
+    for empty in (one, two):
+        assert {n: (t.shape, t.dtype) for n, t in tensors(empty).items()} == {
+            n: (t.shape, t.dtype) for n, t in tensors(real).items()
+        }
+    assert not {id(p) for p in one.parameters()} & {id(p) for p in two.parameters()}
+
+
+@grids
 def test_quantizing_what_is_quantized_changes_nothing(grid: AnyGrid) -> None:
     """A stored source is taken code for code; a coarser copy of its values does not come back finer."""
     base, _ = Rtn().build(cases.random(N, K, seed=1, scale=0.05), grid)

@@ -61,6 +61,7 @@ def layers_of(model: Any) -> Layers:
     config = text_config(model)
     modules = dict(model.named_modules())
     elsewhere, shared, counts = outside_of(model), _shared(model, head, embedding), _expert_counts(config)
+    models = {type(m) for m in modules.values() if hasattr(type(m), "get_input_embeddings")}
     offered: dict[str, tuple[Kind, nn.Module]] = {}
     left: dict[str, str] = {}
     for name, module in modules.items():
@@ -74,7 +75,7 @@ def layers_of(model: Any) -> Layers:
         elif isinstance(module, QuantLinear):
             offered[name] = ("linear", module)
         elif isinstance(module, nn.Linear):
-            reason = _reason(name, module, modules, elsewhere, shared, counts, config)
+            reason = _reason(name, module, modules, models, elsewhere, shared, counts, config)
             if reason is None:
                 offered[name] = ("linear", module)
             else:
@@ -94,6 +95,7 @@ def _reason(
     name: str,
     module: nn.Linear,
     modules: dict[str, nn.Module],
+    models: set[Any],
     elsewhere: tuple[str, ...],
     shared: set[str],
     counts: set[int],
@@ -114,7 +116,6 @@ def _reason(
     if _slow_path_only(owner, config):
         return None
     owner_kind: Any = type(owner)
-    models: Iterator[Any] = (type(m) for m in modules.values() if hasattr(m, "get_input_embeddings"))
     return READ if last in _reads(owner_kind) or any(last in _reads(kind, deep=True) for kind in models) else None
 
 

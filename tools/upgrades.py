@@ -141,7 +141,7 @@ REACHES = (
         library="torch",
         what="`forward` of decoder layers replaced on the instance, to hand their input on",
         why="one pass records what every block is called with, and computes none",
-        where=("models/calibrate.py::_first_inputs",),
+        where=("models/calibrate.py::first_inputs",),
         test="tests/models/test_gptq.py::test_inputs_of_a_block_come_from_the_quantized_blocks_before_it",
         names=("forward",),
     ),
@@ -467,7 +467,7 @@ REACHES = (
         library="transformers",
         what="decoder layers are the model's first ModuleList; they take hidden states first, and give them first",
         why="blocks are run one after another, each with the arguments that the model gave it",
-        where=("models/decoder.py::block_names", "models/calibrate.py::_run", "bit_search/sensitivity.py::Stream"),
+        where=("models/decoder.py::block_names", "models/calibrate.py::run", "bit_search/sensitivity.py::Stream"),
         test="tests/bit_search/test_search.py::test_exact_sensitivity_is_kl_by_whole_passes",
     ),
     Reach(

@@ -72,7 +72,7 @@ class Plan:
     teacher: int = 0
     """A float or 8-bit model to learn from, in memory as long as training lasts."""
     before: int = 0
-    """Peak of what comes before training, a cached teacher or GPTQ; it does not add up with the rest."""
+    """Peak of what comes before training, a cached teacher or a start; it does not add up with the rest."""
     apart: int = 0
     """Of gradients, activations and temporary: what is never there at once with the others."""
     notes: tuple[str, ...] = ()

@@ -128,6 +128,8 @@ class Engine:
     """Dtypes of the KV cache."""
     tables: tuple[str, ...] = ()
     """Codebooks that it runs of those that the format holds."""
+    experts: bool = True
+    """Whether it runs packed experts of a mixture."""
     lacks: frozenset[Feature] = frozenset()
     """What a config may ask for that it leaves out or takes for something else."""
 

@@ -219,10 +219,14 @@ _STOPS_BY_NAME = frozenset(
 
 
 def end_tokens(model: Any) -> list[int]:
-    """Tokens at which a model stops, by its generation config: what it was trained to end with is among them."""
+    """Tokens at which a model stops, by its generation config: what it was trained to end with is among them.
+
+    One that the embedding has no row for is of a larger vocabulary, and never comes.
+    """
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = getattr(model.config.get_text_config(), "eos_token_id", None) if found is None else found
-    return [] if found is None else [found] if isinstance(found, int) else [int(i) for i in found]
+    stops = [] if found is None else [found] if isinstance(found, int) else [int(i) for i in found]
+    return [i for i in stops if i < model.get_input_embeddings().num_embeddings]
 
 
 def _ends_of(ids: dict[str, int], stops: dict[int, str]) -> dict[str, int]:

@@ -68,7 +68,7 @@ ALWAYS = {"head_dim", "num_key_value_heads"}
 """Set even where the default is None."""
 
 ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
-GEMMA4: dict[str, Any] = {"head_dim": 8, "global_head_dim": 16}
+GEMMA4: dict[str, Any] = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 32}
 QWEN4: dict[str, Any] = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -93,6 +93,7 @@ DOTS3: dict[str, Any] = {
         ("qk_nope_head_dim", 8), ("v_head_dim", 8))},
 }  # fmt: skip
 _MROPE = ("cosmos3_edge", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl")
+_WINDOWS = ["sliding_attention"]
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys((*_MROPE, "qwen2_5_omni_thinker"), MROPE),
     "chameleon": {"vocabulary_map": {"<image>": 8, "IMGIMGA": 9, "IMGIMGBZ": 10}},
@@ -129,6 +130,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 8,
+        "layer_types": [*_WINDOWS * 5, "full_attention"],
+        "num_hidden_layers": 6,
+    },
+    "mistral": {"sliding_window": None},
+    "olmo3": {"layer_types": [*_WINDOWS * 3, "full_attention"], "num_hidden_layers": 4},
     "gemma4": {"text_config": GEMMA4},
     "gemma4_text": GEMMA4,
     "gemma4_unified": {"text_config": GEMMA4},
@@ -147,6 +156,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "num_blocks": 2,
         }
     },
+    "qwen3_5_text": {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},

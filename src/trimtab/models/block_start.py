@@ -65,9 +65,9 @@ class Blockwise:
     windows: int = 2
     """Windows in an update."""
     lr: float | None = None
-    """Rate of weights and zeros, in steps of the grid; None is 0.01, and 1 / steps for shift."""
+    """Rate of weights and zeros, in steps of the grid; None is 0.01, 0.02 for scales, and 1 / steps for shift."""
     lr_scale: float | None = None
-    """Rate of scales, as a share of their size; None is 0.01, and 1 / steps for shift."""
+    """Rate of scales, as a share of their size; None is the same."""
     seed: int = 0
     """Of the order of windows."""
     kept: Path | None = None
@@ -93,8 +93,8 @@ class Blockwise:
     @property
     def rates(self) -> tuple[float, float]:
         """Of weights and zeros, and of scales."""
-        own = (1 / max(self.steps, 1),) * 2 if self.trains == "shift" else (0.01, 0.01)
-        return self.lr or own[0], self.lr_scale or own[1]
+        own = {"all": 0.01, "scales": 0.02, "shift": 1 / max(self.steps, 1)}[self.trains]
+        return self.lr or own, self.lr_scale or own
 
 
 class Errors(NamedTuple):

@@ -105,7 +105,7 @@ PAGES = {
     "rates": lambda: _page("Rates", rates.page()),
     "search": search.page,
     "formats": serving.page,
-    "models": lambda: _page("Models", models.page()),
+    "models": lambda: _page("Models", [models.page()]),
     "scale": lambda: scale.page(_read()),
     "reliability": lambda: reliability.page(_read()),
 }

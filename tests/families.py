@@ -140,7 +140,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zamba": ZAMBA,
     "zamba2": ZAMBA,
     "zaya": {"num_experts_per_tok": 1},
-    "longcat_flash": {"head_dim": 8},
+    "longcat_flash": {"head_dim": 8, "qk_head_dim": 16},
 }
 """What a family needs beside the rules."""
 

@@ -10,12 +10,19 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 import tiny
@@ -46,6 +53,49 @@ FAMILIES = {
     "gemma2": Gemma2Config(**SIZES, **GEMMA),
     "gemma3": Gemma3TextConfig(**SIZES, **GEMMA),
 }
+
+
+def _phi4(trained_on: int) -> Phi3Config:
+    """llama.cpp chooses between the two lists of factors by the context that it is opened with, transformers by the text:
+    `trained_on` is above the one and the other, or below both."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": trained_on,
+        "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+        "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 8.0],
+        "partial_rotary_factor": 0.75,
+    }
+    return Phi3Config(
+        **QWEN2,
+        sliding_window=262144,
+        max_position_embeddings=2048,
+        original_max_position_embeddings=trained_on,
+        tie_word_embeddings=True,
+        rope_parameters=rope,
+    )
+
+
+WRITTEN: dict[str, Any] = {
+    "smollm3": SmolLM3Config(**{**QWEN2, "num_hidden_layers": 5}),
+    "phi3": Phi3Config(**QWEN2, sliding_window=None),
+    "phi4": _phi4(1024),
+    "phi4 beyond its first context": _phi4(16),
+    "granite": GraniteConfig(
+        **QWEN2,
+        attention_multiplier=0.2,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        logits_scaling=2.0,
+        tie_word_embeddings=True,
+    ),
+    "granite with biases": GraniteConfig(**QWEN2, attention_bias=True, mlp_bias=True),
+    "glm4": Glm4Config(**SIZES),
+    "olmo": OlmoConfig(**QWEN2, clip_qkv=0.6),
+    "olmo2": Olmo2Config(**QWEN2),
+    "olmo3": Olmo3Config(**{**QWEN2, "num_hidden_layers": 5}, sliding_window=16),
+}
+"""Families and settings that transformers does not read from GGUF, or reads as another model."""
 
 
 def random_model(config: Any) -> PreTrainedModel:

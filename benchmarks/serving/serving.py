@@ -32,8 +32,9 @@ from trimtab import methods
 from trimtab.data.rows import load_rows
 from trimtab.data.sequences import token_windows
 from trimtab.evaluation import serving
-from trimtab.formats import ALL, declaration
+from trimtab.formats import ALL
 from trimtab.formats.lossy import nearest_grid
+from trimtab.formats.refusals import not_run, refusals
 from trimtab.formats.written import planned
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import Method
@@ -122,7 +123,7 @@ def verdicts() -> list[dict[str, Any]]:
                 weights[target.name] = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)
         for format_ in ALL:
             layers = planned(found, method, False, format_)
-            refused = declaration.refusals(format_, layers, torch.bfloat16)
+            refused = refusals(format_, layers, torch.bfloat16)
             row: dict[str, Any] = {"method": name, "zero": zero, "bits": bits, "format": format_.name}
             if refused:
                 row |= {"verdict": "refused", "reason": refused[0].cause, "remedy": refused[0].remedy}
@@ -131,7 +132,7 @@ def verdicts() -> list[dict[str, Any]]:
                 continue
             merged = format_.adapters == "merged" and any(layer.adapter for layer in layers)
             for engine in format_.engines:
-                objections = [] if format_.everything else declaration.not_run(engine, format_, layers, torch.bfloat16)
+                objections = [] if format_.everything else not_run(engine, format_, layers, torch.bfloat16)
                 verdict = "algebraic" if merged else "exact"
                 rows.append({**row, "engine": engine.name, "verdict": "not run" if objections else verdict})
     return rows

@@ -12,7 +12,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from transformers import AutoModelForCausalLM
+from transformers import ArceeConfig, AutoModelForCausalLM
 
 import tiny
 import trimtab as tt
@@ -21,7 +21,9 @@ from trimtab.errors import UserError
 from trimtab.formats import ALL, declaration, directory, get, manifest, table
 from trimtab.formats import export as exporting
 from trimtab.formats.declaration import Form, Layer
-from trimtab.methods import LrQat, QaHira, Qlora
+from trimtab.formats.refusals import refusals
+from trimtab.formats.written import layers_of
+from trimtab.methods import LrQat, QaHira, Qlora, Rtn
 from trimtab.models.sources import SafetensorsSource
 from trimtab.pipeline.run import run
 from trimtab.quant.grid import CodebookGrid, Grid, Range
@@ -89,7 +91,7 @@ def test_mixed_widths(tmp_path: Path) -> None:
     ],
 )
 def test_refused_grids(grid: Any, cause: str, remedy: str) -> None:
-    found = declaration.refusals(get("compressed-tensors"), [replace(LAYER, grid=grid)], torch.bfloat16)
+    found = refusals(get("compressed-tensors"), [replace(LAYER, grid=grid)], torch.bfloat16)
     assert len(found) == 1
     assert found[0].layer == LAYER.name
     assert cause in found[0].cause
@@ -107,6 +109,17 @@ def test_joined_layers_must_be_alike(tmp_path: Path) -> None:
     report = write(model, "compressed-tensors", tmp_path / "lossy", allow_lossy=True)
     assert [name.rpartition(".")[2] for name in report.changed] == ["q_proj", "k_proj"]
     assert 0 < report.relative_error < 0.01
+
+
+def test_layers_are_joined_only_where_all_parts_are_there(tmp_path: Path) -> None:
+    """An MLP without a gate has an `up_proj`, too, and a gate of attention may be called `gate_proj`."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = ArceeConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    model = tt.prepare(
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), Rtn(), [everywhere(bits=4, group=32)]
+    )
+    assert {layer.joined for layer in layers_of(model)} == {("q_proj", "k_proj", "v_proj"), ()}
+    assert write(model, "compressed-tensors", tmp_path / "out").kind == "exact"
 
 
 def test_one_engine_that_cannot(tmp_path: Path) -> None:

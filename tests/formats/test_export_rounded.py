@@ -19,8 +19,9 @@ import tiny
 import trimtab as tt
 from exported import EMBEDDING, IDS, everywhere, linears, logits, prepared, shake, tensors, write
 from trimtab.errors import UserError
-from trimtab.formats import declaration, get, table
+from trimtab.formats import get, table
 from trimtab.formats.declaration import Layer
+from trimtab.formats.refusals import refusals
 from trimtab.methods import LrQat
 from trimtab.pipeline.run import run
 from trimtab.quant.grid import Grid
@@ -95,7 +96,7 @@ def layer(grid: Grid, kind: tt.Activations) -> Layer:
     ],
 )
 def test_refused(grid: Grid, kind: Any, engine: str | None, words: str | None) -> None:
-    found = declaration.refusals(get("compressed-tensors"), [layer(grid, kind)], torch.bfloat16, engine)
+    found = refusals(get("compressed-tensors"), [layer(grid, kind)], torch.bfloat16, engine)
     assert len(found) == (words is not None)
     if words is not None:
         assert re.search(words, str(found[0])), found[0]

@@ -16,15 +16,21 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 import trimtab as tt
-from gguf_models import EOS, FAMILIES, GEMMA, QWEN2, SIZES, byte_level_tokenizer, random_model
+from gguf_models import EOS, FAMILIES, GEMMA, QWEN2, SIZES, WRITTEN, byte_level_tokenizer, random_model
 from trimtab.errors import UserError
 from trimtab.formats.gguf import families
 from trimtab.formats.gguf.read import GgufSource
@@ -46,6 +52,10 @@ LLAMA3 = {
     "rope_theta": 5e5,
 }
 ODD = {**LLAMA3, "low_freq_factor": 1.5, "high_freq_factor": 5.0, "original_max_position_embeddings": 100}
+OTHER_BASE = {
+    "full_attention": {**BASE, "rope_type": "default"},
+    "sliding_attention": {"rope_theta": 500.0, "rope_type": "default"},
+}
 LOCAL = {**BASE, "rope_type": "default"}
 CONFIGS: dict[str, Any] = {
     **FAMILIES,
@@ -68,10 +78,13 @@ CONFIGS: dict[str, Any] = {
         final_logit_softcapping=3.0,
         rope_parameters={"full_attention": LINEAR, "sliding_attention": LOCAL},
     ),
+    "phi3": WRITTEN["phi3"],
+    "phi4": WRITTEN["phi4"],
 }
 
 
-ONE = [{"match": "*.0.mlp.up_proj", "grid": {"bits": 8, "group": 32, "scale_dtype": "float16"}}]
+EVERY = {**FAMILIES, **WRITTEN}
+ONE = [{"match": "*.0.mlp.*up_proj", "grid": {"bits": 8, "group": 32, "scale_dtype": "float16"}}]
 RULES = [*ONE, {"match": "*", "grid": None}]
 
 
@@ -344,7 +357,13 @@ def test_a_part_of_a_split_file_is_named(llama: Path) -> None:
         (Gemma3TextConfig(**SIZES, **GEMMA, attn_logit_softcapping=5.0), r"attn_logit_softcapping 5\.0"),
         (LlamaConfig(**SIZES, rope_parameters={**YARN, "truncate": False}), "other rotary frequencies"),
         (LlamaConfig(**SIZES, rope_parameters={**YARN, "beta_fast": 8.0, "beta_slow": 2.0}), "other rotary frequen"),
-        (LlamaConfig(**SIZES, rope_parameters={**LINEAR, "partial_rotary_factor": 0.5}), "other rotary frequencies"),
+        (LlamaConfig(**SIZES, rope_parameters={**LINEAR, "partial_rotary_factor": 0.5}), "of which 16 are rotated"),
+        (Olmo2Config(**QWEN2, tie_word_embeddings=True), "a head that is the embedding"),
+        (OlmoConfig(**QWEN2, attention_bias=True), "attention_bias"),
+        (Phi3Config(**QWEN2, sliding_window=16), "sliding_window 16"),
+        (Olmo3Config(**QWEN2, rope_parameters=OTHER_BASE), r"rope_theta 500\.0 in layers with a window"),
+        (SmolLM3Config(**QWEN2, no_rope_layers=[1, 1, 0]), r"no_rope_layers \[1, 1, 0\]"),
+        (Glm4Config(**SIZES, rope_parameters={**LLAMA3, "partial_rotary_factor": 0.5}), r"rope_type llama3 \(it takes"),
     ],
     ids=str,
 )
@@ -355,15 +374,15 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(config: Any, cause: s
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_field_of_a_config_that_is_not_known_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = families._COMPUTED | families._OF_NO_MATTER
-    assert set(type(FAMILIES[name])().to_dict()) - known <= {"is_encoder_decoder"}
+    known = {*families.family(EVERY[name]).factors.values(), *families._COMPUTED, *families._OF_NO_MATTER}
+    assert set(type(EVERY[name])().to_dict()) - known <= {"is_encoder_decoder"}
     monkeypatch.setattr(families, "_COMPUTED", families._COMPUTED - {"hidden_size"})
     with pytest.raises(UserError, match=r"hidden_size 64, which llama\.cpp does not"):
-        written(FAMILIES[name], tmp_path)
+        written(EVERY[name], tmp_path)
 
 
 def test_a_tuned_file_keeps_its_keys_and_is_not_written_for_another_model(llama: Path, tmp_path: Path) -> None:

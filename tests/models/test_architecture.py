@@ -34,6 +34,7 @@ from trimtab.models import decoder
 from trimtab.models.architecture import (
     FAMILIES,
     FUSED,
+    WRITTEN,
     Architecture,
     architecture_of,
     rope,
@@ -293,7 +294,8 @@ def test_pruning_knows_every_family(name: str) -> None:
 def test_another_model_has_blocks_and_fused_layers_by_name(name: str) -> None:
     model = skeleton(OTHERS[name])
     found = architecture_of(model)
-    assert (found.model_type, found.known, found.gguf, found.mlx) == (name, False, None, None)
+    written = WRITTEN[name].gguf if name in WRITTEN else None
+    assert (found.model_type, found.known, found.gguf, found.mlx) == (name, False, written, None)
     assert decoder.block_names(model) == [f"{LISTS[name]}.{i}" for i in range(len(decoder.blocks(model)))]
     searched = {u.name: [last_part(n) for n in u.layers] for u in units(model, "fusion")}
     first = {n.removeprefix(f"{LISTS[name]}.0."): layers for n, layers in searched.items() if ".layers.0." in n}

@@ -17,7 +17,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
-from transformers import SmolLM3Config as SmolLm3Config
 
 from trimtab.evaluation import serving
 from trimtab.formats.gguf.vocabulary import PRE_TOKENIZERS, vocabulary
@@ -27,7 +26,7 @@ from trimtab.models.prepare import fold, prepare
 from trimtab.models.transformers_bridge import quant_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from gguf_models import FAMILIES, QWEN2, SIZES, byte_level_tokenizer, random_model
+from gguf_models import FAMILIES, QWEN2, SIZES, WRITTEN, byte_level_tokenizer, random_model
 
 PYTHON = os.environ.get("TRIMTAB_LLAMA_CPP_PYTHON")
 
@@ -41,11 +40,11 @@ LLAMA3 = {
 }
 CONFIGS: dict[str, Any] = {
     **FAMILIES,
+    **WRITTEN,
     "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "linear": LlamaConfig(**SIZES, rope_parameters={**ROPE, "rope_type": "linear"}),
     "llama3": LlamaConfig(**SIZES, rope_parameters={**ROPE, **LLAMA3}),
     "yarn": Qwen2Config(**QWEN2, rope_parameters={**ROPE, "rope_type": "yarn", "original_max_position_embeddings": 16}),
-    "smollm3": SmolLm3Config(**{**QWEN2, "num_hidden_layers": 5}),
 }
 
 

@@ -58,6 +58,17 @@ class Layer:
     """How the model rounds keys and values."""
     expert: Holding = ""
     """How the family's checkpoints hold it, where it is an expert's matrix."""
+    beside: frozenset[str] = frozenset()
+    """Last parts of the names of its owner's linear layers, its own among them."""
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """Last parts of the names of the layers that engines join with it, itself among them.
+
+        Empty where a part is not there: the `up_proj` of a plain MLP has no gate beside it.
+        """
+        last = self.name.rpartition(".")[2]
+        return next((parts for parts in FUSED if last in parts and self.beside.issuperset(parts)), ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +225,7 @@ class Format(ABC):
         for feature, words in features(config):
             if chosen and all(feature in x.lacks for x in chosen):
                 raise UserError(
-                    f"export: {self.name}: {words}, which {_words(x.name for x in chosen)} would compute otherwise; "
+                    f"export: {self.name}: {words}, which {in_words(x.name for x in chosen)} would compute otherwise; "
                     "export for another engine, or to another format"
                 )
 
@@ -263,15 +274,15 @@ def _takes(form: Form, scale_dtype: str, dtype: torch.dtype) -> bool:
 
 def _remedy(forms: Sequence[Form], what: str, dtype: torch.dtype) -> str:
     if what == "bits":
-        return f"use a grid of {_words(sorted({b for f in forms for b in f.bits}))} bits"
+        return f"use a grid of {in_words(sorted({b for f in forms for b in f.bits}))} bits"
     if what == "zeros":
-        return f"use `zero: {_words(dict.fromkeys(z for f in forms for z in f.zeros))}`"
+        return f"use `zero: {in_words(dict.fromkeys(z for f in forms for z in f.zeros))}`"
     if what == "channel":
         return f"use a group that is a multiple of {min(f.group_of for f in forms)}"
     if what == "group_of":
-        return f"use a group that is a multiple of {_words(sorted({f.group_of for f in forms}))}"
+        return f"use a group that is a multiple of {in_words(sorted({f.group_of for f in forms}))}"
     fits = [name for name in _EXACT for f in forms if _takes(f, name, dtype)]
-    return f"use `scale_dtype: {_words(dict.fromkeys(fits))}`"
+    return f"use `scale_dtype: {in_words(dict.fromkeys(fits))}`"
 
 
 def widened(format_: Format, layers: Sequence[Layer], forms: dict[str, Form], dtype: torch.dtype) -> list[str]:
@@ -296,109 +307,7 @@ def widened(format_: Format, layers: Sequence[Layer], forms: dict[str, Form], dt
     ]
 
 
-def _words(items: Iterable[Any]) -> str:
+def in_words(items: Iterable[Any]) -> str:
+    """`a, b or c`."""
     words = [str(item) for item in items]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def refusals(format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engine: str | None = None) -> list[Refusal]:
-    """Why these layers cannot be written, first layer first; empty if they can, and an engine runs the result.
-
-    Args:
-        format_: where to.
-        layers: the quantized layers of a model, and those that keep an adapter.
-        dtype: what the model computes in.
-        engine: the one engine that has to run the result; None for any that reads the format.
-    """
-    strange = next((x for x in layers if x.expert and x.expert not in format_.experts), None)
-    if strange is not None and not format_.everything:
-        cause = f"{strange.name} is one, and {format_.name} holds none"
-        if format_.experts:
-            cause += " of a family whose checkpoints keep all of them in one tensor"
-        return [
-            Refusal("the model's experts", cause, "export to dense or to another engine's format, or keep to native")
-        ]
-    found = [f for layer in layers if isinstance(f := format_.form(layer, dtype), Refusal)]
-    whole = format_.model_refusal(layers)
-    found += [] if whole is None else [whole]
-    if found or format_.everything:
-        return found
-    chosen = [format_.engine(engine)] if engine else list(format_.engines)
-    objections = {e.name: not_run(e, format_, layers, dtype) for e in chosen}
-    if all(objections.values()):
-        return next(iter(objections.values()))
-    # An engine that would run all else is not to be lost over layers that it joins.
-    fusing = [e.name for e in chosen if e.fuses and not objections[e.name]]
-    return _unlike_in_fusion(format_, layers, dtype, fusing) if fusing else []
-
-
-def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> list[Refusal]:
-    """Why an engine does not run layers that the format holds."""
-    packed = [x for x in layers if isinstance(x.grid, Grid) and format_.form(x, dtype) is not DENSE]
-    found = []
-    for layer in packed:
-        grid = layer.grid
-        assert isinstance(grid, Grid)
-        alone = layer.inputs is None and grid.zero in engine.alone
-        objection = _objection(engine, layer.inputs, grid)
-        if objection is None and alone and len({x.grid and x.grid.describe() for x in packed}) > 1:
-            cause = f"has a zero that is {grid.zero} in a model of several grids"
-            objection = cause, "give all layers one grid, or other zeros"
-        if objection is not None:
-            cause, remedy = objection
-            cause = f"{cause}, which {engine.name} does not run in {format_.name}"
-            found.append(Refusal(layer.name, cause, f"{remedy}; see `trimtab formats` for what engines run"))
-    return found
-
-
-def _objection(engine: Engine, inputs: Activations | None, grid: Grid) -> tuple[str, str] | None:
-    """The first property of a layer that an engine does not run, and what it runs instead; None if it runs the layer."""
-    left: list[Engine | Rounded] = [engine]
-    beside = ""
-    if inputs is not None:
-        left, beside = [r for r in engine.rounded if inputs in r.inputs], f" with {inputs.describe()} inputs"
-        if not left:
-            kinds = dict.fromkeys(i.describe() for r in engine.rounded for i in r.inputs)
-            return f"has {inputs.describe()} inputs", f"use {_words(kinds or ['inputs in float'])}"
-    of_bits = [x for x in left if grid.bits in x.bits]
-    if not of_bits:
-        return f"has {grid.bits} bits{beside}", f"use {_words(sorted({b for x in left for b in x.bits}))}"
-    of_zero = [x for x in of_bits if grid.zero in x.zeros]
-    if not of_zero:
-        zeros = dict.fromkeys(z for x in of_bits for z in x.zeros)
-        return f"has a zero that is {grid.zero}{beside}", f"use {_words(zeros)}"
-    if not any(x.groups is None or grid.group in x.groups for x in of_zero):
-        groups = dict.fromkeys("per channel" if g is None else g for x in of_zero for g in x.groups or ())
-        return f"is {grid.describe()}{beside}", f"use a group of {_words(groups)}"
-    return None
-
-
-def _unlike_in_fusion(
-    format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engines: list[str]
-) -> list[Refusal]:
-    by_name = {layer.name: layer for layer in layers}
-    parents = dict.fromkeys(name.rpartition(".")[0] for name in by_name)
-    found = []
-    for parent in parents:
-        for parts in FUSED:
-            together = [by_name.get(f"{parent}.{part}") for part in parts]
-            first = next((layer for layer in together if layer is not None), None)
-            if first is None:
-                continue
-            kinds = {_scheme(format_, layer, dtype) for layer in together}
-            if len(kinds) > 1:
-                each = ", ".join(f"{p} {_scheme(format_, x, dtype)}" for p, x in zip(parts, together, strict=True))
-                remedy = "give them one grid in `rules`, or export with --engine for one that keeps them apart"
-                found.append(
-                    Refusal(
-                        first.name, f"{_words(engines)} joins {'/'.join(parts)}, which differ here ({each})", remedy
-                    )
-                )
-    return found
-
-
-def _scheme(format_: Format, layer: Layer | None, dtype: torch.dtype) -> str:
-    """What must be equal in layers that are joined."""
-    if layer is None or layer.grid is None or format_.form(layer, dtype) is DENSE:
-        return "float"
-    return layer.grid.describe() if layer.inputs is None else f"{layer.grid.describe()}, {layer.inputs.describe()}"

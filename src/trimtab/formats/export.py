@@ -24,11 +24,12 @@ from trimtab.errors import UserError
 from trimtab.evaluation.perplexity import perplexity
 from trimtab.formats import get, writer
 from trimtab.formats.card import card
-from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Writing, refusals, widened
+from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, Writing, widened
 from trimtab.formats.directory import check_replaceable, replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.formats.lossy import Change, make_room
 from trimtab.formats.manifest import MANIFEST, add, entries, write_json
+from trimtab.formats.refusals import refusals
 from trimtab.formats.written import layers_of, planned
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.load import load

@@ -18,10 +18,11 @@ import torch
 
 from trimtab.errors import UserError
 from trimtab.formats import ALL
-from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal, refusals
+from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal
 from trimtab.formats.file_size import layer_bytes
 from trimtab.formats.gguf.blocks import SUPER_TYPES, TYPES
 from trimtab.formats.mlx.write import GROUPS, width
+from trimtab.formats.refusals import refusals
 from trimtab.formats.written import planned
 from trimtab.methods.base import Method
 from trimtab.models.targets import Target
@@ -143,7 +144,10 @@ def _matrix(format_: Format, layer: Layer, form: Form, dtype: torch.dtype) -> in
         return codes + groups * (2 * n + _words(n * grid.bits)) + 4 * k
     if form.width == 8:  # whole bytes, where inputs are rounded
         return n * k + n * groups * (dtype.itemsize + zeros)
-    return n * _words(k * grid.bits) + n * groups * dtype.itemsize + zeros * groups * _words(n * grid.bits) + 16
+    # Each layer has its shape beside it, and checkpoints that hold each expert by itself hold gate and up apart.
+    layers = 2 if layer.expert == "alone" and layer.name.endswith(".gate_up_proj") else 1
+    in_zeros = zeros * groups * layers * _words(n // layers * grid.bits)
+    return n * _words(k * grid.bits) + n * groups * dtype.itemsize + in_zeros + 16 * layers
 
 
 def _words(bits: int) -> int:

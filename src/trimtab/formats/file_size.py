@@ -28,6 +28,7 @@ from trimtab.errors import UserError
 from trimtab.formats.written import folded, of_target, plug
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
+from trimtab.models.opening import leave_unmarked
 from trimtab.models.prepare import prepare_meta
 from trimtab.models.simulate import rounding
 from trimtab.models.targets import Target
@@ -145,6 +146,7 @@ def file_size(
     for name, layer in quant_layers(model).items():
         if isinstance(layer, QuantLinear):
             model.set_submodule(name, folded(layer, merge))
+    leave_unmarked(model)
     ours = [n for n, layer in quant_layers(model).items() if isinstance(layer, QuantEmbedding) or not layer.tied]
     left_out = getattr(model, "all_tied_weights_keys", {})
     entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in left_out]

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trimtab.formats.declaration import Engine, Form, Format, Layer, Refusal, not_run
+from trimtab.formats.declaration import Engine, Form, Format, Layer, Refusal
 from trimtab.formats.dense.write import matrix
+from trimtab.formats.refusals import not_run
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
-from trimtab.models.architecture import FUSED
 from trimtab.models.finite import require_held
 from trimtab.quant.grid import Grid, Zero
 
@@ -90,9 +90,8 @@ def _capacity(grid: Grid) -> tuple[int, bool]:
 
 def _joined(layer: Layer, by_name: dict[str, Layer]) -> list[Layer]:
     """The layers that engines join with this one, itself among them; those that are not ours are in float."""
-    parent, _, last = layer.name.rpartition(".")
-    parts = next((parts for parts in FUSED if last in parts), ())
-    return [by_name.get(f"{parent}.{p}", replace(layer, name=f"{parent}.{p}", grid=None)) for p in parts]
+    parent = layer.name.rpartition(".")[0]
+    return [by_name.get(f"{parent}.{p}", replace(layer, name=f"{parent}.{p}", grid=None)) for p in layer.joined]
 
 
 def _change(model: Any, layer: Layer, grid: Grid | None, dtype: torch.dtype) -> Change:

@@ -21,6 +21,7 @@ from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
 from trimtab.models.opening import owners_of_experts
+from trimtab.models.replaceable import linears_beside
 from trimtab.models.saved_names import holding
 from trimtab.models.targets import Target
 from trimtab.models.transformers_bridge import quant_layers
@@ -52,7 +53,9 @@ def of_target(
         activations: how inputs are rounded, or None.
         fold: False leaves it as it is trained.
     """
-    return _of_target(replace(target, name="", rank=None), target.method(method), dtype, merge, activations, fold)
+    return _of_target(
+        replace(target, name="", rank=None, beside=frozenset()), target.method(method), dtype, merge, activations, fold
+    )
 
 
 @cache
@@ -88,7 +91,9 @@ def folded(layer: QuantLinear, merge: bool) -> QuantLinear:
     return QuantLinear(base, None, layer.bias, inputs=layer.inputs)
 
 
-def describe(name: str, kind: Kind, layer: Ours, kv: KvCache | None, expert: Holding = "") -> Layer:
+def describe(
+    name: str, kind: Kind, layer: Ours, kv: KvCache | None, beside: frozenset[str], expert: Holding = ""
+) -> Layer:
     """What a format is told of a layer."""
     adapter, inputs = getattr(layer, "adapter", None), getattr(layer, "inputs", None)
     return Layer(
@@ -100,6 +105,7 @@ def describe(name: str, kind: Kind, layer: Ours, kv: KvCache | None, expert: Hol
         inputs=None if inputs is None else inputs.kind,
         kv=kv,
         expert=expert,
+        beside=beside,
     )
 
 
@@ -113,10 +119,11 @@ def layers_of(model: "PreTrainedModel") -> list[Layer]:
         return "tied" if layer.tied else "head" if layer is head else "linear"
 
     experts, held = owners_of_experts(model), holding(model)
-    return [
-        describe(name, kind(layer), layer, kv, held if name.rsplit(".", 2)[0] in experts else "")
-        for name, layer in quant_layers(model).items()
-    ]
+    found = []
+    for name, layer in quant_layers(model).items():
+        expert = held if name.rsplit(".", 2)[0] in experts else ""
+        found.append(describe(name, kind(layer), layer, kv, linears_beside(model, name), expert))
+    return found
 
 
 def planned(
@@ -133,4 +140,4 @@ def planned(
     """
     fold = format_.adapters != "kept" or method.adapter is None or method.adapter.acts_in_codes
     options: dict[str, Any] = {"merge": merge, "activations": activations, "fold": fold}
-    return [describe(t.name, t.kind, of_target(t, method, **options), kv, t.expert) for t in targets]
+    return [describe(t.name, t.kind, of_target(t, method, **options), kv, t.beside, t.expert) for t in targets]

@@ -16,7 +16,7 @@ looked for in it, since a factor that is not noticed would make a wrong loss and
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from torch import nn
@@ -82,12 +82,20 @@ class Gguf:
     `query_pre_attn_scalar` is no key of the family."""
     caps: bool = False
     """Whether it always caps scores of attention, and logits; else it caps logits where a file says so."""
-    biases: bool = False
-    """Whether attention's output and the MLP may have biases; queries, keys and values may in every family."""
-    divided_rope: bool = False
-    """Whether its rotary frequencies may be divided one by one, as Llama 3's scaling needs."""
-    tied: bool = False
-    """Whether it always reads the head from the embedding."""
+    biases: frozenset[str] = frozenset()
+    """Which keys of the config may ask for biases."""
+    ropes: frozenset[str] = frozenset({"linear", "yarn"})
+    """Scalings of rotary frequencies that it computes, by transformers' `rope_type`."""
+    windowed_base: bool = False
+    """Whether layers with a sliding window have a rotary base of their own."""
+    partial_rotary: bool = False
+    """Whether it may rotate a part of a head."""
+    head: Literal["tied", "apart", "either"] = "either"
+    """Whether it reads the head from the embedding: always, never, or where a file has no other."""
+    epsilon: float | None = None
+    """Of norms that have no parameters; None where norms have, and the config says theirs."""
+    factors: Mapping[str, str] = field(default_factory=dict)
+    """Numbers that it multiplies, divides or clamps by: keys of the file, by keys of the config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +154,8 @@ class Architecture:
 
 _ROPES: frozenset[Feature] = frozenset({"linear", "llama3", "yarn"})
 _BIASES: frozenset[Feature] = frozenset({"attention bias", "MLP bias"})
+_BIAS_KEYS = frozenset({"attention_bias", "mlp_bias"})
+_LLAMA_ROPES = frozenset({"linear", "yarn", "llama3"})
 _GEMMA: dict[str, Any] = {"embedding_scale": "scalar_embed_scale"}
 _CAPS: dict[str, Any] = {"softcap": "final_logit_softcapping", "attention_softcap": "attn_logit_softcapping"}
 _GEMMA_GGUF: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "norm_shift": 1.0}
@@ -155,13 +165,13 @@ FAMILIES: Mapping[str, Architecture] = {
     for family in (
         Architecture(
             model_type="llama",
-            gguf=Gguf(architecture="llama", permuted=True, biases=True, divided_rope=True),
+            gguf=Gguf(architecture="llama", permuted=True, biases=_BIAS_KEYS, ropes=_LLAMA_ROPES),
             mlx=Mlx(computes=_ROPES | _BIASES),
         ),
         Architecture(
             model_type="mistral",
             window_everywhere=True,
-            gguf=Gguf(architecture="llama", permuted=True, biases=True, divided_rope=True),
+            gguf=Gguf(architecture="llama", permuted=True, biases=_BIAS_KEYS, ropes=_LLAMA_ROPES),
             mlx=Mlx(computes=_ROPES | _BIASES),
         ),
         Architecture(
@@ -194,19 +204,66 @@ FAMILIES: Mapping[str, Architecture] = {
                 window_every=2,
                 large_layers=46,
                 caps=True,
-                tied=True,
+                head="tied",
             ),
         ),
         Architecture(
             model_type="gemma3_text",
             **_GEMMA,
             **_CAPS,
-            gguf=Gguf(architecture="gemma3", **_GEMMA_GGUF, window_every=6, large_layers=62),
+            gguf=Gguf(architecture="gemma3", **_GEMMA_GGUF, window_every=6, windowed_base=True, large_layers=62),
             mlx=Mlx(periodic=True, computes=frozenset({"windows", "linear"})),
         ),
     )
 }
 """By transformers' `model_type`."""
+
+WRITTEN: Mapping[str, Architecture] = {
+    family.model_type: family
+    for family in (
+        Architecture(
+            model_type="phi3",
+            window_everywhere=True,
+            implied_head_dim=True,
+            gguf=Gguf(architecture="phi3", ropes=frozenset({"longrope"}), partial_rotary=True),
+        ),
+        Architecture(
+            model_type="granite",
+            gguf=Gguf(
+                architecture="granite",
+                permuted=True,
+                biases=_BIAS_KEYS,
+                ropes=_LLAMA_ROPES,
+                factors={
+                    "attention.scale": "attention_multiplier",
+                    "embedding_scale": "embedding_multiplier",
+                    "residual_scale": "residual_multiplier",
+                    "logit_scale": "logits_scaling",
+                },
+            ),
+        ),
+        Architecture(
+            model_type="glm4",
+            gguf=Gguf(architecture="glm4", biases=frozenset({"attention_bias"}), partial_rotary=True),
+        ),
+        Architecture(
+            model_type="olmo",
+            implied_head_dim=True,
+            gguf=Gguf(architecture="olmo", permuted=True, epsilon=1e-5, factors={"attention.clamp_kqv": "clip_qkv"}),
+        ),
+        Architecture(
+            model_type="olmo2",
+            implied_head_dim=True,
+            gguf=Gguf(architecture="olmo2", head="apart"),
+        ),
+        Architecture(
+            model_type="olmo3",
+            implied_head_dim=True,
+            gguf=Gguf(architecture="olmo2", head="apart", window_every=4),
+        ),
+    )
+}
+"""Families of which nothing is described but how GGUF holds them; all else is derived."""
 
 IN_WORDS = "Llama, Mistral, Qwen2, Qwen3, SmolLM and Gemma"
 """The families as people call them."""
@@ -223,8 +280,8 @@ def architecture_of(model_or_config: Any) -> Architecture:
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     blocks = _first_list(model_or_config) if live else None
-    return Architecture(
-        model_type=model_type,
+    return replace(
+        WRITTEN.get(model_type, Architecture(model_type=model_type)),
         known=False,
         blocks=blocks,
         norm=None if blocks is None else _norm_beside(model_or_config, blocks),
@@ -263,7 +320,8 @@ def softcap(config: Any) -> float | None:
 def windowed(config: Any) -> list[bool]:
     """Which layers see a sliding window instead of everything before a token."""
     if architecture_of(config).window_everywhere:
-        return [config.sliding_window is not None] * config.num_hidden_layers
+        window = config.sliding_window  # one that no context outgrows hides nothing: Phi-3's of 262,144 tokens
+        return [window is not None and window < config.max_position_embeddings] * config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [kind == "sliding_attention" for kind in kinds]
 
@@ -272,6 +330,7 @@ class Rope(NamedTuple):
     """Parameters of rotary embeddings, by transformers' keys."""
 
     full: dict[str, Any]
+    """Empty where these layers rotate nothing."""
     windowed: dict[str, Any] | None
     """Of layers with a sliding window, where these have their own."""
 
@@ -279,13 +338,12 @@ class Rope(NamedTuple):
 def rope(config: Any) -> Rope:
     """The rotary embeddings of a config, which has one set of parameters or one for each kind of layer."""
     parameters = config.rope_parameters
-    return Rope(parameters.get("full_attention", parameters), parameters.get("sliding_attention"))
+    return Rope(parameters.get("full_attention", parameters) or {}, parameters.get("sliding_attention"))
 
 
 def features(config: Any) -> Iterator[tuple[Feature, str]]:
     """What the config of a text model asks for that one reader or another lacks, each with a word for it."""
     family = architecture_of(config)
-    heads, d = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
     if any(windowed(config)):
         yield "windows", f"a sliding window of {getattr(config, 'sliding_window', None)} tokens"
     caps: tuple[tuple[Feature, str | None], ...] = (
@@ -299,8 +357,10 @@ def features(config: Any) -> Iterator[tuple[Feature, str]]:
     for feature, key in biases:
         if getattr(config, key, False):
             yield feature, key
-    if family.implied_head_dim and heads and d and heads * d != config.hidden_size:
-        yield "implied heads", f"head_dim {d} with {heads} heads of {config.hidden_size} features"
+    if family.implied_head_dim:  # of other families it may be one for each layer, and then reading it raises
+        heads, d = config.num_attention_heads, getattr(config, "head_dim", None)
+        if d and heads * d != config.hidden_size:
+            yield "implied heads", f"head_dim {d} with {heads} heads of {config.hidden_size} features"
     if getattr(config, "rope_parameters", None):
         yield from _rope_features(rope(config).full)
 

@@ -35,9 +35,26 @@ def open_experts(model: nn.Module, layers: Iterable[str] | None = None) -> None:
 
 def hold_the_rest(model: nn.Module) -> None:
     """What no rule gives a grid in experts that are open is stored in float: their stacks, in which it stood, are gone."""
-    for module in model.modules():
-        for _, expert in module.named_children() if isinstance(module, QuantExperts) else ():
-            for own, layer in list(expert.named_children()):
-                if isinstance(layer, nn.Linear):
-                    bias: Any = layer.bias
-                    expert.add_module(own, QuantLinear(DenseWeight(layer.weight.detach()), None, bias))
+    for name, layer in _in_open_experts(model):
+        if isinstance(layer, nn.Linear):
+            bias: Any = layer.bias
+            model.set_submodule(name, QuantLinear(DenseWeight(layer.weight.detach()), None, bias))
+    leave_unmarked(model)
+
+
+def leave_unmarked(model: nn.Module) -> None:
+    """Have no marker in the file for an expert: transformers would make a stack of those, by their names."""
+    for _, layer in _in_open_experts(model):
+        if isinstance(layer, QuantLinear):
+            layer.marked = False
+
+
+def _in_open_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{name}.{expert}.{own}", layer)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantExperts)
+        for expert, layers in module.named_children()
+        for own, layer in layers.named_children()
+        if expert.isdecimal()
+    ]

@@ -188,9 +188,6 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
     """`prepare` with rules that are parsed already. A model that it fails on is left as it was."""
     tuning.for_models()
     todo = targets(model, method, rules)
-    open_experts(model, (target.name for target in todo))
-    for target in todo:
-        refuse(target.name, model.get_submodule(target.name), loaded=True)
 
     def put(target: Target, hessian_KK: Tensor | None = None) -> None:
         old: Any = model.get_submodule(target.name)
@@ -203,6 +200,9 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
 
     first = not quant_layers(model)
     with put_back_on_failure(model):
+        open_experts(model, (target.name for target in todo))
+        for target in todo:
+            refuse(target.name, model.get_submodule(target.name), loaded=True)
         if start is None:
             for target in todo:
                 put(target)

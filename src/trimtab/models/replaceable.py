@@ -202,6 +202,12 @@ def _linear(module: Any) -> bool:
     return isinstance(module, QuantLinear | nn.Linear)
 
 
+def linears_beside(model: Any, name: str) -> frozenset[str]:
+    """Last parts of the names of the linear layers that one layer's owner has, its own among them."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return frozenset(child for child, module in owner.named_children() if _linear(module))
+
+
 def plain_embedding(module: nn.Module) -> bool:
     """Whether an embedding gives out rows of its weight, or rows times a number that it declares as Gemma's does."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
@@ -240,13 +246,22 @@ def _slow_path_only(owner: nn.Module, config: Any) -> bool:
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
+_NO_GRADIENT: Mapping[str, str] = {
+    "reformer": "its reversible blocks pass no gradient on where what is before them is frozen, and its attention hashes "
+    "at random",
+}
+"""Families that cannot be tuned with all but adapters frozen, and why."""
+
 
 def refuse_model(model: Any) -> None:
     """Refuse a model that another library has wrapped or quantized.
 
     Raises:
-        UserError: naming the library and the remedy.
+        UserError: naming the library and the remedy, or the family.
     """
+    family = getattr(text_config(model), "model_type", "")
+    if family in _NO_GRADIENT:
+        raise UserError(f"{family} models are not tuned: {_NO_GRADIENT[family]}; use a model of another family")
     for name, module in model.named_modules():
         library = type(module).__module__.partition(".")[0]
         if library == "peft":

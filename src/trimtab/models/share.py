@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.layers.linear import QuantLinear
+from trimtab.models.opening import owners_of_experts
 from trimtab.models.prepared import quant_layers
 from trimtab.models.replaceable import ELSEWHERE, ROUTER, is_router, layers_of, outside_of
 
@@ -100,7 +101,7 @@ def _reasons(model: Any) -> Any:
     """A function from a parameter and the name of its module to what it is and why it is in float."""
     offered, left = layers_of(model)
     modules = dict(model.named_modules())
-    outside = outside_of(model)
+    outside, open_or_not = outside_of(model), owners_of_experts(model)
 
     def reason(owner: str, p: nn.Parameter) -> tuple[str, str]:
         if f"{owner}.".startswith(outside):
@@ -113,6 +114,8 @@ def _reasons(model: Any) -> Any:
             return what, "no rule gives it a grid" if what != "layers" else "no rule gives them a grid"
         if p.dim() < 2:
             return _SMALL
+        if owner in open_or_not:
+            return "experts", "no rule gives them a grid"
         if "experts" in owner.split("."):
             return "experts", "fused into one tensor"
         if is_router(owner, modules):

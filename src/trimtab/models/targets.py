@@ -19,7 +19,7 @@ from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
 from trimtab.models.opening import owners_of_experts
 from trimtab.models.origin import grids_of
-from trimtab.models.replaceable import layers_of, refuse, refuse_model
+from trimtab.models.replaceable import layers_of, linears_beside, refuse, refuse_model
 from trimtab.models.saved_names import holding
 from trimtab.quant.grid import AnyGrid, group_size
 from trimtab.recipe.rules import Kind, Placement, Rule, ranks, resolve
@@ -43,6 +43,8 @@ class Target:
     """Of its adapter, where that is not the method's."""
     expert: Holding = ""
     """How the family's checkpoints hold it, where it is an expert's matrix."""
+    beside: frozenset[str] = frozenset()
+    """Last parts of the names of its owner's linear layers, its own among them."""
     untrained: str = ""
     """Why the method cannot train on the grid that the layer keeps; it stays as it is then, without an adapter."""
 
@@ -112,9 +114,19 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             continue
         grid = None if isinstance(placement, str) else placement
         rank = own_ranks.get(name) if kind in ("linear", "head") else None
-        target = Target(name, kind, _shape(module), grid, getattr(module, "bias", None) is not None, rank)
-        if name.rsplit(".", 2)[0] in experts:
-            target = replace(target, expert=held)
+        expert = held if name.rsplit(".", 2)[0] in experts else ""
+        target = Target(
+            name,
+            kind,
+            _shape(module),
+            grid,
+            getattr(module, "bias", None) is not None,
+            rank,
+            beside=frozenset()
+            if expert
+            else linears_beside(model, name),  # of one that is not open there is no owner yet
+            expert=expert,
+        )
         found.append(_checked(target, module, method, name in kept))
     return sorted(found, key=lambda t: t.kind != "embedding")
 

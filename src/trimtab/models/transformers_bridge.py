@@ -34,7 +34,7 @@ from trimtab.models.buffers import guard, keep_with_state, not_remade
 from trimtab.models.finite import require_finite
 from trimtab.models.kv_cache import current, install
 from trimtab.models.offloading import follow, refuse_other_parting
-from trimtab.models.opening import open_experts
+from trimtab.models.opening import leave_unmarked, open_experts
 from trimtab.models.origin import remember
 from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
 from trimtab.quant import packing
@@ -299,11 +299,11 @@ def settle(model: nn.Module) -> None:
     """What holds for a model of ours from now on: its class answers for it, buffers outlive casts, layers have names."""
     become_prepared(model)
     guard(model)
+    leave_unmarked(model)
     whole: Any = model
     head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, layer in quant_layers(model).items():
         layer.name = name
-        layer.marked = not isinstance(model.get_submodule(name.rsplit(".", 2)[0]), QuantExperts)
         if layer is head and isinstance(layer, QuantLinear):
             layer.head_dtype = compute_dtype(model)
 

@@ -9,10 +9,12 @@ be another model. What is written is held against the model once more (`settings
 
         row of the file      h 2i + j  of head h    <-  row i + j d/2 of the same head      d rows a head, j in {0, 1}
 
-    Qwen2, Qwen3, Gemma      their own    rows as they are
+    Granite, OLMo, SmolLM3   their own    the same order
+    Qwen, Gemma, Phi, OLMo 2 their own    rows as they are; fused q, k, v and fused gate and up stay fused
+    GLM-4                    its own      rows as they are: there transformers rotates neighbours, too
     Gemma                                 norms hold 1 + w, since transformers multiplies by that and llama.cpp by the norm
 
-Legend: d head dimension.
+Legend: d head dimension, r of which are rotated.
 """
 
 import math
@@ -24,9 +26,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimtab.errors import UserError
-from trimtab.formats.gguf import rotary
-from trimtab.formats.gguf.settings import attention_scalar
-from trimtab.models.architecture import FAMILIES, Gguf, architecture_of, rope, windowed
+from trimtab.formats.gguf import rotary, settings
+from trimtab.models.architecture import FAMILIES, WRITTEN, Gguf, architecture_of, rope, windowed
 
 _COMPUTED = frozenset(
     {
@@ -35,7 +36,7 @@ _COMPUTED = frozenset(
         *("hidden_act", "hidden_activation", "tie_word_embeddings", "attention_bias", "mlp_bias"),
         *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "_sliding_window_pattern"),
         *("no_rope_layers", "no_rope_layer_interval", "query_pre_attn_scalar", "use_bidirectional_attention"),
-        *("attn_logit_softcapping", "final_logit_softcapping"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "original_max_position_embeddings"),
     }
 )
 """Fields of a config that are written, or held against what is compiled in."""
@@ -44,7 +45,7 @@ _OF_NO_MATTER = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout"),
         *("pretraining_tp", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id"),
         *("_name_or_path", "model_type", "output_hidden_states", "output_attentions", "return_dict", "problem_type"),
-        *("quantization_config", "chunk_size_feed_forward"),
+        *("quantization_config", "chunk_size_feed_forward", "resid_pdrop", "embd_pdrop"),
     }
 )
 """Fields that no logit of a model in use depends on."""
@@ -58,7 +59,7 @@ def family(config: Any) -> Gguf:
     """
     found = architecture_of(config).gguf
     if found is None:
-        written = ", ".join(name for name, family in FAMILIES.items() if family.gguf is not None)
+        written = ", ".join(name for name, family in {**FAMILIES, **WRITTEN}.items() if family.gguf is not None)
         raise UserError(f"GGUF: {config.model_type} models are not written; those of {written} are")
     for wrong in _departures(config, found):
         raise UserError(f"GGUF: {wrong}, which llama.cpp does not compute for {found.architecture}")
@@ -69,24 +70,33 @@ def _departures(config: Any, found: Gguf) -> Iterator[str]:
     architecture, d = architecture_of(config), head_dim(config)
     usual = type(config)().to_dict()
     for name, value in config.to_dict().items():
-        if name in usual and name not in _COMPUTED | _OF_NO_MATTER and value != usual[name]:
+        known = _COMPUTED | _OF_NO_MATTER | set(found.factors.values())
+        if name in usual and name not in known and value != usual[name]:
             yield f"{name} {value}"
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", found.activation)
     if activation != found.activation:
         yield f"activation {activation}"
     yield from _attention(config, found)
-    if found.tied and not config.tie_word_embeddings:
+    if found.head == "tied" and not config.tie_word_embeddings:
         yield "a head apart from the embedding"
+    if found.head == "apart" and config.tie_word_embeddings:
+        yield "a head that is the embedding"
     if architecture.implied_head_dim and d * config.num_attention_heads != config.hidden_size:
         yield f"head_dim {d} with {config.num_attention_heads} heads of {config.hidden_size} features"
     for name in ("attention_bias", "mlp_bias"):
-        if getattr(config, name, False) and not found.biases:
+        if getattr(config, name, False) and name not in found.biases:
             yield name
     for name in (architecture.attention_softcap, architecture.softcap):
-        if name is not None and found.caps != bool(getattr(config, name)) and (found.caps or "attn" in name):
+        if name is not None and found.caps != bool(getattr(config, name, None)) and (found.caps or "attn" in name):
             yield f"{name} {getattr(config, name)}"
-    if rope(config).full.get("rope_type") == "llama3" and not found.divided_rope:
-        yield "rope_type llama3"
+    kind = rope(config).full.get("rope_type", "default")
+    if kind not in ("default", *found.ropes):
+        yield f"rope_type {kind} (it takes {', '.join(('default', *sorted(found.ropes)))})"
+    if rotated_of(config) != d and not found.partial_rotary:
+        yield f"heads of {d} of which {rotated_of(config)} are rotated"
+    local = rope(config).windowed
+    if local is not None and not found.windowed_base and local["rope_theta"] != rope(config).full["rope_theta"]:
+        yield f"rope_theta {local['rope_theta']} in layers with a window"
 
 
 def _attention(config: Any, found: Gguf) -> Iterator[str]:
@@ -107,13 +117,18 @@ def _attention(config: Any, found: Gguf) -> Iterator[str]:
         yield f"no_rope_layers {config.no_rope_layers}"
     if getattr(config, "use_bidirectional_attention", False):
         yield "bidirectional attention"
-    if found.large_layers is not None and config.query_pre_attn_scalar != attention_scalar(config, found):
-        yield f"query_pre_attn_scalar {config.query_pre_attn_scalar} (it takes {attention_scalar(config, found)})"
+    if found.large_layers is not None and config.query_pre_attn_scalar != settings.attention_scalar(config, found):
+        yield f"query_pre_attn_scalar {config.query_pre_attn_scalar} (it takes {settings.attention_scalar(config, found)})"
 
 
 def head_dim(config: Any) -> int:
     """d."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotated_of(config: Any) -> int:
+    """Rotated dimensions of a head in layers without a window."""
+    return int(head_dim(config) * rope(config).full.get("partial_rotary_factor", 1.0))
 
 
 def metadata(config: Any, vocabulary_rows: int) -> dict[str, Any]:
@@ -132,14 +147,20 @@ def metadata(config: Any, vocabulary_rows: int) -> dict[str, Any]:
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": d,
         "attention.value_length": d,
     }
-    if found.permuted:
-        values["rope.dimension_count"] = d
-    if found.window_every is not None:
-        values["attention.sliding_window"] = config.sliding_window
+    if found.epsilon is None:
+        values["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
+    else:
+        values["attention.layer_norm_epsilon"] = found.epsilon
+    if found.permuted or rotated_of(config) != d:
+        values["rope.dimension_count"] = rotated_of(config)
+    if found.window_every is not None or found.architecture in settings.WITHOUT_WINDOWS:
+        values["attention.sliding_window"] = config.sliding_window or 0
+    for key, setting in found.factors.items():
+        if getattr(config, setting) is not None:
+            values[key] = float(getattr(config, setting))
     caps = architecture_of(config)
     for key, name in (("attn", caps.attention_softcap), ("final", caps.softcap)):
         if name is not None and getattr(config, name, None) is not None:
@@ -151,26 +172,37 @@ def _rope(config: Any) -> dict[str, Any]:
     full, local = rope(config)
     values: dict[str, Any] = {"rope.freq_base": float(full["rope_theta"])}
     if local is not None:
-        values["rope.freq_base_swa"] = float(local["rope_theta"])
+        values |= {"rope.freq_base_swa": float(local["rope_theta"])} if family(config).windowed_base else {}
         if local.get("rope_type", "default") != "default":
             raise UserError(f"GGUF: rope_type {local['rope_type']} in layers with a window is not written")
     kind = full.get("rope_type", "default")
     if kind in ("linear", "yarn"):
         values |= {"rope.scaling.type": kind, "rope.scaling.factor": float(full["factor"])}
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         values["rope.scaling.original_context_length"] = int(full["original_max_position_embeddings"])
-    if kind == "yarn":
-        attention = ROPE_INIT_FUNCTIONS["yarn"](config)[1] / (1 + 0.1 * math.log(full["factor"]))
+    if kind in ("yarn", "longrope"):
+        theirs = 1 + 0.1 * math.log(full["factor"]) if kind == "yarn" else 1.0
+        attention = ROPE_INIT_FUNCTIONS[kind](config)[1] / theirs
         values |= {} if math.isclose(attention, 1) else {"rope.scaling.attn_factor": attention}
-    elif kind not in ("default", "linear", "llama3"):
-        raise UserError(f"GGUF: rope_type {kind} is not written; default, linear, yarn and llama3 are")
     return values
 
 
-def rope_factors(config: Any) -> Tensor | None:
-    """What llama.cpp divides each rotary frequency by under Llama 3's scaling: float32 (d / 2,), or None."""
+def rope_factors(config: Any) -> dict[str, Tensor]:
+    """What llama.cpp divides each rotary frequency by, where one scaling of all does not say it: float32 (r / 2,) each.
+
+    By the names of `rotary.TENSORS`. Llama 3's scaling has one divisor for each frequency; longrope has two, for contexts
+    up to the one that the model was first trained on and for longer ones.
+    """
     full = rope(config).full
-    return rotary.llama3_divisors(full, head_dim(config)).float() if full.get("rope_type") == "llama3" else None
+    kind = full.get("rope_type")
+    if kind == "llama3":
+        return {rotary.FREQS: rotary.llama3_divisors(full, head_dim(config)).float()}
+    if kind == "longrope":
+        return {
+            name: torch.tensor(full[f"{which}_factor"], dtype=torch.float32)
+            for name, which in ((rotary.LONG, "long"), (rotary.SHORT, "short"))
+        }
+    return {}
 
 
 def row_order(config: Any, name: str, rows: int) -> Tensor | None:

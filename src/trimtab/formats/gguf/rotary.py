@@ -18,7 +18,7 @@ Legend: d rotated dimensions of a head.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ def of_keys(keys: Mapping[str, Any], factors: Mapping[str, Tensor], rotated: int
     factor = float(keys.get("rope.scaling.attn_factor", 1.0))
     if windowed:  # never scaled
         return Frequencies(inverse, factor)
-    kind, scale = scaling(keys)
+    kind, scale = scaling(keys, factors)
     divisors = factors.get(SHORT if kind == "longrope" else FREQS)
     if divisors is not None:
         inverse = inverse / divisors.double()
@@ -69,8 +69,10 @@ def of_keys(keys: Mapping[str, Any], factors: Mapping[str, Tensor], rotated: int
     return Frequencies(inverse / scale, factor)
 
 
-def scaling(keys: Mapping[str, Any]) -> tuple[str, float]:
-    """Type and factor of a file's scaling: `none` and 1 where it has none."""
+def scaling(keys: Mapping[str, Any], factors: Collection[str] = ()) -> tuple[str, float]:
+    """Type and factor of a file's scaling: `none` and 1 where it has none. Phi-3's files say longrope by its tensors."""
+    if SHORT in factors and "rope.scaling.type" not in keys:
+        return "longrope", 1.0
     kind = str(keys.get("rope.scaling.type", "linear"))
     scale = float(keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.0)
     return ("none", 1.0) if kind == "none" or (kind == "linear" and scale == 1) else (kind, scale)
@@ -109,7 +111,7 @@ def of_model(model: Any) -> dict[str, Frequencies]:
 
 def parameters(keys: Mapping[str, Any], factors: Mapping[str, Tensor], rotated: int) -> dict[str, Any] | None:
     """transformers' `rope_parameters` of a file; None where none of its types has these frequencies."""
-    base, (kind, scale) = float(keys.get("rope.freq_base", 10000.0)), scaling(keys)
+    base, (kind, scale) = float(keys.get("rope.freq_base", 10000.0)), scaling(keys, factors)
     found: dict[str, Any] = {"rope_theta": base, "rope_type": "default" if kind == "none" else kind}
     attention = float(keys.get("rope.scaling.attn_factor", 1.0))
     if kind == "longrope":

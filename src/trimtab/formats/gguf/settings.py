@@ -39,6 +39,10 @@ _DIRECT: dict[str, tuple[str, ...]] = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "use_parallel_residual": ("use_parallel_residual",),
+    "attention.clamp_kqv": ("clip_qkv",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logits_scaling",),
 }
 """Keys that are a value of the config, and its names there."""
 _SEEN_IN_SHAPES = ("context_length", "feed_forward_length", "vocab_size")
@@ -73,6 +77,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 """What llama.cpp takes for a key that a file lacks, by architecture, where nothing is not what it takes."""
 
 
+WITHOUT_WINDOWS = ("phi3",)
+"""Architectures whose files say a sliding window that llama.cpp reads and leaves out."""
+
+
 class Keys(NamedTuple):
     """What a file says of its model."""
 
@@ -85,7 +93,9 @@ class Keys(NamedTuple):
     """Names of all its tensors."""
 
     def get(self, key: str) -> Any:
-        """The value of a key, llama.cpp's own where the file has none, or None."""
+        """The value of a key that llama.cpp computes with, its own where the file has none, or None."""
+        if key == "attention.sliding_window" and self.architecture in WITHOUT_WINDOWS:
+            return None
         return self.values.get(key, _DEFAULTS.get(self.architecture, {}).get(key))
 
     @property
@@ -171,6 +181,14 @@ def _place(config: Any, key: str) -> str | None:
     return next((name for name in _DIRECT[key] if hasattr(config, name)), None)
 
 
+def _held(config: Any, key: str) -> Any:
+    """What a model computes with, where a key of a file is one number of it; None where it has no such number."""
+    name, family = _place(config, key), architecture_of(config).gguf
+    if name is None and family is not None and key == "attention.layer_norm_epsilon":
+        return family.epsilon
+    return None if name is None else getattr(config, name)
+
+
 def _complete_family(config: Any, keys: Keys, family: Gguf) -> None:
     if family.window_every is not None:
         pattern, n = keys.get("attention.sliding_window_pattern") or family.window_every, config.num_hidden_layers
@@ -213,10 +231,10 @@ def require_agreement(model: Any, keys: Keys) -> None:
     require_known(keys)
     config = model.config.get_text_config()
     for key in _DIRECT:
-        value, name = keys.get(key), _place(config, key)
-        if value is None or (name is None and (key in _SEEN_IN_SHAPES or not value)):
+        value, name, found = keys.get(key), _place(config, key), _held(config, key)
+        nothing = not value or value in _OFF.get(key, ()) or (name is None and key in _SEEN_IN_SHAPES)
+        if value is None or (found is None and nothing):
             continue
-        found = None if name is None else getattr(config, name)
         if found is None or not math.isclose(found, value, rel_tol=1e-6):
             raise _refused(keys, key, f"is {found!r} in a {config.model_type} model as transformers computes it")
     _require_attention(model, config, keys)
@@ -259,9 +277,12 @@ def _require_rope(model: Any, config: Any, keys: Keys) -> None:
         raise _refused(keys, "rope.freq_base_swa", f"has no place in a {config.model_type} model")
     if not made and any(key.startswith("rope.") for key in keys.values):
         raise _refused(keys, "rope.freq_base", f"has no place in a {config.model_type} model")
+    values = dict(keys.values)
+    if family is not None and not family.windowed_base:  # layers with a window have the base of the others
+        values["rope.freq_base_swa"] = values.get("rope.freq_base", 10000.0)
     for kind, found in made.items():
         local = kind == "sliding_attention"
-        if not found.equals(rotary.of_keys(keys.values, keys.factors, keys.rotated, windowed=local)):
+        if not found.equals(rotary.of_keys(values, keys.factors, keys.rotated, windowed=local)):
             said = {k: v for k, v in keys.values.items() if k.startswith("rope.")} | dict.fromkeys(keys.factors, "...")
             wanted = rope(config)
             raise UserError(

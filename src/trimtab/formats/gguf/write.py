@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.formats.gguf import families, rotary, settings
+from trimtab.formats.gguf import families, settings
 from trimtab.formats.gguf import vocabulary as vocabularies
 from trimtab.formats.gguf.blocks import TYPES, block_type, require_exact, to_blocks
 from trimtab.formats.gguf.read import GgufSource
@@ -96,7 +96,7 @@ def save(
         vocabulary = vocabularies.vocabulary(tokenizer, fields[f"{family.architecture}.vocab_size"], config, stops)
         names = frozenset(entry.name for entry in entries)
         factors = families.rope_factors(config)
-        held = settings.Keys(family.architecture, {}, {} if factors is None else {rotary.FREQS: factors}, names)
+        held = settings.Keys(family.architecture, {}, factors, names)
         _require_agreement(model, held, fields)
         writer = gguf.GGUFWriter(path, family.architecture)
         general = {"type": "model", "name": name, "file_type": _file_type(entries), "quantization_version": 2}
@@ -175,8 +175,8 @@ def _entries(parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, fam
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     factors = families.rope_factors(config)
-    if factors is not None:
-        yield _float_entry("rope_freqs.weight", factors)
+    for divided, divisors in factors.items():
+        yield _float_entry(divided, divisors)
     for hf_name, value in parameters:
         name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if name is None:

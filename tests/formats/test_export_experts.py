@@ -1,0 +1,110 @@
+"""What is written of a mixture: under which names, in how many bytes, and what engines are told of its routers.
+
+Oracle: the names that transformers' `save_pretrained` gives the same float model.
+"""
+
+import copy
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import trimtab as tt
+from experts import CONFIGS, FOUR, mixture
+from trimtab.bit_search.space import space
+from trimtab.errors import UserError
+from trimtab.formats.export import write
+from trimtab.formats.export_size import export_sizes
+from trimtab.formats.file_size import file_size
+from trimtab.methods import LrQat, Rtn
+from trimtab.models.opening import open_experts
+from trimtab.models.saved_names import holding, pieces
+from trimtab.models.targets import targets
+from trimtab.models.transformers_bridge import cast_floats
+from trimtab.quant.grid import Grid
+from trimtab.recipe.rules import parse_rules
+
+
+def names(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as opened:
+        return set(opened.keys())
+
+
+def tensor_bytes(folder: Path) -> int:
+    file = folder / "model.safetensors"
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - struct.unpack("<Q", opened.read(8))[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_are_those_of_the_familys_checkpoints(name: str, tmp_path: Path) -> None:
+    mixture(name).save_pretrained(tmp_path / "float")
+    model = tt.prepare(mixture(name), Rtn(), FOUR)
+    write(model, None, "dense", tmp_path / "dense", source=tmp_path)
+    assert names(tmp_path / "dense") == names(tmp_path / "float")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_packed_names_and_what_stays_in_float(name: str, tmp_path: Path) -> None:
+    mixture(name).save_pretrained(tmp_path / "float")
+    write(tt.prepare(mixture(name), Rtn(), FOUR), None, "compressed-tensors", tmp_path / "packed", source=tmp_path)
+    values = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    (group,) = values["config_groups"].values()
+    layers = {n.removesuffix(".weight") for n in names(tmp_path / "float") if "proj" in n or ".experts." in n}
+    assert set(group["targets"]) == layers
+    routers = {n.removesuffix(".weight") for n in names(tmp_path / "float") if n.endswith(".gate.weight")}
+    assert len(routers) == 2
+    assert set(values["ignore"]) == routers | {"lm_head"}
+
+
+@pytest.mark.parametrize("format_", ["native", "dense", "compressed-tensors"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_are_known_before(name: str, format_: str, tmp_path: Path) -> None:
+    model = mixture(name, torch.bfloat16)
+    rules = parse_rules([{"match": "*", "grid": {"bits": 4, "group": 32, "zero": "integer"}}])
+    with torch.device("meta"):
+        laid_out = mixture(name)
+    cast_floats(laid_out, torch.bfloat16)
+    planned = export_sizes(laid_out, targets(laid_out, Rtn(), rules), Rtn(), dtype=torch.bfloat16, only=[format_])[
+        format_
+    ]
+    tt.prepare(model, Rtn(), rules)
+    if isinstance(planned, str):
+        with pytest.raises(UserError, match="keep all of them in one tensor"):
+            write(model, None, format_, tmp_path / "out", source=tmp_path)
+        return
+    write(model, None, format_, tmp_path / "out", source=tmp_path)
+    found = tensor_bytes(tmp_path / "out")
+    if format_ == "native":
+        assert (
+            found
+            == file_size(copy.deepcopy(laid_out), LrQat(rank=2), rules, dtype=torch.bfloat16).tensor_bytes
+            <= planned
+        )
+    else:
+        assert found == planned
+
+
+def test_a_search_has_a_unit_for_all_experts_of_a_block() -> None:
+    """Engines run all of them at one width."""
+    with torch.device("meta"):
+        model = mixture("qwen3_moe")
+    open_experts(model)
+    found = space(model, LrQat(rank=2), bits=[4, 8], grid=Grid(4, 32), dtype=torch.bfloat16)
+    assert [u.name for u in found.units[:4]] == [f"model.layers.0.{n}" for n in ("qkv", "o", "gate_up", "down")]
+    assert found.units[3].layers == tuple(f"model.layers.0.mlp.experts.{e}.down_proj" for e in range(4))
+
+
+def test_rows_of_stacks_are_found_in_checkpoints() -> None:
+    model = mixture("qwen3_moe")
+    open_experts(model)
+    owner = "model.layers.1.mlp.experts"
+    found = pieces(model, owner, "gate_up_proj", 128)
+    assert [(p.layer, p.rows) for p in found[3]] == [
+        (f"{owner}.3.gate_proj", slice(0, 64)),
+        (f"{owner}.3.up_proj", slice(64, 128)),
+    ]
+    assert [holding(mixture(n)) for n in CONFIGS] == ["alone", "alone", "stack", "stack"]

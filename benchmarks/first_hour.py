@@ -91,7 +91,7 @@ def main() -> None:
     head = [
         "# The first hour",
         "",
-        "A transcript, by `python benchmarks/first_hour.py`, of a clean environment on two CPU cores that other work shares:",
+        "A transcript of a clean environment, by `benchmarks/first_hour.py`, on two CPU cores that other work shares:",
         "compare no seconds with another machine's. What a command prints is cut in its middle where it is long.",
         "",
         "## Install",
@@ -100,7 +100,7 @@ def main() -> None:
         "pip install '.[all]'",
         "```",
         "",
-        f"{args.install_seconds} s. The data are those of [the tutorial](tutorials/own-data.md), the recipe is:",
+        f"{args.install_seconds} s. The data are [the tutorial](tutorials/own-data.md)'s, the recipe is:",
         "",
         "```yaml",
         *RECIPE.splitlines(),

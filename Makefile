@@ -92,10 +92,11 @@ test-gpu: $(SETUP_STAMP)
 test-wheel: $(SETUP_STAMP)
 	$(BIN)/python tools/release.py try $(ARGS)
 
-# Pages are put together by trimtab's own Python (tools/docs_site.py) and built by mkdocs's; a warning ends it.
+# Pages are put together by trimtab's own Python (tools/docs_site.py) and built by mkdocs's; a warning ends it (not with --quiet,
+# which drops warnings before they are counted).
 MKDOCS = mkdir -p build/docs-source && NO_MKDOCS_2_WARNING=1 TRIMTAB_PYTHON=$(CURDIR)/$(BIN)/python $(DOCS)/bin/mkdocs
 docs: $(SETUP_STAMP) $(DOCS_STAMP)
-	$(MKDOCS) build --strict --quiet
+	$(MKDOCS) build --strict
 	@echo "docs: $$(find build/site -name '*.html' | wc -l) pages in build/site"
 
 docs-serve: $(SETUP_STAMP) $(DOCS_STAMP)

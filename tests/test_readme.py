@@ -231,3 +231,9 @@ def test_links_out_of_the_site_are_named() -> None:
     )
     with pytest.raises(SystemExit, match="not there"):
         docs_site.relinked("[a](src/no.py)", "README.md", "index.md")
+
+
+def test_broken_links_end_the_build() -> None:
+    """mkdocs counts the warnings that it prints; with --quiet it prints none."""
+    assert "$(MKDOCS) build --strict\n" in (ROOT / "Makefile").read_text()
+    assert set(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["validation"].values()) == {"warn"}

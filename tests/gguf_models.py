@@ -15,15 +15,18 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -124,6 +127,17 @@ WRITTEN: dict[str, Any] = {
     "olmo3": Olmo3Config(**{**QWEN2, "num_hidden_layers": 5}, sliding_window=16),
 }
 """Families and settings that transformers does not read from GGUF, or reads as another model."""
+
+
+EXPERTS: dict[str, Any] = {**QWEN2, "num_experts_per_tok": 2}
+MIXTURES: dict[str, Any] = {
+    "mixtral": MixtralConfig(**EXPERTS, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(
+        **{**EXPERTS, "head_dim": 32}, num_experts=4, moe_intermediate_size=96, norm_topk_prob=True
+    ),
+    "olmoe": OlmoeConfig(**{**EXPERTS, "num_key_value_heads": 4}, num_experts=4),
+}
+"""Mixtures of experts."""
 
 
 def random_model(config: Any) -> PreTrainedModel:

@@ -49,6 +49,12 @@ class Gguf:
     """Keys of its files that no other family's have."""
     epsilon: float | None = None
     """Of norms that have no parameters; None where norms have, and the config says theirs."""
+    experts: Mapping[str, str] = field(default_factory=dict)
+    """Of a mixture, numbers and sizes of its experts: keys of the file, by keys of the config."""
+    ungrouped: bool = False
+    """Whether there have to be as many heads of keys as of queries."""
+    compiled: Mapping[str, Any] = field(default_factory=dict)
+    """What keys of the config have to say, where it is not transformers' default."""
     factors: Mapping[str, str] = field(default_factory=dict)
     """Numbers that it multiplies, divides or clamps by: keys of the file, by keys of the config."""
 
@@ -56,6 +62,8 @@ class Gguf:
 _BIAS_KEYS = frozenset({"attention_bias", "mlp_bias"})
 _LLAMA_ROPES = frozenset({"linear", "yarn", "llama3"})
 _GEMMA_GGUF: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "norm_shift": 1.0}
+
+_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 
 GGUF: Mapping[str, Gguf] = {
     "llama": Gguf(architecture="llama", permuted=True, biases=_BIAS_KEYS, ropes=_LLAMA_ROPES),
@@ -113,6 +121,18 @@ GGUF: Mapping[str, Gguf] = {
             }
         ),
     ),
+    "mixtral": Gguf(
+        architecture="llama",
+        permuted=True,
+        ropes=_LLAMA_ROPES,
+        experts=_EXPERTS,
+    ),
+    "qwen3_moe": Gguf(
+        architecture="qwen3moe",
+        experts={**_EXPERTS, "expert_feed_forward_length": "moe_intermediate_size"},
+        compiled={"norm_topk_prob": True},
+    ),
+    "olmoe": Gguf(architecture="olmoe", ungrouped=True, experts={**_EXPERTS, "expert_count": "num_experts"}),
     "olmo": Gguf(architecture="olmo", permuted=True, epsilon=1e-5, factors={"attention.clamp_kqv": "clip_qkv"}),
     "olmo2": Gguf(architecture="olmo2", head="apart"),
     "olmo3": Gguf(architecture="olmo2", head="apart", window_every=4),

@@ -52,6 +52,7 @@ _OF_NO_MATTER = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout"),
         *("pretraining_tp", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id"),
         *("_name_or_path", "model_type", "output_hidden_states", "output_attentions", "return_dict", "problem_type"),
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
         *("quantization_config", "chunk_size_feed_forward", "resid_pdrop", "embd_pdrop"),
     }
 )
@@ -76,13 +77,15 @@ def _departures(config: Any, found: Gguf) -> Iterator[str]:
     architecture, d = architecture_of(config), head_dim(config)
     usual = type(config)().to_dict()
     for name, value in config.to_dict().items():
-        known = _COMPUTED | _OF_NO_MATTER | set(found.factors.values())
-        if name in usual and name not in known and value != usual[name]:
+        known = _COMPUTED | _OF_NO_MATTER | set(found.factors.values()) | set(found.experts.values())
+        if name in usual and name not in known and value != found.compiled.get(name, usual[name]):
             yield f"{name} {value}"
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", found.activation)
     if activation != found.activation:
         yield f"activation {activation}"
     yield from _attention(config, found)
+    if found.ungrouped and config.num_key_value_heads != config.num_attention_heads:
+        yield f"num_key_value_heads {config.num_key_value_heads} beside {config.num_attention_heads} of queries"
     if found.head == "tied" and not config.tie_word_embeddings:
         yield "a head apart from the embedding"
     if found.head == "apart" and config.tie_word_embeddings:
@@ -176,6 +179,7 @@ def metadata(config: Any, vocabulary_rows: int) -> dict[str, Any]:
         values["attention.sliding_window"] = config.sliding_window or 0
     if found.delta_nets:
         values |= delta.metadata(config)
+    values |= {key: int(getattr(config, setting)) for key, setting in found.experts.items()}
     for key, setting in found.factors.items():
         if getattr(config, setting) is not None:
             values[key] = float(getattr(config, setting))

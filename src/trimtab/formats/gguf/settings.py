@@ -236,7 +236,7 @@ def require_agreement(model: Any, keys: Keys) -> None:
     """
     config = model.config.get_text_config()
     described = architecture_of(config).gguf
-    require_known(keys, () if described is None else described.keys)
+    require_known(keys, () if described is None else {*described.keys, *described.experts})
     for key in _DIRECT:
         value = keys.get(key)
         if isinstance(value, list):  # one for each layer, which is seen in the shapes of its tensors

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.formats.gguf import families, settings
+from trimtab.formats.gguf import families, mixtures, settings
 from trimtab.formats.gguf import vocabulary as vocabularies
 from trimtab.formats.gguf.blocks import TYPES, block_type, require_exact, to_blocks, to_powers
 from trimtab.formats.gguf.read import GgufSource
@@ -51,6 +51,7 @@ _FILE_TYPES = {
     **{_Kind[name]: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in (*TYPES, "Q2_K", "Q6_K")},
     **{_Kind[name]: gguf.LlamaFileType[f"MOSTLY_{name}_S"] for name in ("Q3_K", "Q4_K", "Q5_K")},
 }
+Value = Weight | Tensor | mixtures.Stack
 _SCALARS = {bool: _Value.BOOL, int: _Value.UINT32, float: _Value.FLOAT32, str: _Value.STRING}
 
 
@@ -93,7 +94,7 @@ def save(
     config = model.config.get_text_config()
     family = families.family(config)
     parameters = list(_parameters(model, dense))
-    entries = list(_entries(parameters, config, family))
+    entries = list(_entries(parameters, config, family, compute_dtype(model), dense))
     fields = families.metadata(config, model.get_input_embeddings().num_embeddings)
     stops = vocabularies.end_tokens(model)
     if source is None:
@@ -110,7 +111,9 @@ def save(
         if vocabulary.chat_template:
             writer.add_chat_template(vocabulary.chat_template)
     else:
-        opened, entries, changed = _from_source(source, parameters, entries)
+        read = [(own, value) for own, value in parameters if not isinstance(value, mixtures.Stack)]
+        assert len(read) == len(parameters), "no mixture is read from a GGUF file"
+        opened, entries, changed = _from_source(source, read, entries)
         new = _renewed(opened.reader, fields)
         _require_agreement(model, opened.keys(), new)
         new |= vocabularies.more_ends(opened.reader.fields, stops)
@@ -157,7 +160,7 @@ def _write(writer: gguf.GGUFWriter, entries: list[_Entry]) -> None:
 # ---- tensors -----------------------------------------------------------------------------------------------------
 
 
-def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight | Tensor]]:
+def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Value]]:
     """Every tensor of the language model, by its name where there is nothing else; a tied head is not repeated."""
     if not sees_or_hears(model):
         yield from _tensors(model, dense)
@@ -168,9 +171,17 @@ def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weigh
             yield inside, value
 
 
-def _tensors(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight | Tensor]]:
+def _tensors(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Value]]:
     ours, seen, dtype = quant_layers(model), set(), compute_dtype(model)
+    mixed: list[str] = []
     for name, module in model.named_modules():
+        if name.startswith(tuple(mixed)):
+            continue
+        stacked = list(mixtures.experts_in(name, module))
+        if stacked:
+            mixed.append(f"{name}.")
+            yield from stacked
+            continue
         layer = ours.get(name)
         if isinstance(layer, QuantLinear) and layer.adapter is not None:
             raise UserError(f"{name}: has an adapter, which GGUF does not hold; fold it, or merge it (`merge: true`)")
@@ -186,7 +197,9 @@ def _tensors(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight |
                 yield f"{name}.{key}", p.data
 
 
-def _entries(parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, family: Gguf) -> Iterator[_Entry]:
+def _entries(
+    parameters: Sequence[tuple[str, Value]], config: Any, family: Gguf, dtype: torch.dtype, dense: Collection[str]
+) -> Iterator[_Entry]:
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     factors = families.rope_factors(config)
@@ -197,10 +210,28 @@ def _entries(parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, fam
         if name is None:
             raise UserError(f"{hf_name}: llama.cpp's {family.architecture} has no tensor for it")
         order = families.placed(config, hf_name, tuple(value.shape))
-        if isinstance(value, Tensor):
+        if isinstance(value, mixtures.Stack):
+            yield _stack_entry(name, value, dtype, dense)
+        elif isinstance(value, Tensor):
             yield _float_entry(name, order.of(families.values(family, hf_name, value)))
         else:
             yield _block_entry(hf_name, name, value, order)
+
+
+def _stack_entry(name: str, stack: mixtures.Stack, dtype: torch.dtype, dense: Collection[str]) -> _Entry:
+    order, entries = families.Placed(stack.order(), None), list[_Entry]()
+    for own, layer in stack.layers:
+        if isinstance(layer, QuantLinear) and layer.adapter is not None:
+            raise UserError(f"{own}: has an adapter, which GGUF does not hold; fold it, or merge it (`merge: true`)")
+        held = mixtures.matrix_of(layer, dtype, own in dense)
+        entry = _float_entry(own, order.of(held)) if isinstance(held, Tensor) else _block_entry(own, name, held, order)
+        entries.append(entry)
+        if entries[-1].kind != entries[0].kind:
+            raise UserError(
+                f"{own}: is {entries[-1].kind.name} beside experts of {entries[0].kind.name}, which share a "
+                "tensor in GGUF; give all experts of a block one grid"
+            )
+    return _Entry(name, entries[0].kind, stack.shape, lambda: np.stack([entry.make() for entry in entries]))
 
 
 def _float_entry(name: str, value: Tensor) -> _Entry:

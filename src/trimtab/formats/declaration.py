@@ -179,6 +179,8 @@ class Format(ABC):
     experts: ClassVar[tuple[Holding, ...]] = ()
     """Holdings of experts that it is written in, beside models without any."""
     engines: ClassVar[tuple[Engine, ...]]
+    whole: ClassVar[bool] = True
+    """Whether it holds all of a model that also sees or hears; else its language model."""
     library: ClassVar[str | None] = None
     """What an extra brings for its writer, if it needs that."""
 

@@ -70,6 +70,7 @@ class Gguf(Format):
     """One file for llama.cpp."""
 
     name = "gguf"
+    whole = False
     library = "gguf"
     summary = "one file of blocks of 32 or k-quants, for llama.cpp; a tuned GGUF file keeps all that was not tuned"
     forms = _forms()

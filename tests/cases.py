@@ -6,7 +6,7 @@ copied from the table of section 2.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from trimtab.layers.weights import AffineWeight, CodebookWeight
 from trimtab.methods import Loftq, Lora, LrQat, Method, Peqa, QaBlora, QaHira, QaLora, Qat, QBara, Qlora, Rtn
 from trimtab.methods.base import Source
 from trimtab.models import gptq
+from trimtab.models.block_start import Rounding
 from trimtab.models.gptq import Gptq
 from trimtab.quant import codebook
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, k_quant
@@ -50,8 +51,8 @@ class Case:
     scaling: float = 1.0
     factors: tuple[str, ...] = ()
     """Names of the trained factors."""
-    gptq: bool = False
-    """Whether codes come from GPTQ, not from rounding to nearest."""
+    start: Literal["rtn", "gptq", "block"] = "rtn"
+    """Where codes come from: rounding to nearest, GPTQ, or levels, scales and zeros that were trained (block by block)."""
 
     @property
     def columns(self) -> int:
@@ -95,7 +96,7 @@ def _cases() -> Iterator[Case]:
     lora: dict[str, Any] = {"rank": RANK, "scaling": ALPHA / RANK, "factors": ("delta.A", "delta.B")}
     balanced = {**lora, "rank": 2 * RANK, "pool": 2, "repeat": 2, "mean": True}
     affine: list[Grid] = [Grid(b, g, z) for b in BITS for z in ZEROS for g in GROUPS]  # type: ignore[arg-type]
-    tables = [CodebookGrid("nf4", 32, double_quant=d) for d in (False, True)]
+    tables = [*(CodebookGrid("nf4", 32, double_quant=d) for d in (False, True)), CodebookGrid("mxfp4", 32)]
     for grid in (*affine, *tables, None):
         yield Case(name="rtn", method=Rtn(), grid=grid, place="none")
         yield Case(name="lora", method=Lora(rank=RANK, alpha=ALPHA), grid=grid, place="output", **lora)
@@ -121,7 +122,7 @@ def _cases() -> Iterator[Case]:
         yield Case(name="lr-qat-svd", method=method, grid=grid, place="levels", **lora)
     for grid in (*affine, *tables):
         yield Case(name="loftq", method=Loftq(rank=RANK, alpha=ALPHA), grid=grid, place="output", **lora)
-    yield from _from_gptq(lora)
+    yield from _from_starts(lora)
     yield from _two_levels(lora)
     # A pool of several groups, and averages.
     wide = Grid(4, 16, "real")
@@ -142,8 +143,8 @@ def _cases() -> Iterator[Case]:
     )
 
 
-def _from_gptq(lora: dict[str, Any]) -> Iterator[Case]:
-    """Each place, and each way to keep what GPTQ found."""
+def _from_starts(lora: dict[str, Any]) -> Iterator[Case]:
+    """Each place, and each way to keep what GPTQ, or training a block, found."""
     levels: list[tuple[Method, str, dict[str, Any]]] = [
         (Rtn(), "none", {}), (Lora(rank=RANK, alpha=ALPHA), "output", lora), (Peqa(), "levels", {}), (Qat(), "master", {}),
         *((LrQat(rank=RANK, alpha=ALPHA, storage=s), "levels", lora) for s in ("fixed8", "int", "fp32")),  # type: ignore[arg-type]
@@ -154,14 +155,18 @@ def _from_gptq(lora: dict[str, Any]) -> Iterator[Case]:
             (Grid(3, 32, "integer"), Grid(2, None, "real"), Grid(4, 32), Grid(8, None, "integer"))
         ):
             name = f"gptq-{i}-{method.name}"
+            if (i + j) % 2:
+                name = f"block-{i}-{method.name}"
+                yield Case(name=name, method=method, grid=grid, place=place, start="block", **about)
             if (i + j) % 2 == 0 or i == 4:
-                yield Case(name=name, method=method, grid=grid, place=place, gptq=True, **about)
+                yield Case(name=name, method=method, grid=grid, place=place, start="gptq", **about)
     double = CodebookGrid("nf4", 32, double_quant=True)
-    yield Case(name="gptq-qlora", method=levels[1][0], grid=double, place="output", gptq=True, **lora)
+    for table in (double, CodebookGrid("mxfp4", 32)):
+        yield Case(name="gptq-qlora", method=levels[1][0], grid=table, place="output", start="gptq", **lora)
     hira = {"pool": 32, "repeat": 2, "scaling": 1.5, "factors": ("delta.M",)}
     for grid in (Grid(3, 32, "integer"), Grid(3, 32, "real"), double):
         yield Case(
-            name="gptq-qa-hira", method=QaHira(alpha=1.5, repeat=2), grid=grid, place="offset", gptq=True, **hira
+            name="gptq-qa-hira", method=QaHira(alpha=1.5, repeat=2), grid=grid, place="offset", start="gptq", **hira
         )
 
 
@@ -184,14 +189,19 @@ def _two_levels(lora: dict[str, Any]) -> Iterator[Case]:
     for i, grid in enumerate((k_quant("q2_k", "lp2"), k_quant("q3_k"), k_quant("q4_k", "lp2"))):
         method = (LrQat(rank=RANK, alpha=ALPHA), Peqa())[i % 2]
         yield Case(
-            name=f"gptq-{method.name}", method=method, grid=grid, place="levels", gptq=True, **({} if i % 2 else lora)
+            name=f"gptq-{method.name}",
+            method=method,
+            grid=grid,
+            place="levels",
+            start="gptq",
+            **({} if i % 2 else lora),
         )
 
 
 def _thinned(case: Case) -> bool:
     """One width for each method, zero and group, all four in turn: for contracts in which the width hardly matters."""
     grid = case.grid
-    if not isinstance(grid, Grid) or grid.group not in GROUPS or case.gptq:
+    if not isinstance(grid, Grid) or grid.group not in GROUPS or case.start != "rtn":
         return True
     turn = len(case.name) + 2 * ZEROS.index(grid.zero) + GROUPS.index(grid.group)
     return grid.bits == BITS[turn % 4]
@@ -207,9 +217,15 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def source(case: Case, weight_NK: Tensor) -> Source:
-    """What the method is given: the weight, or what GPTQ made of it for correlated inputs."""
-    if not case.gptq or case.grid is None:
+    """What the method is given: the weight, what GPTQ made of it for correlated inputs, or what block-wise training may."""
+    if case.start == "rtn" or case.grid is None:
         return weight_NK
+    if case.start == "block":
+        assert isinstance(case.grid, Grid)
+        trained = Rounding(weight_NK, case.grid, "all")
+        for seed, (moved, far) in enumerate(((trained.c, 0.5), (trained.log_scale, 0.1), (trained.moved, 0.8))):
+            moved.detach().add_(random(*moved.shape, seed=seed, scale=far))
+        return trained.stored()
     x = random(100, case.columns, seed=50)
     x += x.roll(1, 1)
     return gptq.quantize(weight_NK, x.T @ x, case.grid, Gptq(tokens=torch.zeros(1, 1, dtype=torch.int64)))

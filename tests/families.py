@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 VOCABULARY = 96
 LAYERS = 2
@@ -73,6 +76,9 @@ QWEN4: dict[str, Any] = {
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
+MROPE: dict[str, Any] = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+}
 ZAMBA: dict[str, Any] = {
     "layers_block_type": ["mamba", "hybrid"] * 2,
     "num_hidden_layers": 4,
@@ -86,7 +92,21 @@ DOTS3: dict[str, Any] = {
         ("num_attention_heads", 4), ("num_key_value_heads", 4), ("q_lora_rank", 16), ("kv_lora_rank", 16), ("head_dim", 16),
         ("qk_nope_head_dim", 8), ("v_head_dim", 8))},
 }  # fmt: skip
+_MROPE = ("cosmos3_edge", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl")
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys((*_MROPE, "qwen2_5_omni_thinker"), MROPE),
+    "chameleon": {"vocabulary_map": {"<image>": 8, "IMGIMGA": 9, "IMGIMGBZ": 10}},
+    "cohere_compass": {
+        "text_config": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": ROPES}
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "granite_docling": {"vision_config": {"out_hidden_size": 32}},
+    "hunyuan_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "xdrope_section": [1, 1, 1, 1]}}
+    },
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1]}},
+    "step3p7": {"text_config": {"sliding_window": 8}},
     "blt": {
         "encoder_hash_byte_group_vocab": 50,
         "encoder_config": {"hidden_size_global": 32},
@@ -155,12 +175,43 @@ NOT_BUILT: dict[str, str] = {
 """Families that cannot be made here, and why."""
 
 
+_TIMM, _RULES = "its vision tower needs timm", "the rules here make no config of it that transformers accepts"
+_LARGE = "no config makes its tower small"
+NOT_BUILT_TO_SEE: dict[str, str] = {
+    "deepseek_ocr2": _RULES,
+    "diffusion_gemma": _RULES,
+    "emu3": _LARGE,
+    "ernie4_5_vl_moe": _RULES,
+    "evolla": "transformers names it by a class that there is not",
+    "fast_vlm": _TIMM,
+    "gemma3n": _TIMM,
+    "git": "its own loss takes an image for granted",
+    "granite4_vision": _RULES,
+    "janus": _LARGE,
+    "kyutai_speech_to_text": _RULES,
+    "muse_spark": _RULES,
+    "nemo_speechlm": _RULES,
+    "nemotron_h_omni": _RULES,
+    "perception_lm": _TIMM,
+    "qwen2_5_omni": _LARGE,
+    "qwen3_omni_moe": _RULES,
+    "shieldgemma2": "transformers reads no head for what it saves of it",
+    "vibevoice_asr": _LARGE,
+}
+"""Families that also see or hear and cannot be made here, and why."""
+
+
+def seeing() -> list[str]:
+    """Every `model_type` that AutoModelForMultimodalLM takes: models that see or hear beside reading."""
+    return list(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+
+
 def families() -> list[str]:
     """Every `model_type` that AutoModelForCausalLM takes."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def _values(kind: type[PreTrainedConfig], extra: dict[str, Any]) -> dict[str, Any]:
+def _values(kind: type[PreTrainedConfig], extra: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     default = kind()
     keys = {getattr(kind, "attribute_map", {}).get(key, key) for key in default.to_dict()}
     latent = "kv_lora_rank" in keys and "per_layer_config" not in keys
@@ -171,9 +222,9 @@ def _values(kind: type[PreTrainedConfig], extra: dict[str, Any]) -> dict[str, An
         if value is _VARYING:
             continue
         if key in SMALL and (key in ALWAYS or (isinstance(value, int) and not isinstance(value, bool) and value > 0)):
-            found[key] = SMALL[key]
+            found[key] = vocabulary if SMALL[key] == VOCABULARY else SMALL[key]
         elif key.endswith("_token_id") and isinstance(value, int):
-            found[key] = min(value, VOCABULARY - 1)
+            found[key] = min(value, vocabulary - 1)
         elif key in KINDS and value:
             kinds[key] = list(dict.fromkeys(value))
     if kinds:  # a layer of each kind
@@ -186,7 +237,7 @@ def _values(kind: type[PreTrainedConfig], extra: dict[str, Any]) -> dict[str, An
     for name in getattr(kind, "sub_configs", None) or {}:
         part = _default(default, name)
         if isinstance(part, PreTrainedConfig):
-            found[name] = type(part)(**_values(type(part), dict(extra.pop(name, {}))))
+            found[name] = type(part)(**_values(type(part), dict(extra.pop(name, {})), vocabulary))
     return found | extra
 
 
@@ -201,17 +252,17 @@ def _default(config: PreTrainedConfig, key: str) -> Any:
         return _VARYING
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
+def tiny_config(model_type: str, vocabulary: int = VOCABULARY) -> PreTrainedConfig:
     """A config with two layers of 32 channels."""
     kind = CONFIG_MAPPING[model_type]
-    config: PreTrainedConfig = kind(**_values(kind, dict(EXCEPTIONS.get(model_type, {}))))
+    config: PreTrainedConfig = kind(**_values(kind, dict(EXCEPTIONS.get(model_type, {})), vocabulary))
     return config
 
 
-def random_model(model_type: str) -> PreTrainedModel:
-    """The family's model with random numbers everywhere, in norms and biases, too."""
+def random_model(model_type: str, auto: Any = AutoModelForCausalLM, vocabulary: int = VOCABULARY) -> PreTrainedModel:
+    """The family's model with random numbers everywhere, in norms and biases, too, of one of transformers' auto classes."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    model: PreTrainedModel = auto.from_config(tiny_config(model_type, vocabulary), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -68,7 +68,7 @@ HEAVY_LIBRARIES = {*SINGLE_PURPOSE_LIBRARIES, "pandas", "pyarrow", "scipy", "skl
 MAX_IMPORT_SECONDS = 1.0
 
 PUBLIC_NAMES = [
-    "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
+    "Activations", "Blockwise", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
     "chat", "compare", "evaluate", "export", "fold", "gather", "harness", "load", "methods", "overview", "param_groups",
     "parity", "plan", "prepare", "prune", "push", "reference", "run", "save", "search", "shard", "simulate", "tune",
     "verify", "write_report",

@@ -1,6 +1,7 @@
-"""Write docs/families.md: for every causal family of the installed transformers, whether it is loaded bit for bit.
+"""Write docs/families.md: for every causal family of the installed transformers, whether it is loaded bit for bit; and for
+every family that also sees or hears, what comes of tuning it on text.
 
-python tools/families.py        minutes; tests/models/test_families.py holds the same, family by family
+python tools/families.py        minutes; tests/models/test_families.py and test_seeing.py hold the same
 """
 
 import gc
@@ -16,6 +17,7 @@ PAGE = ROOT / "docs" / "families.md"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
 import families  # noqa: E402
+import seeing  # noqa: E402
 from trimtab.errors import UserError  # noqa: E402
 from trimtab.models.load import load_float  # noqa: E402
 
@@ -29,6 +31,34 @@ quantized in a family: after loading, a line says that.
 | family | loads as transformers, bit for bit |
 |---|---|
 """
+
+
+SEEING = """
+## Models that see or hear
+
+Every family that `AutoModelForMultimodalLM` takes (text with images, sound, or both), made as small and saved by
+transformers: loaded by `trimtab.load`, its language model trained by LR-QAT for two steps on text, folded, saved, and
+read again by trimtab and transformers (`tests/seeing.py`). *yes*: it came back as the class that it was, towers untouched,
+with its logits to the bit. An export's column says how far the largest of its logits is from the tuned model's, as
+transformers reads it (GGUF, which holds the language model alone: as trimtab reads it). vLLM was tried on none of them.
+
+| family | tuned and reloaded | dense | compressed-tensors | GGUF |
+|---|---|---|---|---|
+"""
+
+
+def tuned(name: str) -> str:
+    """What the second table says of a family."""
+    if name in families.NOT_BUILT_TO_SEE:
+        return f"not tried: {families.NOT_BUILT_TO_SEE[name]} | | | "
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = seeing.tuned(name, Path(folder))
+        except UserError as error:
+            return f"no: {error} | | | ".replace(f"model.path: {folder}/base: ", "")
+    came_back = "yes" if found.towers and found.reloaded else "no"
+    cells = (f"{v:.1g}" if isinstance(v, float) else f"no: {v}" for v in found.exported.values())
+    return " | ".join((f"{came_back}, {len(found.quantized)} layers", *cells))
 
 
 def outcome(name: str) -> str:
@@ -58,7 +88,11 @@ def main() -> None:
     for name in families.families():
         gc.freeze()  # loading collects garbage, which takes long where all of transformers is imported
         rows += f"| {name} | {outcome(name)} |\n"
-    PAGE.write_text(HEAD + rows, encoding="utf-8")
+    seen = ""
+    for name in families.seeing():
+        gc.freeze()
+        seen += f"| {name} | {tuned(name)} |\n"
+    PAGE.write_text(HEAD + rows + SEEING + seen, encoding="utf-8")
 
 
 if __name__ == "__main__":

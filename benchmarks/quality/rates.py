@@ -99,30 +99,41 @@ class Study:
         grid = {"bits": cell.bits, "group": GROUP, "zero": zero}
         rules = [{"match": "*.down_proj", "grid": {**grid, "group": DOWN_GROUP}}, {"match": "*", "grid": grid}]
         model, _ = load(self.model, method, rules, dtype=torch.float32, quiet=True)
-        optimizer = torch.optim.AdamW(param_groups(model, *rates), betas=BETAS, weight_decay=0.0)
-        warm = round(WARMUP * cell.steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s: s / max(1, warm) if s < warm else (cell.steps - s) / max(1, cell.steps - warm)
-        )
-        order = torch.Generator().manual_seed(0)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for _ in range(cell.steps):
-            rows = torch.randint(len(self.train), (BATCH,), generator=order)
-            loss = self._loss(model, self.train[rows, :LENGTH])
-            if not torch.isfinite(loss):
-                return math.inf
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(trained, CLIP)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            return sum(self._loss(model, part).item() for part in self.held.split(24)) / (HELD // 24)
+        if not math.isfinite(train(model, self.train[:, :LENGTH], rates, cell.steps)):
+            return math.inf
+        return loss_on(model, self.held)
 
-    @staticmethod
-    def _loss(model: Any, ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+def train(model: Any, windows: Tensor, rates: Rates, steps: int, seed: int = 0, batch: int = BATCH) -> float:
+    """Train what asks for gradients, as `trimtab run` schedules it; the last loss, not finite where it left the numbers."""
+    optimizer = torch.optim.AdamW(param_groups(model, *rates), betas=BETAS, weight_decay=0.0)
+    warm = round(WARMUP * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: s / max(1, warm) if s < warm else (steps - s) / max(1, steps - warm)
+    )
+    order, loss = torch.Generator().manual_seed(seed), torch.tensor(math.nan)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(steps):
+        loss = _loss(model, windows[torch.randint(len(windows), (batch,), generator=order)])
+        if not torch.isfinite(loss):
+            break
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+@torch.no_grad()
+def loss_on(model: Any, windows: Tensor, at_once: int = 24) -> float:
+    """The mean loss on windows, in nats a token."""
+    return sum(_loss(model, some).item() * len(some) for some in windows.split(at_once)) / len(windows)
+
+
+def _loss(model: Any, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def fill(study: Study, cell: Cell, deadline: float) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trimtab.formats.push import push
     from trimtab.kernels.tuning import tune
     from trimtab.layers.rates import param_groups
+    from trimtab.models.block_start import Blockwise
     from trimtab.models.gptq import Gptq
     from trimtab.models.load import load
     from trimtab.models.prepare import fold, prepare
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
-    "Activations", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
+    "Activations", "Blockwise", "CodebookGrid", "Gptq", "Grid", "KvCache", "Recipe", "UserError",
     "chat", "compare", "evaluate", "export", "fold", "gather", "harness", "load", "methods", "overview", "param_groups",
     "parity", "plan", "prepare", "prune", "push", "reference", "run", "save", "search", "shard", "simulate", "tune",
     "verify", "write_report",
@@ -48,6 +49,7 @@ __all__ = [
 
 _HOME = {
     "Activations": "quant.activations",
+    "Blockwise": "models.block_start",
     "CodebookGrid": "quant.grid",
     "Gptq": "models.gptq",
     "Grid": "quant.grid",

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
@@ -16,9 +17,22 @@ def is_unfinished(name: str) -> bool:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a text file that is whole or as it was before, for folders that others may look into meanwhile.
+    """`replace` with a text."""
+
+    def write(new: Path) -> None:
+        new.write_text(text, encoding="utf-8")
+
+    replace(file, write)
+
+
+def replace(file: Path, write: Callable[[Path], None]) -> None:
+    """Write a file that is whole or as it was before, for folders that others may look into meanwhile.
 
     What a process of this machine left of the same file when it was killed goes.
+
+    Args:
+        file: its name.
+        write: writes it under another one, beside it.
     """
     mine = f".{file.name}{WRITING}{socket.gethostname()}-"
     for left in file.parent.glob(f"{escape(mine)}*"):
@@ -26,7 +40,7 @@ def replace_text(file: Path, text: str) -> None:
             left.unlink(missing_ok=True)
     new = file.with_name(f"{mine}{os.getpid()}")
     try:
-        new.write_text(text, encoding="utf-8")
+        write(new)
         os.replace(new, file)
     finally:
         with suppress(OSError):  # of one that failed

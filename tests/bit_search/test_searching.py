@@ -355,7 +355,7 @@ def test_trials_without_a_mark_are_of_another_recipe(tmp_path: Path) -> None:
 
 
 def test_trials_train_what_a_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPTQ's start, rounded inputs, and a teacher whose answers are written once."""
+    """A block-wise start, rounded inputs, and a teacher whose answers are written once."""
     seen: list[tuple[bool, Path | None, bool]] = []
 
     def fit(model: Any, tokenizer: Any, recipe: Recipe, **_: Any) -> None:
@@ -368,7 +368,7 @@ def test_trials_train_what_a_run_would(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(build, "load", lambda *a, **k: starts.append(k["start"]) or real(*a, **k))
     changes = {
         "activations": {"bits": 8},
-        "start": {"name": "gptq", "tokens": 64},
+        "start": {"name": "block", "tokens": 64, "steps": 1},
         "distill": {},
         "train": {"batch_tokens": 64},
     }
@@ -376,7 +376,7 @@ def test_trials_train_what_a_run_would(tmp_path: Path, monkeypatch: pytest.Monke
     found = workers.run(made(tmp_path, changes=changes, **search))
     assert [t.state for t in found.ledger.trials()] == ["complete"]
     assert seen == [(True, tmp_path / "out-teacher", True)]
-    assert isinstance(starts[0], trimtab.Gptq)
+    assert isinstance(starts[0], trimtab.Blockwise)
     assert results.best(found).teacher_cache == tmp_path / "out-teacher"
 
 

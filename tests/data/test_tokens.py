@@ -165,7 +165,15 @@ def test_what_a_template_does_not_read_is_refused(tmp_path: Path, more: dict[str
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages[9].content }}", "{{ 1 + 'a' }}", "{{ raise_exception('no') }}", "{% for %}"]
+    "template",
+    [
+        "{{ messages[9].content }}",
+        "{{ 1 + 'a' }}",
+        "{{ raise_exception('no') }}",
+        "{% for %}",
+        "{{ '\\ud800' }}",
+        "\ud800",
+    ],
 )
 def test_a_template_that_fails(tmp_path: Path, template: str) -> None:
     with pytest.raises(UserError, match="data, row 1: the tokenizer's chat template refuses it"):

@@ -152,6 +152,16 @@ def test_room_is_the_models(talk: Chat) -> None:
     assert not talk.fits([{"role": "user", "content": "long " * 12}])
 
 
+def test_a_question_that_finds_no_room_is_refused(talk: Chat) -> None:
+    """Of a table of positions there is an end; and a template may write more than anybody asked."""
+    talk.model.config.max_position_embeddings = 60
+    assert talk.answer("short", 2) is not None
+    for template in (None, "{% for a in range(99) %}ab{% endfor %}"):
+        talk.tokenizer.chat_template = template or talk.tokenizer.chat_template
+        with pytest.raises(UserError, match=r"the question has \d+ tokens with .*, and the model has room for 60;"):
+            talk.answer("short" if template else "long " * 60, 2)
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, KeyError, AssertionError, OSError])
 def test_an_error_of_the_thread_is_raised_here(
     talk: Chat, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
@@ -225,6 +235,8 @@ class Llama:
 
     def create_chat_completion(self, messages: list[Message], **options: Any) -> Iterator[dict[str, Any]]:
         Llama.made |= {"messages": messages, **options}
+        if len(messages[-1]["content"]) > 300:
+            raise ValueError("Requested tokens (308) exceed context window of 300")
         for delta in ({"role": "assistant"}, {"content": "4"}, {"content": "2"}, {}):
             yield {"choices": [{"delta": delta}]}
 
@@ -248,3 +260,5 @@ def test_a_gguf_file_is_answered_by_llama_cpp(tmp_path: Path, monkeypatch: pytes
     assert {**drawn, "max_tokens": 9, "repeat_penalty": 1.5}.items() <= Llama.made.items()
     assert made.fits([{"role": "user", "content": "x" * 200}])
     assert not made.fits([{"role": "user", "content": "x" * 290}])
+    with pytest.raises(UserError, match=r"the question has 308 tokens .* and the model has room for 300"):
+        list(made.say("x" * 301))

@@ -25,7 +25,7 @@ from trimtab.formats import ALL, export, get
 from trimtab.formats.export import check_exports
 from trimtab.formats.table import HEADER, table
 from trimtab.methods import Rtn
-from trimtab.models.architecture import features
+from trimtab.models.asked import features
 from trimtab.models.targets import targets
 from trimtab.recipe.recipe import from_dict
 

@@ -42,6 +42,30 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no folder is synced there")
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power leaves a folder that looks whole, of empty files; and the earlier one is gone by then."""
+    done: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        fsync(number)
+        done.append(("synced", os.fstat(number).st_ino))
+
+    def renamed(old: Path, new: Path) -> None:
+        replace(old, new)
+        if new.parent == tmp_path:
+            done.append(("renamed", new.stat().st_ino))
+
+    out = written(tmp_path / "out")
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    written(out, text="later")
+    aside, put = (at for at, (what, _) in enumerate(done) if what == "renamed")
+    assert {("synced", path.stat().st_ino) for path in (out, *out.rglob("*"))} <= set(done[:aside])
+    assert ("synced", tmp_path.stat().st_ino) in done[put:], "the name itself is not"
+
+
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [

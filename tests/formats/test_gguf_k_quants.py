@@ -45,7 +45,7 @@ def random_blocks(kind: Kind, rows: int, columns: int, seed: int = 0, scale: flo
     return raw.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", GRIDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [kind for kind in GRIDS if kind != Kind.MXFP4], ids=lambda kind: kind.name)
 def test_blocks_of_any_bits(kind: Kind) -> None:
     blocks = random_blocks(kind, 24, 768)
     weight, exact = from_blocks(blocks, kind, 24), gguf.quants.dequantize(blocks, kind)

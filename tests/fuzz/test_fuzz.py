@@ -1,5 +1,6 @@
 """No hostile input does anything but what it may: two minutes of `make fuzz`; and the harness finds what it seeks."""
 
+import itertools
 import os
 import random
 import signal
@@ -39,6 +40,7 @@ def _tried(
     monkeypatch.setitem(artefacts.ARTEFACTS, "numbers", lambda folder: (folder / "x").write_bytes(bytes(range(64))))
     monkeypatch.setitem(TARGETS, "numbers", Target("numbers", "numbers", {"x": bytes_changed}, read, peer))
     monkeypatch.setattr(trial, "SECONDS", 1)
+    monkeypatch.setattr(trial, "IDLE", 2)
     monkeypatch.setattr(artefacts, "MISPLACED", 0)
     return list(trial.try_all(tmp_path, [trial.Case("numbers", i) for i in range(count)]))
 
@@ -83,6 +85,7 @@ OUTCOMES: dict[str, tuple[Any, str]] = {
     "the same": (lambda folder, _: Read("1"), "same"),
     "another": (_if_changed(lambda: Read("2")), "legal"),
     "a loop": (_if_changed(lambda: [None for _ in iter(int, 1)]), "hang"),
+    "a loop in a library": (_if_changed(lambda: sum(itertools.repeat(0))), "hang"),
     "a sleep": (_if_changed(lambda: time.sleep(60)), "hang"),
     "an end": (_if_changed(lambda: os._exit(3)), "died"),
     "a crash": (_if_changed(lambda: os.kill(os.getpid(), signal.SIGKILL)), "died"),

@@ -331,7 +331,7 @@ def test_stored_bytes_and_trained_numbers(name: str) -> None:
     if grid is None:
         closed = 4 * N * k
     elif isinstance(grid, CodebookGrid):
-        absmax = groups + 4 * -(-groups // 256) + 4 if grid.double_quant else 4 * groups
+        absmax = groups + 4 * -(-groups // 256) + 4 if grid.double_quant else groups if grid.powers else 4 * groups
         closed = N * k * 4 // 8 + absmax
     else:
         storage = getattr(case.method, "storage", "int")

@@ -21,6 +21,7 @@ GRIDS: list[AnyGrid] = [
     Grid(2, 16, "integer", range="lp2.4"),
     CodebookGrid("nf4", 32),
     CodebookGrid("nf3", 16, double_quant=True),
+    CodebookGrid("mxfp4", 32),
 ]
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.describe().replace(" ", "-"))
 
@@ -48,6 +49,21 @@ def test_a_large_weight_is_quantized_in_pieces_of_rows(grid: AnyGrid, monkeypatc
     for key, tensor in tensors(pieces).items():
         assert tensor.dtype == whole[key].dtype
         assert torch.equal(tensor, whole[key]), key
+
+
+@grids
+def test_equal_weights_without_numbers_are_laid_out_once(grid: AnyGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan has hundreds of them, each with tensors of its own."""
+    w, made, plain = cases.random(N, K, seed=0, scale=0.05), [], weights._quantize
+    monkeypatch.setattr(weights, "_quantize", lambda *given: made.append(given) or plain(*given))
+    weights._laid_out.cache_clear()
+    real, one, two = (weights.quantize(x, grid) for x in (w, w.to("meta"), w.to("meta")))
+    assert [len(given) for given in made] == [3, 3]
+    for empty in (one, two):
+        assert {n: (t.shape, t.dtype) for n, t in tensors(empty).items()} == {
+            n: (t.shape, t.dtype) for n, t in tensors(real).items()
+        }
+    assert not {id(p) for p in one.parameters()} & {id(p) for p in two.parameters()}
 
 
 @grids

@@ -31,16 +31,8 @@ from trimtab.errors import UserError
 from trimtab.formats.gguf import families
 from trimtab.formats.mlx.write import config_keys
 from trimtab.models import decoder
-from trimtab.models.architecture import (
-    FAMILIES,
-    FUSED,
-    WRITTEN,
-    Architecture,
-    architecture_of,
-    rope,
-    softcap,
-    windowed,
-)
+from trimtab.models.architecture import FAMILIES, FUSED, WRITTEN, Architecture, architecture_of
+from trimtab.models.asked import rope, softcap, windowed
 from trimtab.models.head import AfterHead, after_head
 from trimtab.pruning import structures
 from trimtab.quant.grid import Grid

@@ -73,6 +73,7 @@ def test_a_plan_of_a_config_alone_has_the_same_bounds(model: Path) -> None:
         {"layer_types": ["x", "y"]},
         {"vocab_size": None}, {"num_key_value_heads": -2}, {"model_type": ["llama"]}, {"text_config": "x"}, {"dtype": "x"},
         {"hidden_act": "x"}, {"rms_norm_eps": []}, {"head_dim": {}}, {"architectures": 3, "model_type": "x"},
+        {"per_layer_config": {"0": {"num_hidden_layers": 3}}}, {"per_layer_config": {"0": {"tie_word_embeddings": False}}},
     ],
     ids=str,
 )  # fmt: skip
@@ -185,6 +186,20 @@ def test_an_index_that_is_none(model: Path, weight_map: Any) -> None:
         tt.load(str(model))
 
 
-def test_outputs_are_wrapped_whatever_a_config_says(model: Path) -> None:
-    change(model, return_dict=False)
-    assert tt.load(str(model))[0](torch.arange(4)[None]).logits.shape[:2] == (1, 4)
+@pytest.mark.parametrize(("kind", "width"), [("sliding", "sliding_window"), ("chunked", "attention_chunk_size")])
+def test_layers_with_windows_of_no_width(model: Path, kind: str, width: str) -> None:
+    """transformers looks for it only when a text comes."""
+    change(model, layer_types=["full_attention", f"{kind}_attention"])
+    with pytest.raises(UserError, match=f"has layers of {kind}_attention in layer_types, but no {width}; fetch"):
+        tt.load(str(model))
+    change(model, **{width: 8})
+    tt.load(str(model))
+
+
+@pytest.mark.parametrize("key", ["return_dict", "output_hidden_states"])
+@pytest.mark.parametrize("value", [False, True, "0", 99])
+def test_outputs_are_logits_whatever_a_config_says(model: Path, key: str, value: Any) -> None:
+    change(model, **{key: value})
+    found = tt.load(str(model))[0](torch.arange(4)[None])
+    assert found.logits.shape[:2] == (1, 4)
+    assert found.hidden_states is None

@@ -349,10 +349,10 @@ def test_an_adapter_beside_the_model_is_refused(copied: Callable[..., Path]) -> 
     refused(path, "holds an adapter beside the model")
 
 
-def test_a_class_that_is_no_causal_model_is_named(copied: Callable[..., Path]) -> None:
+def test_a_class_that_is_no_language_model_is_named(copied: Callable[..., Path]) -> None:
     path = copied("llama")
-    configure(path, model_type="llava", architectures=["LlavaForConditionalGeneration"])
-    refused(path, r"does not take LlavaForConditionalGeneration \(model_type llava\)")
+    configure(path, model_type="siglip", architectures=["SiglipModel"])
+    refused(path, r"neither AutoModelForCausalLM nor AutoModelForMultimodalLM takes SiglipModel \(model_type siglip\)")
 
 
 def test_a_layer_whose_name_would_not_last_is_refused(tmp_path: Path) -> None:

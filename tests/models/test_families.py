@@ -47,7 +47,7 @@ def test_no_family_is_left_out() -> None:
 
 def test_the_page_has_a_row_for_every_family() -> None:
     """docs/families.md, written by `tools/families.py` from the same models."""
-    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8").partition("\n## ")[0]
     rows = dict(line.strip("| ").split(" | ", 1) for line in page.splitlines() if line.startswith("| "))
     del rows["family"]
     assert list(rows) == families.families(), "run: python tools/families.py"

@@ -350,7 +350,8 @@ from trimtab.memory import process
 from trimtab.methods import Rtn
 from trimtab.recipe.recipe import from_dict
 small, large, rules = sys.argv[1], sys.argv[2], from_dict(eval(sys.argv[3])).rules
-how = tt.Gptq(tokens=torch.arange(4096).view(16, 256) % 250)
+tokens = torch.arange(4096).view(16, 256) % 250
+how = tt.Gptq(tokens=tokens) if sys.argv[4] == "gptq" else tt.Blockwise(tokens=tokens, steps=1)
 tt.load(small, Rtn(), rules, start=how)
 heap.return_freed()
 heap.trim()
@@ -362,26 +363,33 @@ print(process.peak_bytes() - base - files)
 """
 
 
-def test_its_memory_is_planned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gptq", "block"])
+def test_the_memory_of_starts_is_planned(name: str, tmp_path: Path) -> None:
     """Measured in a process of its own; what it takes is far more than training does."""
-    for name, mlp in (("small", 64), ("large", 1536)):
+    for size, mlp in (("small", 64), ("large", 1536)):
         config = {"vocab_size": 260, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
         model = AutoModelForCausalLM.from_config(LlamaConfig(**config, intermediate_size=mlp), dtype=torch.bfloat16)
-        model.save_pretrained(tmp_path / name)
-        tiny.tokenizer().save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / size)
+        tiny.tokenizer().save_pretrained(tmp_path / size)
     tiny.text(tmp_path / "t.jsonl")
-    start = {"name": "gptq", "tokens": 4096}
+    start = {"name": name, "tokens": 4096}
     grid = {"bits": 4, "group": 32, "zero": "integer"}
     values = tiny.recipe(
-        tmp_path / "large", tmp_path / "t.jsonl", tmp_path / "out", start=start, rules=[{"match": "*", "grid": grid}]
+        tmp_path / "large",
+        tmp_path / "t.jsonl",
+        tmp_path / "out",
+        start=start,
+        rules=[{"match": "*", "grid": grid}],
+        data={"block_tokens": 256},
+        train={"batch_tokens": 512},
     )
     parsed = recipe.from_dict(values)
     planned = plan(parsed, open_source(parsed.model.path).layout())
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large"), repr(values)]
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large"), repr(values), name]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert planned.total == planned.before
-    assert 0.8 < planned.before / int(done.stdout.split()[-1]) < 1.25
+    assert 0.8 < planned.before / int(done.stdout.split()[-1]) < 1.25, (planned.before, done.stdout)
 
 
 def test_what_is_stored_on_the_grid_already_keeps_its_codes() -> None:

@@ -126,6 +126,26 @@ def test_what_stays_in_float_has_a_reason() -> None:
     assert not reasons["falcon, a subclass of its own"]
 
 
+def test_twice_the_layers_take_twice_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at every module for each of them made a plan of 256 layers one of minutes."""
+    asked = [0]
+    plain = nn.Module.__getattr__
+
+    def counting(self: nn.Module, name: str) -> Any:
+        asked[0] += 1
+        return plain(self, name)
+
+    counts = []
+    for layers in (4, 8):
+        model = llama(num_hidden_layers=layers)
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "__getattr__", counting)
+            asked[0] = 0
+            layers_of(model)
+        counts.append(asked[0])
+    assert counts[1] < 2.2 * counts[0]
+
+
 class Moe(nn.Module):
     """A block of some other library's, with a router that says so only by its place."""
 

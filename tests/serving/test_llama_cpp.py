@@ -16,7 +16,15 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from trimtab.evaluation import serving
 from trimtab.formats.gguf.vocabulary import PRE_TOKENIZERS, vocabulary
@@ -115,6 +123,31 @@ def check_tuned(rules: list[dict[str, Any]], tmp_path: Path) -> None:
     noise, tuned = differences
     assert 0 < tuned <= 1.5 * noise
     assert noise < 0.05
+
+
+def test_the_language_model_of_one_that_sees(tmp_path: Path) -> None:
+    """Its tensors have the names that they would have by themselves; towers and projector are not in the file."""
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = LlavaConfig(text_config=FAMILIES["llama"].to_dict(), vision_config=vision, image_token_index=258)
+    model = LlavaForConditionalGeneration(config).eval()
+    text = random_model(FAMILIES["llama"])
+    model.model.language_model.load_state_dict({k: v.float() for k, v in text.base_model.state_dict().items()})
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    prepare(model, Rtn(), [{"match": "*", "grid": {"bits": 8, "group": 32}}])
+    save(tmp_path / "model.gguf", model, byte_level_tokenizer(), name="tiny")
+    expected = ours(model)
+    assert rms(engine(tmp_path / "model.gguf"), expected) < 2e-2 * expected.std()
+
+
+def test_four_bit_floats(tmp_path: Path) -> None:
+    """MXFP4 in tensors of two dimensions; llama.cpp rounds what it multiplies them with to 8 bits."""
+    model = prepare(
+        random_model(FAMILIES["llama"]).float(), Rtn(), [{"match": "*", "grid": {"codebook": "mxfp4", "group": 32}}]
+    )
+    save(tmp_path / "model.gguf", model, byte_level_tokenizer(), name="tiny")
+    expected = ours(model)
+    assert rms(engine(tmp_path / "model.gguf"), expected) < 2e-2 * expected.std()
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------

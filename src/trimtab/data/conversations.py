@@ -121,11 +121,12 @@ def render(given: Given, tokenizer: PreTrainedTokenizerBase, where: object, *, a
                     add_generation_prompt=asked,
                     **arguments,
                 )
+                assert isinstance(text, str)
+                text.encode()  # tokenizers fail on half of a surrogate pair
         except Unrendered as failed:
             # A template is a program: it refuses what its model never saw (a system role, two users), and it fails.
             error, cause = error or str(failed), failed
             continue
-        assert isinstance(text, str)
         if way == _WAYS[-1] or _called(calls, text):
             return text
     raise UserError(

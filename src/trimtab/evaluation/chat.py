@@ -168,12 +168,20 @@ class Chat(Talk):
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether question and answer stay within the positions that the model's config names."""
+        room = self._room()
+        return room is None or len(ids_of(self.tokenizer, messages)) + self.sampling.tokens <= room
+
+    def _room(self) -> int | None:
+        """The positions that the model's config names."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return not isinstance(limit, int) or len(ids_of(self.tokenizer, messages)) + self.sampling.tokens <= limit
+        return limit if isinstance(limit, int) else None
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """The answer as it comes: transformers generates in a thread, which ends when nobody listens any more."""
-        given = _given(self.model, self.tokenizer, ids_of(self.tokenizer, messages))
+        ids, room = ids_of(self.tokenizer, messages), self._room()
+        if room is not None and len(ids) > room:
+            raise UserError(no_room(len(ids), room))
+        given = _given(self.model, self.tokenizer, ids)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         heard = [True]
         options = _options(self.sampling) | {"stopping_criteria": [lambda ids, *_: _stopped(ids, not heard)]}
@@ -196,6 +204,14 @@ class Chat(Talk):
             finally:
                 heard.clear()
             done.result()
+
+
+def no_room(tokens: int, room: int) -> str:
+    """What is said of a question that is too long even without all that was said before it."""
+    return (
+        f"the question has {tokens:,} tokens with what the chat template writes around it, and the model has room for "
+        f"{room:,}; ask a shorter one"
+    )
 
 
 def _stopped(ids: torch.Tensor, stop: bool) -> torch.Tensor:

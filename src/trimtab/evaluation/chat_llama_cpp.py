@@ -3,12 +3,17 @@
 Without it the file is read by our own reader and answered by transformers, in float: the same weights, but slower.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trimtab.evaluation.chat import GREEDY, Message, Sampling, Talk
+from trimtab.errors import UserError
+from trimtab.evaluation.chat import GREEDY, Message, Sampling, Talk, no_room
+
+_TOO_LONG = re.compile(r"\((\d+)\) exceed context window of (\d+)")
+"""How llama-cpp-python says that there is no room; only it knows how many tokens its template makes."""
 
 
 def installed() -> bool:
@@ -40,6 +45,15 @@ class LlamaChat(Talk):
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """The answer as llama.cpp gives it."""
+        try:
+            yield from self._pieces(messages)
+        except ValueError as error:
+            found = _TOO_LONG.search(str(error))
+            if found is None:
+                raise
+            raise UserError(no_room(int(found[1]), int(found[2]))) from error
+
+    def _pieces(self, messages: Sequence[Message]) -> Iterator[str]:
         s = self.sampling
         options: dict[str, Any] = {
             "max_tokens": s.tokens, "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p,

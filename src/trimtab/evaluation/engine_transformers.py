@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 
 def load(folder: Path) -> Any:
-    """The model of a folder, with its adapter if there is one."""
-    if not (folder / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    """The model of a folder, of the class that its config names, with its adapter if there is one."""
+    adapted = (folder / "adapter_config.json").is_file()
+    path = folder / "base" if adapted else folder
+    (kind,) = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
+    model = getattr(transformers, kind).from_pretrained(path, trust_remote_code=False)
+    if not adapted:
+        return model
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder / "base", trust_remote_code=False), folder
-    )
+    return PeftModel.from_pretrained(model, folder)
 
 
 def main(directory: str, tokens: str, out: str, device: str = "cpu") -> None:

@@ -12,6 +12,8 @@ from trimtab.errors import UserError
 from trimtab.formats.manifest import read_json
 from trimtab.models.card import hub_id, metadata
 from trimtab.models.held import Held, held
+from trimtab.models.layout import auto_class
+from trimtab.models.sources import read_config
 from trimtab.recipe.recipe import Recipe, from_text, read
 from trimtab.words import STAGES
 from trimtab.words import perplexity as ppl
@@ -94,10 +96,11 @@ def _quality(folder: Path) -> str:
 
 def _use(folder: Path, own: Held) -> str:
     if own.format == "native":
+        kind = auto_class(read_config(folder)).__name__
         code = [
             "```python", "import trimtab  # teaches transformers to read it: pip install trimtab",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-            'model = AutoModelForCausalLM.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            f"from transformers import {kind}, AutoTokenizer", "",
+            f'model = {kind}.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")',
             "```\n", "```", "trimtab chat PATH",
             "trimtab export PATH --format compressed-tensors    # vLLM; or gguf for llama.cpp, mlx", "```\n",
         ]  # fmt: skip

@@ -22,9 +22,10 @@ import torch
 from trimtab.errors import UserError
 from trimtab.layers.adapters import Adapter
 from trimtab.layers.experts import Holding
-from trimtab.models.architecture import FUSED, Feature, features
+from trimtab.models.architecture import FUSED, Feature
+from trimtab.models.asked import features
 from trimtab.quant.activations import Activations, KvCache
-from trimtab.quant.grid import AnyGrid, Grid, ScaleDtype, Zero
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, ScaleDtype, Zero
 from trimtab.quant.two_level import TWO_LEVEL
 from trimtab.recipe.rules import Kind
 
@@ -89,6 +90,8 @@ class Form:
     """Roundings of a layer's inputs that are written with it; None for inputs in float."""
     width: int | None = None
     """Bits that a code takes in the file; None for as many as it has."""
+    table: str | None = None
+    """The codebook that it holds, in place of affine grids."""
 
 
 DENSE = Form(name="dense", bits=(), zeros=(), kinds=ALL_KINDS)
@@ -123,6 +126,8 @@ class Engine:
     rounded: tuple[Rounded, ...] = ()
     kv: tuple[str, ...] = ("float",)
     """Dtypes of the KV cache."""
+    tables: tuple[str, ...] = ()
+    """Codebooks that it runs of those that the format holds."""
     lacks: frozenset[Feature] = frozenset()
     """What a config may ask for that it leaves out or takes for something else."""
 
@@ -222,7 +227,7 @@ class Format(ABC):
     def require_config(self, config: Any, engine: str | None = None) -> None:
         """Raise a `UserError` if no reader (or not this engine) computes a model of this config as it was trained."""
         chosen = [self.engine(engine)] if engine else self.engines
-        for feature, words in features(config):
+        for feature, words in features(config.get_text_config()):
             if chosen and all(feature in x.lacks for x in chosen):
                 raise UserError(
                     f"export: {self.name}: {words}, which {in_words(x.name for x in chosen)} would compute otherwise; "
@@ -241,6 +246,9 @@ class Format(ABC):
 def _mismatch(forms: Sequence[Form], layer: Layer, dtype: torch.dtype, name: str) -> Refusal | None:
     """None if one of the forms takes the layer, else the first property that none of those left has."""
     grid = layer.grid
+    if isinstance(grid, CodebookGrid) and any(form.table == grid.codebook for form in forms):
+        return None
+    forms = [form for form in forms if form.table is None]
     if not isinstance(grid, Grid):
         cause = f"is on {'no grid' if grid is None else grid.describe()}, which {name} does not hold"
         return Refusal(layer.name, cause, "give it an affine grid (bits, group, zero) in `rules`, or export to dense")

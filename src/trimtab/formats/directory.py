@@ -31,6 +31,7 @@ from trimtab.formats.card import card
 from trimtab.formats.holding import holding
 from trimtab.formats.manifest import Kind, entries, keeps, remove, write_json, write_manifest
 from trimtab.models.finite import require_finite
+from trimtab.models.origin import processor_files
 from trimtab.outputs import output
 from trimtab.words import and_more
 
@@ -215,7 +216,7 @@ class Shards:
 def write_surroundings(
     folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, quantization_config: dict[str, Any] | None
 ) -> None:
-    """config.json, generation_config.json and the tokenizer's files.
+    """config.json, generation_config.json and the files of the tokenizer and other processors.
 
     Args:
         folder: where to write.
@@ -235,6 +236,15 @@ def write_surroundings(
     write_json(folder / "config.json", config)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+    write_processors(folder, model, tokenizer)
+
+
+def write_processors(folder: Path, model: Any, tokenizer: Any) -> None:
+    """The tokenizer's files, or those of a processor that is given for it; and, of a model that sees or hears, those of
+    its base's processors.
+    """
+    for file in processor_files(model):
+        shutil.copyfile(file, folder / file.name)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -70,7 +70,7 @@ def check_exports(of: recipe.Recipe, targets: Sequence[Target], config: Any) -> 
     """Raise a `UserError` for the first layer, or the model's config, that one of a recipe's formats cannot hold."""
     for name in of.export:
         format_ = get(name)
-        format_.require_config(config.get_text_config())
+        format_.require_config(config)
         found = refusals(format_, planned(targets, of.method, of.merge, format_, of.activations, of.kv), of.dtype)
         if found:
             raise UserError(f"export: {name}: {found[0]}")
@@ -128,7 +128,7 @@ def write(
     """
     largest = parse_bytes(options.max_shard_size, "max_shard_size")
     format_, dtype, layers = writer(name), compute_dtype(model), layers_of(model)
-    format_.require_config(model.config.get_text_config(), options.engine)
+    format_.require_config(model.config, options.engine)
     refused = refusals(format_, layers, dtype, options.engine)
     _require_none(name, refused, layers, options)
     measured_on = held_out if refused and isinstance(held_out, Tensor) else None
@@ -246,7 +246,7 @@ def export(
         name = _base_format(directory)
     format_ = writer(name)
     laid_out = opened.layout()
-    format_.require_config(laid_out.config.get_text_config(), options.engine)
+    format_.require_config(laid_out.config, options.engine)
     layers = layers_of(laid_out)
     found = refusals(format_, layers, compute_dtype(laid_out), options.engine)
     _require_none(name, found, layers, options)

@@ -20,7 +20,7 @@ from trimtab.errors import UserError
 from trimtab.formats import ALL
 from trimtab.formats.declaration import DENSE, Form, Format, Layer, Refusal
 from trimtab.formats.file_size import layer_bytes
-from trimtab.formats.gguf.blocks import SUPER_TYPES, TYPES
+from trimtab.formats.gguf.blocks import POWERS, SUPER_TYPES, TYPES
 from trimtab.formats.mlx.write import GROUPS, width
 from trimtab.formats.refusals import refusals
 from trimtab.formats.written import planned
@@ -97,7 +97,7 @@ def layer_size(
 
 def _refused(format_: Format, layers: Sequence[Layer], model: "PreTrainedModel", dtype: torch.dtype) -> str:
     try:
-        format_.require_config(model.config.get_text_config())
+        format_.require_config(model.config)
     except UserError as error:
         return str(error).removeprefix(f"export: {format_.name}: ")
     return next((str(refusal) for refusal in refusals(format_, layers, dtype)), "")
@@ -129,6 +129,8 @@ def _matrix(format_: Format, layer: Layer, form: Form, dtype: torch.dtype) -> in
     if form is DENSE:
         return n * k * dtype.itemsize
     grid = layer.grid
+    if form.table is not None:
+        return n * (k // POWERS.weights) * POWERS.block_bytes  # in every format: 16 bytes of codes and an exponent
     assert isinstance(grid, Grid), "no form takes another"
     groups, zeros = k // (grid.group or k), grid.zero == "integer"
     if format_.name == "gguf":

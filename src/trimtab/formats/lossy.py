@@ -35,7 +35,7 @@ class Change(NamedTuple):
 
 def nearest_grid(format_: Format, layer: Layer, dtype: torch.dtype, engine: Engine | None = None) -> Grid | None:
     """The grid of the format (that the engine runs) nearest to the layer's; None where none fits its shape or kind."""
-    forms = [f for f in format_.forms if layer.kind in f.kinds]
+    forms = [f for f in format_.forms if layer.kind in f.kinds and f.table is None]
     if not forms or layer.grid is None:
         return None
     old = layer.grid if isinstance(layer.grid, Grid) else Grid(layer.grid.bits, layer.grid.group, "integer")

@@ -9,7 +9,7 @@ import torch
 
 from trimtab.formats.declaration import DENSE, Engine, Format, Layer, Refusal, Rounded, in_words
 from trimtab.quant.activations import Activations
-from trimtab.quant.grid import Grid
+from trimtab.quant.grid import CodebookGrid, Grid
 
 
 def refusals(format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engine: str | None = None) -> list[Refusal]:
@@ -45,8 +45,13 @@ def refusals(format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engin
 
 def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> list[Refusal]:
     """Why an engine does not run layers that the format holds."""
-    packed = [x for x in layers if isinstance(x.grid, Grid) and format_.form(x, dtype) is not DENSE]
-    found = []
+    held = [x for x in layers if x.grid is not None and format_.form(x, dtype) is not DENSE]
+    packed = [x for x in held if isinstance(x.grid, Grid)]
+    found = [
+        Refusal(x.name, f"is on {x.grid.describe()}, which {engine.name} was not tried with", "name another --engine")
+        for x in held
+        if isinstance(x.grid, CodebookGrid) and x.grid.codebook not in engine.tables
+    ]
     for layer in packed:
         grid = layer.grid
         assert isinstance(grid, Grid)

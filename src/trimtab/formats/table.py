@@ -30,7 +30,8 @@ def _run(what: Engine | Rounded) -> tuple[str, str, str]:
     if not what.bits:
         return "float", "", ""
     groups = "any" if what.groups is None else _list("channel" if g is None else g for g in what.groups)
-    return _list(what.bits), groups, _list(what.zeros)
+    tables = what.tables if isinstance(what, Engine) else ()
+    return _list((*what.bits, *tables)), groups, _list(what.zeros)
 
 
 def _held(format_: Format) -> tuple[str, str, str, str]:
@@ -38,10 +39,12 @@ def _held(format_: Format) -> tuple[str, str, str, str]:
         return "all", "all", "all", "all"
     if not format_.forms:
         return "float", "", "", ""
-    bits = sorted({b for f in format_.forms for b in f.bits})
-    groups = sorted({f"of {f.group_of}" if f.group_of > 1 else "any" for f in format_.forms})
-    zeros = dict.fromkeys(z for f in format_.forms for z in f.zeros)
-    return _list(bits), _list(groups), _list(zeros), _list(dict.fromkeys(f.scales for f in format_.forms))
+    affine = [form for form in format_.forms if form.table is None]
+    bits: list[int | str] = [*sorted({b for f in affine for b in f.bits})]
+    bits += [form.table for form in format_.forms if form.table is not None]
+    groups = sorted({f"of {f.group_of}" if f.group_of > 1 else "any" for f in affine})
+    zeros = dict.fromkeys(z for f in affine for z in f.zeros)
+    return _list(bits), _list(groups), _list(zeros), _list(dict.fromkeys(f.scales for f in affine))
 
 
 def _list(items: Iterable[Any]) -> str:

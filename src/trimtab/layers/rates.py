@@ -32,6 +32,7 @@ from trimtab.errors import UserError
 from trimtab.layers.adapter import Adapter, Kind
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
+from trimtab.quant import codebook
 
 Parametrization = Literal["relative", "paper"]
 
@@ -186,7 +187,8 @@ def _step(base: Weight) -> float:
     if isinstance(base, AffineWeight):
         return _mean(base.range().scale_NG) * max(1.0, base.grid.top / _WIDTH)
     if isinstance(base, CodebookWeight):
-        return 2 * _mean(base.read_absmax()) / (2**base.grid.bits - 1)
+        top = float(codebook.table(base.grid)[-1])
+        return 2 * top * _mean(base.read_absmax()) / (2**base.grid.bits - 1)
     assert isinstance(base, DenseWeight)
     return _size(base.weight) / 3
 

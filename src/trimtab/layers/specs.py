@@ -32,7 +32,7 @@ def from_spec(spec: Spec) -> Weight:
 def _empty_codebook(spec: Spec, n: int, k: int) -> CodebookWeight:
     grid = CodebookGrid(**spec["grid"])
     shape = (n, k // group_size(grid, k))
-    absmax: tuple[Tensor, ...] = (_floats(shape),)
+    absmax: tuple[Tensor, ...] = (torch.empty(shape, dtype=torch.uint8) if grid.powers else _floats(shape),)
     if grid.double_quant:
         blocks = -(-shape[0] * shape[1] // codebook.DOUBLE_BLOCK)
         absmax = (torch.empty(shape, dtype=torch.uint8), _floats((blocks,)), _floats((1,)))

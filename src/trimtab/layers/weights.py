@@ -14,18 +14,21 @@ Whatever is read of a stored tensor is read after `intact`: a cast behind the mo
 Legend: N out features, K in features, g group size, G = K / g groups in a row.
 """
 
+import copy
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.errors import UserError
 from trimtab.kernels import dequantize, encode
 from trimtab.kernels.arguments import rows_of
 from trimtab.kernels.dequantize import Levels
 from trimtab.layers import intact
 from trimtab.layers.weight import DenseWeight, Spec, Weight, frozen
-from trimtab.quant import codebook, fixed8, packing, two_level
+from trimtab.quant import codebook, fixed8, mxfp4, packing, two_level
 from trimtab.quant.grid import (
     AnyGrid,
     CodebookGrid,
@@ -242,7 +245,7 @@ class CodebookWeight(Weight):
 
     Args:
         codes: packed uint8 (N, bytes).
-        absmax: (N, G) float32, or with double quantization the triple of `codebook.compress_absmax`.
+        absmax: what `codebook.as_kept` makes of the scale of each group.
         grid: the codebook grid.
         in_features: K.
         offset_NG: float32 added after the table (QA-HiRA on NF4), or None.
@@ -269,23 +272,31 @@ class CodebookWeight(Weight):
     @classmethod
     def quantize(cls, weight_NK: Tensor, grid: CodebookGrid) -> "CodebookWeight":
         """The nearest table entries."""
-        if encode.fits(weight_NK):
+        if encode.fits(weight_NK) and not grid.powers:
             groups = weight_NK.shape[1] // group_size(grid, weight_NK.shape[1])
             packed, absmax = encode.table_codes(weight_NK, grid, groups)
-            kept = codebook.compress_absmax(absmax) if grid.double_quant else (absmax,)
-            return cls(packed, kept, grid, weight_NK.shape[1])
+            return cls(packed, codebook.as_kept(absmax, grid), grid, weight_NK.shape[1])
         pieces = [codebook.to_codebook(rows, grid) for rows in weight_NK.detach().split(_rows_at_once(weight_NK))]
         codes, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        kept = codebook.compress_absmax(absmax) if grid.double_quant else (absmax,)
-        return cls(packing.pack(codes, grid.bits), kept, grid, weight_NK.shape[1])
+        return cls(packing.pack(codes, grid.bits), codebook.as_kept(absmax, grid), grid, weight_NK.shape[1])
+
+    @classmethod
+    def of_powers(cls, codes_NK: Tensor, exponents_NG: Tensor) -> "CodebookWeight":
+        """On the MXFP4 grid: our codes and the exponents, uint8, of somebody else's file."""
+        if (exponents_NG == mxfp4.NAN).any():
+            raise UserError(f"a scale's exponent is {mxfp4.NAN}, which stands for no number; fetch the file again")
+        grid = CodebookGrid("mxfp4", mxfp4.BLOCK)
+        return cls(packing.pack(codes_NK, grid.bits), (exponents_NG,), grid, codes_NK.shape[1])
 
     def integer_codes(self, rows: Tensor | None = None) -> Tensor:
         """The codes: uint8 of shape (N, K)."""
         return packing.unpack(rows_of(self.intact().codes, rows), self.grid.bits, self.shape[1])
 
     def read_absmax(self) -> Tensor:
-        """The absmax of each group: float32 (N, G)."""
+        """The absmax of each group, or the power of two in its place: float32 (N, G)."""
         self.intact()
+        if self.grid.powers:
+            return mxfp4.scales(self.absmax)
         if self.absmax_scale is None or self.absmax_mean is None:
             return self.absmax
         return codebook.expand_absmax(self.absmax, self.absmax_scale, self.absmax_mean)
@@ -306,7 +317,8 @@ class CodebookWeight(Weight):
         """Everything but the codes, as the kernels take it."""
         device = self.intact().codes.device
         map_ = codebook.dynamic_map(device) if self.grid.double_quant else None
-        absmax = (self.absmax, map_, self.absmax_scale, self.absmax_mean)
+        kept = mxfp4.scales(self.absmax) if self.grid.powers else self.absmax
+        absmax = (kept, map_, self.absmax_scale, self.absmax_mean)
         return codebook.entries(self.grid, device), *absmax, offset_NG, self.grid.bits
 
     def with_offset(self, offset_NG: Tensor) -> "CodebookWeight":
@@ -349,6 +361,17 @@ def _center(range_: Range, grid: Grid, in_features: int, rows: Tensor | None = N
 
 def quantize(weight_NK: Tensor, grid: AnyGrid, storage: Storage = "int") -> AffineWeight | CodebookWeight:
     """Round a float weight to the nearest values of any grid."""
+    if weight_NK.is_meta:  # a plan asks for those of hundreds of equal layers, and a copy takes a fiftieth of the time
+        return copy.deepcopy(_laid_out(weight_NK.shape, weight_NK.dtype, grid, storage))
+    return _quantize(weight_NK, grid, storage)
+
+
+@lru_cache
+def _laid_out(shape: torch.Size, dtype: torch.dtype, grid: AnyGrid, storage: Storage) -> AffineWeight | CodebookWeight:
+    return _quantize(torch.empty(shape, dtype=dtype, device="meta"), grid, storage)
+
+
+def _quantize(weight_NK: Tensor, grid: AnyGrid, storage: Storage) -> AffineWeight | CodebookWeight:
     if isinstance(grid, CodebookGrid):
         return CodebookWeight.quantize(weight_NK, grid)
     return AffineWeight.quantize(weight_NK, grid, storage)

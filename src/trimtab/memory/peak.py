@@ -35,7 +35,7 @@ from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import DenseWeight
 from trimtab.methods.base import Method
 from trimtab.models import decoder
-from trimtab.models.architecture import softcap
+from trimtab.models.asked import softcap
 from trimtab.models.prepare import prepare_meta
 from trimtab.models.simulate import lay_out
 from trimtab.models.transformers_bridge import cast_floats, quant_layers
@@ -72,7 +72,7 @@ class Plan:
     teacher: int = 0
     """A float or 8-bit model to learn from, in memory as long as training lasts."""
     before: int = 0
-    """Peak of what comes before training, a cached teacher or GPTQ; it does not add up with the rest."""
+    """Peak of what comes before training, a cached teacher or a start; it does not add up with the rest."""
     apart: int = 0
     """Of gradients, activations and temporary: what is never there at once with the others."""
     notes: tuple[str, ...] = ()

@@ -3,6 +3,10 @@
 GPTQ has a phase of its own, before training. Beside what is stored it holds one block in float with the X^T X of its
 layers' inputs, the hidden states of all windows before and after the block, and for the layer at hand three K x K in
 float64 while H^-1 is factored, or some copies of its weight while columns are rounded.
+
+So has a block-wise start: one block in float, and of its layers levels, their best, gradient and moments in float32, the
+weights that they round to with their gradients, and one layer's rounding; hidden states of all windows twice (unless they
+are on disk), and what one window keeps for backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +48,7 @@ def plan(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[Rule] | None 
     rules = recipe.rules if rules is None else rules
     if train.attention == "eager":  # it keeps what each token attends to
         model.set_attn_implementation("eager")
-    working = _rounding_by_gptq(recipe, model, rules) if recipe.start.name == "gptq" else 0
+    working = _starting(recipe, model, rules)
     planned = peak_of_training(
         model,
         recipe.method,
@@ -66,8 +70,37 @@ def plan(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[Rule] | None 
     return replace(planned, before=max(planned.before, before))
 
 
+def _starting(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[Rule] | None) -> int:
+    """Bytes that a start works in, beside the model as far as it is stored."""
+    if recipe.start.name == "rtn":
+        return 0
+    text, tokens = model.config.get_text_config(), recipe.start.tokens
+    hidden = 2 * tokens * text.hidden_size * recipe.dtype.itemsize
+    if recipe.start.name == "gptq":
+        return _rounding_by_gptq(recipe, model, rules) + hidden
+    shapes = {t.name: t.shape for t in targets(model, recipe.method, rules) if t.grid is not None}
+    window = min(tokens, recipe.data.block_tokens if recipe.data else 1024)
+    return (0 if recipe.start.on_disk else hidden) + max(
+        _training_a_block(recipe, [shapes[name] for name in names], window)
+        for names in calibrate.by_block(model, list(shapes)).values()
+    )
+
+
+def _training_a_block(recipe: Recipe, shapes: Sequence[tuple[int, int]], window: int) -> int:
+    """Bytes of one block of a block-wise start, and of what its layers keep of a window for backward."""
+    itemsize, shift, scales = recipe.dtype.itemsize, recipe.start.trains == "shift", recipe.start.trains == "scales"
+    weights = sum(n * k for n, k in shapes)
+    # In float and as float32: as it was read; levels; for shift the first of them, else two moments; gradient; best.
+    copies = itemsize + (4 if scales else 16 if shift else 20)
+    # What they round to, its gradient, and a second window's.
+    copies += 3 * itemsize
+    layer = max((n * k for n, k in shapes), default=0)
+    activations = window * sum(n + k for n, k in shapes) * itemsize
+    return weights * copies + 24 * layer + activations
+
+
 def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[Rule] | None) -> int:
-    """Bytes that GPTQ works in, beside the model as far as it is stored: of the block and layer that take most."""
+    """Bytes that GPTQ works in: of the block and layer that take most."""
     shapes = {t.name: t.shape for t in targets(model, recipe.method, rules) if t.grid is not None}
     itemsize, most, family = recipe.dtype.itemsize, 0, architecture_of(model)
     for names in calibrate.by_block(model, list(shapes)).values():
@@ -79,7 +112,7 @@ def _rounding_by_gptq(recipe: Recipe, model: "PreTrainedModel", rules: Sequence[
             default=0,
         )
         most = max(most, floats + sum(4 * k * k for k in inputs.values()) + layer)
-    return most + 2 * recipe.start.tokens * model.config.get_text_config().hidden_size * itemsize
+    return most
 
 
 def teaching(recipe: Recipe) -> Callable[[int], Teaching]:

@@ -27,7 +27,8 @@ from trimtab.memory.peak import Plan, kept_for_backward, lay_out_for_training, p
 from trimtab.memory.plan import teaching
 from trimtab.methods import Method
 from trimtab.models import decoder
-from trimtab.models.architecture import architecture_of, windowed
+from trimtab.models.architecture import architecture_of
+from trimtab.models.asked import windowed
 from trimtab.models.opening import open_experts
 from trimtab.models.targets import Target, placed_targets
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, of_width

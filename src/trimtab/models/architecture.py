@@ -15,7 +15,7 @@ know, and then what needs the fact refuses the model by its type. Keys of a conf
 looked for in it, since a factor that is not noticed would make a wrong loss and no error.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -265,6 +265,14 @@ WRITTEN: Mapping[str, Architecture] = {
 }
 """Families of which nothing is described but how GGUF holds them; all else is derived."""
 
+ASKS_FOR: Mapping[str, str] = {
+    "idefics": "pixel_values",
+    "kosmos-2": "pixel_values",
+    "molmo2": "mm_token_type_ids",
+    "voxtral_realtime": "input_features",
+}
+"""What models that see or hear cannot be trained without, where it is not seen in how they are called."""
+
 IN_WORDS = "Llama, Mistral, Qwen2, Qwen3, SmolLM and Gemma"
 """The families as people call them."""
 
@@ -273,12 +281,19 @@ FUSED = tuple(dict.fromkeys(parts for family in FAMILIES.values() for parts in f
 
 
 def architecture_of(model_or_config: Any) -> Architecture:
-    """The description of a model or a config: its family's, or what can be derived from it."""
+    """The description of a model or a config: its family's, or what can be derived from it.
+
+    Of a model that also sees or hears it is the description of its language model, with paths that lead there.
+    """
     live = isinstance(model_or_config, nn.Module)
     config = getattr(model_or_config, "config", None) if live else model_or_config
     model_type = getattr(config, "model_type", type(model_or_config).__name__)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    family = FAMILIES.get(getattr(text_config(model_or_config), "model_type", "")) if live else None
+    if family is not None:
+        inside = _path_in(base_of(model_or_config), base_of(language_model(model_or_config)))
+        return replace(family, blocks=f"{inside}.{family.blocks}", norm=f"{inside}.{family.norm}")
     blocks = _first_list(model_or_config) if live else None
     return replace(
         WRITTEN.get(model_type, Architecture(model_type=model_type)),
@@ -297,10 +312,47 @@ def base_of(model: Any) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
+def text_config(model: Any) -> Any:
+    """The config of the language model in a model that may also see or hear."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def language_model(model: Any) -> nn.Module:
+    """The part of a model that reads text, which transformers finds; its head stands beside it in most families.
+
+    This is all that decides what is trained and quantized by default: towers and projectors are what is outside of it.
+    """
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def in_language_model(model: Any, name: str) -> str | None:
+    """What a language model by itself calls a tensor of its base or its head; None of one that is of neither.
+
+    Args:
+        model: that may also see or hear.
+        name: of a tensor in it, for example `model.language_model.norm.weight`.
+    """
+    base, head = base_of(language_model(model)), model.get_output_embeddings()
+    for module, called in ((base, "model"), (head, "lm_head")):
+        inside = _path_in(model, module) if module is not None else None
+        if inside is not None and name.startswith(f"{inside}."):
+            return f"{called}{name.removeprefix(inside)}"
+    return None
+
+
+def sees_or_hears(model: Any) -> bool:
+    """Whether a model is more than a language model."""
+    return base_of(language_model(model)) is not base_of(model)
+
+
+def _path_in(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, inside in model.named_modules() if inside is module)
+
+
 def _first_list(model: Any) -> str | None:
     """Of a model that reads more than text, the first of its text decoder."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    lists = {id(module) for module in decoder.modules() if isinstance(module, nn.ModuleList)}
+    lists = {id(module) for module in language_model(model).modules() if isinstance(module, nn.ModuleList)}
     return next((name for name, module in base_of(model).named_modules() if id(module) in lists), None)
 
 
@@ -308,69 +360,3 @@ def _norm_beside(model: Any, blocks: str) -> str | None:
     """What Llama's children call `norm`; under another name it may be anything."""
     path = f"{blocks.rpartition('.')[0]}.norm".lstrip(".")
     return path if any(name == path for name, _ in base_of(model).named_modules()) else None
-
-
-def softcap(config: Any) -> float | None:
-    """c of a model that makes its logits c tanh(logits / c); None for one that does not."""
-    text = config.get_text_config()
-    key = architecture_of(text).softcap
-    return None if key is None else getattr(text, key, None)
-
-
-def windowed(config: Any) -> list[bool]:
-    """Which layers see a sliding window instead of everything before a token."""
-    if architecture_of(config).window_everywhere:
-        window = config.sliding_window  # one that no context outgrows hides nothing: Phi-3's of 262,144 tokens
-        return [window is not None and window < config.max_position_embeddings] * config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [kind == "sliding_attention" for kind in kinds]
-
-
-class Rope(NamedTuple):
-    """Parameters of rotary embeddings, by transformers' keys."""
-
-    full: dict[str, Any]
-    """Empty where these layers rotate nothing."""
-    windowed: dict[str, Any] | None
-    """Of layers with a sliding window, where these have their own."""
-
-
-def rope(config: Any) -> Rope:
-    """The rotary embeddings of a config, which has one set of parameters or one for each kind of layer."""
-    parameters = config.rope_parameters
-    return Rope(parameters.get("full_attention", parameters) or {}, parameters.get("sliding_attention"))
-
-
-def features(config: Any) -> Iterator[tuple[Feature, str]]:
-    """What the config of a text model asks for that one reader or another lacks, each with a word for it."""
-    family = architecture_of(config)
-    if any(windowed(config)):
-        yield "windows", f"a sliding window of {getattr(config, 'sliding_window', None)} tokens"
-    caps: tuple[tuple[Feature, str | None], ...] = (
-        ("attention cap", family.attention_softcap),
-        ("logit cap", family.softcap),
-    )
-    for feature, key in caps:
-        if key is not None and getattr(config, key, None) is not None:
-            yield feature, f"{key} {getattr(config, key)}"
-    biases: tuple[tuple[Feature, str], ...] = (("attention bias", "attention_bias"), ("MLP bias", "mlp_bias"))
-    for feature, key in biases:
-        if getattr(config, key, False):
-            yield feature, key
-    if family.implied_head_dim:  # of other families it may be one for each layer, and then reading it raises
-        heads, d = config.num_attention_heads, getattr(config, "head_dim", None)
-        if d and heads * d != config.hidden_size:
-            yield "implied heads", f"head_dim {d} with {heads} heads of {config.hidden_size} features"
-    if getattr(config, "rope_parameters", None):
-        yield from _rope_features(rope(config).full)
-
-
-def _rope_features(full: dict[str, Any]) -> Iterator[tuple[Feature, str]]:
-    kind = full.get("rope_type", "default")
-    known: dict[str, Feature] = {"linear": "linear", "llama3": "llama3", "yarn": "yarn"}
-    if kind != "default":
-        yield known.get(kind, "other rope"), f"rope_type {kind}"
-    if full.get("partial_rotary_factor", 1) != 1:
-        yield "partial rotary", f"partial_rotary_factor {full['partial_rotary_factor']}"
-    if kind == "yarn" and (full.get("attention_factor") is not None or not full.get("truncate", True)):
-        yield "yarn's own", "yarn with an attention_factor, or without truncate"

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from trimtab.errors import UserError
 from trimtab.reading import MOST_OF_A_TEMPLATE, read_mapping, require_regular, told
 
 _MOST = {
-    4096: "num_hidden_layers n_layer n_layers num_layers num_decoder_layers num_encoder_layers block_count",
+    1024: "num_hidden_layers n_layer n_layers num_layers num_decoder_layers num_encoder_layers block_count",
     2
     ** 16: "num_attention_heads n_head n_heads num_heads num_key_value_heads n_kv_heads num_kv_heads attention.head_count "
     "attention.head_count_kv head_dim attention.key_length attention.value_length num_experts num_local_experts "
@@ -61,6 +61,26 @@ def require_tensors(path: object, config: Any, count: int) -> None:
             f"{path}: its config says that there are {layers:,} layers (num_hidden_layers), but its files hold {count:,} "
             "tensors; the checkpoint is incomplete or of another model, fetch it again"
         )
+
+
+_WIDTHS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""What layers of a kind need a number for."""
+
+
+def require_windows(path: object, config: PreTrainedConfig) -> None:
+    """Raise a `UserError` if layers have a window and nothing says how wide it is: transformers fails on the first text.
+
+    Args:
+        path: for the message.
+        config: of transformers; its parts are looked at, too.
+    """
+    values = vars(config)
+    for kind, width in _WIDTHS.items():
+        if kind in (values.get("layer_types") or ()) and values.get(config.attribute_map.get(width, width)) is None:
+            raise UserError(f"{path}: its config has layers of {kind} in layer_types, but no {width}; fetch it again")
+    for part in values.values():
+        if isinstance(part, PreTrainedConfig):
+            require_windows(path, part)
 
 
 _MOST_OF_A_VOCABULARY = 2**30

@@ -80,23 +80,29 @@ def calibrate(
     training = model.training
     model.eval()
     try:
-        states, calls = _first_inputs(model, list(layers), tokens_WL)
+        states, calls = first_inputs(model, list(layers), tokens_WL)
         for block, watched in layers.items():
             enter(block)
             with _summing(model, watched) as hessians:
-                _run(model.get_submodule(block), states, calls[block])
+                run(model.get_submodule(block), states, calls[block])
             leave(block, hessians)
-            states = _run(model.get_submodule(block), states, calls[block])
+            states = run(model.get_submodule(block), states, calls[block])
     finally:
         model.train(training)
 
 
-def _run(block: nn.Module, states: list[Tensor], call: dict[str, Any]) -> list[Tensor]:
-    outputs = (block(state, **call) for state in states)
-    return [out if isinstance(out, Tensor) else out[0] for out in outputs]
+def run(block: nn.Module, states: list[Tensor], call: dict[str, Any]) -> list[Tensor]:
+    """What a block gives for each state."""
+    return [hidden_of(block(state, **call)) for state in states]
 
 
-def _first_inputs(model: Any, blocks: list[str], tokens_WL: Tensor) -> tuple[list[Tensor], dict[str, dict[str, Any]]]:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state among what a block gives."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
+
+
+def first_inputs(model: Any, blocks: list[str], tokens_WL: Tensor) -> tuple[list[Tensor], dict[str, dict[str, Any]]]:
     """The first block's input for each window (1, L, D), and the other arguments of every block."""
     states: list[Tensor] = []
     calls: dict[str, dict[str, Any]] = {}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.models.layout import auto_class
 from trimtab.models.origin import rounded_from
 from trimtab.models.prepared import quant_layers
 from trimtab.models.sources import NAMED
@@ -23,17 +24,17 @@ MADE = "made with trimtab."
 _WHOLE = """\
 ```python
 import trimtab
-from transformers import AutoModelForCausalLM
+from transformers import {kind}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+model = {kind}.from_pretrained("{folder}")
 ```
 """
 _ADAPTER = """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM{config}
+from transformers import {kind}{config}
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{options})
+base = {kind}.from_pretrained("{base}"{options})
 model = PeftModel.from_pretrained(base, "{folder}")
 ```
 
@@ -103,8 +104,9 @@ def write_card(folder: Path, model: "PreTrainedModel", base: str | None) -> None
 
 def _how(folder: Path, model: "PreTrainedModel", base: str | None) -> str:
     """How it is loaded."""
+    kind = auto_class(model.config).__name__
     if base is None:
-        return _WHOLE.format(folder=folder.name)
+        return _WHOLE.format(folder=folder.name, kind=kind)
     grids = [x.base.grid for x in quant_layers(model).values() if x.base.grid is not None]
     name, _, revision = base.partition("@")
     options, config = f', revision="{revision}"' if revision else "", ""
@@ -112,4 +114,4 @@ def _how(folder: Path, model: "PreTrainedModel", base: str | None) -> str:
         assert isinstance(grids[0], CodebookGrid), "an adapter is saved alone on what bitsandbytes rounds"
         options += f", {_NF4.format(table=grids[0].codebook, double=grids[0].double_quant)}"
         config = ", BitsAndBytesConfig"
-    return _ADAPTER.format(folder=folder.name, base=name, recipe=base, config=config, options=options)
+    return _ADAPTER.format(folder=folder.name, kind=kind, base=name, recipe=base, config=config, options=options)

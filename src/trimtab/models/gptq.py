@@ -33,12 +33,9 @@ from trimtab.devices import double
 from trimtab.errors import UserError
 from trimtab.kernels import encode
 from trimtab.layers.weights import AffineWeight, CodebookWeight
-from trimtab.quant import codebook, packing
+from trimtab.quant import codebook, fixed8, packing
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, Range, from_codes, group_size, set_range, to_levels
 from trimtab.quant.two_level import SUPER
-
-_UNIT = 4096
-"""Parts of a step that levels are kept to: with 8 bits before them, exact in float32 with or without z subtracted."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,12 +87,10 @@ class _Affine:
         return levels, from_codes(levels.round(), self.ranges[group], self.column)
 
     def stored(self, levels_NK: Tensor) -> AffineWeight:
-        """Levels in the middle of their unit, so that none is a tie, and on the side that it was rounded to."""
-        n = (levels_NK * _UNIT).floor_()
-        n -= (((n + 0.5) / _UNIT).round_() != levels_NK.round()).float()
+        """Levels in float, on the side that each was rounded to."""
         columns = zip(*self.ranges, strict=True)
         range_ = Range(*(None if t[0] is None else torch.cat(t, 1) for t in columns))  # type: ignore[arg-type]
-        return AffineWeight.of_levels((n + 0.5) / _UNIT, range_, self.grid, "fp32")
+        return AffineWeight.of_levels(fixed8.fine(levels_NK), range_, self.grid, "fp32")
 
 
 class _Codebook:
@@ -114,7 +109,7 @@ class _Codebook:
 
     def meet(self, weight_Ng: Tensor) -> None:
         """Set the absmax of the next group."""
-        self.absmax.append(weight_Ng.abs().amax(1, keepdim=True))
+        self.absmax.append(codebook.scale_of(weight_Ng.abs().amax(1, keepdim=True), self.grid))
 
     def round(self, w_N1: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes, and their values."""
@@ -124,7 +119,7 @@ class _Codebook:
 
     def stored(self, codes_NK: Tensor) -> CodebookWeight:
         """Packed codes with their absmax."""
-        kept = self.kept or (torch.cat(self.absmax, 1),)
+        kept = self.kept or codebook.as_kept(torch.cat(self.absmax, 1), self.grid)
         packed = packing.pack(codes_NK.to(torch.uint8), self.grid.bits)
         return CodebookWeight(packed, kept, self.grid, codes_NK.shape[1])
 

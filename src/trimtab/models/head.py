@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from trimtab.errors import UserError
 from trimtab.layers.linear import QuantLinear
-from trimtab.models.architecture import architecture_of, softcap
+from trimtab.models.architecture import architecture_of
+from trimtab.models.asked import softcap
 from trimtab.models.through import through
 
 _CLOSE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}

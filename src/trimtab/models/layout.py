@@ -5,6 +5,7 @@ What no file holds (rotary frequencies, masks) is made, by the model's own `_ini
 made in another precision.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -13,20 +14,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.core_model_loading import build_glob_alternation
 
 from trimtab.errors import UserError
 from trimtab.kernels import tuning
+from trimtab.models.architecture import ASKS_FOR
 from trimtab.reading import told
+
+
+def auto_class(config: Any) -> Any:
+    """Which of transformers' auto classes makes the model of a config: that of text, or that of more than text.
+
+    A config that both take (Llama 4's, Qwen3.5's) is of the whole model where it says so (`architectures`), as all that is
+    saved does; else its language model is made of it, as transformers makes it for whoever wants text.
+    """
+    text: Any = AutoModelForCausalLM._model_mapping
+    whole: Any = AutoModelForMultimodalLM._model_mapping
+    kind = type(config)
+    if kind not in whole:
+        return AutoModelForCausalLM
+    named = getattr(config, "architectures", None) or ()
+    both = kind in text and (text[kind] is whole[kind] or whole[kind].__name__ not in named)
+    return AutoModelForCausalLM if both else AutoModelForMultimodalLM
 
 
 def layout(path: str, config: Any, **options: Any) -> PreTrainedModel:
     """The model on the meta device; `path` is for the error message, `options` are those of `from_config`."""
     tuning.for_models()
+    kind = auto_class(config)
     with told(lambda words: f"model.path: {path}: {_refusal(config, words)}"):
-        return laid_out(partial(AutoModelForCausalLM.from_config, config, **options))
+        model = laid_out(partial(kind.from_config, config, **options))
+    if kind is not AutoModelForCausalLM and (asked := _asked(model)) is not None:
+        raise UserError(
+            f"model.path: {path}: a {type(model).__name__} asks for {asked}, and is given text alone here; "
+            "`trimtab.prepare` takes it in memory, for a trainer of your own"
+        )
+    return model
+
+
+def _asked(model: PreTrainedModel) -> str | None:
+    """What a model that sees or hears cannot do without beside text, if anything."""
+    if model.config.is_encoder_decoder:
+        return "decoder_input_ids"
+    required = (
+        name
+        for name, p in inspect.signature(model.forward).parameters.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name != "input_ids"
+    )
+    return ASKS_FOR.get(model.config.model_type) or next(required, None)
 
 
 def laid_out(construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -43,15 +80,15 @@ def laid_out(construct: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 def _refusal(config: Any, words: str) -> str:
-    if type(config) in AutoModelForCausalLM._model_mapping:
+    if type(config) in auto_class(config)._model_mapping:
         return (
             f"transformers cannot lay out the {config.model_type} model that its config.json describes ({words[:200]}); "
             "fetch it again"
         )
     made = ", ".join(map(str, getattr(config, "architectures", None) or ())) or config.model_type
     return (
-        f"its config.json describes no causal language model: transformers' AutoModelForCausalLM does not take {made} "
-        f"(model_type {config.model_type}); save its language model by itself, if it has one, and start from that"
+        "its config.json describes no language model: neither AutoModelForCausalLM nor AutoModelForMultimodalLM takes "
+        f"{made} (model_type {config.model_type}); save its language model by itself, if it has one, and start from that"
     )
 
 
@@ -60,7 +97,7 @@ def require_lasting(path: str, model: PreTrainedModel) -> None:
 
     Of some families AutoModelForCausalLM takes the config of the whole, but not that of the part which it makes of it.
     """
-    if type(model.config) not in AutoModelForCausalLM._model_mapping:
+    if type(model.config) not in auto_class(model.config)._model_mapping:
         raise UserError(
             f"model.path: {path}: transformers makes a {type(model).__name__} of it, whose own config (model_type "
             f"{model.config.model_type}) AutoModelForCausalLM does not take: what is saved of it could not be loaded again"

@@ -7,7 +7,6 @@ sharded among processes each decoder block is sharded as soon as it is whole (`a
 
 import gc
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +23,10 @@ from trimtab.methods.rtn import Rtn
 from trimtab.models import believable
 from trimtab.models.arriving import Arrivals, fill_stored
 from trimtab.models.finite import require_finite
-from trimtab.models.gptq import Gptq
 from trimtab.models.layout import move_made, require_lasting, tensors_of
 from trimtab.models.opening import open_experts
 from trimtab.models.origin import note_rounded, remember
-from trimtab.models.prepare import finish, place, place_calibrated, prepare_by, round_by_gptq
+from trimtab.models.prepare import finish, place, prepare_by
 from trimtab.models.reload import reload
 from trimtab.models.sharding import Parting, mesh_of
 from trimtab.models.share import tell
@@ -38,6 +36,7 @@ from trimtab.models.sources import (
     open_source,
     require_shape,
 )
+from trimtab.models.starting import Filling, Start, place_started
 from trimtab.models.targets import Target, targets
 from trimtab.models.transformers_bridge import cast_floats, set_reading, untie
 from trimtab.models.weight_error import weight_error
@@ -57,7 +56,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = CPU,
     source: ModelSource | None = None,
-    start: Gptq | None = None,
+    start: Start | None = None,
     quiet: bool = False,
     errors: dict[str, float] | None = None,
     shard: "DeviceMesh | bool" = False,
@@ -73,7 +72,7 @@ def load(
         device: where it is to compute: each tensor goes there when it is read, and is quantized there. `auto` (a GPU if
             there is one), `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`; the CPU unless told, as in transformers.
         source: an already opened source of this path, to save parsing it again.
-        start: how layers find their codes, see `prepare`; GPTQ holds one decoder block in float at a time.
+        start: how layers find their codes, see `prepare`; one decoder block is in float at a time.
         quiet: whether to log no line about what share of the parameters is quantized (`share`).
         errors: a mapping that receives the relative rounding error of every layer that is rounded here, by its name.
         shard: shard the model among the processes as `trimtab.shard` does, but while it is read: each decoder block as soon
@@ -114,7 +113,7 @@ def _prepared(
     parsed: Sequence[Rule] | None,
     dtype: torch.dtype,
     device: torch.device,
-    start: Gptq | None,
+    start: Start | None,
     errors: dict[str, float] | None,
     parting: Parting | None,
 ) -> PreTrainedModel:
@@ -143,11 +142,13 @@ def _prepared(
         note_rounded(model, path if rounds else None)
         return _complete(model, found, device, arrivals)
 
-    def put(target: Target, hessian_KK: Tensor | None) -> None:
-        how = None if hessian_KK is None else partial(round_by_gptq, target=target, start=start, hessian_KK=hessian_KK)
+    def read(target: Target) -> Tensor | Weight:
+        return _source(model, target, found, dtype, device)
+
+    def put(target: Target, how: Callable[[Tensor | Weight], Tensor | Weight] | None) -> None:
         _put(model, target, found, chosen, dtype, device, how, errors)
 
-    place_calibrated(model, todo, chosen, start, put, arrivals.enter)
+    place_started(model, todo, chosen, start, Filling(read, put, arrivals.enter))
     return _complete(model, found, device, arrivals)
 
 
@@ -164,19 +165,25 @@ def _put(
     """Read one layer and put ours in its place, its weight first rounded by `how` if given."""
     if target.kind == "tied":
         return place(model, target, torch.empty(0), method)
-    layer = model.get_submodule(target.name)
-    stored = isinstance(layer, QuantLinear | QuantEmbedding)
-    if isinstance(layer, QuantLinear | QuantEmbedding):
-        fill_stored(layer, target.name, source, device)
-        weight: Tensor | Weight = layer.base
-    else:
-        weight = _read(model, target, source, dtype, device)
+    stored = isinstance(model.get_submodule(target.name), QuantLinear | QuantEmbedding)
+    weight = _source(model, target, source, dtype, device)
     place(model, target, weight if how is None else how(weight), method)
     if errors is not None and target.grid is not None and not stored:
         errors[target.name] = weight_error(model.get_submodule(target.name).base, weight)  # type: ignore[arg-type]
     del weight
     heap.trim()
     return None
+
+
+def _source(
+    model: PreTrainedModel, target: Target, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> Tensor | Weight:
+    """What a layer is made of: its stored weight where it is ours, else what the file has."""
+    layer = model.get_submodule(target.name)
+    if isinstance(layer, QuantLinear | QuantEmbedding):
+        fill_stored(layer, target.name, source, device)
+        return layer.base
+    return _read(model, target, source, dtype, device)
 
 
 def _read(

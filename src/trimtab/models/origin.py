@@ -24,6 +24,11 @@ def read_from(model: nn.Module) -> set[Path]:
     return {Path(name).resolve() for name in named if name and Path(name).exists()}
 
 
+def processor_files(model: nn.Module) -> list[Path]:
+    """Settings of what makes tensors of images and sounds, beside what a model was read from: no training changes them."""
+    return sorted(file for path in read_from(model) if path.is_dir() for file in path.glob("*processor_config.json"))
+
+
 class Grids(NamedTuple):
     """The grids that a model's tensors have in the files that it is laid out for."""
 

@@ -10,30 +10,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.errors import UserError
 from trimtab.kernels import tuning
 from trimtab.layers.adapter import Adapter, FoldKind
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.movement import Movement, movement
-from trimtab.layers.weights import Weight
 from trimtab.methods.base import Method, Source, base_weight
-from trimtab.models import gptq
 from trimtab.models.atomic import put_back_on_failure
-from trimtab.models.calibrate import by_block, calibrate
 from trimtab.models.conversion import require_names_that_last
 from trimtab.models.decoder import embedding_scale
 from trimtab.models.finite import look_at, require_finite, require_held, tell_small
-from trimtab.models.gptq import Gptq
 from trimtab.models.opening import hold_the_rest, open_experts
 from trimtab.models.origin import note_rounded
 from trimtab.models.replaceable import refuse
 from trimtab.models.sharding import is_sharded
 from trimtab.models.share import tell
+from trimtab.models.starting import Filling, Start, place_started
 from trimtab.models.targets import Target, targets
 from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
-from trimtab.quant.grid import Grid, same_form
+from trimtab.quant.grid import Grid
 from trimtab.recipe.rules import Rule, parse_rules
 from trimtab.words import and_more
 
@@ -99,66 +96,12 @@ def _tell_untrained(model: nn.Module) -> None:
         _log.warning("%s: kept as in the file, and not trained: %s", and_more(names), reason)
 
 
-def round_by_gptq(source: Source, target: Target, start: Gptq, hessian_KK: Tensor) -> Source:
-    """A layer's weight on its grid by GPTQ; what is stored on that grid already has nothing left to round."""
-    if target.grid is None or (isinstance(source, Weight) and same_form(source.grid, target.grid)):
-        return source
-    weight = source if isinstance(source, Tensor) else source.dequantize(torch.float32)
-    try:
-        return gptq.quantize(weight, hessian_KK, target.grid, start)
-    except UserError as error:
-        raise UserError(f"{target.name}: {error}") from None
-
-
-def place_calibrated(
-    model: "PreTrainedModel",
-    todo: Sequence[Target],
-    method: Method,
-    start: Gptq,
-    put: Callable[[Target, Tensor | None], None],
-    enter: Callable[[str], None],
-) -> None:
-    """Put every layer in place, block by block: the inputs of a block come from the quantized blocks before it.
-
-    Args:
-        model: float where it is not meta.
-        todo: from `targets`.
-        method: what will train the layers.
-        start: GPTQ, with its calibration windows.
-        put: puts one layer in place, given the Hessian of its inputs; None rounds to nearest (layers outside the blocks).
-        enter: makes a block float before it is run; `""` stands for all that is outside the blocks.
-    """
-    if method.rounds_itself:
-        raise UserError(f"{method.name} finds its own codes, so gptq would be in vain; use `start: rtn`")
-    inside = by_block(model, [t.name for t in todo])
-    by_name = {t.name: t for t in todo}
-    calibrated = {name for names in inside.values() for name in names}
-    for target in todo:
-        if target.name not in calibrated:
-            put(target, None)
-    enter("")
-    watched = {block: [n for n in names if by_name[n].grid is not None] for block, names in inside.items()}
-    if not any(watched.values()):
-        raise UserError(f"gptq: no layer in the decoder blocks has a grid to round to under {method.name}; give it one")
-
-    unseen = list[str]()
-
-    def leave(block: str, hessians: dict[str, Tensor]) -> None:
-        for name in inside[block]:
-            put(by_name[name], hessians.get(name))
-        unseen.extend(name for name in watched[block] if name not in hessians)
-
-    calibrate(model, start.tokens, watched, enter, leave)
-    if unseen:
-        _log.warning("gptq: no calibration token reached %s: rounded to nearest", and_more(unseen))
-
-
 def prepare(
     model: "PreTrainedModel",
     method: Method,
     rules: Sequence[Rule] | Sequence[dict[str, Any]] | None = None,
     *,
-    start: Gptq | None = None,
+    start: Start | None = None,
 ) -> "PreTrainedModel":
     """Quantize a model in memory and attach a method's adapters, in place.
 
@@ -166,7 +109,8 @@ def prepare(
         model: a causal language model with float layers, or one of ours with folded layers.
         method: for example `trimtab.methods.LrQat(rank=32)`.
         rules: `Rule`s or a recipe's mappings; None for the method's own grid on every linear layer but the head.
-        start: how the layers in the decoder blocks find their codes: `trimtab.Gptq(tokens=...)`; None rounds to nearest.
+        start: how the layers in the decoder blocks find their codes: `trimtab.Gptq(tokens=...)`, or
+            `trimtab.Blockwise(tokens=...)`, which trains one block after another; None rounds to nearest.
 
     Returns:
         The model itself. Its float layers are kept until the last quantized one is in place, so that a failure leaves the
@@ -184,19 +128,21 @@ def prepare(
     return model
 
 
-def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None, start: Gptq | None) -> None:
+def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None, start: Start | None) -> None:
     """`prepare` with rules that are parsed already. A model that it fails on is left as it was."""
     tuning.for_models()
     todo = targets(model, method, rules)
 
-    def put(target: Target, hessian_KK: Tensor | None = None) -> None:
+    def read(target: Target) -> Source:
         old: Any = model.get_submodule(target.name)
         source: Source = old.base if isinstance(old, QuantLinear | QuantEmbedding) else old.weight.detach()
         if target.kind != "tied":
             require_finite(source, f"{target.name}.weight")
-        if start is not None and hessian_KK is not None:
-            source = round_by_gptq(source, target, start, hessian_KK)
-        place(model, target, source, method)
+        return source
+
+    def put(target: Target, how: Callable[[Source], Source] | None = None) -> None:
+        source = read(target)
+        place(model, target, source if how is None else how(source), method)
 
     first = not quant_layers(model)
     with put_back_on_failure(model):
@@ -207,7 +153,7 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
             for target in todo:
                 put(target)
         else:
-            place_calibrated(model, todo, method, start, put, lambda _: None)
+            place_started(model, todo, method, start, Filling(read, put, lambda _: None))
         finish(model)
     as_it_was = first and start is None and not method.rounds_itself
     note_rounded(model, getattr(model, "name_or_path", None) if as_it_was else None)

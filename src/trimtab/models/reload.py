@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import is_accelerate_available
 
 from trimtab.devices import CPU
 from trimtab.models import believable
+from trimtab.models.layout import auto_class
 
 _log = logging.getLogger("trimtab")
 
@@ -32,7 +33,8 @@ def reload(path: str | os.PathLike[str], dtype: Any, device: torch.device) -> Pr
     believable.read_generation(Path(path))
     direct = device == CPU or is_accelerate_available()
     placed: dict[str, Any] = {} if device == CPU or not direct else {"device_map": {"": device}}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, **placed)
+    kind = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    model: PreTrainedModel = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, **placed)
     if not direct:
         _warn()
         model.to(device)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from trimtab.errors import UserError
 from trimtab.layers.experts import stacks
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.models.architecture import language_model, text_config
 from trimtab.models.opening import layers_of_experts
 from trimtab.recipe.rules import Kind
 
@@ -60,6 +61,7 @@ def layers_of(model: Any) -> Layers:
     config = text_config(model)
     modules = dict(model.named_modules())
     elsewhere, shared, counts = outside_of(model), _shared(model, head, embedding), _expert_counts(config)
+    models = {type(m) for m in modules.values() if hasattr(type(m), "get_input_embeddings")}
     offered: dict[str, tuple[Kind, nn.Module]] = {}
     left: dict[str, str] = {}
     for name, module in modules.items():
@@ -73,7 +75,7 @@ def layers_of(model: Any) -> Layers:
         elif isinstance(module, QuantLinear):
             offered[name] = ("linear", module)
         elif isinstance(module, nn.Linear):
-            reason = _reason(name, module, modules, elsewhere, shared, counts, config)
+            reason = _reason(name, module, modules, models, elsewhere, shared, counts, config)
             if reason is None:
                 offered[name] = ("linear", module)
             else:
@@ -89,16 +91,11 @@ def layers_of(model: Any) -> Layers:
     return Layers(offered, left)
 
 
-def text_config(model: Any) -> Any:
-    """The config of the language model in a model that may also see or hear."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _reason(
     name: str,
     module: nn.Linear,
     modules: dict[str, nn.Module],
+    models: set[Any],
     elsewhere: tuple[str, ...],
     shared: set[str],
     counts: set[int],
@@ -119,7 +116,6 @@ def _reason(
     if _slow_path_only(owner, config):
         return None
     owner_kind: Any = type(owner)
-    models: Iterator[Any] = (type(m) for m in modules.values() if hasattr(m, "get_input_embeddings"))
     return READ if last in _reads(owner_kind) or any(last in _reads(kind, deep=True) for kind in models) else None
 
 
@@ -162,8 +158,8 @@ def outside_of(model: Any) -> tuple[str, ...]:
             name.rpartition(".")[2]
         ):
             found.append(f"{name}.")
-    if text is not whole and hasattr(model, "get_decoder"):
-        decoder = model.get_decoder()
+    if text is not whole:
+        decoder = language_model(model)
         inside = next((n for n, m in modules.items() if m is decoder), "")
         if inside:  # beside the decoder there is the head, and nothing else that is ours
             found += [f"{n}." for n, m in modules.items() if n and not _on_the_way(n, inside) and _linear(m)]

@@ -142,11 +142,19 @@ class SafetensorsSource(ModelSource):
         return self._conversion.read(name, dtype, device)
 
 
+_OF_THE_WHOLE = ("num_hidden_layers", "tie_word_embeddings")
+"""What no layer has by itself."""
+
+
 def read_config(path: Path) -> Any:
     """transformers' config of a directory."""
     with told(lambda words: f"{path}: transformers cannot read its config.json ({words}); fetch it again, or upgrade"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    config.return_dict = True  # false changes no number, and transformers' own forwards fail on it
+        for name in _OF_THE_WHOLE:  # reading one fails where `per_layer_config` gives a layer one of its own
+            getattr(config, name, None)
+    believable.require_windows(path, config)
+    # They change no number; transformers' own forwards fail on the first, and hold every layer's outputs for the second.
+    config.return_dict, config.output_hidden_states = True, False
     return config
 
 

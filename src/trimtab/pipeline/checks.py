@@ -181,7 +181,7 @@ def _rows(recipe: Recipe) -> tuple[Texts | None, Any]:
 def _tokenizer(recipe: Recipe, source: ModelSource) -> Any:
     path = recipe.model.path
     tokenizer = source.tokenizer()
-    needs = recipe.data or recipe.evaluate.prompt or recipe.evaluate.tasks or recipe.start.name == "gptq"
+    needs = recipe.data or recipe.evaluate.prompt or recipe.evaluate.tasks or recipe.start.name != "rtn"
     if tokenizer is None and needs:
         raise UserError(f"model.path: {path}: was saved without a tokenizer; add its tokenizer files to that directory")
     return tokenizer

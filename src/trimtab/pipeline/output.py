@@ -1,11 +1,13 @@
 """The folder of a run while it is made: beside its output, which it replaces when it is whole.
 
     <output>.unfinished/recipe.yaml       the run's recipe, with the hashes of what it reads: `--resume` reads the same
+    <output>.unfinished/blocks            what a block-wise start came to, block by block; removed in the end
     <output>.unfinished/checkpoints       of training, with what was measured before; moved into the output in the end
     <output>.unfinished/model             what the output will hold
 
 The earlier run stays until then. A run that is stopped leaves the folder if there is a checkpoint in it, which `--resume`
-continues from and `--overwrite` removes; without one there is nothing to keep, and the next run starts over.
+continues from and `--overwrite` removes, or a block of a start, which any later run takes if it is what it needs, and only
+then; without either there is nothing to keep, and the next run starts over.
 """
 
 import os
@@ -25,7 +27,7 @@ from trimtab.training.saving import tidy
 from trimtab.words import and_more
 
 _OURS = (
-    "recipe.yaml", "model/", "checkpoints/checkpoint-", "checkpoints/best/", "checkpoints/measured.json",
+    "recipe.yaml", "model/", "blocks/", "checkpoints/checkpoint-", "checkpoints/best/", "checkpoints/measured.json",
     "checkpoints/runs/", "checkpoints/.writing/", "checkpoints/.best", "checkpoints/.checkpoint-",
 )  # fmt: skip
 """What names begin with that a run writes into its folder."""
@@ -53,6 +55,11 @@ class Work:
     def checkpoints(self) -> Path:
         """Where training keeps its checkpoints."""
         return self.folder / "checkpoints"
+
+    @property
+    def blocks(self) -> Path:
+        """Where a block-wise start keeps what it found."""
+        return self.folder / "blocks"
 
     @property
     def model(self) -> Path:
@@ -121,14 +128,18 @@ class Work:
         """
         with to_oneself(self.out):
             self.check(overwrite, resume)
-            if not resume or not any(checkpoints_in(self.checkpoints)):  # what a run left that could not clear up
+            if overwrite or self._holds_nothing():  # what a run left that could not clear up
                 self._clear()
             self._make(recipe, resume)
             try:
                 yield
             finally:
-                if not any(checkpoints_in(self.checkpoints)):  # a damaged one is for people to look at
+                if self._holds_nothing():
                     self._clear()
+
+    def _holds_nothing(self) -> bool:
+        """Whether no later run could go on from what is here; a damaged checkpoint is for people to look at."""
+        return not any(checkpoints_in(self.checkpoints)) and not any(self.blocks.glob("*.safetensors"))
 
     def _clear(self) -> None:
         """Remove what a run made in its folder; a file that somebody put there meanwhile stays."""
@@ -155,6 +166,7 @@ class Work:
         """The run is whole: put it in place of what was there."""
         checkpoints = [f"checkpoints/{name}" for name in entries(self.checkpoints)]
         put_in_place(self.model, self.out, "run", checkpoints)
+        shutil.rmtree(self.blocks, ignore_errors=True)
         if self.checkpoints.exists():
             os.replace(self.checkpoints, self.out / "checkpoints")
 

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +29,7 @@ from trimtab.formats.export import write
 from trimtab.formats.native.write import disk_bytes, write_into
 from trimtab.kernels import tuning
 from trimtab.layers.movement import total
+from trimtab.models.block_start import Blockwise
 from trimtab.models.prepare import LayerFold, fitted_starts, fold
 from trimtab.models.sharding import gather
 from trimtab.models.share import shares
@@ -138,6 +139,8 @@ def _carry_out(
         return _ask_teacher(recipe, given, watch)
 
     asking = processes.first(ahead)
+    if isinstance(given.start, Blockwise):
+        given = replace(given, start=replace(given.start, kept=work.blocks, say=watch.say))
     model = _load(recipe, given, metrics, record, watch)
     _simulate(recipe, model, given, watch)
     measuring.rounded(model, before)
@@ -188,7 +191,10 @@ def _load(
 ) -> PreTrainedModel:
     """The model, quantized and with adapters."""
     metering.begin(recipe.device)
-    how = "" if given.start is None else f" by GPTQ on {given.start.tokens.numel():,} tokens"
+    how = ""
+    if given.start is not None:
+        name = "GPTQ" if recipe.start.name == "gptq" else "block-wise training"
+        how = f" by {name} on {given.start.tokens.numel():,} tokens"
     on = "" if recipe.device == CPU else f" onto {described(recipe.device)}"
     watch.say(f"loading {recipe.model.path}{on} for {recipe.method.name}, quantizing{how} while it reads")
     model = build(recipe, given, record.errors)

@@ -1,10 +1,11 @@
-"""Codebooks: the NormalFloat and FP4 tables, nearest-entry coding, and double quantization of absmax.
+"""Codebooks: the NormalFloat, FP4 and MXFP4 tables, nearest-entry coding, and how absmax are stored.
 
     w = absmax_NG * table[q]        q in [0, 2^b - 1]
 
 The tables and the double quantization are those of QLoRA and bitsandbytes, so codes and values agree with it to the bit.
 Double quantization stores each absmax, less their mean, as 8 bits of a *dynamic* map (a sign, an exponent in unary,
-and a linear fraction in the bits that are left), scaled by the largest magnitude in each block of 256.
+and a linear fraction in the bits that are left), scaled by the largest magnitude in each block of 256. MXFP4's absmax are
+powers of two, stored as their exponents, and its table reaches to 6 (see `mxfp4`).
 
 Legend: N out features, K in features, g group size, G = K / g groups in a row.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from trimtab.quant import mxfp4
 from trimtab.quant.grid import CodebookGrid, group_size
 
 DOUBLE_BLOCK = 256
@@ -53,9 +55,11 @@ _VALUES = {
     "nf3": _normal_float(3),
     "nf2": _normal_float(2),
     "fp4": [-v for v in reversed(_FP4_POSITIVE)] + [0.0, *_FP4_POSITIVE],
+    "mxfp4": list(mxfp4.VALUES),
     "dynamic": _dynamic_map(),
 }
 _VALUES["fp4 of every code"] = [*_VALUES["fp4"], 0.0]
+_VALUES["mxfp4 of every code"] = [*_VALUES["mxfp4"], -0.0]
 
 _tensors: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -81,8 +85,9 @@ def table(grid: CodebookGrid, device: torch.device | str = "cpu") -> Tensor:
 
 
 def entries(grid: CodebookGrid, device: torch.device | str = "cpu") -> Tensor:
-    """The same with an entry for each of the 2^b codes, as kernels read it: FP4 has one value less, and 0 there."""
-    return _tensor("fp4 of every code" if grid.codebook == "fp4" else grid.codebook, device)
+    """The same with an entry for each of the 2^b codes, as kernels read it: FP4 has one value less, and 0 or -0 there."""
+    every = f"{grid.codebook} of every code"
+    return _tensor(every if every in _VALUES else grid.codebook, device)
 
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:
@@ -94,12 +99,24 @@ def to_codebook(weight_NK: Tensor, grid: CodebookGrid) -> tuple[Tensor, Tensor]:
     """Nearest table entries of a weight (N, K).
 
     Returns:
-        uint8 codes (N, K) and float32 absmax (N, G). An all-zero group has absmax 0 and the code of zero.
+        uint8 codes (N, K) and float32 absmax (N, G). An all-zero group has the code of zero, and absmax 0 or the least.
     """
     w_NGg = weight_NK.detach().float().unflatten(1, (-1, group_size(grid, weight_NK.shape[1])))
-    absmax_NG = w_NGg.abs().amax(-1)
+    absmax_NG = scale_of(w_NGg.abs().amax(-1), grid)
     inverse = torch.where(absmax_NG > 0, 1.0 / absmax_NG, torch.zeros_like(absmax_NG)).unsqueeze(-1)
     return nearest(w_NGg * inverse, table(grid, weight_NK.device)).flatten(1), absmax_NG
+
+
+def scale_of(absmax_NG: Tensor, grid: CodebookGrid) -> Tensor:
+    """What the table is multiplied by in groups of these largest magnitudes, float32 of any shape."""
+    return mxfp4.scales(mxfp4.exponents(absmax_NG)) if grid.powers else absmax_NG
+
+
+def as_kept(absmax_NG: Tensor, grid: CodebookGrid) -> tuple[Tensor, ...]:
+    """What is stored of scales (N, G) on this grid: float32, exponents in uint8, or the triple of `compress_absmax`."""
+    if grid.powers:
+        return (mxfp4.exponents_of(absmax_NG),)
+    return compress_absmax(absmax_NG) if grid.double_quant else (absmax_NG,)
 
 
 def from_codebook(codes_NK: Tensor, absmax_NG: Tensor, table: Tensor, offset_NG: Tensor | None = None) -> Tensor:

@@ -27,10 +27,12 @@ from torch import Tensor
 
 from trimtab.errors import UserError
 from trimtab.quant import opaque
+from trimtab.quant.mxfp4 import BLOCK as _POWERS_GROUP
 from trimtab.quant.two_level import SUPER, TWO_LEVEL, TwoLevel, nearest
 
 Zero = Literal["symmetric", "integer", "real"]
 ScaleDtype = Literal["portable", "bfloat16", "float16", "float32", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+Codebook = Literal["nf4", "nf3", "nf2", "fp4", "mxfp4"]
 RangeRule = Literal["minmax", "paper", "lp2", "lp2.4", "lp3", "lp3.5", "lp4"]
 
 _STORAGE = {
@@ -106,9 +108,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class CodebookGrid:
-    """A grid whose values are a table, scaled by the largest magnitude of each group: NF4, NF3, NF2, FP4."""
+    """A grid whose values are a table, scaled by the largest magnitude of each group: NF4, NF3, NF2, FP4; or MXFP4, scaled
+    by a power of two in groups of 32.
+    """
 
-    codebook: Literal["nf4", "nf3", "nf2", "fp4"] = "nf4"
+    codebook: Codebook = "nf4"
     """The table of values."""
     group: int | None = 64
     """Weights that share an absmax, along the input dimension; null is per channel."""
@@ -116,14 +120,24 @@ class CodebookGrid:
     """Whether the absmax are themselves quantized to 8 bits in blocks of 256 (QLoRA's double quantization)."""
 
     def __post_init__(self) -> None:
-        _choose("grid codebook", self.codebook, ("nf4", "nf3", "nf2", "fp4"))
+        _choose("grid codebook", self.codebook, Codebook.__args__)  # type: ignore[attr-defined]
         if self.group is not None and self.group < 1:
             raise UserError(f"grid group: {self.group} is not a positive number (null is per channel)")
+        if self.powers and (self.group != _POWERS_GROUP or self.double_quant):
+            raise UserError(
+                f"grid codebook: mxfp4 has groups of {_POWERS_GROUP} and no double_quant; write "
+                f"{{codebook: mxfp4, group: {_POWERS_GROUP}}}"
+            )
 
     @property
     def bits(self) -> int:
         """Width of a code."""
         return int(self.codebook[-1])
+
+    @property
+    def powers(self) -> bool:
+        """Whether scales are powers of two, stored as exponents."""
+        return self.codebook == "mxfp4"
 
     def describe(self) -> str:
         """For example `nf4 g64 double`."""

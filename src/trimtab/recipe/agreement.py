@@ -19,8 +19,7 @@ def check(recipe: "Recipe", where: str) -> None:
     """Raise a `UserError` naming the first key that does not go with the others."""
     if recipe.train.steps and recipe.data is None:
         raise UserError(f"{where}: data: missing; training needs it (or set train.steps to 0)")
-    if recipe.start.name == "gptq" and recipe.start.path is None and recipe.data is None:
-        raise UserError(f"{where}: start.path: gptq is calibrated on text; name some, or set data.path")
+    _check_start(recipe, where)
     if not recipe.method.trains and recipe.train.steps:
         raise UserError(f"{where}: train.steps: {recipe.method.name} trains nothing; set it to 0")
     if recipe.activations is not None and recipe.activations.mode == "static" and recipe.data is None:
@@ -59,6 +58,23 @@ def check(recipe: "Recipe", where: str) -> None:
             f"{where}: train.batch_tokens: {recipe.train.batch_tokens} is no multiple of "
             f"micro_batch x block_tokens = {whole}; use {max(round(recipe.train.batch_tokens / whole), 1) * whole}"
         )
+
+
+_OPTIONS = {
+    "gptq": ("damping", "act_order"),
+    "block": ("trains", "steps", "windows", "lr", "lr_scale", "on_disk"),
+}
+"""What only one start reads."""
+
+
+def _check_start(recipe: "Recipe", where: str) -> None:
+    start = recipe.start
+    for name, options in _OPTIONS.items():
+        for key in options:
+            if name != start.name and getattr(start, key) != type(start).model_fields[key].default:
+                raise UserError(f"{where}: start.{key}: is an option of {name}, and start.name is {start.name}")
+    if start.name != "rtn" and start.path is None and recipe.data is None:
+        raise UserError(f"{where}: start.path: {start.name} is calibrated on text; name some, or set data.path")
 
 
 def _holds_out(recipe: "Recipe") -> bool:

@@ -47,10 +47,11 @@ class ModelBlock(Block):
 class StartBlock(Block):
     """How layers find the codes that training starts from."""
 
-    name: Literal["rtn", "gptq"] = "rtn"
-    """rtn (to nearest; the ranges that cost least are the grid's own `range: lp2` .. `lp4`) or gptq (calibrated)."""
+    name: Literal["rtn", "gptq", "block"] = "rtn"
+    """rtn (to nearest; the ranges that cost least are the grid's own `range: lp2` .. `lp4`), or calibrated: gptq, or block
+    (each decoder block trained through its rounding to give what the float block gives; for 2 and 3 bits)."""
     path: Annotated[str | None, CONTENT] = None
-    """GPTQ's calibration data, in the forms of data.path; null is the training data."""
+    """Calibration data, in the forms of data.path; null is the training data."""
     split: str = "train"
     """Split of a hub data set or of `pydoc-topics`."""
     subset: str | None = None
@@ -61,6 +62,19 @@ class StartBlock(Block):
     """What is added to the Hessian's diagonal, as a share of its mean."""
     act_order: bool = False
     """Round columns in the order of the Hessian's diagonal; the ranges of groups are then set beforehand."""
+    trains: Literal["all", "scales", "shift"] = "all"
+    """What block trains: all (weights, scales, zeros), scales (and zeros) alone, or shift: by signs of gradients, weights
+    within half a step of the grid, and scales that only shrink (AutoRound's rounding)."""
+    steps: int = Field(default=128, ge=0)
+    """Updates of each block; 0 rounds to nearest."""
+    windows: int = Field(default=2, ge=1)
+    """Calibration sequences in an update."""
+    lr: float | None = Field(default=None, gt=0)
+    """Block's rate of weights and zeros, in steps of the grid; null is 0.01, and 1 / steps for shift."""
+    lr_scale: float | None = Field(default=None, gt=0)
+    """Block's rate of scales, as a share of their size; null is 0.01, and 1 / steps for shift."""
+    on_disk: bool = False
+    """Keep the hidden states of all calibration sequences in files (of the system's folder for such), not in memory."""
 
 
 class SourceBlock(Block):

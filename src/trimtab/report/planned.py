@@ -17,7 +17,7 @@ _PARTS = {
     "activations": "activations kept for backward",
     "temporary": "temporary (one layer, one chunk of logits)",
     "teacher": "the teacher",
-    "before": "before it: asking the teacher, GPTQ (not added)",
+    "before": "before it: asking the teacher, a calibrated start (not added)",
     "apart": "of these never at once (subtracted)",
 }
 _SHOWN_IF_ANY = ("teacher", "before", "apart")

@@ -11,10 +11,12 @@ from trimtab.data.objectives import answers
 from trimtab.data.sequences import token_windows
 from trimtab.data.sources import Texts
 from trimtab.models import simulate as simulating
+from trimtab.models.block_start import Blockwise
 from trimtab.models.gptq import Gptq
 from trimtab.models.load import load
 from trimtab.models.peft_init import start_from
 from trimtab.models.sources import ModelSource
+from trimtab.models.starting import Start
 from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe
 from trimtab.training.held_out import HeldOut
@@ -34,8 +36,8 @@ class RunContext:
     """What `training.labelled.label` made of them, or None."""
     held_out: Tensor | None
     """Held-out tokens (W, L), or None."""
-    start: Gptq | None
-    """GPTQ with its calibration set; None rounds to nearest."""
+    start: Start | None
+    """GPTQ or a block-wise start, with its calibration set; None rounds to nearest."""
     notes: tuple[str, ...] = ()
     """What is to be known before a run, a line each."""
     while_training: HeldOut | None = None
@@ -46,8 +48,8 @@ class RunContext:
     """What of it training will see; None without training."""
 
 
-def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
-    """GPTQ with its calibration set, from data of its own or from the training data; None for rounding to nearest."""
+def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Start | None:
+    """A start with its calibration set, from data of its own or from the training data; None for rounding to nearest."""
     block = recipe.start
     if block.name == "rtn":
         return None
@@ -58,7 +60,18 @@ def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Gptq | None:
         rows = rows if objective == "sft" else answers(rows, objective)
     length = min(recipe.data.block_tokens if recipe.data is not None else 1024, block.tokens)
     windows = token_windows(rows, tokenizer, block_tokens=length, limit_tokens=block.tokens)
-    return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
+    if block.name == "gptq":
+        return Gptq(tokens=windows, damping=block.damping, act_order=block.act_order)
+    return Blockwise(
+        tokens=windows,
+        trains=block.trains,
+        steps=block.steps,
+        windows=block.windows,
+        lr=block.lr,
+        lr_scale=block.lr_scale,
+        seed=recipe.train.seed,
+        on_disk=block.on_disk,
+    )
 
 
 def build(recipe: Recipe, given: RunContext, errors: dict[str, float] | None = None) -> PreTrainedModel:

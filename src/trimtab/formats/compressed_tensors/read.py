@@ -1,4 +1,5 @@
-"""compressed-tensors checkpoints as bases, code for code: `pack-quantized` and `int-quantized`, of any groups.
+"""compressed-tensors checkpoints as bases, code for code: `pack-quantized` and `int-quantized`, of any groups, and
+`mxfp4-pack-quantized`.
 
 Layers of `float-quantized` are read as `fp8` reads them.
 
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.formats.compressed_tensors.write import unpacked
+from trimtab.formats.compressed_tensors.write import INTEGERS, PACKED, POWERS, unpacked
 from trimtab.formats.fp8 import read as fp8
-from trimtab.layers.weights import AffineWeight
+from trimtab.layers.weights import AffineWeight, CodebookWeight, Weight
 from trimtab.models.checkpoint import Stored
 from trimtab.models.packed import SCALE_DTYPES, Form, PackedSource, Packing, require_in_order
-from trimtab.quant.grid import Grid, Range
+from trimtab.quant import mxfp4
+from trimtab.quant.grid import CodebookGrid, Grid, Range
 
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
+_FORMATS = (*(PACKED, INTEGERS, POWERS), "float-quantized", "mixed-precision")
 
 
 class CompressedPacking(Packing):
@@ -44,7 +46,7 @@ class CompressedPacking(Packing):
         for form in {str(settings.get("format")), *(str(g["format"]) for g in groups if g.get("format"))}:
             if form not in _FORMATS:
                 raise UserError(
-                    f"quantization_config.format: {form!r} is read by nothing here; {', '.join(_FORMATS[:3])} are"
+                    f"quantization_config.format: {form!r} is read by nothing here; {', '.join(_FORMATS[:4])} are"
                 )
         blocks = [dict(group.get("weights") or {}).get("block_structure") for group in groups]
         self.block: list[int] | None = next((list(block) for block in blocks if block), None)
@@ -60,6 +62,8 @@ class CompressedPacking(Packing):
         scale = headers["weight_scale"]
         if "weight" in headers and headers["weight"].kind == fp8.KIND:
             return Form(fp8.shape_of(headers["weight"], scale, self.block), None)
+        if "weight_packed" in headers and headers["weight_packed"].kind == "U8":
+            return _of_powers(headers["weight_packed"], scale)
         if "weight_packed" in headers:
             if "weight_shape" not in headers:
                 raise UserError("has packed codes but no weight_shape; fetch it again")
@@ -80,8 +84,12 @@ class CompressedPacking(Packing):
         scale_dtype = SCALE_DTYPES[scale.kind]
         return Form((n, k), Grid(widths[0], group, zero, scale_dtype))
 
-    def weight(self, tensors: Mapping[str, Tensor], form: Form) -> AffineWeight | Tensor:
+    def weight(self, tensors: Mapping[str, Tensor], form: Form) -> Weight | Tensor:
         """Codes, scales and zeros as they stand; floats of 8 bits times their scales."""
+        if isinstance(form.grid, CodebookGrid):
+            exponents_NG = tensors["weight_scale"]
+            blocks = tensors["weight_packed"].view(*exponents_NG.shape, -1)
+            return CodebookWeight.of_powers(mxfp4.from_blocks(blocks), exponents_NG)
         if form.grid is None:
             return fp8.dequantized(tensors["weight"], tensors["weight_scale"], self.block)
         assert isinstance(form.grid, Grid)
@@ -96,6 +104,14 @@ class CompressedPacking(Packing):
         codes_NK = (codes_NK.to(torch.int16) + grid.center).to(torch.uint8)
         range_ = Range(tensors["weight_scale"].float(), zero_NG, None)
         return AffineWeight.of_stored(codes_NK, range_, grid)
+
+
+def _of_powers(packed: Stored, scale: Stored) -> Form:
+    """The form of bytes of two four-bit floats, under exponents."""
+    n, k = packed.shape[0], 2 * packed.shape[-1]
+    if len(packed.shape) != 2 or k % mxfp4.BLOCK or (scale.kind, scale.shape) != ("U8", (n, k // mxfp4.BLOCK)):
+        raise UserError(f"scales are {scale.kind} of {scale.shape}, which are no exponents of {n} x {k} codes of MXFP4")
+    return Form((n, k), CodebookGrid("mxfp4", mxfp4.BLOCK))
 
 
 def opened(path: Path) -> PackedSource:

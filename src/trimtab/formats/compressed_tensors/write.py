@@ -13,6 +13,11 @@ Layers that read rounded inputs (W4A8, W8A8) are `int-quantized`, whose name for
     weight_zero_point   int8 (N, G), integer zeros only
     input_scale         float32 (1,), static ranges only; input_zero_point int8 (1,) with them if asymmetric
 
+MXFP4 is `mxfp4-pack-quantized`, in which weights are read in float arithmetic and so are ours, too:
+
+    weight_packed       uint8 (N, K / 2): two e2m1 codes a byte, the first in its low half
+    weight_scale        uint8 (N, G): exponents of powers of two, see `quant.mxfp4`
+
 A reader computes (q - z) * s in the dtype of s: differences of codes have at most 8 bits, so the subtraction is exact and
 the product is rounded once, which are the bits of our own `dequantize`. One config group stands for each distinct grid;
 its targets are the names of its layers, and all other linear layers are in `ignore`. Embeddings and heads are dense: no
@@ -25,6 +30,9 @@ W4A8. Its W4A8 kernel (torch's `_dyn_quant_matmul_4bit`) does that whatever the 
 processor with AMX it takes a kernel that ignores static ranges and stops in float16. So the rest is refused.
 No GPU kernel of vLLM 0.32 takes int-quantized W4A8.
 
+A family of whose tensors transformers makes several while it reads (qkv, say) it does not read at all in this format:
+it would have to divide scales and packed words, too. Of Llama 4 it looks for experts as matrices, and goes on without them.
+
 transformers 5.23 lays layers with integer zeros out in a wrong shape unless the config says `dequantize`, and with that it
 takes every layer for one of the first group: so it reads integer zeros only where all layers share a grid.
 
@@ -34,20 +42,26 @@ nonsense, so the word count is checked here. This is the only file that imports 
 Legend: N out features, K in features, G groups in a row, b bits.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
+from trimtab.errors import UserError
 from trimtab.formats.declaration import DENSE, Engine, Form, Format, Rounded, Writing
 from trimtab.formats.dense.write import add_dense
 from trimtab.formats.directory import Shards, write_surroundings
-from trimtab.formats.files import Files
+from trimtab.formats.files import Files, Held
 from trimtab.layers.linear import QuantLinear
-from trimtab.layers.weights import AffineWeight
+from trimtab.layers.weights import AffineWeight, CodebookWeight
+from trimtab.quant import mxfp4
 from trimtab.quant.activations import ActivationQuantizer, Activations
-from trimtab.quant.grid import Grid, Range
+from trimtab.quant.grid import CodebookGrid, Grid, Range
 
 
 def packed(codes_NK: Tensor, range_: Range, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -88,13 +102,18 @@ def _signed(codes: Tensor, grid: Grid) -> Tensor:
     return (codes.to(torch.int16) - grid.center).to(torch.int8)
 
 
+def powers(codes_NK: Tensor, exponents_NG: Tensor) -> dict[str, Tensor]:
+    """The tensors of a layer on the MXFP4 grid."""
+    return {"weight_packed": mxfp4.to_blocks(codes_NK).flatten(1), "weight_scale": exponents_NG}
+
+
 def measured(inputs: ActivationQuantizer) -> dict[str, Tensor]:
     """The tensors of a layer's rounded inputs: none for dynamic ranges."""
     found = {"input_scale": inputs.scale, "input_zero_point": inputs.zero}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-Scheme = tuple[Grid, Activations | None]
+Scheme = tuple[Grid | CodebookGrid, Activations | None]
 """What the format tells layers apart by: the grid, and how inputs are rounded."""
 
 
@@ -110,13 +129,14 @@ def config(schemes: dict[Scheme, list[str]], ignore: list[str]) -> dict[str, Any
     for i, ((grid, inputs), names) in enumerate(schemes.items()):
         arguments = quantization.QuantizationArgs(
             num_bits=grid.bits,
-            type="int",
-            symmetric=grid.zero == "symmetric",
+            type="int" if isinstance(grid, Grid) else "float",
+            symmetric=isinstance(grid, CodebookGrid) or grid.zero == "symmetric",
             strategy="channel" if grid.group is None else "group",
             group_size=grid.group,
+            **({} if isinstance(grid, Grid) else {"scale_dtype": torch.uint8}),
         )
         reads = None if inputs is None else _arguments(inputs)
-        forms.append(PACKED if inputs is None else INTEGERS)
+        forms.append(POWERS if isinstance(grid, CodebookGrid) else PACKED if inputs is None else INTEGERS)
         groups[f"group_{i}"] = quantization.QuantizationScheme(
             targets=names, weights=arguments, input_activations=reads, format=forms[-1]
         )
@@ -125,7 +145,7 @@ def config(schemes: dict[Scheme, list[str]], ignore: list[str]) -> dict[str, Any
         config_groups=groups, format=form, quantization_status="compressed", ignore=ignore
     )
     values: dict[str, Any] = made.model_dump(mode="json", exclude_none=True)
-    if form == PACKED and any(grid.zero != "symmetric" for grid, _ in schemes):
+    if form == PACKED and any(isinstance(grid, Grid) and grid.zero != "symmetric" for grid, _ in schemes):
         values["dequantize"] = True  # read by transformers only
     return values
 
@@ -144,6 +164,7 @@ def _arguments(inputs: Activations) -> Any:
 
 PACKED = "pack-quantized"
 INTEGERS = "int-quantized"
+POWERS = "mxfp4-pack-quantized"
 KINDS = tuple(
     Activations(bits, symmetric, mode)
     for bits in (8, 4)
@@ -174,6 +195,7 @@ class CompressedTensors(Format):
     forms = (
         Form(name=PACKED, bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),
         Form(name=INTEGERS, width=8, bits=(2, 3, 4, 8), zeros=("symmetric", "integer"), inputs=KINDS),
+        Form(name=POWERS, bits=(), zeros=(), table="mxfp4"),
     )
     engines = (
         Engine(
@@ -181,6 +203,7 @@ class CompressedTensors(Format):
             bits=(2, 3, 4, 8),
             zeros=("symmetric", "integer"),
             alone=("integer",),
+            tables=("mxfp4",),
             rounded=(Rounded(inputs=_AS_PACKAGE, bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),),
         ),
         Engine(
@@ -205,6 +228,16 @@ class CompressedTensors(Format):
         ),
     )
 
+    def require_config(self, config: Any, engine: str | None = None) -> None:
+        """Raise a `UserError` too for a family that transformers does not read in this format, unless for vLLM."""
+        super().require_config(config, engine)
+        why = next(_unread(config), None)
+        if why is not None and engine in (None, "transformers"):
+            raise UserError(
+                f"export: {self.name}: transformers {why} in a {config.model_type} model; export to dense, or with "
+                "--engine vllm, where it was not tried"
+            )
+
     def write(self, folder: Path, writing: Writing) -> None:
         """Packed codes where a form took the layer, float matrices elsewhere."""
         files = Files(writing.model)
@@ -219,21 +252,38 @@ class CompressedTensors(Format):
                 ignore += [held.name] if isinstance(held.layer, QuantLinear) else []
                 continue
             name, layer = held.name, held.layer
-            base = layer.base
-            assert isinstance(base, AffineWeight)
-            assert isinstance(layer, QuantLinear)
-            inputs = layer.inputs
-            schemes.setdefault((_plain(base.grid), None if inputs is None else inputs.kind), []).append(name)
-            parts = (packed if inputs is None else integers)(
-                base.integer_codes()[held.rows], base.range().of(held.rows), base.grid, writing.dtype
-            )
-            for part, tensor in (parts if inputs is None else parts | measured(inputs)).items():
+            scheme, parts = _layer(held, writing.dtype)
+            schemes.setdefault(scheme, []).append(name)
+            for part, tensor in parts.items():
                 shards.add(f"{name}.{part}", tensor)
             if layer.bias is not None:
                 shards.add(f"{name}.bias", layer.bias[held.rows].to(writing.dtype))
         shards.close()
         made = config(schemes, ignore) if schemes else None
         write_surroundings(folder, writing.model, writing.tokenizer, writing.dtype, made)
+
+
+def _layer(held: Held, dtype: torch.dtype) -> tuple[Scheme, dict[str, Tensor]]:
+    """What tells a layer from others, and its tensors but for the bias."""
+    base, inputs, codes_NK = held.layer.base, held.layer.inputs, held.layer.base.integer_codes()[held.rows]
+    if isinstance(base, CodebookWeight):
+        return (base.grid, None), powers(codes_NK, base.absmax[held.rows])
+    assert isinstance(base, AffineWeight)
+    scheme = _plain(base.grid), None if inputs is None else inputs.kind
+    made = (packed if inputs is None else integers)(codes_NK, base.range().of(held.rows), base.grid, dtype)
+    return scheme, made if inputs is None else made | measured(inputs)
+
+
+def _unread(config: Any) -> Iterator[str]:
+    """What transformers does to tensors of any part of a model while it reads, and cannot do to a folder of this format."""
+    if config.model_type == "llama4_text":
+        yield "takes experts for matrices apart, and leaves them at random,"
+    for rule in get_checkpoint_conversion_mapping(config.model_type) or ():
+        if isinstance(rule, WeightConverter) and len(rule.target_patterns) > 1:
+            yield from (f"makes several tensors of {n}" for n in rule.source_patterns if n.endswith(".weight"))
+    for part in config.sub_configs:
+        if isinstance(getattr(config, part, None), PreTrainedConfig):
+            yield from _unread(getattr(config, part))
 
 
 def _plain(grid: Grid) -> Grid:

@@ -32,13 +32,14 @@ from torch import Tensor
 
 from trimtab.errors import UserError
 from trimtab.formats.gguf.super_blocks import to_super_blocks
+from trimtab.quant import mxfp4
 from trimtab.quant.grid import AnyGrid, Grid, Range
 from trimtab.quant.two_level import SUPER, split
 
 BLOCK = 32
 """Weights in a block that is no super-block."""
 
-BlockName = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+BlockName = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class BlockType:
     """Whether w = d c + m."""
     integers: int = 0
     """Bytes of a super-block's scales and minima; 0 for a block of 32 weights."""
+    scale_bytes: int = 2
+    """Of a float16, or of an exponent."""
 
     @property
     def weights(self) -> int:
@@ -66,7 +69,7 @@ class BlockType:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
-        return (4 if self.minimum else 2) + self.integers + self.weights * self.bits // 8
+        return self.scale_bytes * (1 + self.minimum) + self.integers + self.weights * self.bits // 8
 
 
 TYPES = {
@@ -91,6 +94,8 @@ SUPER_TYPES: dict[str, BlockType] = {
     )
 }
 """The k-quants, each the one type of a grid of its own."""
+POWERS = BlockType("MXFP4", 4, False, scale_bytes=1)
+"""Four-bit floats under a power of two (`quant.mxfp4`): a byte of exponent, and nibbles as of Q4_0."""
 
 _RESCALE = "float16 is what GGUF keeps scales in: use `scale_dtype: portable` or `float16`"
 
@@ -106,6 +111,8 @@ def block_type(grid: AnyGrid, in_features: int | None = None) -> BlockType:
         UserError: with the cause and the remedy, if no type does.
     """
     if not isinstance(grid, Grid):
+        if grid.powers:
+            return POWERS
         raise UserError(f"GGUF has no table of {grid.codebook} values: use an affine grid (bits, group, zero)")
     if grid.two_level is not None:
         return SUPER_TYPES[grid.scale_dtype.upper()]
@@ -160,6 +167,12 @@ def to_blocks(codes_NK: Tensor, range_: Range, grid: Grid) -> tuple[BlockType, T
     header = [_half(value, blocks) for value in (range_.scale_NG, range_.offset_NG) if value is not None]
     body = _body(codes_NK.unflatten(1, (blocks, BLOCK)), kind.bits)
     return kind, torch.cat([*header, *body], -1).flatten(1)
+
+
+def to_powers(codes_NK: Tensor, exponents_NG: Tensor) -> Tensor:
+    """A layer on the MXFP4 grid as raw blocks: uint8 (N, L * 17)."""
+    body = _body(mxfp4.theirs(codes_NK).unflatten(1, (-1, BLOCK)), POWERS.bits)
+    return torch.cat([exponents_NG.unsqueeze(-1), *body], -1).flatten(1)
 
 
 def require_exact(range_: Range, grid: Grid) -> None:

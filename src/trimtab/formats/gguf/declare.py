@@ -4,15 +4,19 @@ The forms are asked of `blocks.block_type`, grid by grid, so that what is declar
 only imported when a file is.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import UserError
 from trimtab.formats.declaration import ALL_KINDS, DENSE, Engine, Form, Format, Writing
-from trimtab.formats.gguf.blocks import BLOCK, SUPER_TYPES, TYPES, block_type
+from trimtab.formats.gguf.blocks import BLOCK, POWERS, SUPER_TYPES, TYPES, block_type
+from trimtab.models.architecture import sees_or_hears
 from trimtab.models.sources import resolve
 from trimtab.quant.grid import Grid, Zero, k_quant
 from trimtab.recipe import recipe
+
+_log = logging.getLogger("trimtab")
 
 FILE = "model.gguf"
 """The one file of an export."""
@@ -58,6 +62,7 @@ def _forms() -> tuple[Form, ...]:
                 scales=grid.scale_dtype,
             )
         )
+    found.append(Form(name=POWERS.name, bits=(), zeros=(), kinds=ALL_KINDS, table="mxfp4"))
     return tuple(found)
 
 
@@ -68,13 +73,14 @@ class Gguf(Format):
     library = "gguf"
     summary = "one file of blocks of 32 or k-quants, for llama.cpp; a tuned GGUF file keeps all that was not tuned"
     forms = _forms()
-    engines = (Engine(name="llama.cpp", bits=tuple(range(1, 9)), zeros=_ZEROS),)
+    engines = (Engine(name="llama.cpp", bits=tuple(range(1, 9)), zeros=_ZEROS, tables=("mxfp4",)),)
 
     def require_config(self, config: Any, engine: str | None = None) -> None:
         """Raise a `UserError` for a model that llama.cpp would compute otherwise."""
         from trimtab.formats.gguf.families import metadata
 
-        metadata(config, config.vocab_size)
+        text = config.get_text_config()
+        metadata(text, text.vocab_size)
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Write `model.gguf`, from the GGUF file that the model came from if there is one."""
@@ -84,6 +90,12 @@ class Gguf(Format):
         name = recipe.read(saved).name if saved.is_file() else writing.source.name
         dense = {layer for layer, form in writing.forms.items() if form is DENSE}
         source = came_from(writing.source)
+        if sees_or_hears(writing.model):
+            _log.warning(
+                "export: gguf: of a %s the language model alone; llama.cpp has all else from the projector file (mmproj) "
+                "of its base, which stays as it is",
+                type(writing.model).__name__,
+            )
         save(folder / FILE, writing.model, writing.tokenizer, name=name, source=source, dense=dense)
 
 

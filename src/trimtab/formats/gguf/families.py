@@ -27,7 +27,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimtab.errors import UserError
 from trimtab.formats.gguf import rotary, settings
-from trimtab.models.architecture import FAMILIES, WRITTEN, Gguf, architecture_of, rope, windowed
+from trimtab.models.architecture import FAMILIES, WRITTEN, Gguf, architecture_of
+from trimtab.models.asked import rope, windowed
 
 _COMPUTED = frozenset(
     {

@@ -27,7 +27,7 @@ from trimtab.devices import CPU
 from trimtab.errors import UserError
 from trimtab.formats.gguf import header, rotary, settings
 from trimtab.formats.gguf.read_blocks import GRIDS, from_blocks
-from trimtab.layers.weights import AffineWeight
+from trimtab.layers.weights import AffineWeight, CodebookWeight, Weight
 from trimtab.models import believable
 from trimtab.models.finite import require_finite
 from trimtab.models.origin import note_grids
@@ -206,7 +206,7 @@ class GgufSource(ModelSource):
         """The file's name for the parameter of this name, or None."""
         return self._names.get(name)
 
-    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor | AffineWeight:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor | Weight:
         """The parameter of this name: stored codes where the file's form is one of ours, else float32."""
         assert self._processor is not None, "bind the source to a model first"
         tensor = self._tensors.get(self._names.get(name, ""))
@@ -251,9 +251,11 @@ def _on_a_grid(tensor: Any) -> bool:
     return tensor.tensor_type in GRIDS and len(tensor.shape) == 2
 
 
-def _reordered(weight: AffineWeight, order: Tensor) -> AffineWeight:
+def _reordered(weight: AffineWeight | CodebookWeight, order: Tensor) -> Weight:
     if torch.equal(order, torch.arange(len(order))):
         return weight
+    if isinstance(weight, CodebookWeight):
+        return CodebookWeight(weight.codes[order], (weight.absmax[order],), weight.grid, weight.shape[1])
     scale, _, offset = weight.range()
     range_ = Range(scale[order], None, None if offset is None else offset[order])
     return AffineWeight(weight.codes[order], range_, weight.grid, weight.shape[1])

@@ -1,9 +1,10 @@
-"""Raw GGUF blocks as weights on affine grids, code for code.
+"""Raw GGUF blocks as weights on our grids, code for code.
 
     Q4_0, Q5_0, Q8_0   w = d * (q - 2^(b-1))        blocks of 32: float16 d
     Q4_1, Q5_1         w = d * q + m                blocks of 32: float16 d and m
     Q4_K, Q5_K, Q2_K   w = (d sc) q - dmin mn       super-blocks of 256: float16 d and dmin, integers sc and mn a group
     Q6_K, Q3_K         w = (d sc) (q - 2^(b-1))     super-blocks of 256: float16 d, an integer sc a group
+    MXFP4              w = 2^(e - 127) v(q)         blocks of 32: a byte e
 
 A k-quant's scales d * sc and offsets -dmin * mn are products of 11 bits and at most 8, so float32 holds them as they are,
 and q times a scale, too: a weight is rounded once, in the sum, by llama.cpp and here. They are stored on two levels, as in
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.layers.weights import AffineWeight
-from trimtab.quant.grid import Grid, Range, k_quant
+from trimtab.layers.weights import AffineWeight, CodebookWeight
+from trimtab.quant import mxfp4
+from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, Range, k_quant
 
 _T = gguf.GGMLQuantizationType
-GRIDS = {
+GRIDS: dict[gguf.GGMLQuantizationType, AnyGrid] = {
     _T.Q4_0: Grid(4, 32, "symmetric", "float16"),
     _T.Q4_1: Grid(4, 32, "real", "float16"),
     _T.Q5_0: Grid(5, 32, "symmetric", "float16"),
@@ -34,6 +36,7 @@ GRIDS = {
     _T.Q4_K: k_quant("q4_k"),
     _T.Q5_K: k_quant("q5_k"),
     _T.Q6_K: k_quant("q6_k"),
+    _T.MXFP4: CodebookGrid("mxfp4", mxfp4.BLOCK),
 }
 """Types that are grids of ours."""
 
@@ -48,7 +51,7 @@ class _Parts(NamedTuple):
     offset: Tensor | None
 
 
-def from_blocks(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, rows: int) -> AffineWeight:
+def from_blocks(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, rows: int) -> AffineWeight | CodebookWeight:
     """A weight of the very codes, scales and offsets in raw GGUF blocks.
 
     Args:
@@ -57,7 +60,11 @@ def from_blocks(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, rows: int) 
         rows: N.
     """
     grid, (_, size) = GRIDS[kind], gguf.GGML_QUANT_SIZES[kind]
-    found = _READ[kind](torch.from_numpy(np.array(blocks)).view(-1, size))
+    raw = torch.from_numpy(np.array(blocks)).view(-1, size)
+    if not isinstance(grid, Grid):
+        codes = mxfp4.ours(_nibbles(raw[:, 1:]))
+        return CodebookWeight.of_powers(codes.reshape(rows, -1), raw[:, 0].reshape(rows, -1).clone())
+    found = _READ[kind](raw)
     scale_NG, offset = found.scale.reshape(rows, -1), found.offset
     offset_NG = None if offset is None else offset.reshape(rows, -1)
     return AffineWeight.of_stored(found.codes.reshape(rows, -1), Range(scale_NG, None, offset_NG), grid)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from trimtab.errors import UserError
 from trimtab.formats.gguf import rotary
-from trimtab.models.architecture import Gguf, architecture_of, rope, windowed
+from trimtab.models.architecture import Gguf, architecture_of
+from trimtab.models.asked import rope, windowed
 
 _DIRECT: dict[str, tuple[str, ...]] = {
     "context_length": ("max_position_embeddings", "n_positions"),

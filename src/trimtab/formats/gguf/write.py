@@ -6,6 +6,9 @@ tensor whose values are still those of the file is copied byte for byte, whateve
 are written from their codes. So a file found in the wild, tuned with QA-HiRA, differs from the original in the minima of
 its blocks and in nothing else.
 
+Of a model that also sees or hears the language model is written, as llama.cpp wants it: towers and projector are in a file
+of their own (mmproj), which is the base's, since they are not trained.
+
     codes        `blocks`: the smallest type that holds them, scales and zeros exact
     floats       matrices in their own dtype; norms and biases in float32, as llama.cpp wants them
     order        rows of q and k permuted for the families that llama.cpp rotates by neighbours: rows of blocks move whole
@@ -29,11 +32,12 @@ from torch import Tensor
 from trimtab.errors import UserError
 from trimtab.formats.gguf import families, settings
 from trimtab.formats.gguf import vocabulary as vocabularies
-from trimtab.formats.gguf.blocks import TYPES, block_type, require_exact, to_blocks
+from trimtab.formats.gguf.blocks import TYPES, block_type, require_exact, to_blocks, to_powers
 from trimtab.formats.gguf.read import GgufSource
+from trimtab.kernels.arguments import rows_of
 from trimtab.layers.linear import QuantLinear
-from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
-from trimtab.models.architecture import Gguf
+from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
+from trimtab.models.architecture import Gguf, in_language_model, language_model, sees_or_hears
 from trimtab.models.finite import require_finite
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
 from trimtab.quant.grid import Range
@@ -77,7 +81,7 @@ def save(
 
     Args:
         path: the file.
-        model: a folded (or only rounded) causal language model with our layers.
+        model: a folded (or only rounded) model with our layers.
         tokenizer: its tokenizer; not needed where the model came from a GGUF file.
         name: of the model, for the file's metadata.
         source: the GGUF file that the model came from, to copy from.
@@ -120,7 +124,7 @@ def _require_agreement(model: Any, held: settings.Keys, fields: dict[str, Any]) 
     inside = f"{held.architecture}."
     values = {**held.values, **{n.removeprefix(inside): v for n, v in fields.items() if n.startswith(inside)}}
     try:
-        settings.require_agreement(model, settings.Keys(**{**held._asdict(), "values": values}))
+        settings.require_agreement(language_model(model), settings.Keys(**{**held._asdict(), "values": values}))
     except UserError as error:
         raise UserError(f"GGUF: {error}: llama.cpp would compute another model") from error
 
@@ -154,7 +158,17 @@ def _write(writer: gguf.GGUFWriter, entries: list[_Entry]) -> None:
 
 
 def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight | Tensor]]:
-    """Every tensor that transformers' own model would have, by its name there; a tied head is not repeated."""
+    """Every tensor of the language model, by its name where there is nothing else; a tied head is not repeated."""
+    if not sees_or_hears(model):
+        yield from _tensors(model, dense)
+        return
+    for name, value in _tensors(model, dense):
+        inside = in_language_model(model, name)
+        if inside is not None:
+            yield inside, value
+
+
+def _tensors(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight | Tensor]]:
     ours, seen, dtype = quant_layers(model), set(), compute_dtype(model)
     for name, module in model.named_modules():
         layer = ours.get(name)
@@ -205,13 +219,17 @@ def _block_entry(hf_name: str, name: str, weight: Weight, order: Tensor | None) 
     assert grid is not None
     try:
         kind = block_type(grid, weight.shape[1])
-        assert isinstance(weight, AffineWeight), "no other weight is on an affine grid"
-        require_exact(weight.range(), weight.grid)
+        if isinstance(weight, AffineWeight):
+            require_exact(weight.range(), weight.grid)
     except UserError as error:
         raise UserError(f"{hf_name.removesuffix('.weight')}: {error}") from None
 
     def make() -> np.ndarray:
-        range_, rows = weight.range(), None if order is None else order.to(weight.codes.device)
+        assert isinstance(weight, AffineWeight | CodebookWeight), "no other weight is on a grid"
+        rows = None if order is None else order.to(weight.codes.device)
+        if isinstance(weight, CodebookWeight):
+            return to_powers(weight.integer_codes(rows), rows_of(weight.absmax, rows)).cpu().numpy()
+        range_ = weight.range()
         if rows is not None:
             range_ = Range(*(None if t is None else t[rows] for t in range_))  # type: ignore[arg-type]
         return to_blocks(weight.integer_codes(rows), range_, weight.grid)[1].cpu().numpy()

@@ -39,7 +39,8 @@ from trimtab.formats.directory import Shards, write_surroundings
 from trimtab.formats.files import Files
 from trimtab.formats.manifest import write_json
 from trimtab.layers.weights import AffineWeight
-from trimtab.models.architecture import FAMILIES, architecture_of, features, rope, windowed
+from trimtab.models.architecture import FAMILIES, architecture_of
+from trimtab.models.asked import features, rope, windowed
 from trimtab.quant.grid import Grid, Range, Zero
 from trimtab.quant.int32_packing import pack_int32
 

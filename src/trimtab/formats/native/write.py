@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from trimtab import processes
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
-from trimtab.formats.directory import replacing
+from trimtab.formats.directory import replacing, write_processors
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.models.origin import check_not_read_from
 from trimtab.models.prepared import Prepared
@@ -86,8 +86,7 @@ def write_into(
     """Write a model's files into a folder that is staged."""
     options: dict[str, Any] = {"whole": True} if isinstance(model, Prepared) else {}
     model.save_pretrained(folder, max_shard_size=largest, **options)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    write_processors(folder, model, tokenizer)
     if recipe is not None:
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
 

@@ -380,17 +380,9 @@ def prune(
     from trimtab.formats.file_size import parse_bytes
     from trimtab.pruning import Options, prune_checkpoint
 
-    options = Options(
-        ratio=ratio,
-        target_bytes=None if bytes is None else parse_bytes(bytes, "--bytes"),
-        layers=layers,
-        what=what,  # type: ignore[arg-type]
-        importance=importance,  # type: ignore[arg-type]
-        count_embeddings=count_embeddings,
-        multiple_of=multiple_of,
-        keep=tuple(keep),
-        seed=seed,
-    )
+    how: Any = {"what": what, "importance": importance, "count_embeddings": count_embeddings, "seed": seed}
+    target = None if bytes is None else parse_bytes(bytes, "--bytes")
+    options = Options(ratio=ratio, target_bytes=target, layers=layers, multiple_of=multiple_of, keep=tuple(keep), **how)
     if options.reads_text:
         require_library("pruning on a calibration set", "datasets")
     text = {"text": data, "split": split, "tokens": tokens, "block_tokens": block_tokens}

@@ -13,7 +13,7 @@ x* is what the float blocks before it give, x what the rounded ones do. What is 
 At c = W / s0, l = 0 and t = 0 these are the levels of round-to-nearest, to the bit. Three ways to train them:
 
     all      c, l and t by Adam: EfficientQAT's first phase (arXiv 2407.11062)
-    scales   l and t alone by Adam; the weight is rounded anew at every scale
+    scales   l and t alone by Adam; the weight is rounded again at every scale
     shift    c within half a step of where it was, and scales that only shrink, down to half, by the sign of their
              gradients: AutoRound's rounding (SignRound, arXiv 2309.05516)
 

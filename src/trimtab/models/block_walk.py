@@ -8,7 +8,7 @@ next one's float input) and as the rounded ones do; in memory, or in two files t
     left       the caller puts what was found in place; y = block(x) takes the place of x
 
 What a block came to is a file under a name made of all that decides it: the numbers in x and y*, the block's own tensors,
-grids and options. So whoever needs the same finds it (a run that was killed, another trial of a search whose first blocks
+grids and options. So every later use finds it (a run that was killed, another trial of a search whose first blocks
 have the same widths), and nobody finds what is not the same.
 
 Legend: W windows, L tokens in a window, D hidden size.

@@ -28,7 +28,7 @@ def auto_class(config: Any) -> Any:
     """Which of transformers' auto classes makes the model of a config: that of text, or that of more than text.
 
     A config that both take (Llama 4's, Qwen3.5's) is of the whole model where it says so (`architectures`), as all that is
-    saved does; else its language model is made of it, as transformers makes it for whoever wants text.
+    saved does; else its language model is made of it, as transformers makes it for text alone.
     """
     text: Any = AutoModelForCausalLM._model_mapping
     whole: Any = AutoModelForMultimodalLM._model_mapping

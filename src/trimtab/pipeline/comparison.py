@@ -79,10 +79,12 @@ def compare(
     folder = output(Path("runs") / f"compare-{_short(first)}-{_short(second)}" if out is None else out, "--out")
     check_replaceable(folder, "comparison", overwrite=True, remedy="name another --out")
     rows = load_rows(data, split=split)
-    loaded = []
-    for name, (path, adapter) in zip(names, named, strict=True):
+
+    def load(name: str, path: str, adapter: str | None) -> Any:
         say(f"loading {name}")
-        loaded.append(load_model(path, adapter, dtype=_DTYPES[dtype], device=where))
+        return load_model(path, adapter, dtype=_DTYPES[dtype], device=where)
+
+    loaded = [load(name, *which) for name, which in zip(names, named, strict=True)]
     windows = _windows(loaded, rows, data, block_tokens, tokens)
     say(f"comparing them on {described(where)}, on {windows.numel():,} tokens of {data}")
     sides = [(name, disk_bytes(*which)) for name, which in zip(names, named, strict=True)]

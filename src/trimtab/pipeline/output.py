@@ -138,7 +138,7 @@ class Work:
                     self._clear()
 
     def _holds_nothing(self) -> bool:
-        """Whether no later run could go on from what is here; a damaged checkpoint is for people to look at."""
+        """Whether no later run could continue from what is here; a damaged checkpoint is for people to look at."""
         return not any(checkpoints_in(self.checkpoints)) and not any(self.blocks.glob("*.safetensors"))
 
     def _clear(self) -> None:

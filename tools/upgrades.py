@@ -97,11 +97,37 @@ REACHES = (
     ),
     Reach(
         library="torch",
-        what="`Module._parameters` read",
+        what="`Module._parameters`, `_buffers` and `_non_persistent_buffers_set` read",
         why="a GGUF file holds each module's own parameters by their names, tied ones once",
-        where=("formats/gguf/write.py::_parameters",),
+        where=("formats/gguf/write.py::_tensors",),
         test="tests/formats/test_gguf_export.py::test_transformers_reads_the_same_model",
-        names=("_parameters",),
+        names=("_parameters", "_buffers", "_non_persistent_buffers_set"),
+    ),
+    Reach(
+        library="torch",
+        what="`Module._parameters` and `_modules` read, and parameters taken out of the first",
+        why="stacks of experts go, and layers on the same memory come, in the module that a family made; a router is a "
+        "module with a weight",
+        where=("layers/experts.py::stacks", "layers/experts.py::open_up", "formats/files.py::Files.linear_in_float"),
+        test="tests/layers/test_experts.py::test_open_experts_compute_what_their_stacks_computed",
+        names=("_parameters", "_modules"),
+    ),
+    Reach(
+        library="transformers",
+        what="what `use_experts_implementation` sets on experts, their `_apply_gate`, and that their initialisation passes "
+        "over `_is_hf_initialized`",
+        why="experts are told by what they declare, and what a family does between two products stays its own",
+        where=("layers/experts.py::stacks", "layers/experts.py::QuantExperts"),
+        test="tests/layers/test_experts.py::test_open_experts_compute_what_their_stacks_computed",
+        names=("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate", "_is_hf_initialized"),
+    ),
+    Reach(
+        library="transformers",
+        what="`revert_weight_conversion` and `_weight_conversions`",
+        why="files of mixtures have the names of their family's checkpoints, each expert by itself where these do",
+        where=("models/saved_names.py::as_saved",),
+        test="tests/formats/test_export_experts.py::test_names_are_those_of_the_familys_checkpoints",
+        names=("revert_weight_conversion", "_weight_conversions"),
     ),
     Reach(
         library="torch",
@@ -498,7 +524,7 @@ REACHES = (
         library="transformers",
         what="the shape of `rope_parameters`: one mapping, or one for each kind of layer",
         why="llama.cpp and mlx-lm are told of rotary frequencies under keys of their own",
-        where=("models/architecture.py::rope", "formats/gguf/families.py::_rope", "formats/mlx/write.py::config_keys"),
+        where=("models/asked.py::rope", "formats/gguf/families.py::_rope", "formats/mlx/write.py::config_keys"),
         test="tests/formats/test_export_mlx.py::test_frequencies_are_where_mlx_looks_for_them",
         names=("rope_parameters", "rope_theta", "rope_type"),
     ),
@@ -538,7 +564,7 @@ REACHES = (
         library="transformers",
         what="keys of configs that say what a model does with its logits",
         why="the loss in chunks makes logits itself, from hidden states and the head",
-        where=("models/head.py::after_head", "models/architecture.py::softcap"),
+        where=("models/head.py::after_head", "models/asked.py::softcap", "models/architecture.py::architecture_of"),
         test="tests/training/test_trainer_inside.py::test_what_models_do_with_their_logits",
         names=(
             "logit_scale",
@@ -978,7 +1004,7 @@ REACHES = (
         what="metadata, order of rows and names of pre-tokenizers that are compiled into llama.cpp",
         why="a file that says otherwise loads, and is another model",
         where=(
-            "models/architecture.py::Gguf",
+            "models/in_llama_cpp.py::Gguf",
             "formats/gguf/vocabulary.py::PRE_TOKENIZERS",
             "formats/gguf/vocabulary.py::_STOPS_BY_NAME",
             "formats/gguf/settings.py::_DEFAULTS",

@@ -73,19 +73,14 @@ def compare(
     """
     require_library("`trimtab compare`", "datasets")
     _check(dtype, tokens=tokens, block_tokens=block_tokens)
-    block_tokens, where = block_tokens if tokens is None else min(block_tokens, tokens), resolve(device, "device")
+    where = resolve(device, "device")
     named = [(first, first_adapter), (second, second_adapter)]
     names = [_name(path, adapter) for path, adapter in named]
     folder = output(Path("runs") / f"compare-{_short(first)}-{_short(second)}" if out is None else out, "--out")
     check_replaceable(folder, "comparison", overwrite=True, remedy="name another --out")
     rows = load_rows(data, split=split)
-
-    def load(name: str, path: str, adapter: str | None) -> Any:
-        say(f"loading {name}")
-        return load_model(path, adapter, dtype=_DTYPES[dtype], device=where)
-
-    loaded = [load(name, *which) for name, which in zip(names, named, strict=True)]
-    windows = _windows(loaded, rows, data, block_tokens, tokens)
+    loaded = [_load(name, which, dtype, where, say) for name, which in zip(names, named, strict=True)]
+    windows = _windows(loaded, rows, data, block_tokens if tokens is None else min(block_tokens, tokens), tokens)
     say(f"comparing them on {described(where)}, on {windows.numel():,} tokens of {data}")
     sides = [(name, disk_bytes(*which)) for name, which in zip(names, named, strict=True)]
     about = {"first": sides[0], "second": sides[1], "data": data, "split": split}
@@ -96,6 +91,13 @@ def compare(
         report.make(staging, say, name=f"{_short(first)} and {_short(second)}")
     say(f"written to {folder}")
     return found
+
+
+def _load(
+    name: str, which: tuple[str, str | None], dtype: str, device: torch.device, say: Callable[[str], None]
+) -> tuple[Any, Any]:
+    say(f"loading {name}")
+    return load_model(*which, dtype=_DTYPES[dtype], device=device)
 
 
 def _check(dtype: str, **tokens: int | None) -> None:

@@ -68,7 +68,7 @@ ALWAYS = {"head_dim", "num_key_value_heads"}
 """Set even where the default is None."""
 
 ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
-GEMMA4: dict[str, Any] = {"head_dim": 8, "global_head_dim": 16}
+GEMMA4: dict[str, Any] = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 32}
 QWEN4: dict[str, Any] = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -76,9 +76,15 @@ QWEN4: dict[str, Any] = {
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
-MROPE: dict[str, Any] = {
-    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
-}
+
+
+def _mrope(*sections: int) -> dict[str, Any]:
+    """Rotary embeddings of positions in time, height and width: halves of what is rotated of a head."""
+    return {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}}
+    }
+
+
 ZAMBA: dict[str, Any] = {
     "layers_block_type": ["mamba", "hybrid"] * 2,
     "num_hidden_layers": 4,
@@ -92,9 +98,10 @@ DOTS3: dict[str, Any] = {
         ("num_attention_heads", 4), ("num_key_value_heads", 4), ("q_lora_rank", 16), ("kv_lora_rank", 16), ("head_dim", 16),
         ("qk_nope_head_dim", 8), ("v_head_dim", 8))},
 }  # fmt: skip
-_MROPE = ("cosmos3_edge", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl")
+_MROPE = ("cosmos3_edge", "glm46v", "glm4v", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")
+_WINDOWS = ["sliding_attention"]
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys((*_MROPE, "qwen2_5_omni_thinker"), MROPE),
+    **{name: _mrope(2, 1, 1) for name in _MROPE},
     "chameleon": {"vocabulary_map": {"<image>": 8, "IMGIMGA": 9, "IMGIMGBZ": 10}},
     "cohere_compass": {
         "text_config": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": ROPES}
@@ -129,6 +136,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 8,
+        "layer_types": [*_WINDOWS * 5, "full_attention"],
+        "num_hidden_layers": 6,
+    },
+    "mistral": {"sliding_window": None},
+    "olmo3": {"layer_types": [*_WINDOWS * 3, "full_attention"], "num_hidden_layers": 4},
     "gemma4": {"text_config": GEMMA4},
     "gemma4_text": GEMMA4,
     "gemma4_unified": {"text_config": GEMMA4},
@@ -147,6 +162,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "num_blocks": 2,
         }
     },
+    "qwen3_5_text": {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
@@ -186,6 +202,9 @@ NOT_BUILT_TO_SEE: dict[str, str] = {
     "fast_vlm": _TIMM,
     "gemma3n": _TIMM,
     "git": "its own loss takes an image for granted",
+    "glm4v_moe": _RULES,
+    "glm_ocr": _RULES,
+    "glmga": _RULES,
     "granite4_vision": _RULES,
     "janus": _LARGE,
     "kyutai_speech_to_text": _RULES,

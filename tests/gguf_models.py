@@ -10,18 +10,23 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -76,6 +81,15 @@ def _phi4(trained_on: int) -> Phi3Config:
     )
 
 
+DELTA = ["linear_attention", "linear_attention", "full_attention"]
+LINEAR_HEADS = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
+GEMMA4: dict[str, Any] = {
+    **SIZES,
+    "num_hidden_layers": 5,
+    "global_head_dim": 64,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+}
 WRITTEN: dict[str, Any] = {
     "smollm3": SmolLM3Config(**{**QWEN2, "num_hidden_layers": 5}),
     "phi3": Phi3Config(**QWEN2, sliding_window=None),
@@ -91,11 +105,39 @@ WRITTEN: dict[str, Any] = {
     ),
     "granite with biases": GraniteConfig(**QWEN2, attention_bias=True, mlp_bias=True),
     "glm4": Glm4Config(**SIZES),
+    "qwen3_5": Qwen3_5TextConfig(
+        **SIZES, layer_types=DELTA, **LINEAR_HEADS, linear_num_value_heads=2, tie_word_embeddings=True
+    ),
+    "qwen3_5 with more heads of values": Qwen3_5TextConfig(
+        **SIZES, layer_types=DELTA, **LINEAR_HEADS, linear_num_value_heads=6
+    ),
+    "gemma4": Gemma4TextConfig(**GEMMA4, hidden_size_per_layer_input=0, final_logit_softcapping=3.0),
+    "gemma4 of the small kind": Gemma4TextConfig(
+        **{**GEMMA4, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
+        hidden_size_per_layer_input=32,
+        vocab_size_per_layer_input=260,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+    ),
+    "gemma4 whose keys are values": Gemma4TextConfig(
+        **GEMMA4, hidden_size_per_layer_input=0, attention_k_eq_v=True, num_global_key_value_heads=1
+    ),
     "olmo": OlmoConfig(**QWEN2, clip_qkv=0.6),
     "olmo2": Olmo2Config(**QWEN2),
     "olmo3": Olmo3Config(**{**QWEN2, "num_hidden_layers": 5}, sliding_window=16),
 }
 """Families and settings that transformers does not read from GGUF, or reads as another model."""
+
+
+EXPERTS: dict[str, Any] = {**QWEN2, "num_experts_per_tok": 2}
+MIXTURES: dict[str, Any] = {
+    "mixtral": MixtralConfig(**EXPERTS, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(
+        **{**EXPERTS, "head_dim": 32}, num_experts=4, moe_intermediate_size=96, norm_topk_prob=True
+    ),
+    "olmoe": OlmoeConfig(**{**EXPERTS, "num_key_value_heads": 4}, num_experts=4),
+}
+"""Mixtures of experts."""
 
 
 def random_model(config: Any) -> PreTrainedModel:
@@ -105,6 +147,9 @@ def random_model(config: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     for p in model.parameters():
         p.data = (torch.randn_like(p) * (0.1 if p.dim() > 1 else 0.5)).bfloat16()
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.75)
     return model.eval()
 
 

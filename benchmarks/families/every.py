@@ -5,13 +5,15 @@
 
 Models are tiny and random (`tests/families.py`, but with at least 32 inputs to a layer, which is a block of GGUF's), tuned
 by LR-QAT at 4 bits with one scale a channel. A stage that fails with anything but a message of ours is a fault, and is
-stored as such. Lines that stand there are left alone.
+stored as such. Lines that stand there are left alone. What engines make of an export is asked of those that are here:
+transformers, and llama.cpp where `TRIMTAB_LLAMA_CPP_PYTHON` names its Python.
 """
 
 import argparse
 import contextlib
 import gc
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import families
 import gguf_models
@@ -31,6 +33,7 @@ import trimtab as tt
 from benchmarks.families.report import FILE
 from benchmarks.files import add, read, say
 from trimtab.errors import UserError
+from trimtab.evaluation import serving
 from trimtab.formats import ALL
 from trimtab.layers.linear import QuantLinear
 from trimtab.methods import LrQat
@@ -41,6 +44,8 @@ from trimtab.models.transformers_bridge import quant_layers
 RULES = [{"match": "*", "grid": {"bits": 4, "group": None, "scale_dtype": "portable"}}]
 EXPORTS = tuple(f.name for f in ALL if f.name not in ("native", "peft"))
 _LEAST, _TOKENS = 32, 320
+_NOISE = 0.05
+"""Of the spread of log-probabilities: what another model is off by is about 1."""
 
 
 class _Ended(Exception):
@@ -97,6 +102,33 @@ def reloaded(model: PreTrainedModel, tokenizer: Any, out: Path) -> None:
         raise RuntimeError("the model that is read back computes other logits")
 
 
+def in_transformers(model: PreTrainedModel, out: Path) -> None:
+    """transformers computes the logits of what was exported from that folder alone, up to the rounding of a product."""
+    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    theirs, ours = families.logits(again), families.logits(model)
+    if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * ours.std().item()):
+        raise RuntimeError(
+            f"its logits differ by {(theirs - ours).abs().max():.2g} where they spread by {ours.std():.2g}"
+        )
+
+
+def in_llama_cpp(model: PreTrainedModel, out: Path) -> None:
+    """llama.cpp computes the log-probabilities within its noise: it rounds what enters a layer to 8 bits."""
+    ids = torch.arange(24).view(1, 24) * 5 % 90
+    theirs, ours = serving.engine_logprobs(out, "llama.cpp", ids), serving.model_logprobs(model, ids)
+    off = ((theirs - ours).square().mean().sqrt() / ours.std()).item()
+    if off > _NOISE:
+        raise RuntimeError(f"its log-probabilities are off by {off:.2g} of their spread")
+
+
+ENGINES: dict[str, dict[str, Callable[[PreTrainedModel, Path], None]]] = {
+    "dense": {"transformers": in_transformers},
+    "compressed-tensors": {"transformers": in_transformers},
+    "gguf": {"llama.cpp": in_llama_cpp} if "TRIMTAB_LLAMA_CPP_PYTHON" in os.environ else {},
+}
+"""Engines that are tried on an export, where they are installed."""
+
+
 def row_of(name: str) -> dict[str, Any]:
     """What became of a family."""
     row: dict[str, Any] = {"family": name}
@@ -119,6 +151,8 @@ def row_of(name: str) -> dict[str, Any]:
         for format_ in EXPORTS:
             with contextlib.suppress(_Ended):
                 attempt(row, format_, lambda to=format_: tt.export(str(folder / "saved"), to, folder / to), folder)
+                for engine, serves in ENGINES.get(format_, {}).items():
+                    attempt(row, f"{format_} in {engine}", lambda to=format_, f=serves: f(model, folder / to), folder)
     return row
 
 

@@ -7,7 +7,10 @@ from benchmarks.files import RESULTS, read
 
 FILE = RESULTS / "families.jsonl"
 _STAGES = ("prepare", "train", "fold", "reload")
-_EXPORTS = ("dense", "compressed-tensors", "gptq", "gguf", "mlx")
+_EXPORTS = (
+    *("dense", "dense in transformers", "compressed-tensors", "compressed-tensors in transformers"),
+    *("gptq", "gguf", "gguf in llama.cpp", "mlx"),
+)
 
 
 def page() -> list[str]:

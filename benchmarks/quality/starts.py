@@ -38,6 +38,15 @@ STARTS = ("rtn", "gptq", "all", "scales", "shift")
 """Round-to-nearest, GPTQ, and what a block-wise start trains."""
 
 
+TUNED = (
+    ("lr-qat", 32, ("rtn", "all", "gptq", "shift")),
+    ("peqa", None, ("rtn", "all")),
+    ("qat", None, ("rtn", "all")),
+    ("lr-qat", 8, ("rtn", "all")),
+)
+"""Method, rank, and the starts that it is tuned from."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """A model, and how much of what it is given."""
@@ -90,17 +99,15 @@ class Row:
 def rows(model: str, seeds: list[int]) -> Iterator[Row]:
     """In the order that they are run in."""
     steps = SETTINGS[model].steps
-    grids = [(2, 64)] if model == "smollm2-135m" else [(2, None), (3, None), (2, 64), (3, 64), (4, None)]
-    for seed in seeds:
-        for bits, group in grids:
-            plain = [Row(model, bits, group, start, seed=seed) for start in STARTS]
-            yield from (row for row in plain if seed == 0 or row.start not in ("rtn", "gptq"))
-        for bits, group in grids:
-            for start in ("rtn", "gptq", "all", "shift"):
-                yield Row(model, bits, group, start, "lr-qat", 32, steps, seed)
-        for bits, group in grids:
-            for method, rank in (("peqa", None), ("qat", None), ("lr-qat", 8)):
-                yield from (Row(model, bits, group, start, method, rank, steps, seed) for start in ("rtn", "all"))
+    grids = [[(2, 64)]] if model == "smollm2-135m" else [[(2, None), (3, None)], [(2, 64), (3, 64), (4, None)]]
+    for some in grids:
+        for seed in seeds:
+            for bits, group in some:
+                plain = [Row(model, bits, group, start, seed=seed) for start in STARTS]
+                yield from (row for row in plain if seed == 0 or row.start not in ("rtn", "gptq"))
+            for method, rank, starts in TUNED:
+                for bits, group in some:
+                    yield from (Row(model, bits, group, start, method, rank, steps, seed) for start in starts)
 
 
 class Study:

@@ -85,6 +85,7 @@ registration.readers(
         "auto-round": "trimtab.formats.auto_round.read:opened",
         "mlx": "trimtab.formats.mlx.read:opened",
         "fp8": "trimtab.formats.fp8.read:opened",
+        "mxfp4": "trimtab.formats.mxfp4.read:Mxfp4Source",
     }
 )
 

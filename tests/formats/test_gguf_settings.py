@@ -16,6 +16,7 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     LlamaConfig,
     MistralConfig,
@@ -30,7 +31,7 @@ from transformers import (
 )
 
 import trimtab as tt
-from gguf_models import EOS, FAMILIES, GEMMA, QWEN2, SIZES, WRITTEN, byte_level_tokenizer, random_model
+from gguf_models import EOS, FAMILIES, GEMMA, GEMMA4, QWEN2, SIZES, WRITTEN, byte_level_tokenizer, random_model
 from trimtab.errors import UserError
 from trimtab.formats.gguf import families
 from trimtab.formats.gguf.read import GgufSource
@@ -83,6 +84,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+EXPERTS: dict[str, Any] = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 EVERY = {**FAMILIES, **WRITTEN}
 ONE = [{"match": "*.0.mlp.*up_proj", "grid": {"bits": 8, "group": 32, "scale_dtype": "float16"}}]
 RULES = [*ONE, {"match": "*", "grid": None}]
@@ -362,6 +364,11 @@ def test_a_part_of_a_split_file_is_named(llama: Path) -> None:
         (OlmoConfig(**QWEN2, attention_bias=True), "attention_bias"),
         (Phi3Config(**QWEN2, sliding_window=16), "sliding_window 16"),
         (Olmo3Config(**QWEN2, rope_parameters=OTHER_BASE), r"rope_theta 500\.0 in layers with a window"),
+        (Gemma4TextConfig(**{**GEMMA4, "num_kv_shared_layers": 2}), "num_kv_shared_layers 2"),
+        (
+            Gemma4TextConfig(**GEMMA4, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32),
+            "enable_moe_block True",
+        ),
         (SmolLM3Config(**QWEN2, no_rope_layers=[1, 1, 0]), r"no_rope_layers \[1, 1, 0\]"),
         (Glm4Config(**SIZES, rope_parameters={**LLAMA3, "partial_rotary_factor": 0.5}), r"rope_type llama3 \(it takes"),
     ],
@@ -379,7 +386,7 @@ def test_a_field_of_a_config_that_is_not_known_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = {*families.family(EVERY[name]).factors.values(), *families._COMPUTED, *families._OF_NO_MATTER}
-    assert set(type(EVERY[name])().to_dict()) - known <= {"is_encoder_decoder"}
+    assert set(type(EVERY[name])().to_dict()) - known <= {"is_encoder_decoder", *EXPERTS}
     monkeypatch.setattr(families, "_COMPUTED", families._COMPUTED - {"hidden_size"})
     with pytest.raises(UserError, match=r"hidden_size 64, which llama\.cpp does not"):
         written(EVERY[name], tmp_path)

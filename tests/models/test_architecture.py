@@ -31,9 +31,10 @@ from trimtab.errors import UserError
 from trimtab.formats.gguf import families
 from trimtab.formats.mlx.write import config_keys
 from trimtab.models import decoder
-from trimtab.models.architecture import FAMILIES, FUSED, WRITTEN, Architecture, architecture_of
+from trimtab.models.architecture import FAMILIES, FUSED, Architecture, architecture_of
 from trimtab.models.asked import rope, softcap, windowed
 from trimtab.models.head import AfterHead, after_head
+from trimtab.models.in_llama_cpp import GGUF
 from trimtab.pruning import structures
 from trimtab.quant.grid import Grid
 
@@ -286,8 +287,7 @@ def test_pruning_knows_every_family(name: str) -> None:
 def test_another_model_has_blocks_and_fused_layers_by_name(name: str) -> None:
     model = skeleton(OTHERS[name])
     found = architecture_of(model)
-    written = WRITTEN[name].gguf if name in WRITTEN else None
-    assert (found.model_type, found.known, found.gguf, found.mlx) == (name, False, written, None)
+    assert (found.model_type, found.known, found.gguf, found.mlx) == (name, False, GGUF.get(name), None)
     assert decoder.block_names(model) == [f"{LISTS[name]}.{i}" for i in range(len(decoder.blocks(model)))]
     searched = {u.name: [last_part(n) for n in u.layers] for u in units(model, "fusion")}
     first = {n.removeprefix(f"{LISTS[name]}.0."): layers for n, layers in searched.items() if ".layers.0." in n}

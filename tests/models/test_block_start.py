@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
+import experts
 import tiny
 import trimtab as tt
 from trimtab.errors import UserError
@@ -292,6 +293,18 @@ def test_what_was_stopped_goes_on_at_the_last_whole_block(tmp_path: Path, monkey
     wider = [{"match": "*.layers.1.*", "grid": {**W2, "bits": 3}}, *ALL]
     tt.prepare(model_of(), Rtn(), wider, start=how(kept=tmp_path / "kept"))
     assert trained[6:] == [0, 1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_trained_as_far_as_tokens_reach_them(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Of few tokens some experts get none: those are rounded to nearest, which is said."""
+    rules, few = [{"match": "*.experts.*", "grid": W2}], experts.IDS[:1, :2]
+    ours = tt.prepare(experts.mixture(name), Rtn(), rules, start=Blockwise(tokens=few, steps=8, windows=1))
+    nearest = bases(tt.prepare(experts.mixture(name), Rtn(), rules))
+    moved = {n for n, base in bases(ours).items() if not torch.equal(base.codes, nearest[n].codes)}
+    reached = {n.rsplit(".", 1)[0] for n in moved}
+    assert 2 <= len(reached) < 8, "of two blocks with four experts"
+    assert "no calibration token reached mlp.experts." in caplog.text
 
 
 def test_what_it_cannot_train_is_refused_by_name() -> None:

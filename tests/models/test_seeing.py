@@ -21,11 +21,15 @@ import trimtab as tt
 from gguf_models import FAMILIES, byte_level_tokenizer
 from trimtab.errors import UserError
 from trimtab.formats import get
+from trimtab.formats.export_size import export_sizes
+from trimtab.methods import Rtn
 from trimtab.models.layout import auto_class
 from trimtab.models.load import load_float
 from trimtab.models.sources import open_layout
+from trimtab.models.targets import targets
 from trimtab.pipeline.run import run
 from trimtab.recipe import recipe
+from trimtab.recipe.rules import parse_rules
 
 TRIED = {
     "gemma3": "GGUF: layer_types",
@@ -115,9 +119,15 @@ def test_a_recipe_tunes_a_model_that_sees(tmp_path: Path, caplog: pytest.LogCapt
     model, _ = tt.load(str(tmp_path / "run"), dtype=torch.float32, quiet=True)
     assert isinstance(model, LlavaForConditionalGeneration)
     assert all(torch.equal(p, before[n].float()) for n, p in model.state_dict().items() if "vision" in n)
-    expected = families.logits(model)
+    expected, laid_out = families.logits(model), open_layout(str(tmp_path / "base")).layout(dtype=torch.bfloat16)
     for folder in (tmp_path / "run", *(tmp_path / "run" / name for name in names[:2])):
         assert json.loads((folder / "processor_config.json").read_text(encoding="utf-8")) == {"patch_size": 14}
         assert "LlavaForConditionalGeneration" in (folder / "config.json").read_text(encoding="utf-8")
+    sizes = export_sizes(
+        laid_out, targets(laid_out, Rtn(), parse_rules(rules)), Rtn(), dtype=torch.bfloat16, only=names
+    )
+    for name, file in zip(names, ("model.safetensors", "model.safetensors", "model.gguf"), strict=True):
+        written = (tmp_path / "run" / name / file).stat().st_size
+        assert written - 24000 < sizes[name] < written  # a table of tensors, and GGUF's tokens  # type: ignore[operator]
     read = load_float(str(tmp_path / "run" / "gguf" / "model.gguf"), dtype=torch.float32)
     assert (families.logits(read) - expected).abs().max() < 1e-3

@@ -1,4 +1,5 @@
-"""A run, with an export, that is killed at its n-th change of a file, goes on and ends as one that was not, bit for bit.
+"""A run, with a block-wise start and an export, that is killed at its n-th change of a file, goes on and ends as one that
+was not, bit for bit.
 
 Python tells an audit hook of every file that is opened to be written, renamed, made or removed; the child of a fork counts
 them, and ends at the n-th as SIGKILL would: no handler, no `finally`.
@@ -32,6 +33,7 @@ KILLED = 9
 def recipe(given: Path, output: Path, **changes: Any) -> Recipe:
     train = {"steps": 4, "save_steps": 2, "evaluate_steps": 2}
     made = {"train": train, "evaluate": {"parity": False}, "export": ["native", "dense"], **changes}
+    made["start"] = {"name": "block", "tokens": 64, "steps": 1}
     made["data"] = {"eval_path": str(given / "data.jsonl"), "eval_tokens": 64}
     return from_dict(tiny.recipe(given / "model", given / "data.jsonl", output, **made))
 

@@ -34,7 +34,7 @@ from trimtab.models.prepare import fold, prepare
 from trimtab.models.transformers_bridge import quant_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from gguf_models import FAMILIES, QWEN2, SIZES, WRITTEN, byte_level_tokenizer, random_model
+from gguf_models import FAMILIES, MIXTURES, QWEN2, SIZES, WRITTEN, byte_level_tokenizer, random_model
 
 PYTHON = os.environ.get("TRIMTAB_LLAMA_CPP_PYTHON")
 
@@ -49,6 +49,7 @@ LLAMA3 = {
 CONFIGS: dict[str, Any] = {
     **FAMILIES,
     **WRITTEN,
+    **MIXTURES,
     "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "linear": LlamaConfig(**SIZES, rope_parameters={**ROPE, "rope_type": "linear"}),
     "llama3": LlamaConfig(**SIZES, rope_parameters={**ROPE, **LLAMA3}),
@@ -105,11 +106,15 @@ def test_mixed_widths(tmp_path: Path) -> None:
     check_tuned([{"match": match, "grid": grid} for match, grid in grids.items()], tmp_path)
 
 
-def check_tuned(rules: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_tuned_experts(tmp_path: Path) -> None:
+    check_tuned([{"match": "*", "grid": {"bits": 4, "group": 32}}], tmp_path, MIXTURES["qwen3_moe"])
+
+
+def check_tuned(rules: list[dict[str, Any]], tmp_path: Path, config: Any = FAMILIES["llama"]) -> None:
     """The noise is that of the untuned model of the same form, in the same run."""
     differences = []
     for method in (Rtn(), LrQat(rank=4, alpha=64.0)):
-        model = prepare(random_model(FAMILIES["llama"]).float(), method, rules)
+        model = prepare(random_model(config).float(), method, rules)
         torch.manual_seed(1)
         for layer in quant_layers(model).values():
             adapter = getattr(layer, "adapter", None)

@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import trimtab as tt
 from trimtab.errors import UserError
@@ -119,6 +126,20 @@ def test_gptq_folders_are_read(tmp_path: Path) -> None:
         export(model, tmp_path / "integer", "gptq", engine="vllm-cpu")
     with pytest.raises(UserError, match="bits=4, sym=False"):
         serving.engine_logprobs(export(model, tmp_path / "integer", "gptq"), "vllm", BLOCKS)
+
+
+def test_experts_are_served_dense_and_their_codes_refused(tmp_path: Path) -> None:
+    """The names are those of the family's checkpoints; for packed experts vLLM has kernels on GPUs alone."""
+    torch.manual_seed(0)
+    about = {key: value for key, value in SIZES.items() if key != "tie_word_embeddings"}
+    config = Qwen3MoeConfig(**about, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    rules = [{"match": "*", "grid": {"bits": 4, "group": 32}}]
+    model = tt.prepare(Qwen3MoeForCausalLM(config).bfloat16().eval(), LrQat(rank=4), rules)
+    tt.fold(model)
+    found = served(model, export(model, tmp_path / "dense", "dense"))
+    assert found.rms_logprob < 1.5 * noise(model)
+    with pytest.raises(UserError, match="No WNA16 MoE backend"):
+        serving.engine_logprobs(export(model, tmp_path / "packed"), "vllm", BLOCKS)
 
 
 def test_eight_bits_have_no_kernel_on_a_cpu(tmp_path: Path) -> None:

@@ -101,6 +101,9 @@ _MEANINGS = {"cpu_gemm_wna16": "vLLM has no kernel of 4-bit layers for this proc
 def _reason(output: str) -> str:
     """The last line that names an error, and all that follows."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    asserted = next((line[line.index("GGML_ASSERT") :] for line in lines if "GGML_ASSERT" in line), None)
+    if asserted is not None:  # what follows is a trace of the process that ended itself
+        return asserted
     last = max((i for i, line in enumerate(lines) if "Error" in line), default=max(len(lines) - 5, 0))
     said = " ".join(lines[last:])[-2000:]
     meant = [words for name, words in _MEANINGS.items() if name in said]

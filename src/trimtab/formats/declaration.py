@@ -128,6 +128,8 @@ class Engine:
     """Dtypes of the KV cache."""
     tables: tuple[str, ...] = ()
     """Codebooks that it runs of those that the format holds."""
+    experts: bool = True
+    """Whether it runs packed experts of a mixture."""
     lacks: frozenset[Feature] = frozenset()
     """What a config may ask for that it leaves out or takes for something else."""
 
@@ -177,6 +179,8 @@ class Format(ABC):
     experts: ClassVar[tuple[Holding, ...]] = ()
     """Holdings of experts that it is written in, beside models without any."""
     engines: ClassVar[tuple[Engine, ...]]
+    whole: ClassVar[bool] = True
+    """Whether it holds all of a model that also sees or hears; else its language model."""
     library: ClassVar[str | None] = None
     """What an extra brings for its writer, if it needs that."""
 

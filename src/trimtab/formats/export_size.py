@@ -25,6 +25,7 @@ from trimtab.formats.mlx.write import GROUPS, width
 from trimtab.formats.refusals import refusals
 from trimtab.formats.written import planned
 from trimtab.methods.base import Method
+from trimtab.models.architecture import in_language_model, sees_or_hears
 from trimtab.models.targets import Target
 from trimtab.quant.activations import Activations, KvCache
 from trimtab.quant.grid import Grid
@@ -58,7 +59,6 @@ def export_sizes(
         kv: how keys and values are rounded, or None.
         only: these formats; None for all.
     """
-    floats = _float_entries(model, targets)
     found: dict[str, int | str] = {}
     for format_ in (f for f in ALL if only is None or f.name in only):
         refused = _refused(format_, planned(targets, method, merge, format_, activations, kv), model, dtype)
@@ -66,6 +66,7 @@ def export_sizes(
             found[format_.name] = refused
             continue
         about: dict[str, Any] = {"dtype": dtype, "merge": merge, "activations": activations}
+        floats = _float_entries(model, targets, format_.whole)
         found[format_.name] = sum(layer_size(format_, t, method, **about) for t in targets) + floats * dtype.itemsize
     return found
 
@@ -103,11 +104,14 @@ def _refused(format_: Format, layers: Sequence[Layer], model: "PreTrainedModel",
     return next((str(refusal) for refusal in refusals(format_, layers, dtype)), "")
 
 
-def _float_entries(model: "PreTrainedModel", targets: Sequence[Target]) -> int:
-    """Parameters of all that belongs to no layer of ours, and of the biases of those that do; ties counted once."""
+def _float_entries(model: "PreTrainedModel", targets: Sequence[Target], whole: bool) -> int:
+    """Parameters of all (or of the language model) that belongs to no layer of ours, and of the biases of those that do;
+    ties counted once.
+    """
     left_out = getattr(model, "all_tied_weights_keys", {})
     ours = {f"{target.name}.weight" for target in targets}
-    state = model.state_dict()
+    parts = whole or not sees_or_hears(model)
+    state = {n: t for n, t in model.state_dict().items() if parts or in_language_model(model, n) is not None}
     in_stacks = sum(t.shape[0] * t.shape[1] for t in targets if f"{t.name}.weight" not in state)
     return sum(t.numel() for n, t in state.items() if n not in ours and n not in left_out) - in_stacks
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trimtab.errors import UserError
 from trimtab.formats.directory import float_tensors
 from trimtab.layers.experts import QuantExperts, names
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
+from trimtab.models.architecture import sees_or_hears
 from trimtab.models.replaceable import is_router
 from trimtab.models.saved_names import Piece, as_saved, has_experts, pieces, saved_layer
 from trimtab.models.transformers_bridge import quant_layers
@@ -48,6 +50,12 @@ class Files:
 
     def __init__(self, model: Any) -> None:
         self._model, self._ours, self._renamed = model, quant_layers(model), has_experts(model)
+        if self._renamed and sees_or_hears(model):
+            raise UserError(
+                f"export: a {type(model).__name__}, a mixture of experts that sees or hears, is written in our own format "
+                "alone while its experts are in few bits; keep them in float with a rule, before the others: "
+                "{match: '*.experts.*', grid: null}"
+            )
         self._stacked: list[Stacked] = []
         self._pieces: dict[int, list[Piece]] = {}
         """Of the layers that are experts; none of those that are stacked."""
@@ -70,14 +78,14 @@ class Files:
             if id(layer) in self._pieces:
                 yield from (Held(piece.layer, name, layer, piece.rows) for piece in self._pieces[id(layer)])
             else:
-                yield Held(saved_layer(self._model, name) if self._renamed else name, name, layer)
+                yield Held(self._layer(name), name, layer)
 
     def linear_in_float(self) -> list[str]:
         """Linear layers that are none of ours, and routers, which engines take for such."""
         modules = dict(self._model.named_modules())
         routers = (n for n in modules if self._renamed and is_router(n, modules) and "weight" in modules[n]._parameters)
         found = dict.fromkeys([*(n for n, m in modules.items() if isinstance(m, nn.Linear)), *routers])
-        return [saved_layer(self._model, name) if self._renamed else name for name in found]
+        return [self._layer(name) for name in found]
 
     def stacks(self, matrix: Callable[[QuantLinear], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Tensors that hold all experts of a block, made of the matrix (N, K) of each; their biases follow them."""
@@ -87,6 +95,9 @@ class Files:
             biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
             if biases:
                 yield from self._named(f"{name}_bias", torch.stack(biases).to(stack_ENK.dtype))
+
+    def _layer(self, name: str) -> str:
+        return saved_layer(self._model, name) if self._renamed else name
 
     def _named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from as_saved(self._model, {name: tensor}).items() if self._renamed else [(name, tensor)]

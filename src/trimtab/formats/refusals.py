@@ -52,6 +52,10 @@ def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: tor
         for x in held
         if isinstance(x.grid, CodebookGrid) and x.grid.codebook not in engine.tables
     ]
+    expert = next((x for x in held if x.expert), None)
+    if expert is not None and not engine.experts:
+        cause = f"is a packed expert of a mixture, which {engine.name} does not run"
+        found.append(Refusal(expert.name, cause, "name another --engine, or export to dense"))
     for layer in packed:
         grid = layer.grid
         assert isinstance(grid, Grid)

@@ -16,10 +16,12 @@ looked for in it, since a factor that is not noticed would make a wrong loss and
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from torch import nn
+
+from trimtab.models.in_llama_cpp import GGUF, Gguf
 
 T = TypeVar("T")
 
@@ -60,42 +62,6 @@ Feature = Literal[
     "yarn's own",
 ]
 """What a config may ask for beside its sizes, and a reader may lack."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gguf:
-    """How a family's models are written for llama.cpp, and what is compiled into it."""
-
-    architecture: str
-    """llama.cpp's name for the family."""
-    permuted: bool = False
-    """Whether rows of q and k are in the order of llama.cpp's rotary embedding."""
-    activation: str = "silu"
-    norm_shift: float = 0.0
-    """Added to every norm: transformers multiplies by 1 + w in some families, llama.cpp always by the norm."""
-    window_every: int | None = None
-    """All layers but every n-th see a sliding window; None if none do."""
-    no_rope_every: int | None = None
-    """Every n-th layer has no rotary embedding; None if all have one."""
-    large_layers: int | None = None
-    """Layers of the one size whose attention is scaled by hidden / heads instead of the head dimension; None if
-    `query_pre_attn_scalar` is no key of the family."""
-    caps: bool = False
-    """Whether it always caps scores of attention, and logits; else it caps logits where a file says so."""
-    biases: frozenset[str] = frozenset()
-    """Which keys of the config may ask for biases."""
-    ropes: frozenset[str] = frozenset({"linear", "yarn"})
-    """Scalings of rotary frequencies that it computes, by transformers' `rope_type`."""
-    windowed_base: bool = False
-    """Whether layers with a sliding window have a rotary base of their own."""
-    partial_rotary: bool = False
-    """Whether it may rotate a part of a head."""
-    head: Literal["tied", "apart", "either"] = "either"
-    """Whether it reads the head from the embedding: always, never, or where a file has no other."""
-    epsilon: float | None = None
-    """Of norms that have no parameters; None where norms have, and the config says theirs."""
-    factors: Mapping[str, str] = field(default_factory=dict)
-    """Numbers that it multiplies, divides or clamps by: keys of the file, by keys of the config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,40 +120,37 @@ class Architecture:
 
 _ROPES: frozenset[Feature] = frozenset({"linear", "llama3", "yarn"})
 _BIASES: frozenset[Feature] = frozenset({"attention bias", "MLP bias"})
-_BIAS_KEYS = frozenset({"attention_bias", "mlp_bias"})
-_LLAMA_ROPES = frozenset({"linear", "yarn", "llama3"})
 _GEMMA: dict[str, Any] = {"embedding_scale": "scalar_embed_scale"}
 _CAPS: dict[str, Any] = {"softcap": "final_logit_softcapping", "attention_softcap": "attn_logit_softcapping"}
-_GEMMA_GGUF: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "norm_shift": 1.0}
 
 FAMILIES: Mapping[str, Architecture] = {
     family.model_type: family
     for family in (
         Architecture(
             model_type="llama",
-            gguf=Gguf(architecture="llama", permuted=True, biases=_BIAS_KEYS, ropes=_LLAMA_ROPES),
+            gguf=GGUF["llama"],
             mlx=Mlx(computes=_ROPES | _BIASES),
         ),
         Architecture(
             model_type="mistral",
             window_everywhere=True,
-            gguf=Gguf(architecture="llama", permuted=True, biases=_BIAS_KEYS, ropes=_LLAMA_ROPES),
+            gguf=GGUF["mistral"],
             mlx=Mlx(computes=_ROPES | _BIASES),
         ),
         Architecture(
             model_type="smollm3",
-            gguf=Gguf(architecture="smollm3", permuted=True, no_rope_every=4),
+            gguf=GGUF["smollm3"],
             mlx=Mlx(computes=_ROPES | _BIASES),
         ),
         Architecture(
             model_type="qwen2",
             implied_head_dim=True,
-            gguf=Gguf(architecture="qwen2"),
+            gguf=GGUF["qwen2"],
             mlx=Mlx(computes=_ROPES),
         ),
         Architecture(
             model_type="qwen3",
-            gguf=Gguf(architecture="qwen3"),
+            gguf=GGUF["qwen3"],
             mlx=Mlx(computes=_ROPES),
         ),
         Architecture(
@@ -198,72 +161,27 @@ FAMILIES: Mapping[str, Architecture] = {
             model_type="gemma2",
             **_GEMMA,
             **_CAPS,
-            gguf=Gguf(
-                architecture="gemma2",
-                **_GEMMA_GGUF,
-                window_every=2,
-                large_layers=46,
-                caps=True,
-                head="tied",
-            ),
+            gguf=GGUF["gemma2"],
         ),
         Architecture(
             model_type="gemma3_text",
             **_GEMMA,
             **_CAPS,
-            gguf=Gguf(architecture="gemma3", **_GEMMA_GGUF, window_every=6, windowed_base=True, large_layers=62),
+            gguf=GGUF["gemma3_text"],
             mlx=Mlx(periodic=True, computes=frozenset({"windows", "linear"})),
         ),
     )
 }
 """By transformers' `model_type`."""
 
-WRITTEN: Mapping[str, Architecture] = {
+PARTLY: Mapping[str, Architecture] = {
     family.model_type: family
     for family in (
-        Architecture(
-            model_type="phi3",
-            window_everywhere=True,
-            implied_head_dim=True,
-            gguf=Gguf(architecture="phi3", ropes=frozenset({"longrope"}), partial_rotary=True),
-        ),
-        Architecture(
-            model_type="granite",
-            gguf=Gguf(
-                architecture="granite",
-                permuted=True,
-                biases=_BIAS_KEYS,
-                ropes=_LLAMA_ROPES,
-                factors={
-                    "attention.scale": "attention_multiplier",
-                    "embedding_scale": "embedding_multiplier",
-                    "residual_scale": "residual_multiplier",
-                    "logit_scale": "logits_scaling",
-                },
-            ),
-        ),
-        Architecture(
-            model_type="glm4",
-            gguf=Gguf(architecture="glm4", biases=frozenset({"attention_bias"}), partial_rotary=True),
-        ),
-        Architecture(
-            model_type="olmo",
-            implied_head_dim=True,
-            gguf=Gguf(architecture="olmo", permuted=True, epsilon=1e-5, factors={"attention.clamp_kqv": "clip_qkv"}),
-        ),
-        Architecture(
-            model_type="olmo2",
-            implied_head_dim=True,
-            gguf=Gguf(architecture="olmo2", head="apart"),
-        ),
-        Architecture(
-            model_type="olmo3",
-            implied_head_dim=True,
-            gguf=Gguf(architecture="olmo2", head="apart", window_every=4),
-        ),
+        Architecture(model_type="phi3", window_everywhere=True, implied_head_dim=True),
+        *(Architecture(model_type=name, implied_head_dim=True) for name in ("olmo", "olmo2", "olmo3")),
     )
 }
-"""Families of which nothing is described but how GGUF holds them; all else is derived."""
+"""Families of which little is described beside how GGUF holds them; all else is derived."""
 
 ASKS_FOR: Mapping[str, str] = {
     "idefics": "pixel_values",
@@ -296,8 +214,9 @@ def architecture_of(model_or_config: Any) -> Architecture:
         return replace(family, blocks=f"{inside}.{family.blocks}", norm=f"{inside}.{family.norm}")
     blocks = _first_list(model_or_config) if live else None
     return replace(
-        WRITTEN.get(model_type, Architecture(model_type=model_type)),
+        PARTLY.get(model_type, Architecture(model_type=model_type)),
         known=False,
+        gguf=GGUF.get(model_type),
         blocks=blocks,
         norm=None if blocks is None else _norm_beside(model_or_config, blocks),
         embedding_scale="scalar_embed_scale",

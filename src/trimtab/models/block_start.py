@@ -30,6 +30,7 @@ gradient summed over a step's windows, and the graph of one layer after another 
 Legend: W windows, L tokens in a window, D hidden size, N out features, K in features, G groups in a row.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ from trimtab.layers.weights import AffineWeight
 from trimtab.models.calibrate import hidden_of
 from trimtab.quant import fixed8
 from trimtab.quant.grid import Grid, Range, from_codes, round_clamp, ste_round, to_levels
+from trimtab.words import and_more
 
+_log = logging.getLogger("trimtab")
 Trains = Literal["all", "scales", "shift"]
 _LEAST = math.log(0.5)
 """Of the logarithm that `shift` may shrink a scale by."""
@@ -65,9 +68,9 @@ class Blockwise:
     windows: int = 2
     """Windows in an update."""
     lr: float | None = None
-    """Rate of weights and zeros, in steps of the grid; None is 0.01, and 1 / steps for shift."""
+    """Rate of weights and zeros, in steps of the grid; None is 0.01, 0.02 for scales, and 1 / steps for shift."""
     lr_scale: float | None = None
-    """Rate of scales, as a share of their size; None is 0.01, and 1 / steps for shift."""
+    """Rate of scales, as a share of their size; None is the same."""
     seed: int = 0
     """Of the order of windows."""
     kept: Path | None = None
@@ -93,8 +96,8 @@ class Blockwise:
     @property
     def rates(self) -> tuple[float, float]:
         """Of weights and zeros, and of scales."""
-        own = (1 / max(self.steps, 1),) * 2 if self.trains == "shift" else (0.01, 0.01)
-        return self.lr or own[0], self.lr_scale or own[1]
+        own = {"all": 0.01, "scales": 0.02, "shift": 1 / max(self.steps, 1)}[self.trains]
+        return self.lr or own, self.lr_scale or own
 
 
 class Errors(NamedTuple):
@@ -129,6 +132,8 @@ class Rounding:
             self.trained["c"] = self.c
         for tensor in self.trained.values():
             tensor.requires_grad_()
+        self.reached = False
+        """Whether any token came to the layer while it was trained."""
 
     def range(self) -> Range:
         """Scales and zeros as the file will hold them, straight through."""
@@ -240,6 +245,9 @@ def train(
     for kept, p in zip(best, trained, strict=True):
         p.detach().copy_(kept)
         p.grad = None
+    unseen = [name for name, r in roundings.items() if not r.reached]
+    if unseen and how.steps:
+        _log.warning("block %d: no calibration token reached %s: rounded to nearest", number + 1, and_more(unseen))
     return Errors(first, least)
 
 
@@ -265,10 +273,13 @@ def gradients(
     sums: list[Tensor] | None = None
     with torch.enable_grad():
         for x, y in pairs:
-            found = torch.autograd.grad(error(_run(block, made, x, call), y) / len(pairs), leaves)
+            loss = error(_run(block, made, x, call), y) / len(pairs)
+            # An expert that no token of the window chose is in no graph.
+            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             sums = list(found) if sums is None else [a.add_(b) for a, b in zip(sums, found, strict=True)]
         assert sums is not None
         for r, grad in zip(roundings.values(), sums, strict=True):
+            r.reached = r.reached or bool(grad.any())
             wanted = list(r.trained.values())
             for p, g in zip(wanted, torch.autograd.grad(r.weight(grad.dtype), wanted, grad), strict=True):
                 p.grad = g

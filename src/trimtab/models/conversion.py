@@ -301,19 +301,34 @@ def require_names_that_last(model: PreTrainedModel, layers: Iterable[str]) -> No
     prefix = model.base_model_prefix
     reached = {
         target
-        for name in revert_weight_conversion(model, dict(wanted))
+        for name in _reverted(model, wanted, starts)
         for target in (
             rename_source_key(name, renamings, converters, prefix, wanted)[0],
             rename_source_key(name, [], [], prefix, wanted)[0],
         )
     }
     for name in sorted(wanted.keys() - reached, key=dot_natural_key):
-        layer = next(start for start in starts if name.startswith(start)).removesuffix(".")
-        raise UserError(
-            f"{layer}: transformers renames it while saving ({type(model).__name__}), and what is saved could not be "
-            f"loaded again; keep it in float with a rule, before the others: "
-            f"{{match: '*.{layer.rpartition('.')[2]}', grid: null}}"
-        )
+        raise _lost(next(start for start in starts if name.startswith(start)), "renames", model)
+
+
+def _reverted(model: PreTrainedModel, wanted: dict[str, Tensor], starts: Iterable[str]) -> Iterable[str]:
+    """The names that these tensors of layers are saved under."""
+    found: list[str] = []
+    for start in starts:
+        own = {name: t for name, t in wanted.items() if name.startswith(start)}
+        try:
+            found += revert_weight_conversion(model, own)
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
+            raise _lost(start, "converts", model) from error
+    return found
+
+
+def _lost(start: str, does: str, model: PreTrainedModel) -> UserError:
+    layer = start.removesuffix(".")
+    return UserError(
+        f"{layer}: transformers {does} it while saving ({type(model).__name__}), and what is saved could not be loaded "
+        f"again; keep it in float with a rule, before the others: {{match: '*.{layer.rpartition('.')[2]}', grid: null}}"
+    )
 
 
 def _tied(model: PreTrainedModel) -> list[list[str]]:

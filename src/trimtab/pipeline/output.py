@@ -164,9 +164,9 @@ class Work:
 
     def finish(self) -> None:
         """The run is whole: put it in place of what was there."""
+        shutil.rmtree(self.blocks, ignore_errors=True)
         checkpoints = [f"checkpoints/{name}" for name in entries(self.checkpoints)]
         put_in_place(self.model, self.out, "run", checkpoints)
-        shutil.rmtree(self.blocks, ignore_errors=True)
         if self.checkpoints.exists():
             os.replace(self.checkpoints, self.out / "checkpoints")
 

@@ -70,9 +70,9 @@ class StartBlock(Block):
     windows: int = Field(default=2, ge=1)
     """Calibration sequences in an update."""
     lr: float | None = Field(default=None, gt=0)
-    """Block's rate of weights and zeros, in steps of the grid; null is 0.01, and 1 / steps for shift."""
+    """Block's rate of weights and zeros, in steps of the grid; null is 0.01, 0.02 for scales, and 1 / steps for shift."""
     lr_scale: float | None = Field(default=None, gt=0)
-    """Block's rate of scales, as a share of their size; null is 0.01, and 1 / steps for shift."""
+    """Block's rate of scales, as a share of their size; null is the same."""
     on_disk: bool = False
     """Keep the hidden states of all calibration sequences in files (of the system's folder for such), not in memory."""
 

@@ -217,6 +217,7 @@ class CompressedTensors(Format):
         ),
         Engine(
             name="vllm-cpu",
+            experts=False,
             lacks=frozenset({"implied heads"}),
             bits=(4,),
             zeros=("symmetric", "integer"),

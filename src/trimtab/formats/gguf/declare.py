@@ -70,9 +70,11 @@ class Gguf(Format):
     """One file for llama.cpp."""
 
     name = "gguf"
+    whole = False
     library = "gguf"
     summary = "one file of blocks of 32 or k-quants, for llama.cpp; a tuned GGUF file keeps all that was not tuned"
     forms = _forms()
+    experts = ("alone", "stack")
     engines = (Engine(name="llama.cpp", bits=tuple(range(1, 9)), zeros=_ZEROS, tables=("mxfp4",)),)
 
     def require_config(self, config: Any, engine: str | None = None) -> None:

@@ -27,6 +27,8 @@ from torch import Tensor
 FREQS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 TENSORS = (FREQS, SHORT, LONG)
 """Tensors of a file that are no parameter: what frequencies are divided by."""
+_STILL = 1e-20
+"""Radians a position that turn nothing over any context."""
 _BETA_FAST, _BETA_SLOW = 32, 1
 
 
@@ -42,7 +44,7 @@ class Frequencies(NamedTuple):
         """Up to the rounding of float32."""
         if self.inverse.shape != other.inverse.shape or not math.isclose(self.factor, other.factor, rel_tol=1e-4):
             return False
-        return torch.allclose(self.inverse, other.inverse, rtol=1e-4, atol=0)
+        return torch.allclose(self.inverse, other.inverse, rtol=1e-4, atol=_STILL)
 
 
 def of_keys(keys: Mapping[str, Any], factors: Mapping[str, Tensor], rotated: int, *, windowed: bool) -> Frequencies:

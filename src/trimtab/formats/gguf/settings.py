@@ -16,7 +16,7 @@ Legend: d head dimension.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -123,10 +123,15 @@ def require_single(keys: Keys) -> None:
             raise _refused(keys, key, "is one for each layer, which is not read")
 
 
-def require_known(keys: Keys) -> None:
-    """Raise a `UserError` that names the first key that is not understood and may change what the model computes."""
+def require_known(keys: Keys, own: Collection[str] = ()) -> None:
+    """Raise a `UserError` that names the first key that is not understood and may change what the model computes.
+
+    Args:
+        keys: of a file.
+        own: those that its family alone has.
+    """
     for key, value in keys.values.items():
-        if key in _IRRELEVANT or key in _DIRECT or key in _HANDLED:
+        if key in _IRRELEVANT or key in _DIRECT or key in _HANDLED or key in own:
             continue
         if key in _OFF and value in _OFF[key]:
             continue
@@ -229,10 +234,14 @@ def require_agreement(model: Any, keys: Keys) -> None:
         model: of transformers, with a base model; its parameters may be on the meta device.
         keys: of the file that it was read from, or that it is about to be written to.
     """
-    require_known(keys)
     config = model.config.get_text_config()
+    described = architecture_of(config).gguf
+    require_known(keys, () if described is None else {*described.keys, *described.experts})
     for key in _DIRECT:
-        value, name, found = keys.get(key), _place(config, key), _held(config, key)
+        value = keys.get(key)
+        if isinstance(value, list):  # one for each layer, which is seen in the shapes of its tensors
+            continue
+        name, found = _place(config, key), _held(config, key)
         nothing = not value or value in _OFF.get(key, ()) or (name is None and key in _SEEN_IN_SHAPES)
         if value is None or (found is None and nothing):
             continue
@@ -246,11 +255,13 @@ def require_agreement(model: Any, keys: Keys) -> None:
 def _require_attention(model: Any, config: Any, keys: Keys) -> None:
     family = architecture_of(config).gguf
     scalar = keys.head if family is None or family.large_layers is None else attention_scalar(config, family)
-    wanted = float(keys.get("attention.scale") or scalar**-0.5)
+    wanted = float(keys.get("attention.scale") or (family and family.scale) or scalar**-0.5)
     for name, module in model.named_modules():
         head, scale = getattr(module, "head_dim", None), getattr(module, "scaling", None)
-        if isinstance(head, int) and head != keys.head:
-            raise _refused(keys, "attention.key_length", f"should be {keys.head}: {name} has heads of {head}")
+        sees = "attention.key_length_swa" if getattr(module, "sliding_window", None) else "attention.key_length"
+        said = keys.get(sees) or keys.head
+        if isinstance(head, int) and head != said:
+            raise _refused(keys, sees, f"should be {head}: {name} has such heads")
         if isinstance(head, int) and isinstance(scale, float) and not math.isclose(scale, wanted, rel_tol=1e-5):
             raise _refused(keys, "attention.scale", f"should be {wanted:g}: {name} scales by {scale:g}")
 
@@ -283,7 +294,8 @@ def _require_rope(model: Any, config: Any, keys: Keys) -> None:
         values["rope.freq_base_swa"] = values.get("rope.freq_base", 10000.0)
     for kind, found in made.items():
         local = kind == "sliding_attention"
-        if not found.equals(rotary.of_keys(values, keys.factors, keys.rotated, windowed=local)):
+        rotated = int((local and keys.get("rope.dimension_count_swa")) or keys.rotated)
+        if not found.equals(rotary.of_keys(values, keys.factors, rotated, windowed=local)):
             said = {k: v for k, v in keys.values.items() if k.startswith("rope.")} | dict.fromkeys(keys.factors, "...")
             wanted = rope(config)
             raise UserError(

@@ -6,7 +6,7 @@ row was compared with llama.cpp's own tokens (`tests/serving`). A pre-tokenizer 
 name would load, and cut words differently.
 
     byte-level BPE     tokens, merges, pre-tokenizer by name                 GPT-2, SmolLM, Llama 3, Qwen, Mistral Nemo
-    sentencepiece BPE  tokens and scores: the highest score is joined first  Llama 2, Mistral, Gemma
+    sentencepiece BPE  tokens and scores: the highest score is joined first  Llama 2, Mistral, Gemma, Phi-3
 
 A `tokenizer.json` keeps no scores, but its merges are the pairs that form each token, best score first: minus the rank
 of a token's first merge orders them the same way. That holds if merges of one token are neighbours, which is checked.
@@ -28,7 +28,10 @@ _CASED_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
 )
+_CONTRACTED_WORDS = _CASED_WORDS.replace("|", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|")
+_MARKED_WORDS = _WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")
 _SLASHED_MARKS = _MARKS.replace(r"[\r\n]*", r"[\r\n/]*")
+_MARKED_MARKS = _MARKS.replace(r"\p{L}", r"\p{L}\p{M}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ PRE_TOKENIZERS = (
     PreTokenizer("smollm", ("digits", "bytes regex")),
     PreTokenizer("qwen2", (rf"split {_WORDS}\p{{N}}{_MARKS}", "bytes")),
     PreTokenizer("llama-bpe", (rf"split {_WORDS}\p{{N}}{{1,3}}{_MARKS}", "bytes"), True),
+    PreTokenizer("dbrx", (rf"split {_WORDS}\p{{N}}{{1,3}}{_MARKS}", "bytes")),
+    PreTokenizer("qwen35", (rf"split {_MARKED_WORDS}\p{{N}}{_MARKED_MARKS}", "bytes")),
+    PreTokenizer("gpt-4o", (rf"split {_CONTRACTED_WORDS}\p{{N}}{{1,3}}{_SLASHED_MARKS}", "bytes")),
     PreTokenizer("tekken", (rf"split {_CASED_WORDS}\p{{N}}{_SLASHED_MARKS}", "bytes"), True),
 )
 
@@ -219,10 +225,14 @@ _STOPS_BY_NAME = frozenset(
 
 
 def end_tokens(model: Any) -> list[int]:
-    """Tokens at which a model stops, by its generation config: what it was trained to end with is among them."""
+    """Tokens at which a model stops, by its generation config: what it was trained to end with is among them.
+
+    One that the embedding has no row for is of a larger vocabulary, and never comes.
+    """
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = getattr(model.config.get_text_config(), "eos_token_id", None) if found is None else found
-    return [] if found is None else [found] if isinstance(found, int) else [int(i) for i in found]
+    stops = [] if found is None else [found] if isinstance(found, int) else [int(i) for i in found]
+    return [i for i in stops if i < model.get_input_embeddings().num_embeddings]
 
 
 def _ends_of(ids: dict[str, int], stops: dict[int, str]) -> dict[str, int]:

@@ -30,17 +30,17 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.formats.gguf import families, settings
+from trimtab.formats.gguf import families, mixtures, settings
 from trimtab.formats.gguf import vocabulary as vocabularies
 from trimtab.formats.gguf.blocks import TYPES, block_type, require_exact, to_blocks, to_powers
 from trimtab.formats.gguf.read import GgufSource
-from trimtab.kernels.arguments import rows_of
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, Weight
 from trimtab.models.architecture import Gguf, in_language_model, language_model, sees_or_hears
 from trimtab.models.finite import require_finite
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
-from trimtab.quant.grid import Range
+from trimtab.quant.grid import AnyGrid, Grid, Range
+from trimtab.quant.two_level import SUPER
 
 _Kind: Any = gguf.GGMLQuantizationType
 _Value: Any = gguf.GGUFValueType
@@ -51,6 +51,7 @@ _FILE_TYPES = {
     **{_Kind[name]: gguf.LlamaFileType[f"MOSTLY_{name}"] for name in (*TYPES, "Q2_K", "Q6_K")},
     **{_Kind[name]: gguf.LlamaFileType[f"MOSTLY_{name}_S"] for name in ("Q3_K", "Q4_K", "Q5_K")},
 }
+Value = Weight | Tensor | mixtures.Stack
 _SCALARS = {bool: _Value.BOOL, int: _Value.UINT32, float: _Value.FLOAT32, str: _Value.STRING}
 
 
@@ -93,7 +94,7 @@ def save(
     config = model.config.get_text_config()
     family = families.family(config)
     parameters = list(_parameters(model, dense))
-    entries = list(_entries(parameters, config, family))
+    entries = list(_entries(parameters, config, family, compute_dtype(model), dense))
     fields = families.metadata(config, model.get_input_embeddings().num_embeddings)
     stops = vocabularies.end_tokens(model)
     if source is None:
@@ -110,7 +111,9 @@ def save(
         if vocabulary.chat_template:
             writer.add_chat_template(vocabulary.chat_template)
     else:
-        opened, entries, changed = _from_source(source, parameters, entries)
+        read = [(own, value) for own, value in parameters if not isinstance(value, mixtures.Stack)]
+        assert len(read) == len(parameters), "no mixture is read from a GGUF file"
+        opened, entries, changed = _from_source(source, read, entries)
         new = _renewed(opened.reader, fields)
         _require_agreement(model, opened.keys(), new)
         new |= vocabularies.more_ends(opened.reader.fields, stops)
@@ -157,7 +160,7 @@ def _write(writer: gguf.GGUFWriter, entries: list[_Entry]) -> None:
 # ---- tensors -----------------------------------------------------------------------------------------------------
 
 
-def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight | Tensor]]:
+def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Value]]:
     """Every tensor of the language model, by its name where there is nothing else; a tied head is not repeated."""
     if not sees_or_hears(model):
         yield from _tensors(model, dense)
@@ -168,9 +171,17 @@ def _parameters(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weigh
             yield inside, value
 
 
-def _tensors(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight | Tensor]]:
+def _tensors(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Value]]:
     ours, seen, dtype = quant_layers(model), set(), compute_dtype(model)
+    mixed: list[str] = []
     for name, module in model.named_modules():
+        if name.startswith(tuple(mixed)):
+            continue
+        stacked = list(mixtures.experts_in(name, module))
+        if stacked:
+            mixed.append(f"{name}.")
+            yield from stacked
+            continue
         layer = ours.get(name)
         if isinstance(layer, QuantLinear) and layer.adapter is not None:
             raise UserError(f"{name}: has an adapter, which GGUF does not hold; fold it, or merge it (`merge: true`)")
@@ -179,29 +190,48 @@ def _tensors(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Weight |
             yield f"{name}.weight", layer.base.dequantize(dtype) if plain else layer.base
         if any(name.startswith(f"{above}.base") for above in ours):
             continue
-        for key, p in module._parameters.items():
+        kept = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for key, p in (module._parameters | kept).items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
                 yield f"{name}.{key}", p.data
 
 
-def _entries(parameters: Sequence[tuple[str, Weight | Tensor]], config: Any, family: Gguf) -> Iterator[_Entry]:
+def _entries(
+    parameters: Sequence[tuple[str, Value]], config: Any, family: Gguf, dtype: torch.dtype, dense: Collection[str]
+) -> Iterator[_Entry]:
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     factors = families.rope_factors(config)
     for divided, divisors in factors.items():
         yield _float_entry(divided, divisors)
     for hf_name, value in parameters:
-        name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        name = names.get_name(families.asked(hf_name), try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"{hf_name}: llama.cpp's {family.architecture} has no tensor for it")
-        order = families.row_order(config, hf_name, value.shape[0])
-        if isinstance(value, Tensor):
-            shift = family.norm_shift if hf_name.endswith("norm.weight") else 0.0
-            value = value if value.dim() > 1 else value.float() + shift
-            yield _float_entry(name, value if order is None else value[order.to(value.device)])
-            continue
-        yield _block_entry(hf_name, name, value, order)
+        order = families.placed(config, hf_name, tuple(value.shape))
+        if isinstance(value, mixtures.Stack):
+            yield _stack_entry(name, value, dtype, dense)
+        elif isinstance(value, Tensor):
+            yield _float_entry(name, order.of(families.values(family, hf_name, value)))
+        else:
+            yield _block_entry(hf_name, name, value, order)
+
+
+def _stack_entry(name: str, stack: mixtures.Stack, dtype: torch.dtype, dense: Collection[str]) -> _Entry:
+    order, entries = families.Placed(stack.order(), None), list[_Entry]()
+    for own, layer in stack.layers:
+        if isinstance(layer, QuantLinear) and layer.adapter is not None:
+            raise UserError(f"{own}: has an adapter, which GGUF does not hold; fold it, or merge it (`merge: true`)")
+        held = mixtures.matrix_of(layer, dtype, own in dense)
+        entry = _float_entry(own, order.of(held)) if isinstance(held, Tensor) else _block_entry(own, name, held, order)
+        entries.append(entry)
+        if entries[-1].kind != entries[0].kind:
+            raise UserError(
+                f"{own}: is {entries[-1].kind.name} beside experts of {entries[0].kind.name}, which share a "
+                "tensor in GGUF; give all experts of a block one grid"
+            )
+    return _Entry(name, entries[0].kind, stack.shape, lambda: np.stack([entry.make() for entry in entries]))
 
 
 def _float_entry(name: str, value: Tensor) -> _Entry:
@@ -214,27 +244,49 @@ def _float_entry(name: str, value: Tensor) -> _Entry:
     return _Entry(name, _FLOATS[value.dtype], tuple(value.shape), make)
 
 
-def _block_entry(hf_name: str, name: str, weight: Weight, order: Tensor | None) -> _Entry:
+def _block_entry(hf_name: str, name: str, weight: Weight, order: families.Placed) -> _Entry:
     grid = weight.grid
     assert grid is not None
     try:
         kind = block_type(grid, weight.shape[1])
         if isinstance(weight, AffineWeight):
             require_exact(weight.range(), weight.grid)
+        groups = None if order.columns is None else _groups(order.columns, grid)
     except UserError as error:
         raise UserError(f"{hf_name.removesuffix('.weight')}: {error}") from None
 
     def make() -> np.ndarray:
         assert isinstance(weight, AffineWeight | CodebookWeight), "no other weight is on a grid"
-        rows = None if order is None else order.to(weight.codes.device)
+        device = weight.codes.device
+        rows, columns, scales = (None if t is None else t.to(device) for t in (*order, groups))
+        codes = weight.integer_codes(rows)
+        codes = codes if columns is None else codes[:, columns]
         if isinstance(weight, CodebookWeight):
-            return to_powers(weight.integer_codes(rows), rows_of(weight.absmax, rows)).cpu().numpy()
-        range_ = weight.range()
-        if rows is not None:
-            range_ = Range(*(None if t is None else t[rows] for t in range_))  # type: ignore[arg-type]
-        return to_blocks(weight.integer_codes(rows), range_, weight.grid)[1].cpu().numpy()
+            return to_powers(codes, _moved(weight.absmax, rows, scales)).cpu().numpy()
+        range_ = Range(*(None if t is None else _moved(t, rows, scales) for t in weight.range()))  # type: ignore[arg-type]
+        return to_blocks(codes, range_, weight.grid)[1].cpu().numpy()
 
     return _Entry(name, _Kind[kind.name], weight.shape, make)
+
+
+def _moved(of_groups: Tensor, rows: Tensor | None, groups: Tensor | None) -> Tensor:
+    """A number for each group, in the order of rows and of groups."""
+    of_groups = of_groups if rows is None else of_groups[rows]
+    return of_groups if groups is None else of_groups[:, groups]
+
+
+def _groups(columns: Tensor, grid: AnyGrid) -> Tensor | None:
+    """The order of groups in which columns lie in the order asked for; None where one scale serves a whole row."""
+    if grid.group is None:
+        return None
+    together = SUPER if isinstance(grid, Grid) and grid.two_level is not None else grid.group
+    whole = columns.view(-1, together)
+    if not torch.equal(whole, whole[:, :1] // together * together + torch.arange(together)):
+        remedy = "give it a grid of smaller groups, 32 is one"
+        raise UserError(
+            f"its columns change places in a GGUF file, which would tear its groups of {together}; {remedy}"
+        )
+    return columns.view(-1, grid.group)[:, 0] // grid.group
 
 
 # ---- a model that came from a GGUF file -----------------------------------------------------------------------------

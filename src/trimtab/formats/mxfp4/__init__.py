@@ -1,0 +1,1 @@
+"""Stacks of experts in MXFP4, as gpt-oss is published."""

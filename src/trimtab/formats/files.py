@@ -53,7 +53,7 @@ class Files:
         if self._renamed and sees_or_hears(model):
             raise UserError(
                 f"export: a {type(model).__name__}, a mixture of experts that sees or hears, is written in our own format "
-                "alone while its experts are in few bits; keep them in float with a rule, before the others: "
+                "alone while its experts are quantized; keep them in float with a rule, before the others: "
                 "{match: '*.experts.*', grid: null}"
             )
         self._stacked: list[Stacked] = []

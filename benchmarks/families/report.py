@@ -28,7 +28,7 @@ def page() -> list[str]:
         "Tiny random models: prepared for LR-QAT at 4 bits, trained for two steps, folded, saved, read back and exported.",
         "*fold* is yes where the folded model has the trained one's logits bit for bit, and training moved codes; *reload*",
         "where the saved one has them, too. A number is a reason, below. `python benchmarks/families/every.py` measures,",
-        "`docs/families.md` says of each family that its float model is loaded bit for bit.",
+        "`docs/families.md` says of each family that its float model is loaded bit for bit. An empty cell was not tried.",
         "",
         f"{len(whole)} of {len(rows)} families go all the way; {len(refused)} are refused before anything is read; in "
         f"{len(faults)} a stage fails without a message of ours{named}.",

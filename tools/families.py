@@ -56,6 +56,14 @@ def tuned(name: str) -> str:
             found = seeing.tuned(name, Path(folder))
         except UserError as error:
             return f"no: {error} | | | ".replace(f"model.path: {folder}/base: ", "")
+        except (
+            RuntimeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            TypeError,
+        ) as error:  # ours, to be seen on the page
+            return f"FAULT: {type(error).__name__}: {str(error)[:80]!r} | | | "
     came_back = "yes" if found.towers and found.reloaded else "no"
     cells = (f"{v:.1g}" if isinstance(v, float) else f"no: {v}" for v in found.exported.values())
     return " | ".join((f"{came_back}, {len(found.quantized)} layers", *cells))

@@ -296,9 +296,7 @@ def test_a_low_bit_embedding_is_not_resized(name: str) -> None:
     assert isinstance(model.resize_token_embeddings(96), QuantEmbedding)
     assert isinstance(model.resize_token_embeddings(), QuantEmbedding)
     for options in ({"new_num_tokens": 100}, {"new_num_tokens": 96, "pad_to_multiple_of": 64}):
-        with pytest.raises(
-            UserError, match=r"^model\.embed_tokens: is quantized with 96 rows.*before it is prep"
-        ):
+        with pytest.raises(UserError, match=r"^model\.embed_tokens: is quantized with 96 rows.*before it is prep"):
             model.resize_token_embeddings(**options)
     head_only = tt.prepare(made("untied"), Rtn(), [HEAD])
     with pytest.raises(UserError, match=r"^lm_head: is stored in few bits"):

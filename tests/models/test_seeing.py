@@ -43,7 +43,7 @@ TRIED = {
 
 @pytest.mark.parametrize("model_type", TRIED)
 def test_a_model_that_sees_is_tuned_on_text_and_comes_back_as_it_was(model_type: str, tmp_path: Path) -> None:
-    """docs/families.md has the same of every family, by `tools/families.py`."""
+    """`tools/families.py` writes down the same of every family."""
     found = seeing.tuned(model_type, tmp_path)
     assert found.towers
     assert found.reloaded

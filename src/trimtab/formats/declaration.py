@@ -128,8 +128,8 @@ class Engine:
     """Dtypes of the KV cache."""
     tables: tuple[str, ...] = ()
     """Codebooks that it runs of those that the format holds."""
-    experts: bool = True
-    """Whether it runs packed experts of a mixture."""
+    experts: tuple[Zero, ...] = ("symmetric", "integer", "real")
+    """Zeros that packed experts of a mixture may have."""
     lacks: frozenset[Feature] = frozenset()
     """What a config may ask for that it leaves out or takes for something else."""
 
@@ -203,7 +203,7 @@ class Format(ABC):
         refused = self.adapter_refusal(layer)
         if refused is not None:
             return refused
-        for form in forms:
+        for form in (form for form in forms if (form.table is None) == isinstance(layer.grid, Grid)):
             if _mismatch([form], layer, dtype, self.name) is None:
                 return form
         if layer.kind in self.dense and layer.inputs is None:

@@ -52,10 +52,13 @@ def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: tor
         for x in held
         if isinstance(x.grid, CodebookGrid) and x.grid.codebook not in engine.tables
     ]
-    expert = next((x for x in held if x.expert), None)
-    if expert is not None and not engine.experts:
-        cause = f"is a packed expert of a mixture, which {engine.name} does not run"
-        found.append(Refusal(expert.name, cause, "name another --engine, or export to dense"))
+    for expert in (x for x in held if x.expert):
+        zero = expert.grid.zero if isinstance(expert.grid, Grid) else "symmetric"
+        if zero not in engine.experts:
+            cause = f"is a packed expert with a zero that is {zero}, which {engine.name} does not run"
+            some = f"use `zero: {in_words(engine.experts)}`" if engine.experts else "name another --engine"
+            found.append(Refusal(expert.name, cause, f"{some}, or export to dense"))
+            break
     for layer in packed:
         grid = layer.grid
         assert isinstance(grid, Grid)

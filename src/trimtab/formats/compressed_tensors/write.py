@@ -200,6 +200,7 @@ class CompressedTensors(Format):
     engines = (
         Engine(
             name="transformers",
+            experts=("symmetric",),
             bits=(2, 3, 4, 8),
             zeros=("symmetric", "integer"),
             alone=("integer",),
@@ -208,6 +209,7 @@ class CompressedTensors(Format):
         ),
         Engine(
             name="vllm",
+            experts=("symmetric",),
             lacks=frozenset({"implied heads"}),
             bits=(4, 8),
             zeros=("symmetric", "integer"),
@@ -217,7 +219,7 @@ class CompressedTensors(Format):
         ),
         Engine(
             name="vllm-cpu",
-            experts=False,
+            experts=(),
             lacks=frozenset({"implied heads"}),
             bits=(4,),
             zeros=("symmetric", "integer"),

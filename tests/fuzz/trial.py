@@ -157,7 +157,7 @@ def _beside(peer: Callable[[Path], Tensor], place: Path, found: Read) -> tuple[s
     if theirs.shape != found.logits.shape:
         return "other", "numbers of another shape than the peer's", str(tuple(theirs.shape))
     finite = theirs.isfinite()  # whether infinity less infinity comes of it is the order of computing
-    ours, theirs = found.logits[finite], theirs[finite]
+    ours, theirs = found.logits[finite].double(), theirs[finite].double()  # in float32 their spread may be no number
     apart, spread = (float((ours - theirs).abs().max()), float(theirs.std())) if len(ours) > 1 else (0.0, 0.0)
     alike = torch.equal(found.logits.isfinite(), finite) and apart <= ROUNDING * spread
     return (

@@ -270,7 +270,9 @@ def test_table_and_refusal_are_one(format_: declaration.Format) -> None:
             named = any(bits in f.bits and zero in f.zeros for f in format_.forms)
             assert isinstance(format_.form(layer, torch.bfloat16), Form) is named
     row = table.table([format_])[0]
-    assert row[2].split() == [str(b) for b in sorted({b for f in format_.forms for b in f.bits})]
+    tables = sorted({f.table for f in format_.forms if f.table is not None})
+    bits = [str(b) for b in sorted({b for f in format_.forms for b in f.bits})]
+    assert row[2].split() == [*bits, *tables]
 
 
 def test_recipe_is_checked_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

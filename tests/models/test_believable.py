@@ -203,3 +203,9 @@ def test_outputs_are_logits_whatever_a_config_says(model: Path, key: str, value:
     found = tt.load(str(model))[0](torch.arange(4)[None])
     assert found.logits.shape[:2] == (1, 4)
     assert found.hidden_states is None
+
+
+def test_a_family_without_an_encoder_generates_whatever_its_config_says(model: Path) -> None:
+    change(model, is_encoder_decoder=True)
+    found = tt.load(str(model))[0].generate(torch.arange(4)[None], max_new_tokens=2, do_sample=False)
+    assert found.shape == (1, 6)

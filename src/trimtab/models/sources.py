@@ -155,6 +155,8 @@ def read_config(path: Path) -> Any:
     believable.require_windows(path, config)
     # They change no number; transformers' own forwards fail on the first, and hold every layer's outputs for the second.
     config.return_dict, config.output_hidden_states = True, False
+    if not type(config).is_encoder_decoder:  # generation asks for an encoder that the family has not
+        config.is_encoder_decoder = False
     return config
 
 

@@ -98,7 +98,7 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "key": ({"trian": {}}, ("recipe.yaml: trian", "did you mean 'train'?")),
     "key in a block": ({"train": {"stpes": 3}}, ("train.stpes", "did you mean 'steps'?")),
-    "key like no other": ({"zzz": 1}, ("zzz", "known are name, model, method")),
+    "key like no other": ({"zzz": 1}, ("zzz", "known are version, name, model, method")),
     "key of a grid": (everywhere(bit=4), ("rules[0].grid.bit", "did you mean 'bits'?")),
     "method": ({"method": {"name": "lr-qta"}}, ("method.name", "'lr-qta'", "did you mean 'lr-qat'?")),
     "method's option": ({"method": {"name": "lr-qat", "rnk": 3}}, ("method.rnk", "did you mean 'rank'?")),
@@ -232,7 +232,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "config no mapping": (written("config.json", "[]"), ("config.json", "fetch it again")),
     "unknown architecture": (written("config.json", '{"model_type": "nosuch"}'), ("config.json", "nosuch", "upgrade")),
-    "no language model": (written("config.json", '{"model_type": "vit"}'), ("model.path", "no causal language model")),
+    "no language model": (written("config.json", '{"model_type": "vit"}'), ("model.path", "no language model")),
     "of another library": (
         written("config.json", '{"quantization_config": {"quant_method": "quanto"}}'),
         ("model.path", "quantized by quanto", "start from the float model"),
@@ -379,7 +379,7 @@ def test_other_commands(given: Path, saved: Path, tmp_path: Path, command: Refus
     holds(command("plan", file, "model.path=/none"), "model.path: /none", "check the path")
     for name, more in (("eval", ["--data", data]), ("chat", ["--prompt", "hi"])):
         holds(command(name, "/none", *more), "/none", "check the path")
-    holds(command("eval", saved), "no held-out data", "pass --data")
+    holds(command("eval", saved), "no recipe that names held-out data", "pass --data")
     holds(command("eval", saved, "--data", "/none.jsonl"), "/none.jsonl", "check the path")
     bare = shutil.copytree(saved, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "manifest.json"))
     holds(command("chat", bare, "--prompt", "hi"), str(bare), "add its tokenizer files")

@@ -21,7 +21,7 @@ from trimtab.formats.export_size import export_sizes
 from trimtab.formats.file_size import file_size
 from trimtab.methods import LrQat, Rtn
 from trimtab.models.opening import open_experts
-from trimtab.models.saved_names import holding, pieces
+from trimtab.models.saved_names import SavedNames, held_as
 from trimtab.models.targets import targets
 from trimtab.models.transformers_bridge import cast_floats
 from trimtab.quant.grid import Grid
@@ -121,9 +121,9 @@ def test_rows_of_stacks_are_found_in_checkpoints() -> None:
     model = mixture("qwen3_moe")
     open_experts(model)
     owner = "model.layers.1.mlp.experts"
-    found = pieces(model, owner, "gate_up_proj", 128)
+    found = SavedNames(model).pieces(owner, "gate_up_proj", 128)
     assert [(p.layer, p.rows) for p in found[3]] == [
         (f"{owner}.3.gate_proj", slice(0, 64)),
         (f"{owner}.3.up_proj", slice(64, 128)),
     ]
-    assert [holding(mixture(n)) for n in CONFIGS] == ["alone", "alone", "stack", "stack"]
+    assert [held_as(mixture(n)) for n in CONFIGS] == ["alone", "alone", "stack", "stack"]

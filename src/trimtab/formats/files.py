@@ -18,7 +18,7 @@ from trimtab.layers.experts import QuantExperts, names
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models.architecture import sees_or_hears
 from trimtab.models.replaceable import is_router
-from trimtab.models.saved_names import Piece, as_saved, has_experts, pieces, saved_layer
+from trimtab.models.saved_names import Piece, SavedNames, has_experts
 from trimtab.models.transformers_bridge import quant_layers
 
 Ours = QuantLinear | QuantEmbedding
@@ -49,8 +49,9 @@ class Files:
     """What is written of a model, under which names."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._ours, self._renamed = model, quant_layers(model), has_experts(model)
-        if self._renamed and sees_or_hears(model):
+        self._model, self._ours = model, quant_layers(model)
+        self._saved = SavedNames(model) if has_experts(model) else None
+        if self._saved is not None and sees_or_hears(model):
             raise UserError(
                 f"export: a {type(model).__name__}, a mixture of experts that sees or hears, is written in our own format "
                 "alone while its experts are quantized; keep them in float with a rule, before the others: "
@@ -59,10 +60,14 @@ class Files:
         self._stacked: list[Stacked] = []
         self._pieces: dict[int, list[Piece]] = {}
         """Of the layers that are experts; none of those that are stacked."""
-        for owner, experts in model.named_modules():
+        if self._saved is not None:
+            self._look_at_experts(self._saved)
+
+    def _look_at_experts(self, saved: SavedNames) -> None:
+        for owner, experts in self._model.named_modules():
             for own in names(experts) if isinstance(experts, QuantExperts) else ():
                 layers = [getattr(experts[e], own) for e in range(experts.num_experts)]
-                found = pieces(model, owner, own, layers[0].out_features)
+                found = saved.pieces(owner, own, layers[0].out_features)
                 self._pieces |= {id(layer): found[e] if found else [] for e, layer in enumerate(layers)}
                 if not found:
                     self._stacked.append(Stacked(f"{owner}.{own}", layers, experts.is_transposed))
@@ -83,7 +88,11 @@ class Files:
     def linear_in_float(self) -> list[str]:
         """Linear layers that are none of ours, and routers, which engines take for such."""
         modules = dict(self._model.named_modules())
-        routers = (n for n in modules if self._renamed and is_router(n, modules) and "weight" in modules[n]._parameters)
+        routers = (
+            n
+            for n in modules
+            if self._saved is not None and is_router(n, modules) and "weight" in modules[n]._parameters
+        )
         found = dict.fromkeys([*(n for n, m in modules.items() if isinstance(m, nn.Linear)), *routers])
         return [self._layer(name) for name in found]
 
@@ -97,7 +106,7 @@ class Files:
                 yield from self._named(f"{name}_bias", torch.stack(biases).to(stack_ENK.dtype))
 
     def _layer(self, name: str) -> str:
-        return saved_layer(self._model, name) if self._renamed else name
+        return name if self._saved is None else self._saved.layer(name)
 
     def _named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        yield from as_saved(self._model, {name: tensor}).items() if self._renamed else [(name, tensor)]
+        yield from [(name, tensor)] if self._saved is None else self._saved.tensors({name: tensor}).items()

@@ -22,7 +22,7 @@ from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
 from trimtab.models.opening import owners_of_experts
 from trimtab.models.replaceable import linears_beside
-from trimtab.models.saved_names import holding
+from trimtab.models.saved_names import held_as
 from trimtab.models.targets import Target
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.quant.activations import ActivationQuantizer, Activations, KvCache, from_spec
@@ -118,7 +118,7 @@ def layers_of(model: "PreTrainedModel") -> list[Layer]:
             return "embedding"
         return "tied" if layer.tied else "head" if layer is head else "linear"
 
-    experts, held = owners_of_experts(model), holding(model)
+    experts, held = owners_of_experts(model), held_as(model)
     found = []
     for name, layer in quant_layers(model).items():
         expert = held if name.rsplit(".", 2)[0] in experts else ""

@@ -17,11 +17,12 @@ Legend: E experts, T tokens, C choices of a token, N out features, K in features
 """
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from trimtab.layers.family import class_over, empty_over, seems_read
 
 Holding = Literal["", "alone", "stack"]
 """How files hold a layer that is an expert's matrix: by itself, or in one tensor with those of all others."""
@@ -96,10 +97,8 @@ class QuantExperts(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if "has_gate" in self.__dict__ and name.removesuffix("_bias") in names(self):
-            if self.reading:  # families initialise stacks by name, and pass over what was read
-                done = torch.empty(0, device="meta")
-                done._is_hf_initialized = True  # type: ignore[attr-defined]
-                return done
+            if self.reading:
+                return seems_read((0,))
             raise AttributeError(
                 f"{type(self).__name__} has no stack `{name}`: each expert is a layer of its own here, `[3].{name}`"
             )
@@ -126,9 +125,8 @@ class QuantExperts(nn.Module):
 
     def _in_turn(self, chosen_TC: Tensor) -> list[int]:
         """The experts that are chosen; all of them where processes have to do the same (gradients are then summed)."""
-        if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-            return list(range(self.num_experts))
-        if chosen_TC.is_meta:
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if chosen_TC.is_meta or (several and torch.is_grad_enabled()):
             return list(range(self.num_experts))
         found: list[int] = chosen_TC.unique().tolist()
         return [e for e in found if e < self.num_experts]
@@ -148,19 +146,7 @@ class QuantExperts(nn.Module):
         return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (type(self).__bases__[1],), self.__dict__
-
-
-@cache
-def _class_for(kind: Any) -> type:
-    about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (QuantExperts, kind), about)
-
-
-def _empty(kind: type) -> nn.Module:
-    made: Any = _class_for(kind)
-    module: nn.Module = made.__new__(made)
-    return module
+        return empty_over, type(self).__bases__, self.__dict__
 
 
 def open_up(module: Any) -> None:
@@ -172,7 +158,7 @@ def open_up(module: Any) -> None:
         if stack.bias_EN is not None:
             del module._parameters[f"{stack.name}_bias"]
     kind: Any = type(module)
-    module.__class__ = _class_for(kind)
+    module.__class__ = class_over(QuantExperts, kind)
     for name, layer in layers:
         expert, _, own = name.partition(".")
         if expert not in module._modules:

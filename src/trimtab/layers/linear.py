@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from trimtab.kernels import recompute
 from trimtab.layers import adapters, intact, specs
 from trimtab.layers.adapters import Adapter
+from trimtab.layers.family import seems_read
 from trimtab.layers.head_matrix import read_only
 from trimtab.layers.weights import Weight
 from trimtab.quant import activations
@@ -74,10 +75,8 @@ class _Stored(nn.Module):
         if name == "base" and self.__dict__.get("_borrowed"):
             return self.__dict__["_borrowed"][0]
         if name == "weight":
-            if self.reading:  # some families initialise layers of other modules by name, and pass over what was read
-                done = torch.empty(self.base.shape, device="meta")
-                done._is_hf_initialized = True  # type: ignore[attr-defined]
-                return done
+            if self.reading:
+                return seems_read(self.base.shape)
             raise AttributeError(self._why_no_weight(_NO_WEIGHT))
         return super().__getattr__(name)
 

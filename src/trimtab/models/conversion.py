@@ -247,13 +247,14 @@ class Conversion:
         """One matrix, or one bias, of a stack of experts. No other expert is read where the files hold each by itself, or
         hold the stack.
         """
-        whole, stack = self._by_target[name], self._stacks.get(name)
-        alone = self._alone(whole, expert)
-        made, mapped = alone or (whole, self._checkpoint.mapped(part for _, part in whole.parts))
-        found = self._converted(made, name, mapped, dtype, device)[0 if alone else expert]
-        return (found.T if stack is not None and stack.is_transposed else found).clone(
-            memory_format=torch.contiguous_format
-        )
+        made, stack = self._by_target[name], self._stacks.get(name)
+        alone, wanted = self._alone(made, expert), self._shapes.tensors[name].shape
+        found = None if alone is None else self._converted(alone[0], name, alone[1], dtype, device)
+        if found is None or found.shape != (1, *wanted[1:]):
+            mapped = self._checkpoint.mapped(part for _, part in made.parts)
+            found = self._converted(made, name, mapped, dtype, device)[expert : expert + 1]
+        matrix = found[0].T if stack is not None and stack.is_transposed else found[0]
+        return matrix.clone(memory_format=torch.contiguous_format)
 
     def _alone(self, made: _Made, expert: int) -> tuple[_Made, dict[str, Tensor]] | None:
         """The conversion of one expert to a stack of one, and what goes in; None where the files hold it otherwise."""
@@ -270,11 +271,9 @@ class Conversion:
                 cut.add(names[0])
             else:
                 return None
-        one = _Made(made.first, made.rule, parts)
         mapped = self._checkpoint.mapped(name for _, name in parts)
         taken = {name: t[expert : expert + 1] if name in cut else t for name, t in mapped.items()}
-        tried = one.convert({name: t.to("meta") for name, t in taken.items()}, self._shapes)[made.first]
-        return (one, taken) if tried.shape == (1, *wanted[1:]) else None
+        return _Made(made.first, made.rule, parts), taken
 
     def _converted(
         self, made: _Made, name: str, mapped: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
@@ -312,8 +311,14 @@ def require_names_that_last(model: PreTrainedModel, layers: Iterable[str]) -> No
 
 
 def _reverted(model: PreTrainedModel, wanted: dict[str, Tensor], starts: Iterable[str]) -> Iterable[str]:
-    """The names that these tensors of layers are saved under."""
-    found: list[str] = []
+    """The names that these tensors of layers are saved under.
+
+    Where transformers cannot save all of them together, each layer is asked for, to name the one that is to blame.
+    """
+    try:
+        return list(revert_weight_conversion(model, dict(wanted)))
+    except (RuntimeError, ValueError, LookupError, TypeError):
+        found: list[str] = []
     for start in starts:
         own = {name: t for name, t in wanted.items() if name.startswith(start)}
         try:

@@ -6,7 +6,6 @@ from parameters (`dtype`), from `.weight` (resizing) or from `state_dict` (savin
 
 import inspect
 import sys
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
+from trimtab.layers.family import class_over, empty_over
 from trimtab.layers.linear import QuantEmbedding, QuantLinear, marker
 from trimtab.models.whole import forget
 
@@ -152,7 +152,7 @@ class Prepared(_Base):
         return mark(self, state) if state else state
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (type(self).__bases__[1],), self.__dict__
+        return empty_over, type(self).__bases__, self.__dict__
 
 
 def mark(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,18 +163,6 @@ def mark(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-@cache
-def _class_for(kind: Any) -> type:
-    about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (Prepared, kind), about)
-
-
-def _empty(kind: type) -> nn.Module:
-    made: Any = _class_for(kind)
-    model: nn.Module = made.__new__(made)
-    return model
-
-
 def become_prepared(model: nn.Module) -> None:
     """Give the model, and every model in it that holds layers of ours, the answers of `Prepared`."""
     from transformers import PreTrainedModel  # which imports quantizers, and so this file
@@ -182,4 +170,4 @@ def become_prepared(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, Prepared) and quant_layers(module):
             kind: Any = type(module)
-            module.__class__ = _class_for(kind)
+            module.__class__ = class_over(Prepared, kind)

@@ -20,7 +20,7 @@ from trimtab.methods.rtn import Rtn
 from trimtab.models.opening import owners_of_experts
 from trimtab.models.origin import grids_of
 from trimtab.models.replaceable import layers_of, linears_beside, refuse, refuse_model
-from trimtab.models.saved_names import holding
+from trimtab.models.saved_names import held_as
 from trimtab.quant.grid import AnyGrid, group_size
 from trimtab.recipe.rules import Kind, Placement, Rule, ranks, resolve
 
@@ -102,7 +102,7 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             placed[name] = _as_stored(module) if stored else grids.by_name.get(f"{name}.weight")
             kept.add(name)
     found = []
-    experts, held = owners_of_experts(model), holding(model)
+    experts, held = owners_of_experts(model), held_as(model)
     for name, (kind, module) in layers.items():
         placement = placed[name]
         if kind == "tied":
@@ -115,6 +115,7 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
         grid = None if isinstance(placement, str) else placement
         rank = own_ranks.get(name) if kind in ("linear", "head") else None
         expert = held if name.rsplit(".", 2)[0] in experts else ""
+        beside = frozenset[str]() if expert else linears_beside(model, name)  # one that is not open has no owner yet
         target = Target(
             name,
             kind,
@@ -122,9 +123,7 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             grid,
             getattr(module, "bias", None) is not None,
             rank,
-            beside=frozenset()
-            if expert
-            else linears_beside(model, name),  # of one that is not open there is no owner yet
+            beside=beside,
             expert=expert,
         )
         found.append(_checked(target, module, method, name in kept))

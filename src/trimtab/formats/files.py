@@ -35,6 +35,11 @@ class Held(NamedTuple):
     layer: Any
     rows: slice = _ALL
 
+    @property
+    def names(self) -> list[str]:
+        """What readers call it: by the name in the file, or, where that is another and it is whole, by the model's own."""
+        return [self.name] if self.name == self.of or self.rows != _ALL else [self.name, self.of]
+
 
 class Stacked(NamedTuple):
     """Experts that a file holds in one tensor: (E, N, K), or (E, K, N) where the family transposes them."""

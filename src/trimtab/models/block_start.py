@@ -35,7 +35,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +84,8 @@ class Blockwise:
         if self.tokens.dim() != 2 or not self.tokens.numel() or self.tokens.dtype != torch.int64:
             found = f"{self.tokens.dtype} of shape {tuple(self.tokens.shape)}"
             raise UserError(f"block tokens: {found}; calibration windows are int64 (windows, length)")
-        if self.trains not in Trains.__args__:  # type: ignore[attr-defined]
-            raise UserError(f"block trains: {self.trains!r} is none of all, scales, shift")
+        if self.trains not in get_args(Trains):
+            raise UserError(f"block trains: {self.trains!r} is none of {', '.join(get_args(Trains))}")
         for name, least in (("steps", 0), ("windows", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"block {name}: {getattr(self, name)} is below {least}")

@@ -252,11 +252,11 @@ class CompressedTensors(Format):
         for held in files.layers():
             if writing.forms[held.of] is DENSE:
                 add_dense(shards, held, writing.dtype)
-                ignore += [held.name] if isinstance(held.layer, QuantLinear) else []
+                ignore += held.names if isinstance(held.layer, QuantLinear) else []
                 continue
             name, layer = held.name, held.layer
             scheme, parts = _layer(held, writing.dtype)
-            schemes.setdefault(scheme, []).append(name)
+            schemes.setdefault(scheme, []).extend(held.names)
             for part, tensor in parts.items():
                 shards.add(f"{name}.{part}", tensor)
             if layer.bias is not None:

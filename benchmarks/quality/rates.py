@@ -5,7 +5,7 @@ a factor of three away, the other kept; while the best stands at an end, one mor
 held-out text. The model is stories260K, trained on TinyStories in float32, 4 x 64 tokens a step, scheduled as by
 `trimtab run`.
 
-    python benchmarks/quality/rates.py --data DIR [--steps 30 100 300] [--methods lr-qat ...] [--minutes 60]
+    python benchmarks/quality/rates.py --data DIR [--steps 30 100 300] [--methods lr-qat ...] [--bits 2 3] [--minutes 60]
     python benchmarks/report.py rates                             docs/rates.md
 
 Every run is a line of benchmarks/results/rates.jsonl; what stands there is not run again. DIR holds stories260k and
@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,12 @@ class Cell:
         return default(methods.make(self.method).kind, self.steps)
 
 
-def cells(steps: tuple[int, ...], names: tuple[str, ...]) -> Iterator[Cell]:
+def cells(steps: Iterable[int], names: Iterable[str], widths: Iterable[int] = BITS) -> Iterator[Cell]:
     """Short runs first."""
     for length in steps:
         for name in names:
             ranks = RANKS if hasattr(methods.make(name), "rank") else (None,)
-            for bits in BITS:
+            for bits in widths:
                 yield from (Cell(name, bits, rank, length) for rank in ranks)
 
 
@@ -168,11 +168,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--bits", type=int, nargs="+", default=list(BITS), choices=BITS)
     parser.add_argument("--minutes", type=float, default=600)
     given = parser.parse_args()
     torch.set_num_threads(1)
     study, deadline = Study(given.data), time.monotonic() + 60 * given.minutes
-    for cell in cells(tuple(given.steps), tuple(given.methods)):
+    for cell in cells(given.steps, given.methods, given.bits):
         try:
             fill(study, cell, deadline)
         except TimeoutError:

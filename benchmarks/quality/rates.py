@@ -3,13 +3,14 @@
 A cell is a method on a grid, with a rank and a number of steps. It is trained with the default rates, and with each of them
 a factor of three away, the other kept; while the best stands at an end, one more is tried there. The value is the loss on
 held-out text. The model is stories260K, trained on TinyStories in float32, 4 x 64 tokens a step, scheduled as by
-`trimtab run`.
+`trimtab run`; on SmolLM2-135M and WikiText-2 a few cells are held against the same defaults.
 
     python benchmarks/quality/rates.py --data DIR [--steps 30 100 300] [--methods lr-qat ...] [--bits 2 3] [--minutes 60]
+    python benchmarks/quality/rates.py --data DIR --model smollm2-135m --steps 32 100
     python benchmarks/report.py rates                             docs/rates.md
 
-Every run is a line of benchmarks/results/rates.jsonl; what stands there is not run again. DIR holds stories260k and
-tinystories.
+Every run is a line of benchmarks/results/rates.jsonl; what stands there is not run again. DIR holds stories260k,
+tinystories and wikitext2.
 """
 
 import argparse
@@ -39,9 +40,27 @@ WARMUP, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0
 APART = 3.0
 FURTHER = 2
 """Runs beyond the first neighbours, at most, for each rate."""
+STORIES, SMOLLM2 = "stories260k", "smollm2-135m"
 METHODS = ("lr-qat", "peqa", "qat", "qlora", "loftq", "q-bara", "qa-lora", "qa-blora", "qa-hira")
-GROUP, DOWN_GROUP = 32, 43
-"""stories260K's MLP is 172 wide: 4 x 43."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a model and its text are, below DIR unless the model has a name, and the groups of its grids."""
+
+    texts: tuple[str, str]
+    """To train on, and held out."""
+    group: int
+    down_group: int
+    """Of the MLP's second matrix: stories260K's is 172 wide, 4 x 43."""
+
+
+SETTINGS = {
+    STORIES: Setting(("tinystories/train.jsonl", "tinystories/valid.jsonl"), 32, 43),
+    SMOLLM2: Setting(("wikitext2/train.part.txt", "wikitext2/test.raw.txt"), 64, 64),
+}
+CHECKS = (("lr-qat", 3, 32), ("qlora", "nf4", 32))
+"""Method, width and rank of what is tried on SmolLM2."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +68,11 @@ class Cell:
     """What is trained."""
 
     method: str
-    bits: int
+    bits: int | str
+    """Or the name of a codebook."""
     rank: int | None
     steps: int
+    model: str = STORIES
 
     @property
     def moves(self) -> tuple[str, ...]:
@@ -64,6 +85,12 @@ class Cell:
         return default(methods.make(self.method).kind, self.steps)
 
 
+def checks(steps: Iterable[int]) -> Iterator[Cell]:
+    """Of SmolLM2."""
+    for length in steps:
+        yield from (Cell(method, bits, rank, length, SMOLLM2) for method, bits, rank in CHECKS)
+
+
 def cells(steps: Iterable[int], names: Iterable[str], widths: Iterable[int] = BITS) -> Iterator[Cell]:
     """Short runs first."""
     for length in steps:
@@ -73,22 +100,24 @@ def cells(steps: Iterable[int], names: Iterable[str], widths: Iterable[int] = BI
                 yield from (Cell(name, bits, rank, length) for rank in ranks)
 
 
+def text_windows(file: Path, tokenizer: Any, length: int) -> Tensor:
+    """Rows of a .jsonl file, each behind the token that begins a text, or a whole text; cut into (windows, length)."""
+    text, ids, many = file.read_text(encoding="utf-8"), list[int](), file.suffix == ".jsonl"
+    for part in [json.loads(line)["text"] for line in text.splitlines()] if many else [text]:
+        first = [tokenizer.bos_token_id] if many else []
+        ids += [*first, *tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
 class Study:
     """Model and data, read once."""
 
-    def __init__(self, data: Path) -> None:
-        self.model = str(data / "stories260k")
-        tokenizer = open_source(self.model).tokenizer()
-        self.train, held = (self._tokens(data / "tinystories" / f"{n}.jsonl", tokenizer) for n in ("train", "valid"))
+    def __init__(self, model: str, data: Path) -> None:
+        self.setting = SETTINGS[model]
+        self.path = str(data / model) if (data / model).is_dir() else model
+        tokenizer = open_source(self.path).tokenizer()
+        self.train, held = (text_windows(data / file, tokenizer, 2 * LENGTH) for file in self.setting.texts)
         self.held = held[:HELD]
-
-    @staticmethod
-    def _tokens(file: Path, tokenizer: Any) -> Tensor:
-        ids: list[int] = []
-        for line in file.read_text().splitlines():
-            text = json.loads(line)["text"]
-            ids += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-        return torch.tensor(ids[: len(ids) // (2 * LENGTH) * 2 * LENGTH]).view(-1, 2 * LENGTH)
 
     def run(self, cell: Cell, rates: Rates) -> float:
         """The held-out loss after training; infinite where it left the numbers."""
@@ -96,9 +125,10 @@ class Study:
         options = {} if cell.rank is None else {"rank": cell.rank}
         method = methods.make(cell.method, **options)
         zero = "integer" if method.kind in ("levels", "scales", "master") else "real"
-        grid = {"bits": cell.bits, "group": GROUP, "zero": zero}
-        rules = [{"match": "*.down_proj", "grid": {**grid, "group": DOWN_GROUP}}, {"match": "*", "grid": grid}]
-        model, _ = load(self.model, method, rules, dtype=torch.float32, quiet=True)
+        grid = {"codebook": cell.bits} if isinstance(cell.bits, str) else {"bits": cell.bits, "zero": zero}
+        groups = {"*.down_proj": self.setting.down_group, "*": self.setting.group}
+        rules = [{"match": match, "grid": {**grid, "group": group}} for match, group in groups.items()]
+        model, _ = load(self.path, method, rules, dtype=torch.float32, quiet=True)
         if not math.isfinite(train(model, self.train[:, :LENGTH], rates, cell.steps)):
             return math.inf
         return loss_on(model, self.held)
@@ -166,14 +196,16 @@ def fill(study: Study, cell: Cell, deadline: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", choices=SETTINGS, default=STORIES)
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--bits", type=int, nargs="+", default=list(BITS), choices=BITS)
     parser.add_argument("--minutes", type=float, default=600)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    study, deadline = Study(given.data), time.monotonic() + 60 * given.minutes
-    for cell in cells(given.steps, given.methods, given.bits):
+    study, deadline = Study(given.model, given.data), time.monotonic() + 60 * given.minutes
+    some = cells(given.steps, given.methods, given.bits) if given.model == STORIES else checks(given.steps)
+    for cell in some:
         try:
             fill(study, cell, deadline)
         except TimeoutError:

@@ -13,7 +13,6 @@ tinystories and wikitext2. Rates of tuning are the library's defaults. Seconds a
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -25,9 +24,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from torch import Tensor
 
 from benchmarks.files import RESULTS, add, read, say
+from benchmarks.quality import rates
 from benchmarks.quality.rates import loss_on, train
 from trimtab import Blockwise, Gptq, methods
 from trimtab.layers.rates import default
@@ -117,18 +116,9 @@ class Study:
         self.setting, stories = setting, setting.path == "stories260k"
         self.path = str(data / setting.path) if stories else setting.path
         tokenizer = open_source(self.path).tokenizer()
-        files = ("tinystories/train.jsonl", "tinystories/valid.jsonl") if stories else (
-            "wikitext2/train.part.txt", "wikitext2/test.raw.txt")  # fmt: skip
-        self.train, held = (self._windows(data / file, tokenizer) for file in files)
+        texts = rates.SETTINGS[setting.path].texts
+        self.train, held = (rates.text_windows(data / file, tokenizer, setting.length) for file in texts)
         self.held = held[: setting.held]
-
-    def _windows(self, file: Path, tokenizer: Any) -> Tensor:
-        text, ids = file.read_text(encoding="utf-8"), list[int]()
-        for part in [json.loads(line)["text"] for line in text.splitlines()] if file.suffix == ".jsonl" else [text]:
-            first = [tokenizer.bos_token_id] if file.suffix == ".jsonl" else []
-            ids += [*first, *tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
-        length = self.setting.length
-        return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
     def float_loss(self) -> float:
         return loss_on(load_float(self.path, dtype=torch.float32), self.held)

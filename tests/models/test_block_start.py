@@ -18,7 +18,7 @@ from trimtab.layers import weights
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import Lora, LrQat, Method, Peqa, QaHira, Qat, Rtn
 from trimtab.models import block_start, block_walk
-from trimtab.models.block_start import Blockwise, Errors, Rounding
+from trimtab.models.block_start import Blockwise, Errors, Rounding, Task
 from trimtab.models.load import load
 from trimtab.models.transformers_bridge import quant_layers
 from trimtab.pipeline.run import run
@@ -162,12 +162,12 @@ def test_the_error_never_rises_and_what_is_trained_stays_where_it_may_go(
     seen: list[tuple[Errors, float]] = []
     real = block_start.train
 
-    def spy(block: Any, roundings: Any, inputs: Tensor, wanted: Tensor, call: Any, how: Any, number: int) -> Errors:
-        before = {n: r.c.detach().clone() for n, r in roundings.items()}
-        found = real(block, roundings, inputs, wanted, call, how, number)
-        pairs = zip(inputs.split(1), wanted.split(1), strict=True)
-        seen.append((found, block_start._measured(block, roundings, pairs, call)))
-        for n, r in roundings.items():
+    def spy(task: Task, how: Blockwise) -> Errors:
+        before = {n: r.c.detach().clone() for n, r in task.roundings.items()}
+        found = real(task, how)
+        pairs = zip(task.inputs.split(1), task.wanted.split(1), strict=True)
+        seen.append((found, block_start._measured(task.block, task.roundings, pairs, task.call)))
+        for n, r in task.roundings.items():
             moved = (r.c - before[n]).abs().max().item()
             assert (moved == 0) == (trains == "scales" or found.after == found.before)
             if trains == "shift":
@@ -209,9 +209,9 @@ def test_inputs_are_those_of_the_rounded_blocks_and_targets_those_of_the_float_o
 ) -> None:
     given = []
 
-    def spy(block: Any, roundings: Any, inputs: Tensor, wanted: Tensor, *rest: Any) -> Errors:
-        given.append((inputs.clone(), wanted.clone()))
-        return block_start.train(block, roundings, inputs, wanted, *rest)
+    def spy(task: Task, how: Blockwise) -> Errors:
+        given.append((task.inputs.clone(), task.wanted.clone()))
+        return block_start.train(task, how)
 
     monkeypatch.setattr(block_walk, "train", spy)
     ours = tt.prepare(model_of(name), Rtn(), ALL, start=how())
@@ -264,9 +264,9 @@ def test_loading_is_preparing_in_memory(tmp_path: Path) -> None:
 def test_what_was_stopped_goes_on_at_the_last_whole_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, trained = tt.prepare(model_of(), Rtn(), ALL, start=how()), list[int]()
 
-    def counted(*arguments: Any) -> Errors:
-        trained.append(arguments[-1])
-        return block_start.train(*arguments)
+    def counted(task: Task, how: Blockwise) -> Errors:
+        trained.append(task.number)
+        return block_start.train(task, how)
 
     def stop(line: str) -> None:
         lines.append(line)
@@ -366,7 +366,7 @@ def test_a_recipe_starts_so_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         run(parsed("again"), show=stopping)
     real = block_start.train
-    monkeypatch.setattr(block_walk, "train", lambda *a: trained.append(a[-1]) or real(*a))
+    monkeypatch.setattr(block_walk, "train", lambda t, how: trained.append(t.number) or real(t, how))
     stopping.said += ["no more"] * 5
     run(parsed("again"), show=stopping)
     assert trained == [1]

@@ -194,26 +194,26 @@ def error(y: Tensor, wanted: Tensor) -> Tensor:
     return ((y.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)).mean()
 
 
-def train(
-    block: nn.Module,
-    roundings: Mapping[str, Rounding],
-    inputs: Tensor,
-    wanted: Tensor,
-    call: dict[str, Any],
-    how: Blockwise,
-    number: int,
-) -> Errors:
-    """Train the roundings of one block; they are left as they were best.
+class Task(NamedTuple):
+    """A block that is to give what it gives in float."""
 
-    Args:
-        block: in float.
-        roundings: by the layers' names in the block.
-        inputs: x of all windows (W, L, D), wherever they lie.
-        wanted: y* of each.
-        call: what the block is called with besides.
-        how: steps and rates.
-        number: of the block, for the order of windows.
-    """
+    block: nn.Module
+    """In float."""
+    roundings: Mapping[str, Rounding]
+    """By the layers' names in the block."""
+    inputs: Tensor
+    """x of all windows (W, L, D), wherever they lie."""
+    wanted: Tensor
+    """y* of each."""
+    call: dict[str, Any]
+    """What the block is called with besides."""
+    number: int
+    """Of the block, for the order of windows."""
+
+
+def train(task: Task, how: Blockwise) -> Errors:
+    """Train the roundings of a block by steps and rates; they are left as they were best."""
+    block, roundings, inputs, wanted, call, number = task
     trained = [p for r in roundings.values() for p in r.trained.values()]
     device = trained[0].device
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from trimtab.disk import replace, sync
 from trimtab.errors import UserError
 from trimtab.layers.weights import AffineWeight
-from trimtab.models.block_start import Blockwise, Errors, Rounding, train
+from trimtab.models.block_start import Blockwise, Errors, Rounding, Task, train
 from trimtab.models.calibrate import first_inputs, hidden_of
 from trimtab.quant.grid import Grid
 from trimtab.words import duration
@@ -84,7 +84,7 @@ def walk(model: Any, blocks: Sequence[str], how: Blockwise, steps: Steps) -> Non
                 }
                 if not wanted.isfinite().all():
                     raise UserError(f"{name}: gives values that are not finite in {wanted.dtype}; load in float32")
-                errors = _trained(block, roundings, inputs, wanted, call, how, number)
+                errors = _trained(Task(block, roundings, inputs, wanted, call, number), how)
                 steps.leave(name, {f"{name}.{layer}": r.stored() for layer, r in roundings.items()})
                 del roundings
                 _through(model.get_submodule(name), inputs, call, device)
@@ -100,25 +100,17 @@ def _through(block: nn.Module, states: Tensor, call: dict[str, Any], device: tor
         state.copy_(hidden_of(block(state.to(device), **call)))
 
 
-def _trained(
-    block: nn.Module,
-    roundings: Mapping[str, Rounding],
-    inputs: Tensor,
-    wanted: Tensor,
-    call: dict[str, Any],
-    how: Blockwise,
-    number: int,
-) -> Errors | None:
+def _trained(task: Task, how: Blockwise) -> Errors | None:
     """Train a block, or take what is known of it; None where nothing in it is to be trained."""
-    if not roundings:
+    if not task.roundings:
         return None
     if how.kept is None:
-        return train(block, roundings, inputs, wanted, call, how, number)
-    file = how.kept / f"{_key(block, roundings, (inputs, wanted), how, number)}.safetensors"
-    errors = _read(file, roundings)
+        return train(task, how)
+    file = how.kept / f"{_key(task, how)}.safetensors"
+    errors = _read(file, task.roundings)
     if errors is None:
-        errors = train(block, roundings, inputs, wanted, call, how, number)
-        _write(file, roundings, errors)
+        errors = train(task, how)
+        _write(file, task.roundings, errors)
     return errors
 
 
@@ -152,15 +144,13 @@ def _room(on_disk: bool) -> Iterator[Callable[[Sequence[Tensor]], Tensor]]:
 # ---- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def _key(
-    block: nn.Module, roundings: Mapping[str, Rounding], states: Iterable[Tensor], how: Blockwise, number: int
-) -> str:
+def _key(task: Task, how: Blockwise) -> str:
     """A name made of all that decides what a block comes to."""
-    options = (VERSION, number, how.trains, how.steps, how.windows, *how.rates, how.seed)
-    grids = {name: asdict(r.base.grid) for name, r in roundings.items()}
+    options = (VERSION, task.number, how.trains, how.steps, how.windows, *how.rates, how.seed)
+    grids = {name: asdict(r.base.grid) for name, r in task.roundings.items()}
     made = hashlib.blake2b(json.dumps([options, grids]).encode(), digest_size=20)
-    weights = (t for r in roundings.values() for t in (r.c, *r.start))
-    for tensor in (*states, *block.parameters(), *block.buffers(), *weights):
+    weights = (t for r in task.roundings.values() for t in (r.c, *r.start))
+    for tensor in (task.inputs, task.wanted, *task.block.parameters(), *task.block.buffers(), *weights):
         if tensor is not None:
             for part in tensor.detach().reshape(-1).split(1 << 22):
                 made.update(part.cpu().view(torch.uint8).numpy())

@@ -25,6 +25,7 @@ from benchmarks.scale import report as scale
 from benchmarks.search import report as search
 from benchmarks.serving import report as serving
 from benchmarks.speed.report import choices, dequantize, generate, products, step, step_1b, step_compiled
+from benchmarks.yardstick import report as yardstick
 from trimtab.report.terminal import movements
 
 
@@ -104,6 +105,7 @@ PAGES = {
     "quality": quality.page,
     "rates": lambda: _page("Rates", rates.page()),
     "search": search.page,
+    "yardstick": lambda: _page("Yardstick", yardstick.page()),
     "formats": serving.page,
     "models": lambda: _page("Models", [models.page()]),
     "scale": lambda: scale.page(_read()),

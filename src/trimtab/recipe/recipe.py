@@ -45,7 +45,12 @@ from trimtab.recipe.versions import VERSION, migrated
 
 
 class Recipe(Block):
-    """The whole configuration of a run."""
+    """The whole configuration of a run.
+
+    Examples:
+        >>> recipe = tt.Recipe.model_validate({"model": {"path": "base"}, "method": {"name": "rtn"}, "train": {"steps": 0}})
+        >>> metrics = tt.run(recipe)
+    """
 
     version: Annotated[int, HABIT] = VERSION
     """Version of the recipe's form; a recipe of an earlier one is read as what it meant then."""

@@ -58,8 +58,8 @@ HEAD = """\
 
 This is the transcript of one hour in a clean environment: every command, what it printed, and how long it took.
 `benchmarks/first_hour.py` typed the commands. Other work shared the CPU, so a time here is the processor time of one
-thread: about what you wait on a machine of your own, and less with more cores. Where a command prints much, its middle
-is left out.
+thread: about what you wait on a machine of your own, and less with more cores. The first command also compiles
+trimtab's kernels. Where a command prints much, its middle is left out.
 
 ## Install
 

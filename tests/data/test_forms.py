@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no weight": ({"text": "a", "weight": 0}, "'weight' is 0"),
     "weights": ({**CHAT, "weights": [1, 0]}, r"'weights' is \[1, 0\]"),
     "a row that is not trained": ({"text": "a", "train": False}, "'train' is False"),
-    "a weight that is no number": ({"text": "a", "weight": "1"}, "'weight' is '1'"),
+    "a weight that is not a number": ({"text": "a", "weight": "1"}, "'weight' is '1'"),
     "an earlier answer with a weight": (
         {"messages": [USER, {**ANSWER, "weight": 0.5}, USER, ANSWER]},
         "'weight' of message 2 is 0.5, but an answer is learned whole or not at all; make it 0 or 1",

@@ -200,7 +200,7 @@ def test_every_field_of_peft_is_known_to_be_harmless_or_refused(tmp_path: Path, 
             *("megatron_core", "qalora_group_size"),
         }
         return
-    with pytest.raises(UserError, match=rf"adapter_config\.json: {field} is .*no plain LoRA.*merge_and_unload"):
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {field} is .*not a plain LoRA.*merge_and_unload"):
         started(folder)
 
 

@@ -126,7 +126,7 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "export": ({"export": ["ggfu"]}, ("export.0", "'ggfu'", "'native'")),
     "steps": ({"train": {"steps": "many"}}, ("train.steps", "'many'", "valid integer")),
     "betas": ({"train": {"betas": [0.9, 1.5]}}, ("train.betas.1", "1.5", "less than 1")),
-    "batch": ({"train": {"batch_tokens": 100}}, ("train.batch_tokens", "no multiple of", "= 64; use 128")),
+    "batch": ({"train": {"batch_tokens": 100}}, ("train.batch_tokens", "not a multiple of", "= 64; use 128")),
     "rules no list": ({"rules": {"match": "*", "grid": None}}, ("rules", "is not a list", "write `- {match")),
     "rtn trains": ({"method": {"name": "rtn"}}, ("train.steps", "set it to 0")),
     "baselines without data": (

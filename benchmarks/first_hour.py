@@ -33,7 +33,7 @@ rules:
   - {match: "model.embed_tokens", grid: {bits: 8, group: 32}}
   - {match: "*", grid: {bits: 4, group: 32}}
 data:   {path: tasks.jsonl, block_tokens: 128, holdout: 0.1}
-train:  {steps: 24, batch_tokens: 1024, micro_batch: 4}
+train:  {steps: 10, batch_tokens: 512, micro_batch: 4}
 evaluate: {baselines: [float, rounded], prompt: "Paint a lamp violet."}
 """
 PARITY = "trimtab parity runs/mine/gguf"

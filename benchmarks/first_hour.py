@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE, KEPT = ROOT / "docs" / "first-hour.md", ROOT / "build" / "hour"
-LINES = 40
+LINES = 64
 """Of what a command prints, the most that is shown."""
 RECIPE = """\
 # mine.yaml
@@ -53,10 +53,21 @@ STEPS = (
     ),
     ("The report, with the exports and the engine", "trimtab report runs/mine"),
 )
+NOTES = {
+    "trimtab run mine.yaml": (
+        "The answer is right after ten steps. The perplexity rose all the same: it is that of whole rows, prompts\n"
+        "included, while training learned the answers alone. A run on such rows now says so in a line of its own."
+    ),
+    STEPS[-2][1]: (
+        "llama.cpp multiplies in 8-bit integers, so its log-probabilities differ for a model that was not tuned, too;\n"
+        "[formats](formats.md) has that noise for every engine."
+    ),
+}
+"""What a reader should know of what a command printed."""
 HEAD = """\
 # The first hour
 
-This is the transcript of one hour in a clean environment: every command, what it printed, and how long it took.
+This is the transcript of a first hour in a clean environment: every command, what it printed, and how long it took.
 `benchmarks/first_hour.py` typed the commands, with one thread on a CPU that other work used at the same time. So a time
 here is the processor time that a command took, and still about three times what it takes on a core of its own. The first
 command also compiles trimtab's kernels. Where a command prints much, its middle is left out.
@@ -124,6 +135,12 @@ def took(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
+def section(title: str, command: str, said: str, time: str) -> str:
+    """A command with what it printed."""
+    note = f"\n{NOTES[command]}\n" if command in NOTES else ""
+    return f"## {title}\n\n```\n{command}\n```\n\n```text\n{shown(said)}\n```\n\nTook {time}.\n{note}"
+
+
 def played(env: Path, llama: Path, folder: Path) -> list[str]:
     """The sections of the page."""
     (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
@@ -151,7 +168,7 @@ def played(env: Path, llama: Path, folder: Path) -> list[str]:
             raise SystemExit(said)
         if command == "trimtab run mine.yaml":
             (KEPT / "terminal.ansi").write_text(f"$ {command}\n{said}", encoding="utf-8")
-        sections.append(f"## {title}\n\n```\n{command}\n```\n\n```text\n{shown(said)}\n```\n\nTook {took(seconds)}.\n")
+        sections.append(section(title, command, said, took(seconds)))
     shutil.copy(folder / "runs" / "mine" / "report.html", KEPT)
     return sections
 

@@ -69,8 +69,8 @@ HEAD = """\
 
 This is the transcript of a first hour in a clean environment: every command, what it printed, and how long it took.
 `benchmarks/first_hour.py` typed the commands, with one thread on a CPU that other work used at the same time. So a time
-here is the processor time that a command took, and still about three times what it takes on a core of its own. The first
-command also compiles trimtab's kernels. Where a command prints much, its middle is left out.
+here is the processor time that a command took, and still longer than on a core of its own. The first command also
+compiles trimtab's kernels. Where a command prints much, its middle is left out.
 
 ## Install
 

@@ -14,13 +14,23 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_version_is_one() -> None:
     assert set(release.versions().values()) == {trimtab.__version__}
-    assert release.check() == trimtab.__version__
+    assert release.version() == trimtab.__version__
 
 
 def test_versions_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(release, "versions", lambda: {"a": "1", "b": "2"})
     with pytest.raises(SystemExit, match="versions differ: a 1, b 2"):
-        release.check()
+        release.version()
+
+
+def test_a_version_is_released_once() -> None:
+    """What is refused before a release; the tests and the wheel of the dated commit itself ask for neither."""
+    now = trimtab.__version__
+    assert release.check("# Changelog\n\n## [Unreleased]\n\n- A.\n") == now
+    with pytest.raises(SystemExit, match=rf"has {now} already; begin the next version"):
+        release.check(f"# Changelog\n\n## [Unreleased]\n\n- B.\n\n## [{now}] - 2026-12-01\n\n- A.\n")
+    with pytest.raises(SystemExit, match="nothing under Unreleased"):
+        release.check("# Changelog\n\n## [Unreleased]\n\n## [0.1.0] - 2026-01-01\n\n- A.\n")
 
 
 def test_a_changelog_is_dated() -> None:

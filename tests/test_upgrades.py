@@ -126,7 +126,7 @@ def test_rule_private(source: str, names: list[str]) -> None:
 def test_rule_unregistered() -> None:
     source = {"a.py": "def f(x):\n    return x._cdata"}
     assert not upgrades.unregistered(source, [ENTRY])
-    assert upgrades.unregistered(source, [])[0].startswith("a.py:2: _cdata is no part of")
+    assert upgrades.unregistered(source, [])[0].startswith("a.py:2: _cdata is not a part of")
     assert upgrades.unregistered({"b.py": source["a.py"]}, [ENTRY]), "an entry speaks of its own files only"
 
 

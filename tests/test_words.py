@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 INSTEAD = {
     r"\banew\b": "again, over, from scratch",
-    r"\bgone on\b": "continued, resumed",
-    r"\b(go|goes|going|went) on (from|with|at)\b": "continue, resume",
+    r"\b(go|goes|going|went|gone) on\b": "continue, resume",
+    r"(?<!here )\b(is|was) no (list|path|key|grid|value|size|name|method|folder|file|entry|number|multiple)\b": "not a",
     r"\bcame to (a|this|its|it)\b": "reached, ended",
     r"\bwhoever\b": "the caller, the reader, the process that",
     r"\bof anybody\b": "untrusted",

@@ -128,7 +128,7 @@ def commands() -> str:
         rows = [(f"`{metavar}`", p.help or "", "") for metavar, p in zip(shown, arguments, strict=True)]
         rows += [
             (
-                ", ".join(f"`{o}`" for o in p.opts),
+                ", ".join(f"`{o}`{{ .option }}" for o in p.opts),  # in one line: docs/site.css
                 p.help or "",
                 "" if p.default is None or p.default is False else f"`{p.default}`",
             )

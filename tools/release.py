@@ -25,6 +25,7 @@ PLACES = {
     "CITATION.cff": r"(?m)^version: (.*)$",
 }
 """Where the version stands."""
+CHANGELOG = ROOT / "CHANGELOG.md"
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14")
 UNRELEASED = "## [Unreleased]\n"
 
@@ -44,42 +45,45 @@ def unreleased(changelog: str) -> str:
     return changelog.partition(UNRELEASED)[2].partition("\n## [")[0].strip()
 
 
-def dated(changelog: str, version: str, day: datetime.date) -> str:
+def dated(changelog: str, number: str, day: datetime.date) -> str:
     """The changelog with what is unreleased under a version and a date."""
-    return changelog.replace(UNRELEASED, f"{UNRELEASED}\n## [{version}] - {day.isoformat()}\n", 1)
+    return changelog.replace(UNRELEASED, f"{UNRELEASED}\n## [{number}] - {day.isoformat()}\n", 1)
 
 
-def check() -> str:
-    """The version that would be released."""
-    one = versions()
-    if len(set(one.values())) != 1:
-        raise SystemExit(f"release: versions differ: {', '.join(f'{name} {v}' for name, v in one.items())}")
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    version = next(iter(one.values()))
-    if f"## [{version}] - " in changelog:
-        raise SystemExit(f"release: CHANGELOG.md has {version} already; begin the next version (release.py next)")
+def version() -> str:
+    """The version of this checkout, which is the same in every place."""
+    found = versions()
+    if len(set(found.values())) != 1:
+        raise SystemExit(f"release: versions differ: {', '.join(f'{name} {v}' for name, v in found.items())}")
+    return next(iter(found.values()))
+
+
+def check(changelog: str) -> str:
+    """The version that would be released, with this changelog."""
+    if f"## [{version()}] - " in changelog:
+        raise SystemExit(f"release: CHANGELOG.md has {version()} already; begin the next version (release.py next)")
     if not unreleased(changelog):
         raise SystemExit("release: CHANGELOG.md has nothing under Unreleased")
-    return version
+    return version()
 
 
 def date() -> None:
     """Write the date into the changelog and the citation."""
-    version, day = check(), datetime.date.today()
-    changelog, citation = ROOT / "CHANGELOG.md", ROOT / "CITATION.cff"
-    changelog.write_text(dated(changelog.read_text(encoding="utf-8"), version, day), encoding="utf-8")
+    day, citation = datetime.date.today(), ROOT / "CITATION.cff"
+    before = CHANGELOG.read_text(encoding="utf-8")
+    CHANGELOG.write_text(dated(before, check(before), day), encoding="utf-8")
     text = re.sub(r"(?m)^date-released: .*\n", "", citation.read_text(encoding="utf-8"))
     citation.write_text(f"{text}date-released: {day.isoformat()}\n", encoding="utf-8")
 
 
-def begin(version: str) -> None:
+def begin(number: str) -> None:
     """Write the next version everywhere."""
     for name, pattern in PLACES.items():
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
         was = re.search(pattern, text)
         assert was is not None, name
-        path.write_text(text[: was.start(1)] + version + text[was.end(1) :], encoding="utf-8")
+        path.write_text(text[: was.start(1)] + number + text[was.end(1) :], encoding="utf-8")
 
 
 # ---- clean environments ---------------------------------------------------------------------------------------------
@@ -163,13 +167,13 @@ def main(words: list[str]) -> None:
     """The command line."""
     match words:
         case ["check"]:
-            print(f"{check()} can be released")
+            print(f"{check(CHANGELOG.read_text(encoding='utf-8'))} can be released")
         case ["date"]:
             date()
-        case ["next", version]:
-            begin(version)
+        case ["next", number]:
+            begin(number)
         case ["try", *names]:
-            check()
+            version()
             with tempfile.TemporaryDirectory() as folder:
                 unpacked, wheel = build(Path(folder))
                 for name in names or supported():

@@ -654,7 +654,7 @@ REACHES = (
     Reach(
         library="transformers",
         what="`Trainer._load_optimizer_and_scheduler` extended",
-        why="rates, betas and decay are the recipe's when a run goes on",
+        why="rates, betas and decay are the recipe's when a run continues",
         where=("training/ours.py::Ours._load_optimizer_and_scheduler",),
         test="tests/training/test_resume.py::test_going_on_is_not_stopping",
         names=("_load_optimizer_and_scheduler",),
@@ -711,7 +711,7 @@ REACHES = (
     Reach(
         library="trl",
         what="`SFTTrainer.compute_loss` and `training_step` replaced",
-        why="its loss reads `lm_head.weight`, which a quantized head does not have; a loss that is no number ends a run",
+        why="its loss reads `lm_head.weight`, which a quantized head does not have; a loss that is not a number ends a run",
         where=("training/trainer.py::_Trainer.compute_loss", "training/ours.py::Ours.training_step"),
         test="tests/training/test_resume.py::test_a_loss_that_is_no_number",
         names=("compute_loss", "training_step"),
@@ -1092,7 +1092,7 @@ def unregistered(sources: Mapping[str, str], reaches: Iterable[Reach]) -> list[s
     """What the source reaches into and no entry of that file names."""
     known = {(where.partition("::")[0], name) for reach in reaches for where in reach.where for name in reach.names}
     return [
-        f"{file}:{line}: {name} is no part of a library's interface; enter it in REACHES of tools/upgrades.py"
+        f"{file}:{line}: {name} is not a part of a library's interface; enter it in REACHES of tools/upgrades.py"
         for file, line, name in private_reaches(sources)
         if (file, name) not in known
     ]

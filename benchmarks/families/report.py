@@ -25,13 +25,14 @@ def page() -> list[str]:
     lines = [
         "## Every causal family of the installed transformers",
         "",
-        "Tiny random models: prepared for LR-QAT at 4 bits, trained for two steps, folded, saved, read back and exported.",
-        "*fold* is yes where the folded model has the trained one's logits bit for bit, and training moved codes; *reload*",
-        "where the saved one has them, too. A number is a reason, below. `python benchmarks/families/every.py` measures,",
-        "`docs/families.md` says of each family that its float model is loaded bit for bit. An empty cell was not tried.",
+        "For each family, a tiny random model was prepared for LR-QAT at 4 bits, trained for two steps, folded, saved,",
+        "read back and exported. *fold* is yes where the folded model has the trained one's logits bit for bit, and",
+        "training moved codes; *reload* is yes where the saved model has them, too. A number in brackets stands for a",
+        "reason in the list below the table, and an empty cell was not tried. `python benchmarks/families/every.py` made",
+        "the table; `docs/families.md` shows for each family whether its float model is loaded bit for bit.",
         "",
-        f"{len(whole)} of {len(rows)} families go all the way; {len(refused)} are refused before anything is read; in "
-        f"{len(faults)} a stage fails without a message of ours{named}.",
+        f"{len(whole)} of {len(rows)} families pass every stage from *prepare* to *reload*; {len(refused)} are refused "
+        f"before anything is read; in {len(faults)} a stage fails without a message of ours{named}.",
         "",
         "| family | low-bit layers | stays in float | " + " | ".join((*_STAGES, *_EXPORTS)) + " |",
         "|---" * (3 + len(_STAGES) + len(_EXPORTS)) + "|",

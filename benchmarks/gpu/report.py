@@ -45,7 +45,7 @@ def gpu(folder: Path) -> list[str]:
 
 
 def _rows(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Every number that a row holds; what is no number stays in the file."""
+    """Every number that a row holds; what is not a number stays in the file."""
     columns = list(
         dict.fromkeys(k for row in rows.values() for k, v in row.items() if isinstance(v, int | float | str))
     )

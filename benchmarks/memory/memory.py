@@ -7,7 +7,7 @@
 Weights are random and of a fixed seed, the compute dtype is bfloat16. A row is a process of its own, forked from one that
 has only imported the libraries. It trains one layer of the model first, so that what libraries make on first use is there
 (oneDNN keeps 0.6 MB for every shape of a product), drops it, hands freed pages back and reads what is resident: that
-much is no part of a plan. Then it prepares the model, as a recipe would, and takes two optimizer steps, the
+much is not a part of a plan. Then it prepares the model, as a recipe would, and takes two optimizer steps, the
 second of two micro-batches (gradients are there while its second one goes forward), of 2 x 256 tokens, with the chunked
 loss and AdamW. Resident is anonymous memory, read every 5 ms; `ratio` is planned / measured.
 

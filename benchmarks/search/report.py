@@ -22,15 +22,19 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 ABOUT = {
     "search": [
         "stories260K: five layers, 8 units, 3 widths, 6561 configurations, all measured (`benchmarks/search/truth.py`),",
-        "rounded to nearest, per channel. The kernel, the number of first proposals and the sensitivity pass of ours were",
-        "chosen on this model and text (before its windows began with its first token).",
+        "rounded to nearest, per channel. trimtab's kernel, number of first proposals and sensitivity pass were chosen on",
+        "this model and text (before its windows began with its first token).",
     ],
     "search_smollm2": [
         "SmolLM2-135M-Instruct (its dequantized 4-bit file): thirty layers in 8 units, 3 widths, 6561 configurations, all",
-        "measured (`benchmarks/search/truth.py --table smollm2-135m`), rounded to nearest in groups of 64. Nothing of ours",
-        "was chosen on this table.",
+        "measured (`benchmarks/search/truth.py --table smollm2-135m`), rounded to nearest in groups of 64. No setting of",
+        "trimtab was chosen on this table.",
     ],
 }
+
+
+def _shown(sampler: str) -> str:
+    return "trimtab" if sampler == "ours" else sampler
 
 
 def truths() -> list[str]:
@@ -41,10 +45,11 @@ def truths() -> list[str]:
         "",
         "## Against the truth",
         "",
-        "Hypervolume of bytes against log KL to the float model after so many trials, as a share of the most that any set",
-        "of that size could reach: the median over seeds, and in brackets by how much ours is ahead (95 % interval of the",
-        "paired median). Passes for sensitivities are charged as trials to ours, greedy and the integer program; a seed",
-        "draws their labels, too. `python benchmarks/search/search.py`.",
+        "The tables compare samplers by the hypervolume of bytes against log KL to the float model after a number of",
+        "trials, as a share of the most that any set of that size could reach. A cell has the median over seeds, and in",
+        "brackets by how much trimtab's sampler is ahead (95 % interval of the paired median). The passes that measure",
+        "sensitivities count as trials for trimtab, greedy and the integer program. `python benchmarks/search/search.py`",
+        "made the tables.",
     ]
     for name, about in ABOUT.items():
         file = RESULTS / f"{name}.json"
@@ -60,7 +65,7 @@ def truth(found: dict, text: list[str]) -> list[str]:
     value = {(r["method"], r["trials"], r["seed"]): r["hypervolume_ratio"] for r in rows}
     lines, behind = [], []
     for method in methods:
-        cells = [method]
+        cells = [_shown(method)]
         for n in counts:
             seeds = [s for m, k, s in value if (m, k) == (method, n)]
             ratios = np.array([value[method, n, s] for s in seeds])
@@ -78,8 +83,8 @@ def truth(found: dict, text: list[str]) -> list[str]:
         *text,
         f"Sensitivities: {about['passes'][about['prior']]:g} passes ({about['prior']}). The true front has "
         f"{about['true_front']} points. "
-        "At most so many trials are",
-        f"made by: {', '.join(f'{m} {n}' for m, n in about['pools'].items())}.",
+        "Some samplers",
+        f"have no more trials to propose than: {', '.join(f'{m} {n}' for m, n in about['pools'].items())}.",
         "",
         "| method | " + " | ".join(f"{n} trials" for n in counts) + " | seeds |",
         "|---" * (len(counts) + 2) + "|",
@@ -88,9 +93,9 @@ def truth(found: dict, text: list[str]) -> list[str]:
         f"The aim of {AIM:.0%} at {AIM_TRIALS} trials is {verdict}: {reached:.1%}; {about['for_99_percent_of_40']} of "
         f"them would have to be points of the true front. "
         + (
-            "Ours is significantly behind: " + ", ".join(behind) + "."
+            "trimtab is significantly behind: " + ", ".join(behind) + "."
             if behind
-            else "Ours is nowhere significantly behind."
+            else "trimtab is nowhere significantly behind."
         ),
     ]
 
@@ -104,14 +109,14 @@ def budgets(found: dict) -> list[str]:
     for method in dict.fromkeys(r["method"] for r in rows):
         those = [value[method, n] for n in counts]
         cells = [f"{c['mean_gap_percent']:.1f} % ({c['found']:.0%})" for c in those]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append(f"| {_shown(method)} | {' | '.join(cells)} |")
     return [
         "",
         "## The best within a budget",
         "",
-        f"stories260K again, {about['budgets']} budgets, {about['seeds']} seeds: how much more KL than the best model that",
-        "fits, on the mean, and how often that model was found. Uniform widths and the sensitivity pass count as trials.",
-        "`python benchmarks/search/budgets.py`.",
+        f"stories260K again, with {about['budgets']} budgets and {about['seeds']} seeds. A cell has the mean KL above that",
+        "of the best model that fits the budget, and how often that best model was found. Uniform widths and the",
+        "sensitivity pass count as trials. `python benchmarks/search/budgets.py` made the table.",
         "",
         "| method | " + " | ".join(f"{n} trials" for n in counts) + " |",
         "|---" * (len(counts) + 1) + "|",
@@ -126,14 +131,15 @@ def cost(found: dict) -> list[str]:
     lines = []
     for sampler in dict.fromkeys(r["sampler"] for r in rows):
         cells = [f"{value[sampler, *c]:.3f}" if (sampler, *c) in value else "-" for c in columns]
-        lines.append("| " + " | ".join([sampler, *cells]) + " |")
+        lines.append("| " + " | ".join([_shown(sampler), *cells]) + " |")
     passes = ", ".join(f"{name} {count:g}" for name, count in found["passes"].items())
     return [
         "",
         "## What a proposal costs",
         "",
-        f"Seconds an ask on a shared CPU; a trial of the table above took {found['trial_seconds']:.3f} s. A fine-tune",
-        f"takes minutes. Sensitivities, in forward passes: {passes}. `python benchmarks/search/cost.py`.",
+        "The table has the seconds that a sampler takes for a proposal, on a shared CPU. A trial of the tables above took",
+        f"{found['trial_seconds']:.3f} s; a fine-tune takes minutes. Sensitivities cost, in forward passes: {passes}.",
+        "`python benchmarks/search/cost.py` made the table.",
         "",
         "| sampler | " + " | ".join(f"{u} units, after {n}" for u, n in columns) + " |",
         "|---" * (len(columns) + 1) + "|",

@@ -23,7 +23,7 @@ interpreter and libraries too; what those take is in `libraries_bytes`, and what
 
     peft rows       adapters in bfloat16 (`autocast_adapter_dtype=False`), the fastest that peft does here: its default
                     keeps them, and their activations, in float32 (row `lora-peft-float32`)
-    torchao rows    want torchao, which is no part of the development environment, since transformers imports it
+    torchao rows    want torchao, which is not a part of the development environment, since transformers imports it
                     wherever it finds it: pip install --no-deps --target DIR torchao==0.18.0, then PYTHONPATH=DIR
     ROW+compiled    (--compiled adds one to each row) every decoder layer through torch.compile, peft's by
                     `layer.compile()`, ours as `train.compile` does it; `first_step_seconds` holds what compiling took

@@ -1,13 +1,9 @@
 """What every command of `trimtab` does, as one call: the command line is a thin skin over these functions.
 
 The same thing has the same name everywhere: `path` is a model (a directory, a .gguf file, a hub id), `recipe` a file, a
-mapping or a `Recipe`, `data` text in the forms of a recipe's `data.path`, `out` where something is written. What needs an
-extra that is not installed says so in one line before any work is done.
-
-`device` is where models are computed: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu. A recipe says it itself
-(`model.device`), so that where a function takes a recipe, `device` stands in place of what it says.
-
-`prepare`, `load`, `fold` and `save`, the parts of a run for people's own training loops, are in `models` and `formats`.
+mapping or a `Recipe`, `data` text in the forms of a recipe's `data.path`, and `out` the place to write to. A function that
+needs an extra which is not installed says so in one line before any work is done. The parts of a run for your own training
+loop (`prepare`, `load`, `fold`, `save`) are in `models` and `formats`.
 """
 
 import os
@@ -61,12 +57,12 @@ def plan(
         overrides: `key=value` with dotted keys, for example `train.micro_batch=2`.
         memory: memory for training, `24GiB`; `.settings` of the result then lists what fits into it.
         probe: whether to train layers of random weights for ten seconds, which measures `.speed`.
-        device: in place of the recipe's; its free memory is what a plan is compared with.
+        device: the device to plan for, in place of the recipe's; the plan is compared with its free memory.
 
     Returns:
-        Bytes by what they are for; `.total` is the predicted peak above the interpreter and its libraries, `.sizes` are
-        those of the tuned model by format. Of a recipe with a `prune` block it is the plan of the pruned model where that
-        is there, else of the whole one.
+        The planned bytes by purpose. `.total` is the predicted peak above the interpreter and its libraries, `.sizes` has
+        the size of the tuned model in each format. A recipe with a `prune` block is planned for the pruned model if that
+        exists already, else for the whole one.
 
     Examples:
         >>> tt.plan("small.yaml", memory="24GiB").total
@@ -80,11 +76,14 @@ def plan(
 
 
 def overview(recipe: AnyRecipe, overrides: Sequence[str] = ()) -> "Overview":
-    """What training will see of a recipe's data: rows, tokens, what is learned of them, and the first example.
+    """Show what training will see of a recipe's data: rows, tokens, the part that is learned, and the first example.
 
     Args:
         recipe: a file, a mapping or a `Recipe`; its model's tokenizer is read, and no weight.
         overrides: `key=value` with dotted keys, for example `data.loss=last`.
+
+    Returns:
+        The counts, the warnings, and the first example as pieces of text, each marked as learned or not.
 
     Examples:
         >>> tt.overview("small.yaml", ["data.loss=last"])
@@ -111,8 +110,8 @@ def run(
         recipe: a file, a mapping or a `Recipe`.
         overrides: `key=value` with dotted keys.
         overwrite: replace what an earlier run left in the output directory.
-        resume: continue from its last checkpoint.
-        device: in place of the recipe's.
+        resume: continue from the last checkpoint of that earlier run.
+        device: the device to compute on, in place of the recipe's.
         show: an observer of the run (`trimtab.report.terminal.Terminal()` prints it); None for silence.
 
     Returns:
@@ -141,7 +140,7 @@ def search(
     Args:
         recipe: a file, a mapping or a `Recipe` with a `search` block.
         overrides: `key=value` with dotted keys.
-        device: in place of the recipe's.
+        device: the device to compute on, in place of the recipe's.
         show: an observer of trials; None for silence.
 
     Returns:
@@ -168,15 +167,15 @@ def evaluate(
     tokens: int | None = None,
     device: Device = "auto",
 ) -> "Evaluation":
-    """Perplexity of a model, saved by trimtab or in float, on held-out data.
+    """Measure the perplexity of a model on held-out data.
 
     Args:
-        path: the model.
+        path: the model, saved by trimtab or in float.
         data: held-out data, in the forms of a recipe's `data.path`; None for what the model's own recipe names.
         split: split of a hub data set or of `pydoc-topics`; None for the recipe's, or `train` where `data` is given.
         block_tokens: length of a window; None for the recipe's, or 1024.
-        tokens: at most this many; None for the recipe's, or all where `data` is given.
-        device: see the top of this file.
+        tokens: measure on at most this many tokens; None for the recipe's number, or all where `data` is given.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu.
 
     Examples:
         >>> tt.evaluate("runs/small", data="heldout.jsonl").perplexity
@@ -197,16 +196,16 @@ def harness(
     out: str | None = None,
     device: Device = "auto",
 ) -> "Accuracies":
-    """Accuracies by lm-evaluation-harness on local files, with standard errors; of two models, paired differences.
+    """Measure accuracies with lm-evaluation-harness on local files, with their standard errors.
 
     Args:
         path: the model.
-        other: a second one, asked the same items.
+        other: a second model, which is asked the same items; the result then has their paired differences, too.
         tasks: names in `trimtab.evaluation.harness.TASKS`.
         data: the directory that holds <task>/<split>.jsonl in the data sets' original fields.
         limit: items of each task, spread evenly; None for all.
         out: JSON file; None for `harness.json` in `path`.
-        device: see the top of this file.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu.
 
     Examples:
         >>> tt.harness("runs/small", "base", tasks=["piqa"], data="tasks")
@@ -233,12 +232,12 @@ def export(
     Args:
         path: a directory that trimtab saved.
         format: a name in `trimtab formats`, for example `compressed-tensors`; `same` is the one that its base came in.
-        out: where to; None for `<path>/<format>`.
+        out: the folder to write; None for `<path>/<format>`.
         engine: the one engine that must run the result; None for any that reads the format.
-        allow_lossy: round what the format does not hold to the nearest that it holds, instead of refusing.
+        allow_lossy: round values that the format does not hold to the nearest that it holds, instead of refusing.
         overwrite: replace an earlier export.
-        max_shard_size: size of a safetensors file.
-        device: see the top of this file; stored codes do not depend on it, last bits of merged adapters may.
+        max_shard_size: largest size of a safetensors file.
+        device: auto, cpu, cuda, ...; stored codes do not depend on it, the last bits of a merged adapter may.
 
     Raises:
         UserError: naming the first layer that the format cannot hold, the cause and the remedy.
@@ -270,11 +269,14 @@ def parity(
     Args:
         path: the exported directory.
         engine: transformers, vllm, llama.cpp or mlx.
-        python: Python of the engine's own environment; None for TRIMTAB_<ENGINE>_PYTHON, or ours.
+        python: Python of the engine's own environment; None for TRIMTAB_<ENGINE>_PYTHON, or the running Python.
         trained: the directory that trimtab saved; None for the one that holds `path`.
         data: held-out text; None for what the recipe names.
-        tokens: how many to compare on.
-        device: of the trained model and of the engine transformers; other engines choose for themselves.
+        tokens: the number of tokens to compare on.
+        device: device of the trained model, and of the engine transformers; other engines choose for themselves.
+
+    Returns:
+        The differences of log-probabilities, the agreement of the likeliest tokens, and both perplexities.
 
     Examples:
         >>> tt.parity("runs/small/gguf", "llama.cpp", python="llama-env/bin/python")
@@ -295,6 +297,9 @@ def verify(path: AnyPath) -> int:
     Args:
         path: the folder.
 
+    Returns:
+        The number of files that are what was written.
+
     Raises:
         UserError: naming the first file that is missing, changed or foreign.
 
@@ -314,14 +319,14 @@ def chat(
     engine: str = "auto",
     device: Device = "auto",
 ) -> "Talk":
-    """A model to talk to: `.answer(question)` alone; `.say(question)` streams, and remembers until `.reset()`.
+    """Open a model to talk to: `.answer(question)` answers once; `.say(question)` streams, and remembers until `.reset()`.
 
     Args:
         path: a run's folder, a saved or exported model, a .gguf file, a hub id, or a PEFT LoRA that names its base.
-        system: what the model is told first.
-        sampling: `trimtab.evaluation.chat.Sampling`; None takes the likeliest token each time, 256 at most.
+        system: the system prompt.
+        sampling: `trimtab.evaluation.chat.Sampling`; None takes the likeliest token each time, for 256 tokens at most.
         engine: auto, transformers or llama.cpp.
-        device: see the top of this file; llama.cpp decides for itself.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu; llama.cpp chooses for itself.
 
     Examples:
         >>> tt.chat("runs/small").answer("What is a trim tab?")
@@ -353,18 +358,20 @@ def prune(
     seed: int = 0,
     device: Device = "auto",
 ) -> "Pruned":
-    """Take attention heads and MLP channels, or whole layers, out of a float model; writes an ordinary checkpoint.
+    """Remove attention heads and MLP channels, or whole layers, from a float model, and write an ordinary checkpoint.
+
+    Give exactly one of `ratio`, `bytes` and `layers`.
 
     Args:
         path: the float model.
         out: a new directory.
-        ratio: share of the parameters to remove, at least; exactly one of `ratio`, `bytes` and `layers`.
-        bytes: or the largest size of what is left, for example `200MiB`.
-        layers: or a number of whole layers to drop.
-        what: what is removed for a ratio or size: widths or layers.
+        ratio: share of the parameters to remove, at least.
+        bytes: the largest size of the pruned model, for example `200MiB`.
+        layers: the number of whole layers to drop.
+        what: what is removed for a ratio or size: widths (heads and channels) or layers.
         importance: taylor, magnitude or random.
         keep: layers not to drop, which decide the widths; negative numbers count from the end.
-        count_embeddings: whether the ratio is one of all parameters.
+        count_embeddings: whether the ratio counts the embeddings as well.
         multiple_of: MLP widths are a multiple of this: the largest group size to be used.
         data: calibration set, in the forms of a recipe's `data.path`.
         split: split of the calibration set.
@@ -372,7 +379,10 @@ def prune(
         block_tokens: length of a calibration window, in tokens.
         dtype: dtype of the pruned model: bfloat16, float16 or float32.
         seed: seed of random importance.
-        device: see the top of this file.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:N, mps or xpu.
+
+    Returns:
+        What was removed.
 
     Examples:
         >>> tt.prune("base", "smaller", ratio=0.2)

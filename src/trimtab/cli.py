@@ -106,7 +106,7 @@ def plan(
         str, typer.Argument(help="Recipe file, or a model: directory, config.json, .gguf, hub id.", metavar="RECIPE")
     ],
     overrides: _Overrides = None,
-    memory: Annotated[str | None, typer.Option(help="Memory to plan for, 24GiB: lists what fits.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory to plan for, 24GiB: lists the settings that fit.")] = None,
     probe: Annotated[bool, typer.Option(help="Train random layers for ten seconds, to predict the speed.")] = True,
     device: _RecipeDevice = None,
 ) -> None:
@@ -121,7 +121,7 @@ def plan(
 
 @app.command()
 def data(recipe: _RecipeFile, overrides: _Overrides = None) -> None:
-    """Show what training will see: rows, tokens, what is learned, and the first example."""
+    """Show what training will see: rows, tokens, the part that is learned, and the first example."""
     _terminal().data(trimtab.overview(recipe, overrides or ()))
 
 
@@ -153,7 +153,7 @@ def harness(
     out: Annotated[str | None, typer.Option(help="JSON file; default: harness.json in DIR.")] = None,
     device: _Device = "auto",
 ) -> None:
-    """Measure accuracies with standard errors on local files; of two models, paired differences."""
+    """Measure accuracies with standard errors on local files, and the paired differences of two models."""
     terminal = _terminal()
     names = [name.strip() for name in tasks.split(",")]
     terminal.accuracies(trimtab.harness(path, other, tasks=names, data=data, limit=limit, out=out, device=device))
@@ -196,7 +196,7 @@ def parity(
 
 @app.command()
 def formats() -> None:
-    """List the formats, what each of them can hold, and what each engine runs of it."""
+    """List the formats, what each of them can hold, and which of it each engine runs."""
     terminal = _terminal()
     from trimtab.formats import ALL
     from trimtab.formats.table import HEADER, table
@@ -217,7 +217,7 @@ def chat(
     ],
     prompt: Annotated[str | None, typer.Option(help="Answer this one question and stop.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    tokens: Annotated[int, typer.Option(help="Length of an answer, at most, in tokens.")] = 256,
+    tokens: Annotated[int, typer.Option(help="Largest length of an answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the tokens of this total probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 for all.")] = 0,
@@ -275,7 +275,7 @@ def compare(
     device: _Device = "auto",
     out: Annotated[str | None, typer.Option(help="Output folder; default: runs/compare-A-B.")] = None,
 ) -> None:
-    """Compare two models on one text: KL divergence, agreement, perplexities, sizes; a table and a page."""
+    """Compare two models on one text, in a table and a report: KL divergence, agreement, perplexities and sizes."""
     terminal = _terminal()
     beside: dict[str, Any] = {"first_adapter": adapter_a, "second_adapter": adapter_b, "out": out, "dtype": dtype}
     on: dict[str, Any] = {"split": split, "tokens": tokens, "block_tokens": block_tokens, "device": device}
@@ -286,7 +286,7 @@ def compare(
 def report(
     path: Annotated[str, typer.Argument(help="Folder of a run, a search or a comparison.", metavar="DIR")],
 ) -> None:
-    """Write report.html again, with the exports and checks made since."""
+    """Write report.html again, with the exports and checks that were made since."""
     _terminal().say(f"written to {trimtab.write_report(path)}")
 
 
@@ -309,11 +309,11 @@ def prune(
     path: Annotated[str, typer.Argument(help="Directory, .gguf file, hub id, or smollm2-135m.", metavar="MODEL")],
     out: Annotated[str, typer.Option(help="New directory for the pruned model.")],
     ratio: Annotated[float | None, typer.Option(help="Share of the parameters to remove, at least: 0.3.")] = None,
-    size: Annotated[str | None, typer.Option("--bytes", help="Or remove until this size is left: 200MiB.")] = None,
+    size: Annotated[str | None, typer.Option("--bytes", help="Or the largest size of the result: 200MiB.")] = None,
     drop_layers: Annotated[int | None, typer.Option(help="Or drop this many whole layers.")] = None,
     what: Annotated[str, typer.Option(help="What is removed for a ratio or size: widths or layers.")] = "widths",
     importance: Annotated[str, typer.Option(help="Importance: taylor, magnitude or random.")] = "taylor",
-    keep: Annotated[str, typer.Option(help="Layers that stay, and decide the widths: 0,1,-1.")] = "",
+    keep: Annotated[str, typer.Option(help="Layers that are not dropped, and that decide the widths: 0,1,-1.")] = "",
     count_embeddings: Annotated[bool, typer.Option(help="Count embeddings in the ratio.")] = False,
     multiple_of: Annotated[int, typer.Option(help="Make MLP widths multiples of this, the largest group.")] = 64,
     data: Annotated[str, typer.Option(help="Calibration set.")] = "pydoc-topics",
@@ -324,7 +324,7 @@ def prune(
     seed: Annotated[int, typer.Option(help="Seed of random importance.")] = 0,
     device: _Device = "auto",
 ) -> None:
-    """Remove attention heads and MLP channels, or whole layers, from a float model; writes a float checkpoint."""
+    """Remove attention heads and MLP channels, or whole layers, from a float model; the result is a float checkpoint."""
     terminal = _terminal()
     much: dict[str, Any] = {"ratio": ratio, "bytes": size, "layers": drop_layers, "what": what}
     how: dict[str, Any] = {"importance": importance, "keep": whole_numbers(keep, "--keep"), "seed": seed}
@@ -362,7 +362,7 @@ def recipe(
     explain: Annotated[bool, typer.Option("--explain", help="Explain every field.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
 ) -> None:
-    """Print a recipe to start from, what every field means, or the schema of recipes."""
+    """Print a recipe to start from, the meaning of every field, or the JSON schema of recipes."""
     _terminal()
     from trimtab.recipe.explain import explanation
     from trimtab.recipe.recipe import EXAMPLE

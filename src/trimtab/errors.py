@@ -14,7 +14,14 @@ _LONGEST = 1200
 
 
 class UserError(ValueError):
-    """Bad input, described in one line for the person who gave it."""
+    """Bad input, described in one line for the person who gave it.
+
+    Examples:
+        >>> try:
+        ...     tt.run("small.yaml")
+        ... except tt.UserError as error:
+        ...     print(error)
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(in_one_line(message))

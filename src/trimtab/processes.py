@@ -116,7 +116,7 @@ def _hear(store: dist.Store, kind: type[BaseException] | None, error: BaseExcept
             # By SIGTERM the launcher ends those that did not fail.
             if isinstance(error, Terminated) and store.check(["failed"]):
                 raise Elsewhere(1) from None
-        return  # Ctrl-C reaches all of them, and the first one is to say how to go on
+        return  # Ctrl-C reaches all of them, and the first one is to say how to continue
     me, failed = str(rank()), None
     with suppress(dist.DistError, RuntimeError):  # its keeper may be gone
         failed = None if isinstance(error, Elsewhere) else store.compare_set("failed", "", me).decode()

@@ -35,7 +35,7 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise UserError(f"{option}: {text!r} is no list of layer numbers; write 0,1,-1") from None
+        raise UserError(f"{option}: {text!r} is not a list of layer numbers; write 0,1,-1") from None
 
 
 def beyond(dtype: object) -> str:

@@ -102,7 +102,7 @@ def test_a_database_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.warns(UserWarning, match="waiting for it"), pytest.raises(storage.Away) as caught:
         found.trials()
     assert "\n" not in str(caught.value)
-    assert caught.match(r"unexpectedly; away for 3\d\d s, and the same command goes on when it is back")
+    assert caught.match(r"unexpectedly; away for 3\d\d s, and the same command continues when it is back")
     waited = sum(slept)
     with pytest.raises(storage.Away, match="away for 0 s"):
         found.trials()
@@ -160,9 +160,9 @@ def test_what_cannot_be_opened(tmp_path: Path, slept: list[float]) -> None:
 
     assert refused(f"sqlite:///{tmp_path}/no/x.db").endswith("no/x.db: unable to open database file")
     said = refused("postgres://me:secret@host/db")
-    assert said.startswith("search.storage: postgres://me:***@host/db: is no url of a database (")
-    assert "is no url of a database (Optuna has no storage in Redis)" in refused("redis://host:1234")
-    assert "is no url of a database" in refused("postgresql://me:secret{0@host/db")
+    assert said.startswith("search.storage: postgres://me:***@host/db: is not the URL of a database (")
+    assert "is not the URL of a database (Optuna has no storage in Redis)" in refused("redis://host:1234")
+    assert "is not the URL of a database" in refused("postgresql://me:secret{0@host/db")
     if find_spec("cx_Oracle") is None:
         said = refused("oracle+cx_oracle://host/db?password=secret")
         assert "needs its driver installed (No module named 'cx_Oracle'): pip install" in said

@@ -155,7 +155,7 @@ def test_somebodys_file_is_no_journal(tmp_path: Path, text: str) -> None:
     """A journal's last line is cut off if it has no end: so would be that of any file."""
     file = tmp_path / "notes.jsonl"
     file.write_text(text)
-    with pytest.raises(UserError, match=r"notes\.jsonl is no journal of Optuna's"):
+    with pytest.raises(UserError, match=r"notes\.jsonl is not a journal of Optuna"):
         Search(made(tmp_path, storage=str(file)))
     assert file.read_text() == text
     assert not (tmp_path / "notes.jsonl.lock").exists()

@@ -135,7 +135,7 @@ def test_columns(tmp_path: Path) -> None:
             (),
             "line 1: has no 'x', which data.columns takes for 'prompt'",
         ),
-        ({"promt": "sentence"}, (), r"data\.columns: 'promt' is no key of a row \(did you mean 'prompt'\?\)"),
+        ({"promt": "sentence"}, (), r"data\.columns: 'promt' is not a key of a row \(did you mean 'prompt'\?\)"),
         ({"text": "sentence"}, (), "line 1: the key 'label' would be dropped"),
         ({"label": "sentence"}, (), "makes 'sentence' its 'label', but the row has a 'label' of its own"),
     ],

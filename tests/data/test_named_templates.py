@@ -93,7 +93,10 @@ def test_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "complaint"),
-    [("alpacca", r"'alpacca' is no template \(did you mean 'alpaca'\?\)"), ("away.jinja", "away.jinja: no such file")],
+    [
+        ("alpacca", r"'alpacca' is not a template \(did you mean 'alpaca'\?\)"),
+        ("away.jinja", "away.jinja: no such file"),
+    ],
 )
 def test_names_of_none(name: str, complaint: str) -> None:
     with pytest.raises(UserError, match=rf"data\.template: {complaint}"):

@@ -154,7 +154,7 @@ def test_what_a_template_reads_is_used(tmp_path: Path) -> None:
     [
         ({"tools": [{"name": "f"}]}, "does not render 'tools'"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "'enable_thinking' of chat_template_kwargs"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "has 'tokenize', which is no argument of a template"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "has 'tokenize', which is not an argument of a template"),
         ({"messages": chat("a", "b", reasoning_content="hm")["messages"]}, "'reasoning_content' of message 2"),
         ({"messages": chat("a", "b", name="bob")["messages"]}, "'name' of message 2"),
     ],

@@ -214,7 +214,7 @@ def test_folders(given: Path, tmp_path: Path) -> None:
         trimtab.chat(str(tmp_path / "mlx"))
     with pytest.raises(UserError, match="none of auto"):
         trimtab.chat(str(run), engine="vllm")
-    with pytest.raises(UserError, match="is no GGUF file"):
+    with pytest.raises(UserError, match="is not a GGUF file"):
         trimtab.chat(str(run), engine="llama.cpp")
 
 

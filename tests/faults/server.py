@@ -102,7 +102,7 @@ class Server:
     def _load(self) -> None:
         """Load what a child has loaded, once for all that follow."""
         for module in (self._folder / "modules").read_text().split():
-            with suppress(ImportError, AttributeError):  # one that is made by another is no file
+            with suppress(ImportError, AttributeError):  # one that is made by another is not a file
                 importlib.import_module(module)
         gc.collect()
         gc.freeze()  # else each child would look through all of it, and copy the pages

@@ -125,7 +125,7 @@ def test_start_from_peft(tmp_path: Path, rslora: bool) -> None:
         start_from(other, str(tmp_path))
 
 
-# ---- what is no plain LoRA -------------------------------------------------------------------------------------------
+# ---- what is not a plain LoRA -------------------------------------------------------------------------------------------
 
 RULES = [{"match": "*q_proj", "grid": "float"}, {"match": "*", "grid": None}]
 
@@ -200,7 +200,7 @@ def test_every_field_of_peft_is_known_to_be_harmless_or_refused(tmp_path: Path, 
             *("megatron_core", "qalora_group_size"),
         }
         return
-    with pytest.raises(UserError, match=rf"adapter_config\.json: {field} is .*no plain LoRA.*merge_and_unload"):
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {field} is .*not a plain LoRA.*merge_and_unload"):
         started(folder)
 
 
@@ -233,7 +233,7 @@ def test_tensors_and_ranks_that_do_not_belong_are_refused(tmp_path: Path) -> Non
     whole = load_file(file)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight"
     save_file(whole | {name: torch.ones(4)}, file)
-    with pytest.raises(UserError, match=r"lora_magnitude_vector\.weight is no factor"):
+    with pytest.raises(UserError, match=r"lora_magnitude_vector\.weight is not a factor"):
         started(tmp_path / "lora")
     save_file(whole | {next(iter(whole)): torch.full((4, 64), torch.nan)}, file)
     with pytest.raises(UserError, match="holds NaN"):
@@ -265,7 +265,7 @@ def test_patterns_that_are_none(tmp_path: Path, key: str, value: Any) -> None:
     file = tmp_path / "out" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     model = prepared(EMBEDDING, NF4, method=Qlora(rank=4), dtype=torch.float32)
-    with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is no mapping of patterns"):
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {key} is not a mapping of patterns"):
         start_from(model, str(tmp_path / "out"))
 
 

@@ -81,8 +81,8 @@ def test_blocks_of_a_file_come_back_byte_for_byte(kind: Kind) -> None:
     [
         (Grid(8, 32, "integer"), "no GGUF type holds int8 g32 integer: use at most 7 bits"),
         (Grid(6, 32, "real"), "no GGUF type holds int6 g32 real: use at most 5 bits"),
-        (Grid(4, 16), "group 16 is no multiple"),
-        (Grid(4, 48), "group 48 is no multiple"),
+        (Grid(4, 16), "group 16 is not a multiple"),
+        (Grid(4, 48), "group 48 is not a multiple"),
         (Grid(4, 32, scale_dtype="float32"), "float32 scales; .* `scale_dtype: portable`"),
         (CodebookGrid("nf4", 64), "no table of nf4 values: use an affine grid"),
     ],

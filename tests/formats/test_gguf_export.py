@@ -96,7 +96,7 @@ def test_a_file_says_what_most_of_it_is(tmp_path: Path) -> None:
     [
         ({"bits": 8, "group": 32, "zero": "integer"}, "at most 7 bits"),
         ({"codebook": "nf4", "group": 32}, "no table of nf4 values"),
-        ({"bits": 4, "group": 16}, "group 16 is no multiple"),
+        ({"bits": 4, "group": 16}, "group 16 is not a multiple"),
     ],
     ids=str,
 )

@@ -336,7 +336,7 @@ def test_windows_and_caps_of_gemma(gemma: Path) -> None:
 
 def test_tensors_that_no_parameter_takes_refuse_the_file(llama: Path) -> None:
     for name in ("blk.0.attn_q_norm.weight", "blk.1.ffn_gate_inp.weight", "per_layer_model_proj.weight"):
-        with pytest.raises(UserError, match=rf"tensor {name} is no parameter of a llama model"):
+        with pytest.raises(UserError, match=rf"tensor {name} is not a parameter of a llama model"):
             load_float(str(changed(llama, extra={name: np.ones(32)})))
 
 

@@ -104,7 +104,7 @@ def test_it_is_trained_on_its_grid_and_goes_back(tmp_path: Path, format_: str) -
 
 @pytest.mark.parametrize("format_", ["gptq", "compressed-tensors"])
 def test_scales_that_are_none(tmp_path: Path, format_: str) -> None:
-    """A scale of zero is a group of zeros, which can be trained; one that is no number is refused by name."""
+    """A scale of zero is a group of zeros, which can be trained; one that is not a number is refused by name."""
     name = "model.layers.1.mlp.up_proj"
     part = "scales" if format_ == "gptq" else "weight_scale"
     folder, ours = exported(tmp_path, format_, {"bits": 4, "zero": "integer", "group": 32})

@@ -101,7 +101,7 @@ def test_what_may_not_happen_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 HUGE = (1e38, -1e38) * 32
-"""Of so many, torch's spread in float32 is no number."""
+"""Of so many, torch's spread in float32 is not a number."""
 
 
 @pytest.mark.parametrize(

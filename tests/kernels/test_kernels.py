@@ -198,7 +198,7 @@ def test_gradients_per_channel_in_bfloat16(zero: str, shift: float) -> None:
 
 
 def test_what_is_clipped_lies_in_the_row() -> None:
-    """Also where a factor is no longer finite: beyond the row's end 0 times infinity is no number."""
+    """Also where a factor is no longer finite: beyond the row's end 0 times infinity is not a number."""
     weight, about, _, _ = per_channel("symmetric", 0.5)
     assert about.b_NR is not None
     lost = about._replace(b_NR=torch.full_like(about.b_NR, torch.inf))

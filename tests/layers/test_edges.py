@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_named() -> None:
     for method, grid, said in (
         (QaHira(repeat=2), Grid(4, None, "real"), "repeat 2 does not divide the 15 output features"),
         (QaLora(pool=2), Grid(4, 1, "real"), "pool 2 does not divide the 17 input features"),
-        (QaLora(pool=1), Grid(4, None, "real"), "pool 1 is no multiple of the group 17"),
+        (QaLora(pool=1), Grid(4, None, "real"), "pool 1 is not a multiple of the group 17"),
         (QBara(k=17), Grid(4, None), "k 17 does not divide the 15 output features"),
         (Rtn(), Grid(4, 16), "group 16 does not divide the 17 input features"),
     ):

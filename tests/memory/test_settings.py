@@ -264,7 +264,7 @@ def test_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = api.plan(tmp_path)
     lines = [s for s in planned.tables(here, here.total, str) if isinstance(s, str)]
     assert lines[0] == f"memory free here: {here.total}: fits, 0 left"
-    with pytest.raises(UserError, match="memory: 'much' is no size"):
+    with pytest.raises(UserError, match="memory: 'much' is not a size"):
         api.plan(tmp_path, memory="much")
 
 

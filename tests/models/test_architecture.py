@@ -324,7 +324,7 @@ def test_what_is_not_known_of_another_model_is_refused_by_its_type(name: str) ->
         families.family(model.config)
     with pytest.raises(UserError, match=f"mlx: model type '{name}' was not compared with mlx-lm; tested are llama, "):
         config_keys(model.config)
-    refused = {"gpt_neox": "no block with float layers q_proj, k_proj, v_proj, o_proj", "opt": "no plain decoder"}
+    refused = {"gpt_neox": "no block with float layers q_proj, k_proj, v_proj, o_proj", "opt": "not a plain decoder"}
     with pytest.raises(UserError, match=refused[name]):
         structures.layout(model)
 

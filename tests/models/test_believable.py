@@ -56,7 +56,7 @@ def test_one_layer_more_is_missing_by_name(model: Path) -> None:
 
 def test_tensors_of_a_layer_that_the_config_has_not_are_named(model: Path) -> None:
     change(model, num_hidden_layers=1)
-    with pytest.raises(UserError, match=r"tensor model\.layers\.1\..* is no part of"):
+    with pytest.raises(UserError, match=r"tensor model\.layers\.1\..* is not a part of"):
         tt.load(str(model))
 
 

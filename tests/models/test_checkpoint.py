@@ -162,7 +162,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 def test_a_tensor_that_the_config_does_not_declare_is_named(extra: str, copied: Callable[..., Path]) -> None:
     """A bias that the config does not declare, scales of weights, a layer too many: transformers only warns."""
     path = copied("llama", lambda tensors: tensors | {extra: torch.ones(32)})
-    refused(path, rf"tensor {re.escape(extra)} is no part of the LlamaForCausalLM")
+    refused(path, rf"tensor {re.escape(extra)} is not a part of the LlamaForCausalLM")
 
 
 @pytest.mark.parametrize(

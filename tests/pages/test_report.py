@@ -14,6 +14,7 @@ from trimtab.errors import UserError
 from trimtab.formats import manifest
 from trimtab.pages import charts, report, vega
 from trimtab.pages.html import Page
+from trimtab.report.terminal import Terminal
 from trimtab.words import duration, perplexity
 
 needs_vega = pytest.mark.skipif(vega.lacking(), reason="needs trimtab[report]")
@@ -137,6 +138,17 @@ def test_a_run(run: Path) -> None:
     assert sum(r["value"] for r in memory if r["name"].startswith("planned")) == 2_500_000
     assert {r["value"] for r in memory if r["name"].startswith("measured")} == {3_000_000}
     assert {r["name"]: r["shown"] for r in values(by_caption(page, "Each format"))}["native"] == "70.0 kB"
+
+
+def test_perplexity_of_rows_with_prompts_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where training learns the answers alone, the perplexity of whole rows may rise: both say what it is of."""
+    found = METRICS | {"perplexity_of": "whole rows, prompts included"}
+    write(tmp_path / "asked", metrics_json=found, config_json={})
+    write(tmp_path / "read", metrics_json=METRICS, config_json={})
+    assert by_caption(report.page(tmp_path / "asked"), "on the same tokens, whole rows, prompts included.")
+    assert by_caption(report.page(tmp_path / "read"), "on the same tokens.")
+    Terminal().finish({"perplexity": {"tuned": 9.0}, "perplexity_of": found["perplexity_of"], "output": "asked"}, [])
+    assert "perplexity is that of whole rows, prompts included; training" in capsys.readouterr().out
 
 
 def test_a_run_that_says_little(tmp_path: Path) -> None:

@@ -215,6 +215,7 @@ def test_what_was_saved_is_what_was_measured(runs: dict[str, dict[str, Any]], gi
         model, tokenizer = trimtab.load(metrics["output"])
         blocks = token_windows(rows, tokenizer, block_tokens=32, limit_tokens=256)
         assert perplexity(model, blocks) == metrics["perplexity"]["tuned"]
+        assert "perplexity_of" not in metrics  # texts are learned whole
         adapters = [m.adapter for m in quant_layers(model).values() if isinstance(m, QuantLinear) and m.adapter]
         assert len(adapters) == (14 if name == "qlora" else 0)
 

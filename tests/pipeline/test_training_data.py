@@ -137,6 +137,7 @@ def test_a_base_model_learns_conversations_from_several_files(tmp_path: Path) ->
     assert json.loads((tmp_path / "run" / "parity.json").read_text())["text"] == "held-out"
     found = evaluate(str(tmp_path / "run"))
     assert found.perplexity == pytest.approx(metrics["perplexity"]["tuned"], rel=1e-3)
+    assert metrics["perplexity_of"] == "whole rows, prompts included"  # while training learns the answers alone
     assert found.data.startswith("rows held out of ")
     with pytest.raises(UserError, match=r"split: .* is measured on rows held out of .*; pass --data with the split"):
         evaluate(str(tmp_path / "run"), split="test")

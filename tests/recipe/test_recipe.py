@@ -164,7 +164,7 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"method": {"name": "lr-qat", "rank": "big"}}, "method.rank: .*'big'"),
     "no rank": ({"method": {"name": "lr-qat", "rank": None}}, "method.rank: .*None"),
     "storage": ({"method": {"name": "lr-qat", "storage": "int4"}}, "method.storage: .*'fixed8'"),
-    "method": ({"method": ["lr-qat"]}, "method: .*is no method"),
+    "method": ({"method": ["lr-qat"]}, "method: .*is not a method"),
     "bits": ({"rules": [{"match": "*", "grid": {"bits": "4"}}]}, r"rules\[0\].grid.bits: '4' is not a whole number"),
     "bits in range": ({"rules": [{"match": "*", "grid": {"bits": 9}}]}, r"rules\[0\].grid: .*between 1 and 8"),
     "yes": ({"rules": [{"match": "*", "grid": {"bits": True}}]}, r"rules\[0\].grid.bits: True"),
@@ -174,10 +174,10 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {
         {"rules": [{"match": "*", "grid": {"codebook": "nf4", "double_quant": "maybe"}}]},
         r"rules\[0\].grid.double_quant: 'maybe'",
     ),
-    "grid": ({"rules": [{"match": "*", "grid": 4}]}, r"rules\[0\].grid: 4 is no grid; write"),
+    "grid": ({"rules": [{"match": "*", "grid": 4}]}, r"rules\[0\].grid: 4 is not a grid; write"),
     "pattern": ({"rules": [{"match": 4, "grid": None}]}, r"rules\[0\].match: 4 is not a pattern"),
     "rule": ({"rules": [{"match": "*"}]}, r"rules\[0\]: .*exactly the keys match and grid, not match"),
-    "rules": ({"rules": "all"}, "rules: 'all' is no list"),
+    "rules": ({"rules": "all"}, "rules: 'all' is not a list"),
 }
 
 

@@ -327,7 +327,7 @@ def test_what_a_cache_refuses(given: Path, tmp_path: Path) -> None:
     of = parsed(given, tmp_path / "run")
     (tmp_path / "run-teacher").mkdir()
     (tmp_path / "run-teacher" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds thesis\.txt, which is no cache"):
+    with pytest.raises(UserError, match=r"holds thesis\.txt, which no cache has"):
         asked(of)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):

@@ -163,7 +163,7 @@ def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
 def test_an_end_that_the_model_has_no_row_for(tmp_path: Path, row: dict[str, str]) -> None:
-    """Of few rows, too: it is no token of the text, but of what is trained."""
+    """Of few rows, too: it is not a token of the text, but of what is trained."""
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     with pytest.raises(

@@ -249,7 +249,7 @@ def test_one_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None:
 def test_somebody_elses_files_stay(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     np.save(tmp_path / "cache" / "ids.npy", np.arange(3))
-    with pytest.raises(UserError, match=r"holds ids\.npy, which is no cache's"):
+    with pytest.raises(UserError, match=r"holds ids\.npy, which no cache has"):
         fill(tmp_path / "cache")
     assert np.load(tmp_path / "cache" / "ids.npy").tolist() == [0, 1, 2]
     (tmp_path / "new.unfinished").mkdir()

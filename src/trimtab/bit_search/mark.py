@@ -13,7 +13,7 @@ from trimtab.recipe.recipe import Recipe
 
 _HOW = {"workers", "storage", "devices", "engine", "resources"}
 _MAY_CHANGE = {"trials", "budget", "budget_training", "uniform", "seed"} | _HOW
-"""Of a search that goes on."""
+"""Of a search that continues."""
 _NOT_OF_DATA = {"eval_tokens", "num_proc", "streaming", "path", "eval_path", "template"}
 """How data are read, not which, and where they lie; a search refuses streams."""
 _OWN_LENGTH = {

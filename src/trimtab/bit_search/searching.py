@@ -246,7 +246,7 @@ class Search:
         self.ledger.where = f"{socket.gethostname()} {self.bench.recipe.device}"
         if not self.more(told):
             return
-        # Before there is a claim: loading is no trial's failure, and no lease waits for it.
+        # Before there is a claim: a failure to load is not one of a trial, and no lease waits for it.
         objective = self.bench.objective()
         while self.more(told):
             while (trial := self.claim()) is not None:

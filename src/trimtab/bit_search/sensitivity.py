@@ -86,7 +86,7 @@ def exact(
     Args:
         model: in float; left as it is.
         units: whose layers lie in one decoder layer each.
-        placements: choices; what is no grid costs nothing.
+        placements: choices; what is not a grid costs nothing.
         windows_WL: int64 calibration windows.
         micro_batch: windows in one pass.
     """

@@ -91,7 +91,7 @@ def _database(url: str) -> BaseStorage:
         ) from error
     except (ArgumentError, ValueError, LookupError) as error:
         raise UserError(
-            f"search.storage: {shown(url)}: is no url of a database ({_line(error)}); write "
+            f"search.storage: {shown(url)}: is not the URL of a database ({_line(error)}); write "
             "postgresql://user:password@host/name, mysql+pymysql://.. or sqlite:///file"
         ) from error
     except RuntimeError as error:  # tables of another version of Optuna
@@ -135,7 +135,7 @@ class Patient:
                 if waited > patience or self._given_up:
                     self._given_up = True  # what is asked while a search ends does not wait again
                     raise Away(
-                        f"{what}; away for {waited:.0f} s, and the same command goes on when it is back"
+                        f"{what}; away for {waited:.0f} s, and the same command continues when it is back"
                     ) from error
                 if waited > 1 and not said:
                     warnings.warn(f"{what}; waiting for it, {patience:.0f} s at most", stacklevel=2)
@@ -253,4 +253,4 @@ def _check_journal(path: Path) -> None:
             "`output`) to a place where it can"
         ) from error
     if first and not first.startswith(b'{"op_code":'):
-        raise UserError(f"search.storage: {path} is no journal of Optuna's; name another file")
+        raise UserError(f"search.storage: {path} is not a journal of Optuna; name another file")

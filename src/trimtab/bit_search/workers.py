@@ -1,6 +1,6 @@
 """A search carried out: by this process, by several that it starts and watches, or by tasks of Ray's (`ray_engine`).
 
-Ctrl-C ends it cleanly: the trial in flight becomes a dead one, what was found is written, and the same command goes on.
+Ctrl-C ends it cleanly: the trial in flight becomes a dead one, what was found is written, and the same command continues.
 """
 
 import multiprocessing
@@ -103,7 +103,7 @@ def _watch(search: Search, recipe: Recipe, places: Sequence[str | None], told: C
         killed = "; -9 is the system's kill, mostly for want of memory: use fewer workers" if -9 in failed else ""
         raise UserError(
             f"search: {len(failed)} of {count} workers stopped with an error (exit codes {failed}{killed}) and trials are "
-            "left; the same command goes on"
+            "left; the same command continues"
         )
 
 

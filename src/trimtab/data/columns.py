@@ -25,7 +25,7 @@ def check_columns(columns: Mapping[str, str], key: str = "data.columns") -> None
     for name in columns:
         if name not in KEYS:
             raise UserError(
-                f"{key}: {name!r} is no key of a row{nearest(name, list(KEYS))}; known are {', '.join(KEYS)}"
+                f"{key}: {name!r} is not a key of a row{nearest(name, list(KEYS))}; known are {', '.join(KEYS)}"
             )
 
 

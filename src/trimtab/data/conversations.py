@@ -108,7 +108,7 @@ def render(given: Given, tokenizer: PreTrainedTokenizerBase, where: object, *, a
     own = [name for name in arguments if name in inspect.signature(tokenizer.apply_chat_template).parameters]
     if own:
         raise UserError(
-            f"data, {where}: chat_template_kwargs has {own[0]!r}, which is no argument of a template; remove it"
+            f"data, {where}: chat_template_kwargs has {own[0]!r}, which is not an argument of a template; remove it"
         )
     cause: Exception | None = None
     for way in _WAYS if calls else _WAYS[:1]:

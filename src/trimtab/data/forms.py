@@ -137,7 +137,9 @@ def _history(value: object, where: str) -> list[Message]:
     turns: list[Message] = []
     for index, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise UserError(f"{where}: 'history' is no list of [question, answer] pairs; correct it, or use 'messages'")
+            raise UserError(
+                f"{where}: 'history' is not a list of [question, answer] pairs; correct it, or use 'messages'"
+            )
         for role, text in zip(("user", "assistant"), pair, strict=True):
             turns.append({"role": role, "content": string(text, f"history[{index}]", where)})
     return turns

@@ -85,7 +85,7 @@ def token_windows(
             break
         document = tokens_of(text, tokenizer, head)[len(head) :]  # each block has its own
         token_ids.extend(document)
-        # An empty row is no document, and a chat template may have written the token already.
+        # An empty row is not a document, and a chat template may have written the token already.
         if document and document[-1] != eos_id:
             token_ids.append(eos_id)
     each = block_tokens - len(head)

@@ -43,7 +43,8 @@ def check_template(name: str) -> None:
     if name.endswith((".jinja", ".jinja2", ".txt")) or "/" in name:
         raise UserError(f"data.template: {name}: no such file")
     raise UserError(
-        f"data.template: {name!r} is no template{nearest(name, list(NAMED))}; give {' or '.join(NAMED)}, or a .jinja file"
+        f"data.template: {name!r} is not a template{nearest(name, list(NAMED))}; "
+        f"give {' or '.join(NAMED)}, or a .jinja file"
     )
 
 

@@ -29,7 +29,7 @@ def perplexity(model: PreTrainedModel, windows_WL: Tensor) -> float:
         exp(mean negative log-likelihood) over W (L - 1) tokens; infinity where that is larger than any number.
 
     Raises:
-        Diverged: if the model's predictions are no numbers.
+        Diverged: if the model's predictions are not numbers.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -51,7 +51,7 @@ def of_loss(loss: float, whose: str, dtype: torch.dtype) -> float:
         dtype: that it was computed in.
 
     Raises:
-        Diverged: for a loss that is no number.
+        Diverged: for a loss that is not a number.
     """
     require_numbers(torch.tensor(loss), whose, dtype)
     try:
@@ -61,7 +61,7 @@ def of_loss(loss: float, whose: str, dtype: torch.dtype) -> float:
 
 
 def require_numbers(values: Tensor, whose: str, dtype: torch.dtype) -> None:
-    """Refuse predictions that are no numbers: compared with others, they would seem to be equal.
+    """Refuse predictions that are not numbers: compared with others, they would seem to be equal.
 
     Args:
         values: logits, log-probabilities or losses.

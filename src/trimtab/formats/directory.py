@@ -182,7 +182,7 @@ class Shards:
         self._total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, now or with the next shard; a `UserError` if it holds what is no finite number."""
+        """Write one tensor, now or with the next shard; a `UserError` if it holds what is not a finite number."""
         require_finite(tensor, name)
         size = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + size > self._max:

@@ -69,7 +69,7 @@ def parse_bytes(value: Any, where: str) -> int:
     try:
         count = float(digits) * _UNITS[unit]
     except (KeyError, ValueError):
-        raise UserError(f"{where}: {value!r} is no size; write 90MiB, 1.5GB or a number of bytes") from None
+        raise UserError(f"{where}: {value!r} is not a size; write 90MiB, 1.5GB or a number of bytes") from None
     if isinstance(value, bool) or not 1 <= count < 1 << 63:
         raise UserError(f"{where}: {value!r} is not a positive size")
     return int(count)

@@ -54,7 +54,7 @@ def push(
     if kind not in _MODELS:
         raise UserError(f"{path}: holds no model that trimtab wrote (a run, a saved model, an export); nothing to push")
     if repo.count("/") != 1 or not all(repo.split("/")):
-        raise UserError(f"push: {repo!r} is no repository's name; write owner/name")
+        raise UserError(f"push: {repo!r} is not a repository's name; write owner/name")
     manifest.verify(folder)
     whole = sorted(manifest.listed(folder))
     also = [name for name in manifest.others(folder) if _belongs(folder, name, kind)]

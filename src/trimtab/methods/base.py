@@ -163,7 +163,7 @@ def pool_size(method: str, pool: int | None, grid: AnyGrid, shape: tuple[int, in
     if pool is None:
         return group
     if pool % group:
-        raise UserError(f"{method}: pool {pool} is no multiple of the group {group}; use {group} or {2 * group}")
+        raise UserError(f"{method}: pool {pool} is not a multiple of the group {group}; use {group} or {2 * group}")
     return pool
 
 

@@ -95,7 +95,7 @@ _SMALL = (_GENERATION, "tokenizer_config.json", "special_tokens_map.json", "adde
 def look_over(folder: Path) -> None:
     """Raise a `UserError` for what transformers would read of a folder beside weights, and never come back from.
 
-    That is a pipe, a file of terabytes, and JSON in whose depth what copies it is lost. Nothing for what is no folder.
+    That is a pipe, a file of terabytes, and JSON in whose depth what copies it is lost. Nothing for what is not a folder.
     """
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.suffix in _BESIDE_WEIGHTS:

@@ -57,28 +57,32 @@ _LEAST = math.log(0.5)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Blockwise:
-    """A block-wise start of any method, and what it is calibrated on."""
+    """A start of any method that trains each decoder block through its rounding, and the calibration set for it.
+
+    Examples:
+        >>> model, tokenizer = tt.load(name, tt.methods.LrQat(rank=32), rules, start=tt.Blockwise(tokens=windows))
+    """
 
     tokens: Tensor
     """Calibration windows, int64 (W, L)."""
     trains: Trains = "all"
-    """all, scales or shift: see the module."""
+    """all (weights, scales and zeros), scales (and zeros), or shift (weights by at most half a step)."""
     steps: int = 128
     """Updates of each block; 0 rounds to nearest."""
     windows: int = 2
-    """Windows in an update."""
+    """Calibration windows in an update."""
     lr: float | None = None
     """Rate of weights and zeros, in steps of the grid; None is 0.01, 0.02 for scales, and 1 / steps for shift."""
     lr_scale: float | None = None
     """Rate of scales, as a share of their size; None is the same."""
     seed: int = 0
-    """Of the order of windows."""
+    """Seed of the order of windows."""
     kept: Path | None = None
-    """Folder for what blocks came to, so that none is trained twice; see `block_walk`."""
+    """Folder for the results of blocks, so that none is trained twice; None keeps none."""
     on_disk: bool = False
     """Whether hidden states of all windows are kept in (nameless) files, not in memory."""
     say: Callable[[str], None] | None = None
-    """Told a line after each block."""
+    """Called with a line after each block."""
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or not self.tokens.numel() or self.tokens.dtype != torch.int64:

@@ -141,7 +141,7 @@ def _inside(path: Path, name: str, said_by: str) -> Path:
         if given.is_absolute() or given.drive or ".." in given.parts:
             raise UserError(f"{path}: {said_by} names {name}, which is outside the folder; fetch the model again")
     if not name.endswith((".safetensors", ".safetensors.index.json")):
-        raise UserError(f"{path}: {said_by} names {name}, which is no safetensors file; fetch the model again")
+        raise UserError(f"{path}: {said_by} names {name}, which is not a safetensors file; fetch the model again")
     return path / name
 
 

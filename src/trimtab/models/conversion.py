@@ -201,7 +201,7 @@ class Conversion:
         for name in sorted(info.unexpected_keys, key=dot_natural_key):
             held = unexpected[name]
             raise UserError(
-                f"{self._checkpoint.tensors[held].file}: tensor {held} is no part of the {type(model).__name__} that "
+                f"{self._checkpoint.tensors[held].file}: tensor {held} is not a part of the {type(model).__name__} that "
                 "config.json describes, which would be computed without it; "
                 "take the config.json that was saved with the weights, or start from the float model if they are quantized"
             )

@@ -26,7 +26,7 @@ class Gguf:
     """Every n-th layer has no rotary embedding; None if all have one."""
     large_layers: int | None = None
     """Layers of the one size whose attention is scaled by hidden / heads instead of the head dimension; None if
-    `query_pre_attn_scalar` is no key of the family."""
+    `query_pre_attn_scalar` is not a key of the family."""
     caps: bool = False
     """Whether it always caps scores of attention, and logits; else it caps logits where a file says so."""
     biases: frozenset[str] = frozenset()

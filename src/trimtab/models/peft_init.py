@@ -110,15 +110,19 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str], torch.Ten
         raise UserError(f"model.adapter: {file}: is of type {kind}, only LORA can be continued")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict) or not all(map(_is_pattern, config.get(key) or {})):
-            raise UserError(f"model.adapter: {file}: {key} is no mapping of patterns of names; save the adapter again")
+            raise UserError(
+                f"model.adapter: {file}: {key} is not a mapping of patterns of names; save the adapter again"
+            )
     for key, value in config.items():
         if not _is_plain(key, value):
-            raise UserError(f"model.adapter: {file}: {key} is {value!r}, which is no plain LoRA; {_remedy(key, value)}")
+            raise UserError(
+                f"model.adapter: {file}: {key} is {value!r}, which is not a plain LoRA; {_remedy(key, value)}"
+            )
     tensors = {}
     for name, tensor in stored.items():
         found = _TENSOR.fullmatch(name)
         if found is None or tensor.dim() != 2 or not tensor.is_floating_point():
-            raise UserError(f"model.adapter: {weights}: {name} is no factor of an ordinary LoRA of a linear layer")
+            raise UserError(f"model.adapter: {weights}: {name} is not a factor of an ordinary LoRA of a linear layer")
         if not tensor.isfinite().all():
             raise UserError(f"model.adapter: {weights}: {name} holds NaN or infinite values; save the adapter again")
         tensors[found[1], found[2]] = tensor

@@ -117,7 +117,7 @@ def prepare(
         model as it was. `trimtab.load` quantizes while it reads, so that the float model never exists.
 
     Raises:
-        UserError: naming the layer, for what is no plain float layer (of bitsandbytes, peft, FP8), or does not fit.
+        UserError: naming the layer, for what is not a plain float layer (of bitsandbytes, peft, FP8), or does not fit.
 
     Examples:
         >>> model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16")

@@ -69,7 +69,7 @@ def layers_of(model: Any) -> Layers:
             if isinstance(module, QuantEmbedding) or plain_embedding(module):
                 offered[name] = ("embedding", module)
             elif isinstance(module, nn.Embedding):
-                left[name] = f"a {type(module).__name__}, which is no plain embedding"
+                left[name] = f"a {type(module).__name__}, which is not a plain embedding"
         elif module is head and _linear(module):
             offered[name] = ("tied" if _tied(model, name, head, embedding) else "head", module)
         elif isinstance(module, QuantLinear):

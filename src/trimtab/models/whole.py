@@ -6,7 +6,7 @@
 
 Of several processes on a machine the first reads hashes, the others look at sizes. A folder without a manifest (of other
 makers, of old versions, fetched from the hub, whose client compares hashes itself) is read as it is. What people may write
-as they please (README.md, reports) is no reader's affair; `trimtab verify` compares all of it.
+as they please (README.md, reports) does not concern a reader; `trimtab verify` compares all of it.
 
 What the manifest is, and what may be removed by it, is in `formats.manifest`, which stands above the readers.
 """
@@ -69,7 +69,7 @@ def read(folder: Path) -> dict[str, Any]:
             int(file["bytes"]), str(file["sha256"])
         for name in (*values["files"], *values.get("also", ())):
             if not isinstance(name, str):
-                raise TypeError(f"{name!r} is no name")
+                raise TypeError(f"{name!r} is not a name")
             _require_inside(manifest, name)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{manifest}: not a manifest ({error!r}); save or export the model again") from error

@@ -111,7 +111,9 @@ def _quality(
     if values:
         bars = [{"name": name, "value": value, "shown": perplexity(value)} for name, value in values.items()]
         far = max(values.values()) > 20 * min(values.values())
-        made.figures((charts.bars(bars, title="held-out perplexity", log=far), "Lower is better, on the same tokens."))
+        of = f", {metrics['perplexity_of']}" if "perplexity_of" in metrics else ""
+        about = f"Lower is better, on the same tokens{of}."
+        made.figures((charts.bars(bars, title="held-out perplexity", log=far), about))
     for name, key in (("tasks", "tasks"),):
         found = [(task, f"{v:.4f} ± {e:.4f}", str(n)) for task, (v, e, n) in metrics.get(key, {}).items()]
         if found:

@@ -59,7 +59,7 @@ def page(folder: Path, name: str) -> Page:
     made.table(("recipe", "bytes", quality, "mean bits", "made by", "trial"), rows, numbers=(1, 2, 3, 5))
     _bits(made, points)
     _failed(made, trials)
-    made.section("Go on")
+    made.section("Next step")
     made.code(f"trimtab run {about['folder']}/points/{max(len(points), 1)}.yaml")
     return made
 

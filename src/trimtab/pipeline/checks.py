@@ -114,7 +114,7 @@ def check_apart(recipe: Recipe, overwrite: bool = False, resume: bool = False) -
     Args:
         recipe: the recipe.
         overwrite: whether an earlier run goes.
-        resume: whether one goes on, by a recipe that may be the one that it saved.
+        resume: whether one continues, by a recipe that may be the one that it saved.
     """
     work = Work.of(recipe)
     storage = inputs.paths(recipe).get("search.storage")
@@ -137,7 +137,7 @@ def _check_stages(recipe: Recipe, source: ModelSource, layout: PreTrainedModel) 
 
 
 def _check_reference(recipe: Recipe, layout: PreTrainedModel) -> None:
-    """Refuse a reference that is no float model of the same tokens."""
+    """Refuse a reference that is not a float model of the same tokens."""
     path = recipe.train.reference
     if path is None or not recipe.train.steps:
         return

@@ -88,7 +88,7 @@ def accuracies(
     """Accuracies of one model or two; arguments as of `trimtab.harness`."""
     asking.check_tasks(tasks, data)
     if out is None and not Path(path).is_dir():
-        raise UserError(f"{path}: is no directory to write harness.json into; pass --out")
+        raise UserError(f"{path}: is not a directory to write harness.json into; pass --out")
     file = out or str(Path(path) / "harness.json")
     asking.check_out(file)
     paths = (path,) if other is None else (path, other)

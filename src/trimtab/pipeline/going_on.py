@@ -1,4 +1,4 @@
-"""What a run knows before it begins or goes on: the recipe that its data resolves, what it reads, what was there before."""
+"""What a run knows before it begins or continues: the recipe that its data resolves, what it reads, what was there."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +56,7 @@ def begun_or_gone_on(recipe: Recipe, work: Work, resume: bool, say: Callable[[st
 
 
 def _other_versions(checkpoint: Path) -> list[str]:
-    """A line where other libraries go on than those that wrote a checkpoint: they may round otherwise."""
+    """A line where the versions of libraries are not those that wrote the checkpoint: they may round differently."""
     before, now = read_json(checkpoint / VERSIONS), versions()
     other = [
         f"{name} {before.get(name, 'none')} (now {now.get(name, 'none')})"
@@ -64,7 +64,7 @@ def _other_versions(checkpoint: Path) -> list[str]:
         if before.get(name) != now.get(name)
     ]
     return (
-        [f"{checkpoint.name} was written with {', '.join(other)}: it goes on, but not to the same digits"]
+        [f"{checkpoint.name} was written with {', '.join(other)}: the run continues, but digits may differ"]
         if other
         else []
     )

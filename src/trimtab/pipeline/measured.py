@@ -1,9 +1,9 @@
-"""What a run measures before it trains, kept beside its checkpoints: a run that goes on does not measure it again.
+"""What a run measures before it trains, kept beside its checkpoints: a run that continues does not measure it again.
 
     <output>.unfinished/checkpoints/measured.json
     {"of": SHA-256 of what decides it, "float": perplexity, "rounded": perplexity, "before": an answer}
 
-The files that a run reads are the same when it goes on, or it is refused (`recipe.inputs`); what else decides the numbers
+The files that a run reads are the same when it continues, or it is refused (`recipe.inputs`); what else decides the numbers
 is in the recipe, and hashed here. The file moves with the checkpoints into the output, so a finished run that is trained
 further has it, too.
 """
@@ -25,7 +25,7 @@ FILE = "measured.json"
 _DECIDES = ("model", "start", "activations", "kv", "data")
 """Blocks of a recipe that decide what is measured before training, beside its method and rules."""
 _NAMES = ("path", "eval_path", "adapter")
-"""Keys of files: a run's own recipe, from which it may go on, has the same files by absolute paths."""
+"""Keys of files: a run's own recipe, from which it may continue, has the same files by absolute paths."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Measured:
 
     @classmethod
     def before(cls, recipe: Recipe, work: Work, resume: bool) -> "Measured":
-        """What a run has measured before training, which is nothing yet unless it goes on."""
+        """What a run has measured before training, which is nothing yet unless it continues."""
         file, of = work.checkpoints / FILE if recipe.train.steps else None, _hash(recipe)
         known: dict[str, Any] = {}
         if resume and file is not None and file.is_file():

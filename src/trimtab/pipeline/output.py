@@ -111,7 +111,7 @@ class Work:
             return
         if self.stopped_at is not None:
             raise UserError(
-                f"output: an earlier run was stopped, and {self.stopped_at} is what it reached; pass --resume to go on, "
+                f"output: an earlier run was stopped, and {self.stopped_at} is what it reached; pass --resume to continue, "
                 "--overwrite to start over, or set `output`"
             )
         if damaged := find(self.checkpoints).lines:
@@ -154,7 +154,7 @@ class Work:
         if not self.folder.exists():
             new.mkdir()
             write_manifest(new, "unfinished")
-            if resume:  # a finished run goes on
+            if resume:  # a finished run continues
                 shutil.copytree(self.out / "checkpoints", new / "checkpoints", copy_function=_linked)
             os.replace(new, self.folder)
         tidy(self.checkpoints)

@@ -82,5 +82,5 @@ def hint(recipe: Recipe) -> tuple[str, ...]:
     file = shlex.quote(recipe.file or "recipe.yaml")
     return (
         f"{gpus} GPUs are here, and this trains on one; all of them: add train.processes={gpus} to this command, or start "
-        f"it by torchrun --nproc_per_node {gpus} -m trimtab run {file} ... (train.shard=fsdp parts what trains)",
+        f"it by torchrun --nproc_per_node {gpus} -m trimtab run {file} ... (train.shard=fsdp shards the model)",
     )

@@ -1,4 +1,4 @@
-"""What is said when a run was stopped by Ctrl-C or SIGTERM: what was kept, and the command that goes on."""
+"""What is said when a run was stopped by Ctrl-C or SIGTERM: what was kept, and the command that continues."""
 
 import shlex
 from collections.abc import Sequence

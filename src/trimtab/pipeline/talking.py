@@ -51,7 +51,7 @@ def talk(
         why = (
             "llama-cpp-python is not installed here: pip install llama-cpp-python"
             if gguf
-            else f"{path} is no GGUF file"
+            else f"{path} is not a GGUF file"
         )
         raise UserError(f"--engine: {why}; or leave it out")
     if found is not None and gguf and chat_llama_cpp.installed() and engine != "transformers":

@@ -157,11 +157,11 @@ def loss_without(
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Refuse to choose by what is no number."""
+    """Refuse to choose by what is not a number."""
     if not values.isfinite().all():
         raise UserError(
             f"prune: {what} is not finite: an activation or a gradient is too large for the model's dtype, or a weight "
-            "is no number; prune in bfloat16 or float32 (--dtype, in a recipe model.dtype)"
+            "is not a number; prune in bfloat16 or float32 (--dtype, in a recipe model.dtype)"
         )
 
 

@@ -64,7 +64,7 @@ def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
     """The decoder layers."""
     if architecture_of(model).blocks != "layers" or model.config.get_text_config() is not model.config:
         raise UserError(
-            f"prune: {type(model).__name__} is no plain decoder with `model.layers`; give a Llama-like model"
+            f"prune: {type(model).__name__} is not a plain decoder with `model.layers`; give a Llama-like model"
         )
     return blocks(model)
 

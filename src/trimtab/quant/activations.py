@@ -41,14 +41,18 @@ def _check_bits(what: str, bits: int) -> None:
 
 @dataclass(frozen=True)
 class Activations:
-    """Round the inputs of every low-bit linear layer but the head."""
+    """Round the inputs of every low-bit linear layer but the head.
+
+    Examples:
+        >>> tt.simulate(model, activations=tt.Activations(8, symmetric=True))
+    """
 
     bits: Bits = 8
     """Width of a code: 8 or 4."""
     symmetric: bool = False
     """Whether the zero is in the middle of the codes (nothing stored) or moves with the range."""
     mode: Literal["dynamic", "static"] = "dynamic"
-    """dynamic: a range for each token, when it is there; static: one for a layer, from 8192 training tokens."""
+    """dynamic: a range for each token, computed when it is seen; static: one for a layer, from 8192 training tokens."""
 
     def __post_init__(self) -> None:
         _check_bits("activations", self.bits)
@@ -62,7 +66,11 @@ class Activations:
 
 @dataclass(frozen=True)
 class KvCache:
-    """Round keys (after RoPE) and values: a simulation of a low-bit cache, which saves no memory here."""
+    """Round keys (after RoPE) and values: a simulation of a low-bit cache, which saves no memory here.
+
+    Examples:
+        >>> tt.simulate(model, kv=tt.KvCache(8))
+    """
 
     bits: Bits = 8
     """Width of a code: 8 or 4. Each head of each token has a range of its own."""

@@ -50,7 +50,11 @@ _SEARCHED = 1 << 18
 
 @dataclass(frozen=True)
 class Grid:
-    """An affine grid of `bits` bits with one scale for each `group` weights along the input dimension."""
+    """An affine grid of `bits` bits with one scale for each `group` weights along the input dimension.
+
+    Examples:
+        >>> model, tokenizer = tt.load(name, tt.methods.LrQat(), [{"match": "*", "grid": tt.Grid(4, 64, "integer")}])
+    """
 
     bits: int = 4
     """Width of a code: 1 to 8."""
@@ -110,6 +114,10 @@ class Grid:
 class CodebookGrid:
     """A grid whose values are a table, scaled by the largest magnitude of each group: NF4, NF3, NF2, FP4; or MXFP4, scaled
     by a power of two in groups of 32.
+
+    Examples:
+        >>> grid = tt.CodebookGrid("nf4", group=64, double_quant=True)
+        >>> model, tokenizer = tt.load(name, tt.methods.Qlora(), [{"match": "*", "grid": grid}])
     """
 
     codebook: Codebook = "nf4"

@@ -55,7 +55,7 @@ def check(recipe: "Recipe", where: str) -> None:
     if rest or sequences % recipe.train.micro_batch or not sequences:
         whole = recipe.train.micro_batch * recipe.data.block_tokens
         raise UserError(
-            f"{where}: train.batch_tokens: {recipe.train.batch_tokens} is no multiple of "
+            f"{where}: train.batch_tokens: {recipe.train.batch_tokens} is not a multiple of "
             f"micro_batch x block_tokens = {whole}; use {max(round(recipe.train.batch_tokens / whole), 1) * whole}"
         )
 
@@ -124,11 +124,11 @@ def _check_data(recipe: "Recipe", where: str) -> None:
     of_hub = [source for source in block.sources if on_hub(source.path)]
     for key in ("revision", "subset"):
         if getattr(block, key) is not None and not of_hub:
-            raise UserError(f"{where}: data.{key}: {block.named} is no data set of the hub; remove it")
+            raise UserError(f"{where}: data.{key}: {block.named} is not a data set of the hub; remove it")
     for key, source in zip(keys, block.sources, strict=True):
         named, _, revision = source.path.rpartition("@")
         if named and revision and not _here(source.path) and _here(named):
-            raise UserError(f"{where}: {key}.revision: {source.path} is no data set of the hub; remove it")
+            raise UserError(f"{where}: {key}.revision: {source.path} is not a data set of the hub; remove it")
         if source.path.count("@") > 1:
             raise UserError(f"{where}: {key}: {source.path} names two revisions; give one of them")
 

@@ -48,42 +48,42 @@ class StartBlock(Block):
     """How layers find the codes that training starts from."""
 
     name: Literal["rtn", "gptq", "block"] = "rtn"
-    """rtn (to nearest; the ranges that cost least are the grid's own `range: lp2` .. `lp4`), or calibrated: gptq, or block
-    (each decoder block trained through its rounding to give what the float block gives; for 2 and 3 bits)."""
+    """rtn (round to nearest), gptq (calibrated), or block (each decoder block is trained through its rounding to reproduce
+    the float block's output; for 2 and 3 bits). The ranges of rtn are the grid's own, such as `range: lp2`."""
     path: Annotated[str | None, CONTENT] = None
     """Calibration data, in the forms of data.path; null is the training data."""
     split: str = "train"
     """Split of a hub data set or of `pydoc-topics`."""
     subset: str | None = None
-    """Configuration of a hub data set; null is the one that data.path reads, if it is the same set."""
+    """Configuration of a hub data set; null is that of data.path, if it names the same data set."""
     tokens: int = Field(default=16384, ge=2)
     """Calibrate on at most this many tokens."""
     damping: float = Field(default=0.01, ge=0)
-    """What is added to the Hessian's diagonal, as a share of its mean."""
+    """Share of the Hessian's mean diagonal that is added to its diagonal."""
     act_order: bool = False
     """Round columns in the order of the Hessian's diagonal; the ranges of groups are then set beforehand."""
     trains: Literal["all", "scales", "shift"] = "all"
-    """What block trains: all (weights, scales, zeros), scales (and zeros) alone, or shift: by signs of gradients, weights
-    within half a step of the grid, and scales that only shrink (AutoRound's rounding)."""
+    """What block trains: all (weights, scales and zeros), scales (and zeros), or shift (AutoRound's rounding: weights move
+    by the signs of gradients, within half a step of the grid, and scales only shrink)."""
     steps: int = Field(default=128, ge=0)
     """Updates of each block; 0 rounds to nearest."""
     windows: int = Field(default=2, ge=1)
     """Calibration sequences in an update."""
     lr: float | None = Field(default=None, gt=0)
-    """Block's rate of weights and zeros, in steps of the grid; null is 0.01, 0.02 for scales, and 1 / steps for shift."""
+    """Rate at which block trains weights and zeros, in steps of the grid; null: 0.01 (scales: 0.02; shift: 1 / steps)."""
     lr_scale: float | None = Field(default=None, gt=0)
-    """Block's rate of scales, as a share of their size; null is the same."""
+    """Rate at which block trains scales, as a share of their size; null is that of lr."""
     on_disk: bool = False
-    """Keep the hidden states of all calibration sequences in files (of the system's folder for such), not in memory."""
+    """Keep the hidden states of all calibration sequences in temporary files, not in memory."""
 
 
 class SourceBlock(Block):
-    """One of several sources; what is null is as the whole block says."""
+    """One of several sources; a key that is null has the value of the data block."""
 
     path: Annotated[str, CONTENT]
     """File, directory, hub id, or `pydoc-topics`."""
     weight: float = Field(default=1.0, gt=0)
-    """How often each row counts: 2 twice in every epoch, 0.5 every second row, chosen by what it holds."""
+    """How often each row counts: 2 is twice in every epoch, 0.5 takes half of the rows, chosen by their content."""
     split: str | None = None
     """Split of a hub data set or of `pydoc-topics`."""
     subset: str | None = None
@@ -95,27 +95,27 @@ class SourceBlock(Block):
     ignore: tuple[str, ...] | None = None
     """Keys of rows that belong neither to prompt nor to answer."""
     columns: dict[str, str] | None = None
-    """The rows' own keys by the names of a form."""
+    """Names of a form and the rows' keys for them, as in data.columns."""
 
 
 class DataBlock(Block):
     """What to train on, and what to measure perplexity on."""
 
     path: Annotated[str | tuple[SourceBlock, ...], CONTENT]
-    """JSONL, JSON array, CSV, Parquet or text file, directory of such, hub id, or `pydoc-topics`; or a list of these, each
-    a path or {path, weight, split, subset, revision, limit, ignore, columns}."""
+    """A JSONL, JSON, CSV, Parquet or text file, a directory of such files, a hub id, or `pydoc-topics`; or a list of these,
+    each a path or {path, weight, split, subset, revision, limit, ignore, columns}."""
     split: str = "train"
     """Split of a hub data set or of `pydoc-topics`."""
     subset: str | None = None
     """Configuration of a hub data set (`wikitext-2-raw-v1`)."""
     revision: str | None = None
-    """Commit, tag or branch of a hub data set; null is the newest, and the recipe beside the model says which that was."""
+    """Commit, tag or branch of a hub data set; null is the newest commit, which the recipe beside the model then names."""
     limit: int | None = Field(default=None, ge=1)
     """Read only this many rows, of each source."""
     ignore: tuple[str, ...] = ()
-    """Keys of rows that belong neither to prompt nor to answer; a key that is not known to is refused, not dropped."""
+    """Keys of rows that belong neither to prompt nor to answer; any other unknown key is refused, not dropped."""
     columns: dict[str, str] = Field(default={})
-    """The rows' own keys by the names of a form, {prompt: sentence, completion: label}; or texts made of them,
+    """Names of a form and the rows' keys for them, {prompt: sentence, completion: label}; or texts composed of the keys,
     {prompt: "Review: {sentence}"}."""
     template: Annotated[str | None, CONTENT] = None
     """Chat template, saved with the model: alpaca, chatml or a .jinja file; null is the tokenizer's own."""
@@ -124,20 +124,20 @@ class DataBlock(Block):
     block_tokens: int = Field(default=1024, ge=2)
     """Length of a training sequence, in tokens."""
     packing: Literal["auto", "wrapped", "bfd", "none"] = "auto"
-    """How rows fill sequences: wrapped (cut to blocks), bfd (whole rows, best fit), none; auto: wrapped for text."""
+    """How rows fill sequences: wrapped (cut to blocks), bfd (whole rows, best fit) or none; auto: wrapped for text."""
     holdout: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the rows to hold out of training, chosen by what they hold, and to measure on: 0.02. Null is that share of
-    500 rows or more, where eval_path names no others; 0 is none."""
+    """Share of the rows that is held out of training and measured on, chosen by their content. Null is 0.02 of 500 rows or
+    more, if eval_path names no other rows; 0 holds out none."""
     streaming: bool = False
-    """Take rows as they come until there are the tokens that train.steps need, without reading, or fetching, all others."""
+    """Take the first rows until there are the tokens that train.steps need, without reading, or fetching, the rest."""
     num_proc: Annotated[int, SPLIT] = Field(default=1, ge=1)
-    """Processes that tokenize, of each that trains; worth it from some ten megabytes on."""
+    """Number of processes that tokenize; more than one pays off from some ten megabytes on."""
     eval_path: Annotated[str | None, CONTENT] = None
     """Held-out data for perplexity, in the same forms; null for what holdout splits off."""
     eval_split: str = "train"
     """Split of the held-out data."""
     eval_subset: str | None = None
-    """Configuration of held-out data of the hub; null is the one that data.path reads, if it is the same set."""
+    """Configuration of held-out data of the hub; null is that of data.path, if it names the same data set."""
     eval_tokens: Annotated[int | None, MEASURED] = Field(default=None, ge=2)
     """Measure on at most this many tokens."""
 
@@ -147,7 +147,7 @@ class DataBlock(Block):
         if isinstance(value, str):
             return value
         if not isinstance(value, list | tuple) or not value:
-            raise UserError(f"data.path: {value!r} is no path; give a file, a hub id, or a list of them")
+            raise UserError(f"data.path: {value!r} is not a path; give a file, a hub id, or a list of them")
         return tuple(_source(entry, i) for i, entry in enumerate(value))
 
     @property
@@ -195,7 +195,7 @@ def _source(entry: Any, number: int) -> SourceBlock:
     if isinstance(entry, SourceBlock):
         return entry
     if not isinstance(entry, str | Mapping):
-        raise UserError(f"data.path.{number}: {entry!r} is no path; give a file, a hub id, or {{path: .., weight: ..}}")
+        raise UserError(f"data.path.{number}: {entry!r} is not a path; give a file, a hub id, or {{path: .., ...}}")
     try:
         return SourceBlock(**({"path": entry} if isinstance(entry, str) else entry))
     except ValidationError as error:
@@ -213,7 +213,7 @@ class TrainBlock(Block):
     steps: Annotated[int, LENGTH] = Field(default=1000, ge=0)
     """Optimizer steps."""
     epochs: Annotated[float | None, LENGTH] = Field(default=None, gt=0)
-    """In place of steps: how often every row is trained on; the run says how many steps that makes."""
+    """Number of passes over the rows, instead of steps; the run prints how many steps that makes."""
     batch_tokens: int = Field(default=8192, ge=2)
     """Tokens in one optimizer step, over all sequences, accumulation and processes."""
     micro_batch: Annotated[int, SPLIT] = Field(default=4, ge=1)
@@ -223,16 +223,16 @@ class TrainBlock(Block):
     lr_scale: Annotated[float | None, RATE] = Field(default=None, ge=0)
     """Learning rate of scales and offsets; null is the default for this many steps."""
     parametrization: Literal["relative", "paper"] | None = None
-    """What rates mean. relative: the share of a step of the grid that a weight may move in an optimizer step, so that one
+    """Meaning of rates. relative: the share of a step of the grid that a weight may move in an optimizer step, so that one
     rate serves every width, rank and layer; paper: Adam's own rates, as peft's and the papers'. null: paper where lr or
     lr_scale is given, else relative."""
     lr_scale_bits: int | None = Field(default=None, ge=1, le=8)
     """For mixed widths: the width that lr_scale is meant for. A scale of 8 bits is a seventeenth of one of 4, and so is its
     rate then; a search sets it to the width of its rules. Null: every width gets lr_scale."""
     schedule: Annotated[Literal["linear", "cosine", "constant"], RATE] = "linear"
-    """Course of the learning rate after warm-up."""
+    """Shape of the learning rate's schedule after warm-up."""
     warmup: Annotated[float, RATE] = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises (warm-up)."""
+    """Share of the steps in which the learning rate rises."""
     betas: Annotated[tuple[_Decay, _Decay], RATE] = (0.9, 0.95)
     """Adam's decay rates."""
     weight_decay: Annotated[float, RATE] = Field(default=0.0, ge=0)
@@ -240,24 +240,24 @@ class TrainBlock(Block):
     clip: Annotated[float, RATE] = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
-    """8bit keeps the two moments in 8 bits, paged in the computer's memory when a GPU's is full; both need bitsandbytes."""
+    """8bit: moments in 8 bits; paged: in the computer's memory when a GPU's is full. Both need bitsandbytes."""
     seed: int = 0
     """Seed of the adapters' start and of the order of the data."""
     activation_checkpointing: Annotated[bool, SPLIT] = True
-    """Recompute each block in backward: a third slower, a fraction of the activations."""
+    """Recompute each block in the backward pass: a step is a third slower and keeps a fraction of the activations."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """Attention while training: auto (the model's own), sdpa, eager, or flash_attention_2 (another library's, on CUDA)."""
     offload_activations: Annotated[bool, SPLIT] = False
-    """Keep what backward needs in the computer's memory instead of the GPU's."""
+    """Keep the activations for the backward pass in the computer's memory instead of the GPU's."""
     compile: Annotated[Literal["auto"] | bool, SPLIT] = "auto"
-    """Decoder layers through torch.compile while they train: a shorter step, after a first one that takes a minute. auto:
-    where the steps save more than compiling costs."""
+    """Put decoder layers through torch.compile while they train: steps get shorter, after a first one that takes a minute.
+    auto compiles where the steps save more time than compiling costs."""
     processes: Annotated[int | None, SPLIT] = Field(default=None, ge=1)
     """Processes that train together on this machine, a GPU each: `trimtab run` starts them. Null is one, or as many as
     torchrun or accelerate has started."""
     shard: Annotated[Literal["none", "ddp", "fsdp"], SPLIT] = "ddp"
-    """Of several processes: ddp (each has the whole model, gradients are averaged) or fsdp (each keeps a part of every
-    layer); none refuses more than one."""
+    """How several processes share the model: ddp (each has all of it, gradients are averaged) or fsdp (each keeps a part of
+    every layer); none refuses more than one process."""
     save_steps: Annotated[int, HABIT] = Field(default=100, ge=1)
     """Steps between checkpoints (of trainable tensors and optimizer state only)."""
     keep_checkpoints: Annotated[int, HABIT] = Field(default=2, ge=2)
@@ -266,21 +266,21 @@ class TrainBlock(Block):
     """Steps between measurements of the loss on held-out text, before the first and after the last step, too; the model of
     the lowest loss is the one that is folded and saved. Null measures nothing."""
     early_stop: Annotated[int | None, LENGTH] = Field(default=None, ge=1)
-    """End training when so many measurements in a row have found no lower held-out loss; null trains to the last step."""
+    """End training when this many measurements in a row have found no lower held-out loss; null trains to the last step."""
     log_steps: Annotated[int, HABIT] = Field(default=1, ge=1)
     """Steps between log lines."""
     beta: float | None = Field(default=None, ge=0)
-    """Of dpo, kto and grpo: how closely to keep to the reference; null is TRL's own, 0.1 (grpo: 0, which needs none)."""
+    """For dpo, kto and grpo: how closely the model keeps to the reference; null is TRL's default, 0.1 (grpo: 0)."""
     reference: Annotated[str | None, CONTENT] = None
-    """A float model that dpo, kto and grpo keep to, as model.path; null is the model at step 0, which takes no memory."""
+    """For dpo, kto and grpo: a float model as the reference, as in model.path; null is the model at step 0."""
     reward: str | None = None
-    """Of grpo: `module:function` that gives each of `completions` a number; it gets the columns of the data by name."""
+    """For grpo: `module:function` that returns a number for each of `completions`; it gets the data's columns by name."""
     generations: int = Field(default=8, ge=2)
-    """Of grpo: number of answers to each prompt."""
+    """For grpo: number of answers to each prompt."""
     completion_tokens: int = Field(default=128, ge=1)
-    """Of grpo: length of an answer, at most."""
+    """For grpo: largest length of an answer, in tokens."""
     report_to: Annotated[str, HABIT] = "none"
-    """Logger: none, tensorboard, wandb, trackio, or another that transformers knows and is installed."""
+    """Logger: none, tensorboard, wandb, trackio, or another one that transformers supports."""
 
     @property
     def moment_bytes(self) -> int:
@@ -294,9 +294,9 @@ class DistillBlock(Block):
     weight: float = Field(default=0.5, gt=0, le=1)
     """Share of the divergence in the loss; cross-entropy has the rest."""
     temperature: float = Field(default=1.0, gt=0)
-    """Logits of both are divided by it in the divergence; above 1, unlikely tokens count for more."""
+    """Divisor of both models' logits in the divergence; above 1, unlikely tokens count for more."""
     teacher: Literal["bfloat16", "int8", "cached"] = "cached"
-    """The float model in bfloat16 or rounded to 8 bits, in memory; cached: its likeliest tokens, written to disk first."""
+    """bfloat16 or int8 keep the float model in memory; cached writes its likeliest tokens to disk before training."""
     top_k: int = Field(default=64, ge=1)
     """Tokens whose probabilities a cache keeps at every position; the mass of all others is kept as one number."""
     cache: Annotated[str | None, PLACE] = None
@@ -309,9 +309,9 @@ class EvaluateBlock(Block):
     baselines: Annotated[tuple[Literal["float", "rounded"], ...], AFTER] = ()
     """Perplexity of the untuned float model and of the rounded one before tuning."""
     parity: Annotated[bool, AFTER] = True
-    """Compare trained, folded and reloaded-in-a-fresh-process, logit by logit; on random tokens without held-out data."""
+    """Compare the logits of the trained, the folded and the reloaded model; on random tokens without held-out data."""
     parity_tokens: Annotated[int, AFTER] = Field(default=512, ge=8)
-    """Tokens that parity is measured on."""
+    """Number of tokens that parity is measured on."""
     tasks: Annotated[tuple[str, ...], AFTER] = ()
     """Tasks of lm-evaluation-harness for the saved model: piqa, arc_easy, ... (`trimtab harness` compares two models)."""
     tasks_data: Annotated[str | None, AFTER] = None
@@ -325,12 +325,12 @@ class EvaluateBlock(Block):
 
 
 class PruneBlock(Block):
-    """Prune the float model first; see `trimtab prune --help`. All that follows, a teacher included, is of what is left."""
+    """Prune the float model first; see `trimtab prune --help`. Later stages, a teacher included, see the pruned model."""
 
     ratio: float | None = None
     """Share of the parameters to remove, at least."""
     bytes: str | int | None = None
-    """Or the largest size of what is left: 200MiB."""
+    """Or the largest size of the pruned model: 200MiB."""
     layers: int | None = None
     """Or a number of whole layers to drop."""
     what: Literal["widths", "layers"] = "widths"
@@ -340,7 +340,7 @@ class PruneBlock(Block):
     keep: tuple[int, ...] = ()
     """Layers that are not dropped, and that alone decide the widths."""
     count_embeddings: bool = False
-    """Whether the ratio is one of all parameters, embeddings included."""
+    """Whether the ratio counts the embeddings as well."""
     multiple_of: int = Field(default=64, ge=1)
     """MLP widths, and those of heads where some are removed, become multiples of this and of the rules' groups."""
     tokens: int = Field(default=8192, ge=2)
@@ -365,36 +365,36 @@ class SearchBlock(Block):
     budget: str | int | None = None
     """Largest size of the stored weights, such as 90MiB: never exceeded."""
     budget_of: Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft"] = "native"
-    """The format whose size the budget is, and the search's; of another than native it is that of the tensors, without the
+    """The format in which sizes are counted. For other formats than native that is the size of the tensors, without the
     header (in GGUF with the vocabulary). GGUF stores 2 and 3 bits in 4, unless rules ask for k-quants."""
     budget_training: str | int | None = None
-    """Largest predicted peak of training, such as 6GiB: never exceeded. Of the device's memory, where that has its own:
-    context and libraries are counted then."""
+    """Largest predicted peak of training, such as 6GiB: never exceeded. On a GPU it is the peak of the GPU's memory, with
+    context and libraries."""
     objective: Literal["rounded", "tuned"] = "rounded"
     """rounded: KL to the float model, no training; tuned: held-out loss after `steps` steps of training, of the answers
     alone where rows have prompts."""
     steps: int = Field(default=50, ge=1)
     """Training steps of a tuned trial."""
     promote: int | None = Field(default=None, ge=2)
-    """Steps of the longer trials to which the best quarter are promoted; null for none."""
+    """Training steps of longer trials, to which the best quarter of the trials is promoted; null promotes none."""
     sensitivity: Literal["exact", "fisher"] = "fisher"
     """The additive prior: fisher (one backward pass a window) or exact (a forward pass for each unit and width)."""
     tokens: int = Field(default=2048, ge=2)
-    """Held-out tokens that every trial is measured on (data.eval_path; for `rounded`, else training text)."""
+    """Number of held-out tokens that every trial is measured on (for `rounded`, training text if none is held out)."""
     sensitivity_tokens: int = Field(default=1024, ge=2)
-    """Training tokens that sensitivities are measured on."""
+    """Number of training tokens that sensitivities are measured on."""
     uniform: bool = True
     """Whether every uniform width within the budget is tried as well."""
     storage: str | None = None
-    """Journal file, or a storage of Optuna's by url (postgresql://..); null is search/journal.log in the output."""
+    """Journal file, or the URL of a database (postgresql://..); null is search/journal.log in the output."""
     workers: int | None = Field(default=None, ge=1)
-    """Processes on this machine, or trials that Ray makes at a time; other machines join by the same command and storage.
-    null is one for each of `devices`, with Ray as many as its cluster has room for, else 1."""
+    """Number of processes on this machine, or of trials that Ray runs at a time; other machines join with the same command
+    and storage. null is one for each of `devices`, with Ray as many as its cluster has room for, else 1."""
     devices: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
-    """Numbers of the GPUs that workers compute on, one for each: [0, 1]; null computes all on model.device."""
+    """GPU numbers, one for each worker: [0, 1]; null computes everything on model.device."""
     engine: Literal["processes", "ray"] = "processes"
-    """Who makes trials: processes of this command, or tasks of a Ray cluster."""
+    """What runs the trials: processes of this command, or tasks of a Ray cluster."""
     resources: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
-    """What Ray is to give each trial, such as {gpu: 1, cpu: 4} or resources of the cluster's own; null is {cpu: 1}."""
+    """Ray resources of each trial, such as {gpu: 1, cpu: 4}, or names that the cluster defines; null is {cpu: 1}."""
     seed: int = 0
     """Seed of the search."""

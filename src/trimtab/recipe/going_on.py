@@ -38,7 +38,7 @@ def check(before: Recipe, now: Recipe, checkpoint: str) -> None:
 
     Args:
         before: of the checkpoint; with hashes of what it reads, as it was saved.
-        now: the same of what is to go on.
+        now: the same of what is to continue.
         checkpoint: its name.
 
     Raises:

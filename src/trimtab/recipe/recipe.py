@@ -45,7 +45,12 @@ from trimtab.recipe.versions import VERSION, migrated
 
 
 class Recipe(Block):
-    """The whole configuration of a run."""
+    """The whole configuration of a run.
+
+    Examples:
+        >>> recipe = tt.Recipe.model_validate({"model": {"path": "base"}, "method": {"name": "rtn"}, "train": {"steps": 0}})
+        >>> metrics = tt.run(recipe)
+    """
 
     version: Annotated[int, HABIT] = VERSION
     """Version of the recipe's form; a recipe of an earlier one is read as what it meant then."""
@@ -89,7 +94,9 @@ class Recipe(Block):
         if isinstance(value, Method):
             return value
         if not isinstance(value, str | Mapping):
-            raise UserError(f"method: {value!r} is no method; write {{name: lr-qat, rank: 32}}, see `trimtab methods`")
+            raise UserError(
+                f"method: {value!r} is not a method; write {{name: lr-qat, rank: 32}}, see `trimtab methods`"
+            )
         options = {"name": value} if isinstance(value, str) else dict(value)
         if not isinstance(options.get("name"), str):
             raise UserError("method.name: missing, or no name; see `trimtab methods`")
@@ -310,7 +317,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _index(key: str, part: str, block: list[Any]) -> int:
     if not part.isdigit() or int(part) >= len(block):
-        raise UserError(f"{key}: {part!r} is no entry of a list of {len(block)}; they count from 0")
+        raise UserError(f"{key}: {part!r} is not an entry of a list of {len(block)}; they count from 0")
     return int(part)
 
 

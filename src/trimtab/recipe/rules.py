@@ -48,7 +48,7 @@ def parse_grid(value: Any, where: str) -> Placement:
     if value is None or value in ("float", "same") or isinstance(value, Grid | CodebookGrid):
         return value
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}: {value!r} is no grid; write {{bits: 4, group: 64}}, float, same or null")
+        raise UserError(f"{where}: {value!r} is not a grid; write {{bits: 4, group: 64}}, float, same or null")
     if "kquant" in value:
         return _k_quant(value, where)
     kind = CodebookGrid if "codebook" in value else Grid
@@ -84,7 +84,7 @@ def parse_rules(values: Sequence[Any] | None, where: str = "rules") -> list[Rule
     if values is None:
         return None
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise UserError(f"{where}: {values!r} is no list; write `- {{match: '*', grid: {{bits: 4, group: 64}}}}`")
+        raise UserError(f"{where}: {values!r} is not a list; write `- {{match: '*', grid: {{bits: 4, group: 64}}}}`")
     rules = []
     for i, value in enumerate(values):
         place = f"{where}[{i}]"

@@ -2,7 +2,7 @@
 
 An alias stands for all that its anchor holds, so nine lines of YAML can mean a thousand million values: what copies or
 prints them does not come back. Aliases are counted as what they stand for, none may hold itself, and what is deeper than a
-recipe ever is, or has an integer of thousands of digits, is no recipe.
+recipe ever is, or has an integer of thousands of digits, is not a recipe.
 """
 
 from typing import Any, NamedTuple

@@ -106,7 +106,7 @@ class Terminal:
     def finish(self, metrics: Mapping[str, Any], parities: "Sequence[Parity]") -> None:
         """The results of a run."""
         self.close()
-        self._perplexities(metrics.get("perplexity", {}))
+        self._perplexities(metrics.get("perplexity", {}), metrics.get("perplexity_of"))
         if metrics.get("tasks"):
             tasks = [(name, f"{v:.4f} ± {e:.4f}", str(n)) for name, (v, e, n) in metrics["tasks"].items()]
             self.rows("tasks, tuned", ("", "accuracy", "items"), tasks)
@@ -130,7 +130,7 @@ class Terminal:
         took = f" in {duration(metrics['seconds'])}" if "seconds" in metrics else ""
         self.console.print(f"\nwritten to [bold]{escape(str(metrics['output']))}[/bold]{took}", soft_wrap=True)
 
-    def _perplexities(self, values: Mapping[str, float | None]) -> None:
+    def _perplexities(self, values: Mapping[str, float | None], of: str | None) -> None:
         labels = {
             "float": "float (the untuned model)",
             "rounded": "rounded, before tuning",
@@ -143,6 +143,8 @@ class Terminal:
                 table.add_row(label, f"{value:.2f}")
         if table.row_count:
             self.console.print(table)
+            if of is not None:
+                self.say(f"perplexity is that of {of}; training learns the answers alone")
 
     def _parities(self, parities: "Sequence[Parity]") -> None:
         if not parities:

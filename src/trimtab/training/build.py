@@ -103,7 +103,7 @@ def build(recipe: Recipe, given: RunContext, errors: dict[str, float] | None = N
 
 
 def simulate(recipe: Recipe, model: PreTrainedModel, given: RunContext) -> None:
-    """Round activations and KV cache where asked; what a base from an earlier run rounds, it goes on rounding."""
+    """Round activations and KV cache where asked; what a base from an earlier run rounds, it keeps rounding."""
     kind, kv = recipe.activations, recipe.kv
     if kind is None and kv is None:
         return

@@ -158,5 +158,5 @@ def state_of(checkpoint: Path) -> TrainerState:
 
 
 def losses_of(state: TrainerState) -> list[float]:
-    """Training loss of each step that was logged, by whichever process of a run that was stopped and went on."""
+    """Training loss of each step that was logged, by whichever process of a run that was stopped and continued."""
     return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]

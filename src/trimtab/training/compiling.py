@@ -107,7 +107,7 @@ class Compiling:
         if asked == "auto" and not pays(self._recipe, layers, kinds, self._model.device.type):
             return self
         if missing is not None:
-            warnings.warn(f"train.compile: {missing}; training goes on without", stacklevel=2)
+            warnings.warn(f"train.compile: {missing}; training continues without", stacklevel=2)
             return self
         many = "" if kinds == 1 else f" of {kinds} kinds"
         self._say(
@@ -134,8 +134,8 @@ class Compiling:
             self._settings.callback(os.environ.pop, _CACHE, None)
 
     def give_up(self, why: CompilationFailed) -> None:
-        """Go on without, from here on; settings of the process stay until the end, since others were changed within."""
-        warnings.warn(f"train.compile: a layer could not be compiled ({why}); training goes on without", stacklevel=2)
+        """Train on without compiling; settings of the process stay until the end, since others were changed within."""
+        warnings.warn(f"train.compile: a layer could not be compiled ({why}); training continues without", stacklevel=2)
         self.active = False
         self._forwards.close()
 

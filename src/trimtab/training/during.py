@@ -1,7 +1,7 @@
 """What happens while a model trains, beside its steps: held-out loss, the best model, a stop by Ctrl-C.
 
 during = During(recipe, tokenizer, vocabulary, held_out, say)
-if during.over(last): ...                      a finished training that is asked to go on
+if during.over(last): ...                      a finished training that is asked to continue
 with during.watching(trainer): trainer.train() with `during.callbacks` among the trainer's
 during.end(model, trainer.state)               the best model; `Interrupted` after a Ctrl-C
 """

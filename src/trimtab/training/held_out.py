@@ -1,4 +1,4 @@
-"""The loss on held-out text while training goes on: of what training counts, in nats a token.
+"""The loss on held-out text while training continues: of what training counts, in nats a token.
 
     text rows                   every token of the windows that perplexity is measured on, but for each window's first
     prompts and completions     the tokens that training would learn of them, each row by itself, cut at block_tokens

@@ -5,7 +5,7 @@ here is what is trained:
 
     packing       a row longer than block_tokens
     bfd, none     loses its end: its answer is cut, or gone, and then the row is left out
-    wrapped       goes on in the next sequence: no token is lost, but an answer is learned without its prompt
+    wrapped       continues in the next sequence: no token is lost, but an answer is learned without its prompt
 
 Where no label is left at all the run is refused; what is less than that is told in one line, with its first row.
 """
@@ -58,7 +58,7 @@ class Labelled:
     sequences: Any
     """One for each row that has something to learn: `input_ids`, and `labels`, where -100 does not count."""
     end: int | None
-    """The token that ends an answer, or None where it is no token of its own."""
+    """The token that ends an answer, or None where it is not a token of its own."""
     notes: tuple[str, ...]
     """What is to be known before training, a line each."""
     counts: Counts

@@ -60,7 +60,7 @@ def _check_processes(recipe: Recipe) -> None:
         raise UserError(
             f"DeepSpeed{f' (ZeRO-{stage})' if stage else ''}: trimtab trains by DDP or FSDP2, not by DeepSpeed, which "
             "casts and flattens what it shards; start by torchrun or an accelerate configuration without it, and set "
-            "train.shard=fsdp to part the model"
+            "train.shard=fsdp to shard the model"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UserError(
@@ -93,11 +93,11 @@ def _check_shard(recipe: Recipe, count: int) -> None:
         how = "by one process, or train.shard=ddp" if recipe.train.objective == "dpo" else "by one process"
         raise UserError(f"train.objective: {recipe.train.objective} trains {how}")
     if shard == "fsdp" and recipe.train.compile is True:
-        raise UserError("train.compile: layers that train.shard=fsdp parts are not compiled; set it to false or auto")
+        raise UserError("train.compile: layers that train.shard=fsdp shards are not compiled; set it to false or auto")
     if shard == "fsdp" and recipe.train.optimizer != "adamw":
         raise UserError(
-            f"train.optimizer: {recipe.train.optimizer} keeps moments that FSDP2 cannot part; set adamw, whose moments are "
-            "parted, or train.shard=ddp"
+            f"train.optimizer: {recipe.train.optimizer} keeps moments that FSDP2 cannot shard; set adamw, whose moments "
+            "are sharded, or train.shard=ddp"
         )
 
 

@@ -1,7 +1,7 @@
 """What every trainer of ours has besides its loss, as a mixin over one of TRL's or transformers' trainers.
 
 Parameter groups (scales have their own learning rate and no decay), checkpoints that hold trainable tensors and optimizer
-state only, rates that are the recipe's when a run goes on, and a stop at the first loss that is not a number.
+state only, rates that are the recipe's when a run continues, and a stop at the first loss that is not a number.
 """
 
 import math
@@ -60,7 +60,7 @@ class Ours(_Base):
     accelerator: Any
     groups: list[dict[str, Any]]
     lower: str = "Lower train.lr (or train.lr_scale)"
-    """What to do about a loss that is no number."""
+    """What to do about a loss that is not a number."""
     recipe_text: str = ""
     """The resolved recipe, which goes into every checkpoint."""
     compiling: Compiling | None = None
@@ -188,7 +188,7 @@ class Ours(_Base):
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Nothing is put off where a model is sharded: gradients are few, and summed at once they stay parted, too."""
+        """Nothing is put off where a model is sharded: gradients are few, and summed at once they stay sharded, too."""
         yield
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

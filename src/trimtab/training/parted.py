@@ -23,7 +23,7 @@ def in_parts(recipe: Recipe) -> bool:
 
 
 def part(trainer: Any, recipe: Recipe) -> Any:
-    """The trainer, which has its groups of parameters; its model parted where the recipe says so and there are several.
+    """The trainer, which has its groups of parameters; its model sharded where the recipe says so and there are several.
 
     A run's own is sharded already, since it was loaded; one that `fit` is given may not be.
     """

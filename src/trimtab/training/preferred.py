@@ -40,7 +40,7 @@ class Preferred:
     sequences: Any
     """In the columns above; a row of which no answer is left is left out."""
     end: int | None
-    """The token that ends an answer, or None where it is no token of its own."""
+    """The token that ends an answer, or None where it is not a token of its own."""
     notes: tuple[str, ...]
     """What is to be known before training, a line each."""
 

@@ -73,7 +73,7 @@ def _put(written: Path, target: Path, recipe: str, keep: int) -> None:
     left = keep - 1
     for checkpoint in checkpoints_in(target.parent):
         if step_of(checkpoint) >= step_of(target):
-            continue  # a newer one was damaged when this run went on
+            continue  # a newer one was damaged when this run continued
         if left <= 0:
             shutil.rmtree(checkpoint)
         elif not what_is_wrong(checkpoint):  # a damaged one is none to keep one less for

@@ -36,7 +36,7 @@ def load_teacher(recipe: Recipe, source: ModelSource | None = None) -> PreTraine
         source: an already opened source of its model, to save parsing it again.
 
     Raises:
-        UserError: where the recipe's model is no float model.
+        UserError: where the recipe's model is not a float model.
     """
     opened = source or open_source(recipe.model.path)
     check_teacher(recipe, opened)

@@ -135,7 +135,7 @@ def _state(record: Path) -> dict[str, Any] | None:
 
 
 def _check_ours(folder: Path, whole: bool = True) -> None:
-    """Refuse a directory that holds anything that is no cache's; one that is not whole is known by its record alone."""
+    """Refuse a directory that holds anything that no cache has; an unfinished cache is known by its record alone."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"distill.cache: {folder} is a file; name a directory")
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
@@ -143,9 +143,9 @@ def _check_ours(folder: Path, whole: bool = True) -> None:
     if not foreign and names and not {MANIFEST, RECORD, _NEW} & {*names}:
         foreign = sorted(names)  # arrays of somebody else
     if foreign:
-        raise UserError(f"distill.cache: {folder} holds {foreign[0]}, which is no cache's; name another directory")
+        raise UserError(f"distill.cache: {folder} holds {foreign[0]}, which no cache has; name another directory")
     if whole and RECORD in names and MANIFEST not in names and _state(folder / RECORD) is None:
-        raise UserError(f"distill.cache: {folder / RECORD} is no record of a cache; name another directory")
+        raise UserError(f"distill.cache: {folder / RECORD} is not a record of a cache; name another directory")
 
 
 class Cache:
@@ -227,7 +227,7 @@ class Cache:
         except OSError as error:
             raise UserError(
                 f"distill.cache: {self._beside}: {error.strerror or error}; make room, or name a directory on another disk "
-                "(what was asked is kept, and the same command goes on)"
+                "(what was asked is kept, and the same command continues)"
             ) from error
 
     def _opened(self, sequences: Sequences, collate: Collate, width: int) -> Filling:
@@ -352,7 +352,7 @@ def ask(
         say: told what happens.
 
     Raises:
-        UserError: for a directory that holds something else, a full disk, or a model that is no float model.
+        UserError: for a directory that holds something else, a full disk, or a model that is not a float model.
     """
     folder = recipe.teacher_cache
     if folder is None or not recipe.train.steps:

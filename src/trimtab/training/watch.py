@@ -50,7 +50,7 @@ def advice(recipe: Recipe, losses: Sequence[float]) -> str | None:
 
 
 def lower(recipe: Recipe) -> str:
-    """What to do about a loss that is no number, as the beginning of a sentence."""
+    """What to do about a loss that is not a number, as the beginning of a sentence."""
     if recipe.parametrization == "paper":
         return "Lower train.lr (or train.lr_scale)"
     lr, lr_scale = recipe.rates

@@ -63,7 +63,7 @@ _PACKINGS = ("", "auto_gptq", "gptqmodel", "auto_awq")
 
 
 def _names(pattern: str, layer: str) -> bool:
-    """Whether a key of `extra_config` that is no layer's name is a regular expression that matches one."""
+    """Whether a key of `extra_config` that is not a layer's name is a regular expression that matches one."""
     try:
         return re.search(pattern, layer) is not None if set(pattern) & set("*^$|[\\") else False
     except re.error:

@@ -91,7 +91,7 @@ def _number(value: float, values: Tensor) -> int:
     """Which of our table's values this is."""
     found = int((values - value).abs().argmin())
     if float(values[found]) != value:
-        raise UserError(f"its table holds {value}, which is no value of the format; start from the float model")
+        raise UserError(f"its table holds {value}, which is not a value of the format; start from the float model")
     return found
 
 

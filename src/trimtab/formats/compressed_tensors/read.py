@@ -76,7 +76,7 @@ class CompressedPacking(Packing):
             kind = headers["weight"].kind if "weight" in headers else "nothing"
             raise UserError(f"has a scale beside a weight of {kind}; packed codes or I8 are read")
         if len(widths) != 1:
-            raise UserError(f"its codes take {words} words, which is no width of {n} x {k} codes here")
+            raise UserError(f"its codes take {words} words, which is not a width of {n} x {k} codes here")
         if scale.kind not in SCALE_DTYPES or len(scale.shape) != 2 or scale.shape[0] != n or k % scale.shape[1]:
             raise UserError(f"scales are {scale.kind} of {scale.shape}, which do not go with {n} x {k} codes")
         zero: Any = "integer" if "weight_zero_point" in headers else "symmetric"
@@ -110,7 +110,9 @@ def _of_powers(packed: Stored, scale: Stored) -> Form:
     """The form of bytes of two four-bit floats, under exponents."""
     n, k = packed.shape[0], 2 * packed.shape[-1]
     if len(packed.shape) != 2 or k % mxfp4.BLOCK or (scale.kind, scale.shape) != ("U8", (n, k // mxfp4.BLOCK)):
-        raise UserError(f"scales are {scale.kind} of {scale.shape}, which are no exponents of {n} x {k} codes of MXFP4")
+        raise UserError(
+            f"scales are {scale.kind} of {scale.shape}, which are not exponents of {n} x {k} codes of MXFP4"
+        )
     return Form((n, k), CodebookGrid("mxfp4", mxfp4.BLOCK))
 
 

@@ -30,8 +30,9 @@ W4A8. Its W4A8 kernel (torch's `_dyn_quant_matmul_4bit`) does that whatever the 
 processor with AMX it takes a kernel that ignores static ranges and stops in float16. So the rest is refused.
 No GPU kernel of vLLM 0.32 takes int-quantized W4A8.
 
-A family of whose tensors transformers makes several while it reads (qkv, say) it does not read at all in this format:
-it would have to divide scales and packed words, too. Of Llama 4 it looks for experts as matrices, and goes on without them.
+If transformers makes several tensors of one while it reads a family (qkv, say), it does not read that family in this
+format at all: it would have to divide scales and packed words, too. In Llama 4 it looks for experts as matrices, and
+continues without them.
 
 transformers 5.23 lays layers with integer zeros out in a wrong shape unless the config says `dequantize`, and with that it
 takes every layer for one of the first group: so it reads integer zeros only where all layers share a grid.

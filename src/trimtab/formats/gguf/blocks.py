@@ -37,7 +37,7 @@ from trimtab.quant.grid import AnyGrid, Grid, Range
 from trimtab.quant.two_level import SUPER, split
 
 BLOCK = 32
-"""Weights in a block that is no super-block."""
+"""Weights in a block that is not a super-block."""
 
 BlockName = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4"]
 
@@ -119,7 +119,7 @@ def block_type(grid: AnyGrid, in_features: int | None = None) -> BlockType:
     if grid.scale_dtype == "float32":
         raise UserError(f"float32 scales; {_RESCALE}")
     if grid.group is not None and grid.group % BLOCK:
-        raise UserError(f"group {grid.group} is no multiple of GGUF's blocks of 32: use group 32, 64 or 128")
+        raise UserError(f"group {grid.group} is not a multiple of GGUF's blocks of 32: use group 32, 64 or 128")
     if in_features is not None and in_features % BLOCK:
         raise UserError(
             f"{in_features} input features are no multiple of GGUF's blocks of 32: leave the layer in float"

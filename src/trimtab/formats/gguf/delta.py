@@ -69,7 +69,7 @@ def _heads(config: Any, size: int) -> Tensor | None:
 
 
 def values(name: str, value: Tensor) -> Tensor:
-    """A parameter's numbers as llama.cpp takes them, in float32 where it is no matrix."""
+    """A parameter's numbers as llama.cpp takes them, in float32 where it is not a matrix."""
     if name.endswith(".A_log"):
         return -value.float().exp()
     if name.endswith("conv1d.weight"):

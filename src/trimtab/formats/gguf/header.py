@@ -1,6 +1,6 @@
 """The header of a GGUF file, walked through before gguf's own reader: every length in it stays inside the file.
 
-That reader takes what is beyond the end for empty, and goes on: an array that says that it has 2^60 items is read for ever.
+That reader takes what is beyond the end for empty, and continues: an array that claims to have 2^60 items is read for ever.
 
     "GGUF" version tensors keys | key type value ... | name dimensions type place ... | padding | tensors
 
@@ -31,7 +31,7 @@ class _Walk:
         self.alignment = 32
 
     def past(self, size: int) -> int:
-        """Go on by so many bytes; where they began."""
+        """Move past so many bytes; returns where they began."""
         at = self.at
         self.at += size
         if self.at > self.end:

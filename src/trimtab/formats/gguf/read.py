@@ -188,7 +188,7 @@ class GgufSource(ModelSource):
         """Learn which tensor is which parameter of this (meta-device) model.
 
         Raises:
-            UserError: naming a key in which the file and the model differ, or a tensor that is no parameter of it.
+            UserError: naming a key in which the file and the model differ, or a tensor that is not a parameter of it.
         """
         self._learn(model)
         known = {*self._names.values(), *rotary.TENSORS}
@@ -196,7 +196,7 @@ class GgufSource(ModelSource):
             settings.require_agreement(model, self.keys())
             for name in self._tensors:
                 if name not in known:
-                    raise UserError(f"tensor {name} is no parameter of a {model.config.model_type} model here")
+                    raise UserError(f"tensor {name} is not a parameter of a {model.config.model_type} model here")
 
     def count(self) -> int:
         """Its tensors."""

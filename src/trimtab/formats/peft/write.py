@@ -10,7 +10,7 @@ into `rank_pattern` and `alpha_pattern`. The folder holds both:
     base/                          dense safetensors of the quantized base, as the adapters were trained on
     adapter_config.json            adapter_model.safetensors      the factors in the adapters' own dtype
 
-An update of integer zeros is no LoRA: it is rounded inside the base, so it is refused.
+An update of integer zeros is not a LoRA: it is rounded inside the base, so it is refused.
 
 Legend: N out features, K in features, R rank.
 """

@@ -82,7 +82,7 @@ class Cell:
 
     def default(self) -> Rates:
         """The library's own."""
-        return default(methods.make(self.method).kind, self.steps)
+        return default(methods.make(self.method).kind, self.steps, self.bits if isinstance(self.bits, int) else None)
 
 
 def checks(steps: Iterable[int]) -> Iterator[Cell]:

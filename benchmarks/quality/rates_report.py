@@ -15,8 +15,9 @@ NEAR = 0.02
 ABOUT = (
     "A learning rate is the share of a step of the grid that a weight may move in one optimizer step: a number of which",
     "width, rank and layer are divided out (the formulas stand in `src/trimtab/layers/rates.py`). Without `train.lr` and",
-    "`train.lr_scale` a run takes these defaults, which fall with the square root of its length; what of them was",
-    "measured stands below.",
+    "`train.lr_scale` a run takes these defaults, which fall with the square root of its length. On grids of 2 bits a run",
+    "of any length takes those of 30 steps: rounding ruins the model there, and its levels have far to go. What of them",
+    "was measured stands below.",
 )
 STUDY = (
     "stories260K on TinyStories, groups of 32 (43 in the MLP's second matrix), 4 x 64 tokens a step, one seed. Each cell",

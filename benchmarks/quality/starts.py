@@ -9,7 +9,7 @@ on at the last whole block (`--kept`). Rows stand in the order that they are run
 
 stories260K is float32 and never was quantized; it is calibrated and tuned on TinyStories. SmolLM2-135M-Instruct is the
 dequantized 4-bit file; WikiText-2's train part, and the first 8,192 tokens of its test text. DIR holds stories260k,
-tinystories and wikitext2. Rates of tuning are the library's defaults. Seconds are of one processor.
+tinystories and wikitext2. Rates of tuning are the defaults of more than 2 bits. Seconds are of one processor.
 """
 
 import argparse

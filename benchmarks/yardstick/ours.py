@@ -40,7 +40,7 @@ def main() -> None:
     begin = start_of(start, job, texts["train"][: job["calibration"]])
     model, tokenizer = tt.load(job["base"], method, rules, dtype=torch.float32, start=begin)
     if any(p.requires_grad for p in model.parameters()):
-        train(model, texts["train"], default(method.kind, STEPS), STEPS, batch=WINDOWS)
+        train(model, texts["train"], default(method.kind, STEPS, job["bits"]), STEPS, batch=WINDOWS)
         tt.fold(model)
     saved = Path(job["out"]).with_name("saved")
     tt.save(model, saved, tokenizer)

@@ -289,6 +289,22 @@ def test_what_somebody_trains_as_well_moves_by_the_share_of_its_size() -> None:
         assert rate[id(bias)] == pytest.approx(SCALE_SHARE)
 
 
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_on_grids_of_two_bits_defaults_do_not_fall(kind: Kind) -> None:
+    """Every length has the rates of 30 steps; each layer's own width decides."""
+    assert default(kind, 300, 2) == default(kind, 30, 2) == default(kind, 30) == default(kind, 30, 3)
+    assert default(kind, 300, 3) == default(kind, 300) < default(kind, 300, 1)
+
+
+def test_each_layer_has_the_defaults_of_its_own_width() -> None:
+    mixed = nn.Sequential(*(layer(methods.Peqa(), Grid(bits, 32)) for bits in (2, 3)))
+    found = {}
+    for steps in (30, 120):
+        moves = {id(p): group["lr"] for group in param_groups(mixed, steps=steps) for p in group["params"]}
+        found[steps] = np.array([moves[id(one.adapter.scale)] for one in mixed])  # type: ignore[union-attr]
+    np.testing.assert_allclose(found[120] / found[30], [1.0, 0.5])
+
+
 def test_defaults_of_a_run_of_a_hundred_steps_without_decay() -> None:
     made = model(methods.LrQat(rank=4), Grid(4, 32, "real"))
     assert param_groups(made) == param_groups(made, steps=100, weight_decay=0.0)

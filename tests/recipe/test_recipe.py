@@ -54,6 +54,13 @@ def test_yaml_there_and_back(tmp_path: Path, values: dict[str, Any]) -> None:
     assert list(yaml.safe_load(first.to_yaml())) == [name for name in Recipe.model_fields if name != "inputs"]
 
 
+@pytest.mark.parametrize("bits", [None, 2, 3])
+def test_the_rule_for_all_layers_decides_whether_rates_fall(bits: int | None) -> None:
+    grid = None if bits is None else {"bits": bits, "group": 32}
+    rules = [{"match": "*.down_proj", "grid": {"bits": 2, "group": 32}}, {"match": "*", "grid": grid}]
+    assert from_dict({**SHORT, "train": {"steps": 400}, "rules": rules}).rates == rates.default("levels", 400, bits)
+
+
 def test_rates_are_written_down_where_they_were_used() -> None:
     """Until then another number of steps has others."""
     short = from_dict({**SHORT, "train": {"steps": 400}})

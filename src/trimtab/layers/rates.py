@@ -57,6 +57,8 @@ _AT_100 = {
 """Shares for 100 steps, by `Kind`."""
 _FEWEST = 30
 """Steps below which shares no longer grow: what so few steps have no warm-up for, leaps."""
+_RUINED = 2
+"""Bits, at most, of what rounding ruins: its levels have far to go however many steps there are, so shares do not fall."""
 _A = 10.0
 """How much faster A moves than levels do, each in its own unit: A of LoRA starts random, and has to turn."""
 _WIDTH = 15
@@ -67,9 +69,16 @@ _APART = 4
 """Lengths are rounded to powers of 2^(1/4), so that layers share groups: each costs an optimizer a pass of its own."""
 
 
-def default(kind: Kind, steps: int) -> Rates:
-    """The shares of a run of `steps` optimizer steps: they fall with the square root of its length."""
-    factor = sqrt(100 / max(steps, _FEWEST))
+def default(kind: Kind, steps: int, bits: int | None = None) -> Rates:
+    """The shares of a run: they fall with the square root of its length, but not on grids of 2 bits.
+
+    Args:
+        kind: of the adapter.
+        steps: optimizer steps.
+        bits: of the grid; None for more than 2, or for float weights.
+    """
+    ruined = bits is not None and bits <= _RUINED
+    factor = sqrt(100 / (_FEWEST if ruined else max(steps, _FEWEST)))
     return Rates(*(rate * factor for rate in _AT_100[kind]))
 
 
@@ -131,7 +140,7 @@ def _moved(
     for layer in model.modules():
         if not isinstance(layer, QuantLinear) or layer.adapter is None:
             continue
-        given = default(layer.adapter.kind, steps)
+        given = default(layer.adapter.kind, steps, None if layer.base.grid is None else layer.base.grid.bits)
         rates = Rates(given.delta if lr is None else lr, given.scale if lr_scale is None else lr_scale)
         lengths = _lengths(layer.adapter, layer.base) if relative else _meant_for(scale_bits, layer.base)
         for name, parameter in layer.adapter.named_parameters():

@@ -168,13 +168,19 @@ class Recipe(Block):
     def rates(self) -> Rates:
         """Learning rates of deltas, and of scales and offsets."""
         if self.parametrization == "relative":
-            default = rates.default(self.method.kind, self.train.steps)
+            default = rates.default(self.method.kind, self.train.steps, self._bits)
         else:
             default = Rates(self.method.lr, self.method.lr_scale)
         given = self.train
         return Rates(
             default.delta if given.lr is None else given.lr, default.scale if given.lr_scale is None else given.lr_scale
         )
+
+    @property
+    def _bits(self) -> int | None:
+        """Of the grid that most layers have: of the rule for all of them, or the method's; None where neither says."""
+        grid = self.method.grid if self.rules is None else next((r.grid for r in self.rules if r.match == "*"), None)
+        return getattr(grid, "bits", None)
 
     def with_its_rates(self) -> "Recipe":
         """The recipe with the rates that its number of steps gives it, which no later default changes then."""

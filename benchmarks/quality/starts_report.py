@@ -12,9 +12,9 @@ from benchmarks.tables import interval, table
 TEXT = (
     "Each decoder block trained through its rounding before the method begins (`start: {name: block}`): weights, scales",
     "and zeros (`all`), scales and zeros alone (`scales`), or weights by at most half a step, by signs (`shift`); beside",
-    "round-to-nearest and GPTQ on the same calibration tokens. Integer zeros, the default rates of more than 2 bits. Numbers",
-    "are held-out nats a token, after ± the 95 % interval of the mean over seeds; seconds are of one processor, of the start",
-    "and of tuning. `python benchmarks/quality/starts.py --data DIR` fills `starts.jsonl`.",
+    "round-to-nearest and GPTQ on the same calibration tokens. Integer zeros, the default rates of more than 2 bits.",
+    "Numbers are held-out nats a token, after ± the 95 % interval of the mean over seeds; seconds are of one processor, of",
+    "the start and of tuning. `python benchmarks/quality/starts.py --data DIR` fills `starts.jsonl`.",
 )
 NAMES = {"rtn": "round to nearest", "gptq": "GPTQ", **{name: f"block, {name}" for name in ("all", "scales", "shift")}}
 

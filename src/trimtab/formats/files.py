@@ -51,10 +51,16 @@ class Stacked(NamedTuple):
 
 
 class Files:
-    """What is written of a model, under which names."""
+    """What is written of a model, under which names.
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._ours = model, quant_layers(model)
+    Args:
+        model: with layers of ours.
+        joined: whether a weight in float that transformers makes of several tensors of a checkpoint is written as the one
+            that it is: where it expects codes, it does not join floats.
+    """
+
+    def __init__(self, model: Any, *, joined: bool = False) -> None:
+        self._model, self._ours, self._joined = model, quant_layers(model), joined
         self._saved = SavedNames(model) if has_experts(model) else None
         if self._saved is not None and sees_or_hears(model):
             raise UserError(
@@ -114,4 +120,6 @@ class Files:
         return name if self._saved is None else self._saved.layer(name)
 
     def _named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        yield from [(name, tensor)] if self._saved is None else self._saved.tensors({name: tensor}).items()
+        found = {name: tensor} if self._saved is None else self._saved.tensors({name: tensor})
+        whole = self._joined and len(found) > 1 and name.endswith(".weight")
+        yield from [(name, tensor)] if whole else found.items()

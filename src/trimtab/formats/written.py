@@ -20,7 +20,7 @@ from trimtab.layers.experts import Holding
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
-from trimtab.models.opening import owners_of_experts
+from trimtab.models.opening import matrices_of_experts, owners_of_experts
 from trimtab.models.replaceable import linears_beside
 from trimtab.models.saved_names import held_as
 from trimtab.models.targets import Target
@@ -53,9 +53,8 @@ def of_target(
         activations: how inputs are rounded, or None.
         fold: False leaves it as it is trained.
     """
-    return _of_target(
-        replace(target, name="", rank=None, beside=frozenset()), target.method(method), dtype, merge, activations, fold
-    )
+    alike = replace(target, name="", rank=None, beside=frozenset(), experts=0)
+    return _of_target(alike, target.method(method), dtype, merge, activations, fold)
 
 
 @cache
@@ -92,7 +91,13 @@ def folded(layer: QuantLinear, merge: bool) -> QuantLinear:
 
 
 def describe(
-    name: str, kind: Kind, layer: Ours, kv: KvCache | None, beside: frozenset[str], expert: Holding = ""
+    name: str,
+    kind: Kind,
+    layer: Ours,
+    kv: KvCache | None,
+    beside: frozenset[str],
+    expert: Holding = "",
+    experts: int = 0,
 ) -> Layer:
     """What a format is told of a layer."""
     adapter, inputs = getattr(layer, "adapter", None), getattr(layer, "inputs", None)
@@ -105,6 +110,7 @@ def describe(
         inputs=None if inputs is None else inputs.kind,
         kv=kv,
         expert=expert,
+        experts=experts,
         beside=beside,
     )
 
@@ -118,11 +124,12 @@ def layers_of(model: "PreTrainedModel") -> list[Layer]:
             return "embedding"
         return "tied" if layer.tied else "head" if layer is head else "linear"
 
-    experts, held = owners_of_experts(model), held_as(model)
+    experts, held, matrices = owners_of_experts(model), held_as(model), matrices_of_experts(model)
     found = []
     for name, layer in quant_layers(model).items():
         expert = held if name.rsplit(".", 2)[0] in experts else ""
-        found.append(describe(name, kind(layer), layer, kv, linears_beside(model, name), expert))
+        among = matrices if expert else 0
+        found.append(describe(name, kind(layer), layer, kv, linears_beside(model, name), expert, among))
     return found
 
 
@@ -140,4 +147,6 @@ def planned(
     """
     fold = format_.adapters != "kept" or method.adapter is None or method.adapter.acts_in_codes
     options: dict[str, Any] = {"merge": merge, "activations": activations, "fold": fold}
-    return [describe(t.name, t.kind, of_target(t, method, **options), kv, t.beside, t.expert) for t in targets]
+    return [
+        describe(t.name, t.kind, of_target(t, method, **options), kv, t.beside, t.expert, t.experts) for t in targets
+    ]

@@ -20,6 +20,14 @@ def owners_of_experts(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, QuantExperts) or stacks(module)}
 
 
+def matrices_of_experts(model: nn.Module) -> int:
+    """How many matrices all experts of a model have, open or not."""
+    return sum(
+        module.num_experts * 2 if isinstance(module, QuantExperts) else sum(s.experts for s in stacks(module))
+        for module in model.modules()
+    )
+
+
 def layers_of_experts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The layers that they have once they are open, by their names in the model."""
     return ((f"{name}.{own}", layer) for own, layer in layers_in(module))

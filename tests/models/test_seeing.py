@@ -55,6 +55,18 @@ def test_a_model_that_sees_is_tuned_on_text_and_comes_back_as_it_was(model_type:
     assert gguf == wanted if isinstance(wanted, float) else str(gguf).startswith(wanted)
 
 
+@pytest.mark.parametrize("model_type", ["kimi_k25", "minimax_m3_vl", "qwen3_vl_moe"])
+def test_a_mixture_that_sees_comes_back_as_it_was(model_type: str, tmp_path: Path) -> None:
+    """A tower's qkv is taken apart while transformers reads, an MLP joined, a stack of experts transposed by its shape."""
+    found = seeing.tuned(model_type, tmp_path, ("dense", "compressed-tensors"))
+    assert found.towers
+    assert found.reloaded
+    assert sum(".experts." in name for name in found.quantized) in (8, 16)
+    assert found.exported["dense"] == 0.0
+    packed = found.exported["compressed-tensors"]
+    assert packed == 0.0 if model_type != "qwen3_vl_moe" else "keep all of them in one tensor" in str(packed)
+
+
 @pytest.mark.parametrize(
     ("model_type", "asked"),
     [("blip", "pixel_values"), ("kosmos-2", "pixel_values"), ("t5gemma2", "decoder_input_ids")],

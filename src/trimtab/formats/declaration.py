@@ -60,7 +60,7 @@ class Layer:
     expert: Holding = ""
     """How the family's checkpoints hold it, where it is an expert's matrix."""
     experts: int = 0
-    """How many matrices all experts of its model have, where it is one of them: of those in float nobody may be told."""
+    """How many matrices the experts of its block have, where it is one of them: of those in float nobody may be told."""
     beside: frozenset[str] = frozenset()
     """Last parts of the names of its owner's linear layers, its own among them."""
 

@@ -20,7 +20,7 @@ from trimtab.layers.experts import Holding
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
-from trimtab.models.opening import matrices_of_experts, owners_of_experts
+from trimtab.models.opening import owners_of_experts
 from trimtab.models.replaceable import linears_beside
 from trimtab.models.saved_names import held_as
 from trimtab.models.targets import Target
@@ -124,12 +124,13 @@ def layers_of(model: "PreTrainedModel") -> list[Layer]:
             return "embedding"
         return "tied" if layer.tied else "head" if layer is head else "linear"
 
-    experts, held, matrices = owners_of_experts(model), held_as(model), matrices_of_experts(model)
+    experts, held = owners_of_experts(model), held_as(model)
     found = []
     for name, layer in quant_layers(model).items():
-        expert = held if name.rsplit(".", 2)[0] in experts else ""
-        among = matrices if expert else 0
-        found.append(describe(name, kind(layer), layer, kv, linears_beside(model, name), expert, among))
+        owner = name.rsplit(".", 2)[0]
+        expert = held if owner in experts else ""
+        beside = linears_beside(model, name)
+        found.append(describe(name, kind(layer), layer, kv, beside, expert, experts.get(owner, 0)))
     return found
 
 

@@ -17,7 +17,7 @@ from trimtab.layers.experts import Holding
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
-from trimtab.models.opening import matrices_of_experts, owners_of_experts
+from trimtab.models.opening import owners_of_experts
 from trimtab.models.origin import grids_of
 from trimtab.models.replaceable import layers_of, linears_beside, refuse, refuse_model
 from trimtab.models.saved_names import held_as
@@ -44,7 +44,7 @@ class Target:
     expert: Holding = ""
     """How the family's checkpoints hold it, where it is an expert's matrix."""
     experts: int = 0
-    """How many matrices all experts of its model have, where it is one of them."""
+    """How many matrices the experts of its block have, where it is one of them."""
     beside: frozenset[str] = frozenset()
     """Last parts of the names of its owner's linear layers, its own among them."""
     untrained: str = ""
@@ -104,7 +104,7 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             placed[name] = _as_stored(module) if stored else grids.by_name.get(f"{name}.weight")
             kept.add(name)
     found = []
-    experts, held, matrices = owners_of_experts(model), held_as(model), matrices_of_experts(model)
+    experts, held = owners_of_experts(model), held_as(model)
     for name, (kind, module) in layers.items():
         placement = placed[name]
         if kind == "tied":
@@ -116,7 +116,8 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             continue
         grid = None if isinstance(placement, str) else placement
         rank = own_ranks.get(name) if kind in ("linear", "head") else None
-        expert = held if name.rsplit(".", 2)[0] in experts else ""
+        owner = name.rsplit(".", 2)[0]
+        expert = held if owner in experts else ""
         beside = frozenset[str]() if expert else linears_beside(model, name)  # one that is not open has no owner yet
         target = Target(
             name,
@@ -127,7 +128,7 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             rank,
             beside=beside,
             expert=expert,
-            experts=matrices if expert else 0,
+            experts=experts.get(owner, 0),
         )
         found.append(_checked(target, module, method, name in kept))
     return sorted(found, key=lambda t: t.kind != "embedding")

@@ -32,7 +32,8 @@ No GPU kernel of vLLM 0.32 takes int-quantized W4A8.
 
 A family of whose tensors transformers makes several while it reads (qkv, say) it does not read at all in this format:
 it would have to divide scales and packed words, too. Where it makes one tensor of several (the convolutions of q, k and v),
-it looks for codes of each and drops those in float: the one is written, under the model's own name. Of Llama 4 it looks for
+it looks for codes of each and drops those in float: the one is written, under the model's own name, and so are experts that
+are all in float. Of Llama 4 it looks for
 experts as matrices, and goes on without them. Experts it unpacks while it stacks them, all of a model by one scheme, the
 first of the config; those in float, or `int-quantized`, it drops. vLLM reads those of a block as one.
 
@@ -166,6 +167,7 @@ def _arguments(inputs: Activations) -> Any:
     )
 
 
+_EXPERTS = "the model's experts"
 PACKED = "pack-quantized"
 INTEGERS = "int-quantized"
 POWERS = "mxfp4-pack-quantized"
@@ -241,20 +243,21 @@ class CompressedTensors(Format):
         if not experts or all(layer.grid is None for layer in layers):
             return None
         remedy = "give all experts one grid, or export to dense"
+        blocks: dict[str, list[Layer]] = {}
+        for layer in experts:
+            blocks.setdefault(layer.name.rsplit(".", 2)[0], []).append(layer)
+        for block in blocks.values():
+            if any(layer.grid is None for layer in block) or len(block) < block[0].experts:
+                cause = f"{block[0].name} is beside some in float, and no engine reads such a block"
+                return Refusal(_EXPERTS, cause, remedy)
         if engine not in (None, "transformers"):
-            blocks: dict[str, list[Layer]] = {}
-            for layer in experts:
-                blocks.setdefault(layer.name.rsplit(".", 2)[0], []).append(layer)
             each = (_unlike(block, f"{engine} reads those of a block as one kind", remedy) for block in blocks.values())
             return next(filter(None, each), None)
         remedy += ", or with --engine vllm, where it was not tried"
-        if any(layer.grid is None for layer in experts) or len(experts) < experts[0].experts:
-            cause = "is an expert beside some in float, which transformers leaves at random in compressed-tensors"
-            return Refusal(experts[0].name, cause, remedy)
         rounded = next((layer for layer in experts if layer.inputs is not None), None)
         if rounded is not None:
-            cause = "is an expert with rounded inputs, which transformers leaves at random in compressed-tensors"
-            return Refusal(rounded.name, cause, remedy)
+            cause = f"{rounded.name} has rounded inputs, with which transformers leaves them at random in {self.name}"
+            return Refusal(_EXPERTS, cause, remedy)
         return _unlike(experts, "transformers reads those of a model as one kind", remedy)
 
     def require_config(self, config: Any, engine: str | None = None) -> None:
@@ -307,7 +310,7 @@ def _unlike(experts: Sequence[Layer], reads: str, remedy: str) -> Refusal | None
     other = next((layer for layer in experts if kind(layer) != kind(first)), None)
     if other is None:
         return None
-    return Refusal(other.name, f"is {kind(other)} and {first.name} {kind(first)}, and {reads}", remedy)
+    return Refusal(_EXPERTS, f"{other.name} is {kind(other)} and {first.name} {kind(first)}, and {reads}", remedy)
 
 
 def _layer(held: Held, dtype: torch.dtype) -> tuple[Scheme, dict[str, Tensor]]:

@@ -98,6 +98,18 @@ def test_what_transformers_splits_is_not_written_packed() -> None:
     packed.require_config(families.tiny_config("llava"))
 
 
+@pytest.mark.parametrize("model_type", ["falcon", "nanochat"])
+def test_what_transformers_initialises_is_not_written_packed(model_type: str) -> None:
+    """While it reads, `_init_weights` of these families asks for a `weight` that layers of packed codes have not."""
+    packed, config = get("compressed-tensors"), families.tiny_config(model_type)
+    with pytest.raises(
+        UserError, match=rf"stops at matrices that are codes, .* in a {model_type} model; export to dense"
+    ):
+        packed.require_config(config)
+    packed.require_config(config, "vllm")
+    packed.require_config(families.tiny_config("qwen3_moe"))
+
+
 # ---- a whole run ----------------------------------------------------------------------------------------------------
 
 

@@ -46,17 +46,15 @@ nonsense, so the word count is checked here. This is the only file that imports 
 Legend: N out features, K in features, G groups in a row, b bits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from trimtab.errors import UserError
+from trimtab.formats.compressed_tensors.unread import unread
 from trimtab.formats.declaration import DENSE, Engine, Form, Format, Layer, Refusal, Rounded, Writing
 from trimtab.formats.dense.write import add_dense
 from trimtab.formats.directory import Shards, write_surroundings
@@ -263,7 +261,7 @@ class CompressedTensors(Format):
     def require_config(self, config: Any, engine: str | None = None) -> None:
         """Raise a `UserError` too for a family that transformers does not read in this format, unless for vLLM."""
         super().require_config(config, engine)
-        why = next(_unread(config), None)
+        why = next(unread(config), None)
         if why is not None and engine in (None, "transformers"):
             raise UserError(
                 f"export: {self.name}: transformers {why} in a {config.model_type} model; export to dense, or with "
@@ -322,18 +320,6 @@ def _layer(held: Held, dtype: torch.dtype) -> tuple[Scheme, dict[str, Tensor]]:
     scheme = _plain(base.grid), None if inputs is None else inputs.kind
     made = (packed if inputs is None else integers)(codes_NK, base.range().of(held.rows), base.grid, dtype)
     return scheme, made if inputs is None else made | measured(inputs)
-
-
-def _unread(config: Any) -> Iterator[str]:
-    """What transformers does to tensors of any part of a model while it reads, and cannot do to a folder of this format."""
-    if config.model_type == "llama4_text":
-        yield "takes experts for matrices apart, and leaves them at random,"
-    for rule in get_checkpoint_conversion_mapping(config.model_type) or ():
-        if isinstance(rule, WeightConverter) and len(rule.target_patterns) > 1:
-            yield from (f"makes several tensors of {n}" for n in rule.source_patterns if n.endswith(".weight"))
-    for part in config.sub_configs:
-        if isinstance(getattr(config, part, None), PreTrainedConfig):
-            yield from _unread(getattr(config, part))
 
 
 def _plain(grid: Grid) -> Grid:

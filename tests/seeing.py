@@ -14,6 +14,7 @@ from trimtab.errors import UserError
 from trimtab.formats.export import export
 from trimtab.methods import LrQat
 from trimtab.models.load import load_float
+from trimtab.models.opening import owners_of_experts
 from trimtab.models.transformers_bridge import quant_layers
 
 FORMATS = ("dense", "compressed-tensors", "gguf")
@@ -42,7 +43,8 @@ def tuned(model_type: str, folder: Path, formats: tuple[str, ...] = FORMATS) -> 
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     (folder / "base" / "preprocessor_config.json").write_text('{"size": 8}', encoding="utf-8")
-    rules = [{"match": "*", "grid": {"bits": 4, "group": None, "zero": "integer"}}]
+    zero = "symmetric" if owners_of_experts(model) else "integer"  # packed experts have no zeros
+    rules = [{"match": "*", "grid": {"bits": 4, "group": None, "zero": zero}}]
     ours, _ = tt.load(str(folder / "base"), LrQat(rank=2), rules, dtype=torch.float32, quiet=True)
     assert type(ours).__name__ == kind.__name__
     layers = quant_layers(ours)

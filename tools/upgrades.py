@@ -426,9 +426,17 @@ REACHES = (
     ),
     Reach(
         library="transformers",
+        what="`_init_weights`, which is called while a file is read, and asks layers for a `weight`",
+        why="compressed-tensors folders of families whose matrices it initialises are refused by name",
+        where=("formats/compressed_tensors/unread.py::_initialises",),
+        test="tests/models/test_seeing.py::test_what_transformers_initialises_is_not_written_packed",
+        names=("_init_weights",),
+    ),
+    Reach(
+        library="transformers",
         what="`get_checkpoint_conversion_mapping`, of the config of every part of a model",
         why="compressed-tensors folders of families whose tensors are split while they are read are refused by name",
-        where=("formats/compressed_tensors/write.py::_unread",),
+        where=("formats/compressed_tensors/unread.py::_in_parts",),
         test="tests/models/test_seeing.py::test_what_transformers_splits_is_not_written_packed",
         names=("get_checkpoint_conversion_mapping",),
     ),

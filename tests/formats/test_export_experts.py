@@ -5,17 +5,19 @@ Oracle: the names that transformers' `save_pretrained` gives the same float mode
 
 import copy
 import json
+import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import families
 import trimtab as tt
-from experts import CONFIGS, FOUR, mixture
+from experts import CONFIGS, FOUR, IDS, mixture
 from trimtab.bit_search.space import space
 from trimtab.errors import UserError
 from trimtab.formats.export import Options, write
@@ -26,8 +28,14 @@ from trimtab.models.opening import open_experts
 from trimtab.models.saved_names import SavedNames, held_as
 from trimtab.models.targets import targets
 from trimtab.models.transformers_bridge import cast_floats
+from trimtab.quant.activations import Activations
 from trimtab.quant.grid import Grid
 from trimtab.recipe.rules import parse_rules
+
+
+def grid(match: str, bits: int | None) -> dict[str, Any]:
+    """A rule: so many bits for these layers, one scale a channel; None for float."""
+    return {"match": match, "grid": bits and {"bits": bits, "group": None, "scale_dtype": "portable"}}
 
 
 def names(folder: Path) -> set[str]:
@@ -62,15 +70,58 @@ def test_packed_names_and_what_stays_in_float(name: str, tmp_path: Path) -> None
     assert set(values["ignore"]) == routers | {"lm_head"}
 
 
-@pytest.mark.parametrize("name", ["axk2", "deepseek_v4"])
-def test_layers_that_files_call_otherwise_are_read_as_packed(name: str, tmp_path: Path) -> None:
-    """transformers looks for targets by its own names, after it has renamed what it reads: these were left at random."""
-    rules = [{"match": "*", "grid": {"bits": 4, "group": None, "scale_dtype": "portable"}}]
-    model = tt.prepare(families.random_model(name), Rtn(), rules)
-    write(model, None, "compressed-tensors", tmp_path / "out", source=tmp_path)
-    read, about = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+def check_in_transformers(model: PreTrainedModel, folder: Path) -> None:
+    """transformers finds every tensor of a packed model, and computes its logits."""
+    write(model, None, "compressed-tensors", folder, source=folder.parent)
+    read, about = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not about["missing_keys"]
     torch.testing.assert_close(families.logits(read), families.logits(model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["axk2", "deepseek_v4", "bailing_hybrid"])
+def test_layers_that_files_call_otherwise_are_read_as_packed(name: str, tmp_path: Path) -> None:
+    """transformers looks for targets by its own names, after it has renamed what it reads: these were left at random.
+
+    Of Bailing's three convolutions it makes one, and dropped all of them, which are in float.
+    """
+    check_in_transformers(tt.prepare(families.random_model(name), Rtn(), [grid("*", 4)]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("first", [("*experts*", 8), ("*self_attn*", 8), ("model.layers.0.mlp.experts*", None)])
+def test_experts_on_a_grid_of_their_own_are_read_by_it(first: tuple[str, int | None], tmp_path: Path) -> None:
+    """transformers takes the first scheme of the config for that of experts: by that of attention, they were others."""
+    check_in_transformers(tt.prepare(mixture("qwen3_moe"), Rtn(), [grid(*first), grid("*", 4)]), tmp_path / "out")
+
+
+UNLIKE: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "by projection": ([grid("*down_proj", 8)], r"0\.down_proj is on int8 .* and transformers reads"),
+    "by block": (
+        [grid("model.layers.0.mlp.experts*", 8)],
+        r"layers\.1\.mlp\.experts\.0\.gate_up_proj is on int4 .* and transformers reads",
+    ),
+    "a projection in float": ([grid("*down_proj", None)], r"beside some in float, and no engine reads such a block"),
+    "an expert in float": ([grid("*experts.1.*", None)], r"beside some in float, and no engine reads such a block"),
+}
+"""Mixtures that transformers reads as others, or not at all."""
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_unlike_experts_are_refused_before_and_after_training(case: str, tmp_path: Path) -> None:
+    rules, message = UNLIKE[case]
+    rules = [*rules, grid("*", 4)]
+    with torch.device("meta"):
+        laid_out = mixture("qwen3_moe")
+    planned = export_sizes(
+        laid_out, targets(laid_out, Rtn(), parse_rules(rules)), Rtn(), dtype=torch.float32, only=["compressed-tensors"]
+    )
+    assert re.search(message, str(planned["compressed-tensors"])), planned
+    model = tt.prepare(mixture("qwen3_moe"), Rtn(), rules)
+    with pytest.raises(UserError, match=message):
+        write(model, None, "compressed-tensors", tmp_path / "out", source=tmp_path)
+    if case == "by projection":
+        with pytest.raises(UserError, match="vllm reads those of a block as one kind"):
+            write(model, None, "compressed-tensors", tmp_path / "out", source=tmp_path, options=Options(engine="vllm"))
+    write(model, None, "dense", tmp_path / "dense", source=tmp_path)
 
 
 @pytest.mark.parametrize("format_", ["native", "dense", "compressed-tensors"])
@@ -140,3 +191,10 @@ def test_rows_of_stacks_are_found_in_checkpoints() -> None:
         (f"{owner}.3.up_proj", slice(64, 128)),
     ]
     assert [held_as(mixture(n)) for n in CONFIGS] == ["alone", "alone", "stack", "stack"]
+
+
+def test_experts_with_rounded_inputs_are_refused(tmp_path: Path) -> None:
+    model = tt.prepare(mixture("qwen3_moe"), Rtn(), [grid("*", 8)])
+    tt.simulate(model, activations=Activations(8, False, "dynamic"), calibration=IDS)
+    with pytest.raises(UserError, match="has rounded inputs, with which transformers leaves them at random"):
+        write(model, None, "compressed-tensors", tmp_path / "out", source=tmp_path)

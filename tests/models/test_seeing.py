@@ -55,6 +55,18 @@ def test_a_model_that_sees_is_tuned_on_text_and_comes_back_as_it_was(model_type:
     assert gguf == wanted if isinstance(wanted, float) else str(gguf).startswith(wanted)
 
 
+@pytest.mark.parametrize("model_type", ["kimi_k25", "minimax_m3_vl", "qwen3_vl_moe"])
+def test_a_mixture_that_sees_comes_back_as_it_was(model_type: str, tmp_path: Path) -> None:
+    """A tower's qkv is taken apart while transformers reads, an MLP joined, a stack of experts transposed by its shape."""
+    found = seeing.tuned(model_type, tmp_path, ("dense", "compressed-tensors"))
+    assert found.towers
+    assert found.reloaded
+    assert sum(".experts." in name for name in found.quantized) in (8, 16)
+    assert found.exported["dense"] == 0.0
+    packed = found.exported["compressed-tensors"]
+    assert packed == 0.0 if model_type != "qwen3_vl_moe" else "keep all of them in one tensor" in str(packed)
+
+
 @pytest.mark.parametrize(
     ("model_type", "asked"),
     [("blip", "pixel_values"), ("kosmos-2", "pixel_values"), ("t5gemma2", "decoder_input_ids")],
@@ -84,6 +96,18 @@ def test_what_transformers_splits_is_not_written_packed() -> None:
     with pytest.raises(UserError, match=r"takes experts for matrices apart.* in a llama4 model; export to dense"):
         packed.require_config(families.tiny_config("llama4"))
     packed.require_config(families.tiny_config("llava"))
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "nanochat"])
+def test_what_transformers_initialises_is_not_written_packed(model_type: str) -> None:
+    """While it reads, `_init_weights` of these families asks for a `weight` that layers of packed codes have not."""
+    packed, config = get("compressed-tensors"), families.tiny_config(model_type)
+    with pytest.raises(
+        UserError, match=rf"stops at matrices that are codes, .* in a {model_type} model; export to dense"
+    ):
+        packed.require_config(config)
+    packed.require_config(config, "vllm")
+    packed.require_config(families.tiny_config("qwen3_moe"))
 
 
 # ---- a whole run ----------------------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ class Layer:
     """How the model rounds keys and values."""
     expert: Holding = ""
     """How the family's checkpoints hold it, where it is an expert's matrix."""
+    experts: int = 0
+    """How many matrices the experts of its block have, where it is one of them: of those in float nobody may be told."""
     beside: frozenset[str] = frozenset()
     """Last parts of the names of its owner's linear layers, its own among them."""
 
@@ -224,8 +226,8 @@ class Format(ABC):
             layer.name, cause, "export to peft, or merge it: `merge: true` in the recipe, or export to dense"
         )
 
-    def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
-        """Why a model of these layers cannot be written although each layer could be."""
+    def model_refusal(self, layers: Sequence[Layer], engine: str | None) -> Refusal | None:
+        """Why a model of these layers cannot be written, or not for this engine, although each layer could be."""
         return None
 
     def require_config(self, config: Any, engine: str | None = None) -> None:

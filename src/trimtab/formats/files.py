@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import UserError
 from trimtab.formats.directory import float_tensors
 from trimtab.layers.experts import QuantExperts, names
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
-from trimtab.models.architecture import sees_or_hears
 from trimtab.models.replaceable import is_router
 from trimtab.models.saved_names import Piece, SavedNames, has_experts
 from trimtab.models.transformers_bridge import quant_layers
@@ -51,17 +49,17 @@ class Stacked(NamedTuple):
 
 
 class Files:
-    """What is written of a model, under which names."""
+    """What is written of a model, under which names.
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._ours = model, quant_layers(model)
+    Args:
+        model: with layers of ours.
+        joined: whether a weight that transformers makes of several tensors of a checkpoint is written as the one that it
+            is: where it expects codes, it joins neither floats nor codes.
+    """
+
+    def __init__(self, model: Any, *, joined: bool = False) -> None:
+        self._model, self._ours, self._joined = model, quant_layers(model), joined
         self._saved = SavedNames(model) if has_experts(model) else None
-        if self._saved is not None and sees_or_hears(model):
-            raise UserError(
-                f"export: a {type(model).__name__}, a mixture of experts that sees or hears, is written in our own format "
-                "alone while its experts are quantized; keep them in float with a rule, before the others: "
-                "{match: '*.experts.*', grid: null}"
-            )
         self._stacked: list[Stacked] = []
         self._pieces: dict[int, list[Piece]] = {}
         """Of the layers that are experts; none of those that are stacked."""
@@ -85,10 +83,9 @@ class Files:
     def layers(self) -> Iterator[Held]:
         """Our layers, but for experts of which a file holds all in one tensor."""
         for name, layer in self._ours.items():
-            if id(layer) in self._pieces:
-                yield from (Held(piece.layer, name, layer, piece.rows) for piece in self._pieces[id(layer)])
-            else:
-                yield Held(self._layer(name), name, layer)
+            expert = self._pieces.get(id(layer))
+            pieces = self._layer(name, layer.base.shape[0]) if expert is None else expert
+            yield from (Held(piece.layer, name, layer, piece.rows) for piece in pieces)
 
     def linear_in_float(self) -> list[str]:
         """Linear layers that are none of ours, and routers, which engines take for such."""
@@ -99,7 +96,9 @@ class Files:
             if self._saved is not None and is_router(n, modules) and "weight" in modules[n]._parameters
         )
         found = dict.fromkeys([*(n for n, m in modules.items() if isinstance(m, nn.Linear)), *routers])
-        return [self._layer(name) for name in found]
+        weights = {f"{name}.weight": modules[name]._parameters["weight"] for name in found}
+        saved = [n for name, weight in weights.items() for n, _ in self._named(name, weight.detach())]
+        return [name.removesuffix(".weight") for name in saved]
 
     def stacks(self, matrix: Callable[[QuantLinear], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Tensors that hold all experts of a block, made of the matrix (N, K) of each; their biases follow them."""
@@ -110,8 +109,13 @@ class Files:
             if biases:
                 yield from self._named(f"{name}_bias", torch.stack(biases).to(stack_ENK.dtype))
 
-    def _layer(self, name: str) -> str:
-        return name if self._saved is None else self._saved.layer(name)
+    def _layer(self, name: str, rows: int) -> list[Piece]:
+        found = [Piece(name, _ALL)] if self._saved is None else self._saved.layer(name, rows)
+        if len(found) > 1:
+            return [Piece(name, _ALL)] if self._joined else found
+        return [Piece(found[0].layer, _ALL)]
 
     def _named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        yield from [(name, tensor)] if self._saved is None else self._saved.tensors({name: tensor}).items()
+        found = {name: tensor} if self._saved is None else self._saved.tensors({name: tensor})
+        whole = self._joined and len(found) > 1
+        yield from [(name, tensor)] if whole else found.items()

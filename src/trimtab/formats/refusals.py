@@ -30,7 +30,7 @@ def refusals(format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engin
             Refusal("the model's experts", cause, "export to dense or to another engine's format, or keep to native")
         ]
     found = [f for layer in layers if isinstance(f := format_.form(layer, dtype), Refusal)]
-    whole = format_.model_refusal(layers)
+    whole = format_.model_refusal(layers, engine)
     found += [] if whole is None else [whole]
     if found or format_.everything:
         return found

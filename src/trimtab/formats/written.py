@@ -53,9 +53,8 @@ def of_target(
         activations: how inputs are rounded, or None.
         fold: False leaves it as it is trained.
     """
-    return _of_target(
-        replace(target, name="", rank=None, beside=frozenset()), target.method(method), dtype, merge, activations, fold
-    )
+    alike = replace(target, name="", rank=None, beside=frozenset(), experts=0)
+    return _of_target(alike, target.method(method), dtype, merge, activations, fold)
 
 
 @cache
@@ -92,7 +91,13 @@ def folded(layer: QuantLinear, merge: bool) -> QuantLinear:
 
 
 def describe(
-    name: str, kind: Kind, layer: Ours, kv: KvCache | None, beside: frozenset[str], expert: Holding = ""
+    name: str,
+    kind: Kind,
+    layer: Ours,
+    kv: KvCache | None,
+    beside: frozenset[str],
+    expert: Holding = "",
+    experts: int = 0,
 ) -> Layer:
     """What a format is told of a layer."""
     adapter, inputs = getattr(layer, "adapter", None), getattr(layer, "inputs", None)
@@ -105,6 +110,7 @@ def describe(
         inputs=None if inputs is None else inputs.kind,
         kv=kv,
         expert=expert,
+        experts=experts,
         beside=beside,
     )
 
@@ -121,8 +127,10 @@ def layers_of(model: "PreTrainedModel") -> list[Layer]:
     experts, held = owners_of_experts(model), held_as(model)
     found = []
     for name, layer in quant_layers(model).items():
-        expert = held if name.rsplit(".", 2)[0] in experts else ""
-        found.append(describe(name, kind(layer), layer, kv, linears_beside(model, name), expert))
+        owner = name.rsplit(".", 2)[0]
+        expert = held if owner in experts else ""
+        beside = linears_beside(model, name)
+        found.append(describe(name, kind(layer), layer, kv, beside, expert, experts.get(owner, 0)))
     return found
 
 
@@ -140,4 +148,6 @@ def planned(
     """
     fold = format_.adapters != "kept" or method.adapter is None or method.adapter.acts_in_codes
     options: dict[str, Any] = {"merge": merge, "activations": activations, "fold": fold}
-    return [describe(t.name, t.kind, of_target(t, method, **options), kv, t.beside, t.expert) for t in targets]
+    return [
+        describe(t.name, t.kind, of_target(t, method, **options), kv, t.beside, t.expert, t.experts) for t in targets
+    ]

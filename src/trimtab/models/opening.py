@@ -15,9 +15,14 @@ def closed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if stacks(module))
 
 
-def owners_of_experts(model: nn.Module) -> set[str]:
-    """Names of all experts that are open, or can be."""
-    return {name for name, module in model.named_modules() if isinstance(module, QuantExperts) or stacks(module)}
+def owners_of_experts(model: nn.Module) -> dict[str, int]:
+    """How many matrices the experts of each block have, by their owner's name: of those that are open, or can be."""
+    found = {}
+    for name, module in model.named_modules():
+        count = module.num_experts * 2 if isinstance(module, QuantExperts) else sum(s.experts for s in stacks(module))
+        if count:
+            found[name] = count
+    return found
 
 
 def layers_of_experts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
 
+from trimtab.errors import UserError
 from trimtab.layers.experts import Holding, QuantExperts, names, stacks
 
 
 class Piece(NamedTuple):
-    """Rows of one matrix of one expert that a checkpoint holds as a layer of its own."""
+    """Rows of one matrix that a checkpoint holds as a layer of its own."""
 
     layer: str
     rows: slice
@@ -27,6 +28,9 @@ class Piece(NamedTuple):
 class SavedNames:
     """The names of a model's family, whatever the file said that the model was read from.
 
+    A prefix is the file's own, and no name here has it. What transformers makes several tensors of while it reads (qkv)
+    stays in these: it reads them as well, and some may be layers of ours and others not.
+
     Args:
         model: of transformers, its experts open or not.
     """
@@ -34,24 +38,32 @@ class SavedNames:
     def __init__(self, model: Any) -> None:
         self._model = model
         rules = get_model_conversion_mapping(model, add_legacy=False)
-        self._rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]  # a prefix is the file's own
+        self._rules = [rule for rule in rules if not isinstance(rule, PrefixChange) and not _parts(rule)]
 
     def tensors(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by the model's names, as `save_pretrained` writes them if the model was made from its config alone."""
-        about, key = vars(self._model), "_weight_conversions"
-        kept = {key: about[key]} if key in about else {}
-        about[key] = self._rules
-        try:
-            found: dict[str, Tensor] = revert_weight_conversion(self._model, own)
-        finally:
-            del about[key]
-            about.update(kept)
+        stand_in: Any = _Saving(self._model, self._rules, own)
+        found: dict[str, Tensor] = revert_weight_conversion(stand_in, own)
         return found
 
-    def layer(self, name: str) -> str:
-        """The name of a linear layer in the family's checkpoints."""
-        (found,) = self.tensors({f"{name}.weight": torch.empty(0)})
-        return found.removesuffix(".weight")
+    def layer(self, name: str, rows: int) -> list[Piece]:
+        """The layers that the family's checkpoints hold a linear layer in: one, or one for each of its parts.
+
+        Args:
+            name: in the model.
+            rows: N.
+
+        Raises:
+            UserError: where rows of it lie in another order there.
+        """
+        found = self.tensors({f"{name}.weight": torch.arange(rows).view(rows, 1)})
+        pieces = [_piece(saved, held, rows) for saved, held in found.items()]
+        if None in pieces:
+            raise UserError(
+                f"{name}: checkpoints of its family hold its rows in another order, as which nothing here is written; "
+                f"keep to native, or to float with a rule: {{match: '*.{name.rpartition('.')[2]}', grid: null}}"
+            )
+        return sorted((p[1] for p in pieces if p is not None), key=lambda piece: piece.rows.start)
 
     def pieces(self, owner: str, name: str, rows: int) -> list[list[Piece]]:
         """For each expert, the layers that checkpoints hold its matrix in; [] where they hold all experts in one tensor.
@@ -67,17 +79,51 @@ class SavedNames:
         stack = numbers_EN1.transpose(1, 2) if experts.is_transposed else numbers_EN1
         found: list[list[Piece]] = [[] for _ in range(count)]
         for saved, held in self.tensors({f"{owner}.{name}": stack.contiguous()}).items():
-            first, last = int(held.flatten()[0]), int(held.flatten()[-1])
-            expert, plain = first // rows, torch.equal(held.flatten(), torch.arange(first, last + 1))
-            if held.dim() != 2 or not saved.endswith(".weight") or not plain or last // rows != expert:
+            piece = _piece(saved, held, rows)
+            if piece is None:
                 return []
-            found[expert].append(Piece(saved.removesuffix(".weight"), slice(first % rows, last % rows + 1)))
+            found[piece[0]].append(piece[1])
         found = [sorted(each, key=lambda piece: piece.rows.start) for each in found]
         for each in found:
             assert sum(p.rows.stop - p.rows.start for p in each) == rows, (
                 f"{owner}: rows of {name} are lost while saving"
             )
         return found
+
+
+def _parts(rule: Any) -> bool:
+    """Whether a rule makes several tensors of one."""
+    return isinstance(rule, WeightConverter) and len(rule.target_patterns) > 1
+
+
+class _Saving:
+    """A model while it is asked how it is saved, without the stacks of experts that are open in it.
+
+    Args:
+        model: of transformers.
+        rules: how its family's tensors are renamed and converted.
+        own: what is saved, for a conversion that asks for the shape of a parameter.
+    """
+
+    def __init__(self, model: Any, rules: list[Any], own: dict[str, Tensor]) -> None:
+        self._model, self._weight_conversions, self._own = model, rules, own
+
+    def get_parameter(self, name: str) -> Tensor:
+        """What is saved under this name, or a parameter of the model."""
+        found: Tensor = self._own[name] if name in self._own else self._model.get_parameter(name)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _piece(saved: str, numbers: Tensor, rows: int) -> tuple[int, Piece] | None:
+    """Which matrix a saved tensor is of and which rows of it, by the numbers of all rows; None for no plain part of one."""
+    first, last = int(numbers.flatten()[0]), int(numbers.flatten()[-1])
+    plain = torch.equal(numbers.flatten(), torch.arange(first, last + 1))
+    if numbers.dim() != 2 or not saved.endswith(".weight") or not plain or last // rows != first // rows:
+        return None
+    return first // rows, Piece(saved.removesuffix(".weight"), slice(first % rows, last % rows + 1))
 
 
 def has_experts(model: Any) -> bool:

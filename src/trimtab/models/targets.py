@@ -43,6 +43,8 @@ class Target:
     """Of its adapter, where that is not the method's."""
     expert: Holding = ""
     """How the family's checkpoints hold it, where it is an expert's matrix."""
+    experts: int = 0
+    """How many matrices the experts of its block have, where it is one of them."""
     beside: frozenset[str] = frozenset()
     """Last parts of the names of its owner's linear layers, its own among them."""
     untrained: str = ""
@@ -114,7 +116,8 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             continue
         grid = None if isinstance(placement, str) else placement
         rank = own_ranks.get(name) if kind in ("linear", "head") else None
-        expert = held if name.rsplit(".", 2)[0] in experts else ""
+        owner = name.rsplit(".", 2)[0]
+        expert = held if owner in experts else ""
         beside = frozenset[str]() if expert else linears_beside(model, name)  # one that is not open has no owner yet
         target = Target(
             name,
@@ -125,6 +128,7 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             rank,
             beside=beside,
             expert=expert,
+            experts=experts.get(owner, 0),
         )
         found.append(_checked(target, module, method, name in kept))
     return sorted(found, key=lambda t: t.kind != "embedding")

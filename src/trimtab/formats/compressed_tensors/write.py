@@ -31,8 +31,11 @@ processor with AMX it takes a kernel that ignores static ranges and stops in flo
 No GPU kernel of vLLM 0.32 takes int-quantized W4A8.
 
 If transformers makes several tensors of one while it reads a family (qkv, say), it does not read that family in this
-format at all: it would have to divide scales and packed words, too. In Llama 4 it looks for experts as matrices, and
-continues without them.
+format at all: it would have to divide scales and packed words, too. If it makes one tensor of several (the convolutions of
+q, k and v), it looks for codes of each and drops those in float: the one is written, under the model's own name, and so are
+experts that are all in float. In Llama 4 it looks for experts as matrices, and continues without them. It unpacks experts
+while it stacks them, all of a model by one scheme, the first of the config; those in float, or `int-quantized`, it drops.
+vLLM reads those of a block as one.
 
 transformers 5.23 lays layers with integer zeros out in a wrong shape unless the config says `dequantize`, and with that it
 takes every layer for one of the first group: so it reads integer zeros only where all layers share a grid.
@@ -43,23 +46,22 @@ nonsense, so the word count is checked here. This is the only file that imports 
 Legend: N out features, K in features, G groups in a row, b bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from trimtab.errors import UserError
-from trimtab.formats.declaration import DENSE, Engine, Form, Format, Rounded, Writing
+from trimtab.formats.compressed_tensors.unread import unread
+from trimtab.formats.declaration import DENSE, Engine, Form, Format, Layer, Refusal, Rounded, Writing
 from trimtab.formats.dense.write import add_dense
 from trimtab.formats.directory import Shards, write_surroundings
 from trimtab.formats.files import Files, Held
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight
+from trimtab.models.opening import owners_of_experts
 from trimtab.quant import mxfp4
 from trimtab.quant.activations import ActivationQuantizer, Activations
 from trimtab.quant.grid import CodebookGrid, Grid, Range
@@ -163,6 +165,7 @@ def _arguments(inputs: Activations) -> Any:
     )
 
 
+_EXPERTS = "the model's experts"
 PACKED = "pack-quantized"
 INTEGERS = "int-quantized"
 POWERS = "mxfp4-pack-quantized"
@@ -232,10 +235,33 @@ class CompressedTensors(Format):
         ),
     )
 
+    def model_refusal(self, layers: Sequence[Layer], engine: str | None) -> Refusal | None:
+        """Experts that an engine would take for others than they are."""
+        experts = [layer for layer in layers if layer.expert]
+        if not experts or all(layer.grid is None for layer in layers):
+            return None
+        remedy = "give all experts one grid, or export to dense"
+        blocks: dict[str, list[Layer]] = {}
+        for layer in experts:
+            blocks.setdefault(layer.name.rsplit(".", 2)[0], []).append(layer)
+        for block in blocks.values():
+            if any(layer.grid is None for layer in block) or len(block) < block[0].experts:
+                cause = f"{block[0].name} is beside some in float, and no engine reads such a block"
+                return Refusal(_EXPERTS, cause, remedy)
+        if engine not in (None, "transformers"):
+            each = (_unlike(block, f"{engine} reads those of a block as one kind", remedy) for block in blocks.values())
+            return next(filter(None, each), None)
+        remedy += ", or with --engine vllm, where it was not tried"
+        rounded = next((layer for layer in experts if layer.inputs is not None), None)
+        if rounded is not None:
+            cause = f"{rounded.name} has rounded inputs, with which transformers leaves them at random in {self.name}"
+            return Refusal(_EXPERTS, cause, remedy)
+        return _unlike(experts, "transformers reads those of a model as one kind", remedy)
+
     def require_config(self, config: Any, engine: str | None = None) -> None:
         """Raise a `UserError` too for a family that transformers does not read in this format, unless for vLLM."""
         super().require_config(config, engine)
-        why = next(_unread(config), None)
+        why = next(unread(config), None)
         if why is not None and engine in (None, "transformers"):
             raise UserError(
                 f"export: {self.name}: transformers {why} in a {config.model_type} model; export to dense, or with "
@@ -244,11 +270,12 @@ class CompressedTensors(Format):
 
     def write(self, folder: Path, writing: Writing) -> None:
         """Packed codes where a form took the layer, float matrices elsewhere."""
-        files = Files(writing.model)
+        files = Files(writing.model, joined=True)
         shards = Shards(folder, writing.max_shard_bytes)
         for name, tensor in files.floats(writing.dtype):
             shards.add(name, tensor)
         schemes: dict[Scheme, list[str]] = {}
+        experts, of_experts = owners_of_experts(writing.model), set[Scheme]()
         ignore = files.linear_in_float()
         for held in files.layers():
             if writing.forms[held.of] is DENSE:
@@ -258,13 +285,30 @@ class CompressedTensors(Format):
             name, layer = held.name, held.layer
             scheme, parts = _layer(held, writing.dtype)
             schemes.setdefault(scheme, []).extend(held.names)
+            if held.of.rsplit(".", 2)[0] in experts:
+                of_experts.add(scheme)
             for part, tensor in parts.items():
                 shards.add(f"{name}.{part}", tensor)
             if layer.bias is not None:
                 shards.add(f"{name}.bias", layer.bias[held.rows].to(writing.dtype))
         shards.close()
-        made = config(schemes, ignore) if schemes else None
+        in_order = dict(sorted(schemes.items(), key=lambda item: item[0] not in of_experts))  # as transformers reads
+        made = config(in_order, ignore) if schemes else None
         write_surroundings(folder, writing.model, writing.tokenizer, writing.dtype, made)
+
+
+def _unlike(experts: Sequence[Layer], reads: str, remedy: str) -> Refusal | None:
+    """The first expert that is of another kind than the first of them."""
+
+    def kind(layer: Layer) -> str:
+        grid = "in float" if layer.grid is None else f"on {layer.grid.describe()}"
+        return grid if layer.inputs is None else f"{grid} with {layer.inputs.describe()} inputs"
+
+    first = experts[0]
+    other = next((layer for layer in experts if kind(layer) != kind(first)), None)
+    if other is None:
+        return None
+    return Refusal(_EXPERTS, f"{other.name} is {kind(other)} and {first.name} {kind(first)}, and {reads}", remedy)
 
 
 def _layer(held: Held, dtype: torch.dtype) -> tuple[Scheme, dict[str, Tensor]]:
@@ -276,18 +320,6 @@ def _layer(held: Held, dtype: torch.dtype) -> tuple[Scheme, dict[str, Tensor]]:
     scheme = _plain(base.grid), None if inputs is None else inputs.kind
     made = (packed if inputs is None else integers)(codes_NK, base.range().of(held.rows), base.grid, dtype)
     return scheme, made if inputs is None else made | measured(inputs)
-
-
-def _unread(config: Any) -> Iterator[str]:
-    """What transformers does to tensors of any part of a model while it reads, and cannot do to a folder of this format."""
-    if config.model_type == "llama4_text":
-        yield "takes experts for matrices apart, and leaves them at random,"
-    for rule in get_checkpoint_conversion_mapping(config.model_type) or ():
-        if isinstance(rule, WeightConverter) and len(rule.target_patterns) > 1:
-            yield from (f"makes several tensors of {n}" for n in rule.source_patterns if n.endswith(".weight"))
-    for part in config.sub_configs:
-        if isinstance(getattr(config, part, None), PreTrainedConfig):
-            yield from _unread(getattr(config, part))
 
 
 def _plain(grid: Grid) -> Grid:

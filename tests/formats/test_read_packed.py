@@ -260,10 +260,17 @@ def test_a_folder_of_awq(tmp_path: Path) -> None:
             found[f"{name}.qweight"] = awq_words(layer.base.integer_codes().T.numpy())  # type: ignore[operator]
             found[f"{name}.qzeros"] = awq_words(range_.zero_NG.T.numpy())
 
+    as_gptq = tensors(folder)
     edit(folder, as_awq, quant_method="awq", version="gemm")
     model, _ = tt.load(str(folder))
     for name, layer in linears(ours).items():
         same(linears(model)[name], layer)
+    write(model, "gptq", tmp_path / "again")
+    again = tensors(tmp_path / "again")
+    assert again.keys() == as_gptq.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in as_gptq.items())
+    with pytest.raises(UserError, match="zero that is integer, which vllm does not run in gptq"):
+        write(model, "gptq", tmp_path / "no", engine="vllm")
     edit(folder, lambda _: None, version="gemv")
     with pytest.raises(UserError, match="packed for 'gemv'"):
         tt.load(str(folder))

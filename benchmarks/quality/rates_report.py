@@ -23,7 +23,7 @@ STUDY = (
     "stories260K on TinyStories, groups of 32 (43 in the MLP's second matrix), 4 x 64 tokens a step, one seed. Each cell",
     f"is trained with the default rates and with each rate a factor of {APART:g} away, further while an end is best. The",
     "number is the share by which the default's held-out loss lies above the best one's; in bold where that is more than",
-    f"{NEAR:.0%}, with what the best run multiplied (lr, lr_scale) by. `python benchmarks/quality/rates.py --data DIR`.",
+    f"{NEAR:.0%}, with what the best run multiplied rates by. `python benchmarks/quality/rates.py --data DIR`.",
 )
 REAL = (
     "SmolLM2-135M on WikiText-2, groups of 64, 4 x 64 tokens a step, one seed, the loss of 6,144 test tokens; else",
@@ -44,17 +44,20 @@ def _cell(rows: list[dict[str, Any]], cell: Cell) -> tuple[float, str] | None:
     above = mine / best["loss"] - 1
     if above <= NEAR:
         return above, f"{above:.1%}"
-    return above, f"**{above:.1%}** (x {best['lr'] / own.delta:.2g}, {best['lr_scale'] / own.scale:.2g})"
+    factors = {"delta": ("lr", best["lr"] / own.delta), "scale": ("lr_scale", best["lr_scale"] / own.scale)}
+    words = ", ".join(f"{name} x {factor:.2g}" for name, factor in (factors[rate] for rate in cell.moves))
+    return above, f"**{above:.1%}** ({words})"
 
 
 def _smollm2(rows: list[dict[str, Any]]) -> list[str]:
-    """The section of the real model; none before it was run."""
+    """The section of the real model; none before one of its cells was run."""
     lengths = sorted({row["steps"] for row in rows if row["model"] == SMOLLM2})
-    found = []
+    found, any_run = [], False
     for method, bits, rank in CHECKS:
         results = [_cell(rows, Cell(method, bits, rank, steps, SMOLLM2)) for steps in lengths]
         found.append([method, str(rank), str(bits), *("not run" if r is None else r[1] for r in results)])
-    if not lengths:
+        any_run = any_run or any(r is not None for r in results)
+    if not any_run:
         return []
     return [
         "## A real model",

@@ -436,7 +436,7 @@ REACHES = (
         library="transformers",
         what="`get_checkpoint_conversion_mapping`, of the config of every part of a model",
         why="compressed-tensors folders of families whose tensors are split while they are read are refused by name",
-        where=("formats/compressed_tensors/unread.py::_in_parts",),
+        where=("formats/compressed_tensors/unread.py::unread",),
         test="tests/models/test_seeing.py::test_what_transformers_splits_is_not_written_packed",
         names=("get_checkpoint_conversion_mapping",),
     ),

@@ -178,7 +178,7 @@ def fill(study: Study, cell: Cell, deadline: float) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError
         loss = study.run(cell, rates)
-        add(OUT, about | {"loss": loss, "default": rates == own})
+        add(OUT, about | {"loss": loss})
         say(f"{cell} {rates.delta:.3g} {rates.scale:.3g}: {loss:.4f}")
         return loss
 

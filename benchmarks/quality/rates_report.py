@@ -8,7 +8,7 @@ from benchmarks.files import RESULTS, read
 from benchmarks.quality.rates import APART, CHECKS, METHODS, RANKS, SMOLLM2, STEPS, Cell, cells
 from benchmarks.tables import table
 from trimtab import methods
-from trimtab.layers.rates import default
+from trimtab.layers.rates import Rates, default
 
 NEAR = 0.02
 """A default's loss may be above the best one's by this share."""
@@ -31,13 +31,42 @@ REAL = (
 )
 
 
+def _at(rows: list[dict[str, Any]], cell: Cell, rates: Rates) -> float | None:
+    """The loss of a cell at these rates; None where it was not run."""
+    about = asdict(cell)
+    return next(
+        (
+            row["loss"]
+            for row in rows
+            if all(row[key] == value for key, value in about.items())
+            and math.isclose(row["lr"], rates.delta)
+            and math.isclose(row["lr_scale"], rates.scale)
+        ),
+        None,
+    )
+
+
+def _not_falling(rows: list[dict[str, Any]]) -> list[str]:
+    """What it gives that rates do not fall at 2 bits, where both were run."""
+    lines = []
+    for steps in STEPS[1:]:
+        some = list(cells([steps], METHODS, [2]))
+        pairs = [(_at(rows, c, c.default()), _at(rows, c, default(methods.make(c.method).kind, steps))) for c in some]
+        changes = [own / falling - 1 for own, falling in pairs if own is not None and falling is not None]
+        if changes:
+            lower = [change for change in changes if change < 0]
+            lines.append(
+                f"* {steps} steps: lower in {len(lower)} of {len(changes)} cells, by {-min(changes):.1%} at most, and "
+                f"higher by {max(*changes, 0.0):.1%} at most."
+            )
+    return ["", "At 2 bits, the loss with these defaults against that with rates that fall as elsewhere:", "", *lines]
+
+
 def _cell(rows: list[dict[str, Any]], cell: Cell) -> tuple[float, str] | None:
     """(share above the best, words), or None where it was not run to the end."""
     own = cell.default()
     runs = [row for row in rows if all(row[key] == value for key, value in asdict(cell).items())]
-    mine = next(
-        (r["loss"] for r in runs if math.isclose(r["lr"], own.delta) and math.isclose(r["lr_scale"], own.scale)), None
-    )
+    mine = _at(runs, cell, own)
     if mine is None or len(runs) < 1 + 2 * len(cell.moves):
         return None
     best = min(runs, key=lambda r: r["loss"])
@@ -52,13 +81,13 @@ def _cell(rows: list[dict[str, Any]], cell: Cell) -> tuple[float, str] | None:
 def _smollm2(rows: list[dict[str, Any]]) -> list[str]:
     """The section of the real model; none before one of its cells was run."""
     lengths = sorted({row["steps"] for row in rows if row["model"] == SMOLLM2})
-    found, any_run = [], False
-    for method, bits, rank in CHECKS:
-        results = [_cell(rows, Cell(method, bits, rank, steps, SMOLLM2)) for steps in lengths]
-        found.append([method, str(rank), str(bits), *("not run" if r is None else r[1] for r in results)])
-        any_run = any_run or any(r is not None for r in results)
-    if not any_run:
+    results = [[_cell(rows, Cell(*check, steps, SMOLLM2)) for steps in lengths] for check in CHECKS]
+    if not any(any(each) for each in results):
         return []
+    found = [
+        [method, str(rank), str(bits), *("not run" if r is None else r[1] for r in each)]
+        for (method, bits, rank), each in zip(CHECKS, results, strict=True)
+    ]
     return [
         "## A real model",
         "",
@@ -115,6 +144,7 @@ def page() -> list[list[str]]:
             *table("method | rank | bits | " + "|".join(f"{steps} steps" for steps in run), found),
             "",
             *verdict,
+            *_not_falling(rows),
         ],
         *([real] if (real := _smollm2(rows)) else []),
     ]

@@ -36,6 +36,7 @@ from trimtab.models.load import load_float, open_source
 
 OUT = RESULTS / "yardstick.jsonl"
 PEERS, ENVIRONMENTS = Path(__file__).parent / "peers", Path(__file__).parents[2] / "build" / "yardstick"
+WATCHED = Path(__file__).with_name("watched.py")
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 MODELS, WIDTHS = (SMOLLM2, "gemma-3-270m-Q4_K_M", "qwen2.5-coder-0.5b-Q4_K_M"), (2, 3, 4)
 LENGTH, CALIBRATION, HELD, GROUP = 512, 64, 16, 64
@@ -118,16 +119,17 @@ def run(row: Row, given: Given, environments: Path, threads: int) -> dict[str, A
             "threads": threads,
         }
         began = time.monotonic()
-        command = [python_of(row.library, environments), str(script), json.dumps(job)]
+        command = [python_of(row.library, environments), str(WATCHED), str(script), json.dumps(job)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(process.pid, 0)
+        said = (Path(place) / "log").read_text()
         if status:
-            raise SystemExit(f"{row}: {(Path(place) / 'log').read_text()[-4000:]}")
+            raise SystemExit(f"{row}: {said[-4000:]}")
         return {
             "perplexity": given.perplexity(out),
             "minutes": round((used.ru_utime + used.ru_stime) / 60, 2),
             "wall_minutes": round((time.monotonic() - began) / 60, 2),
-            "peak_mb": used.ru_maxrss // 1024,
+            "peak_mb": int(said.split()[-1]) // 1024,
         }
 
 
@@ -156,7 +158,9 @@ def main() -> None:
         if time.monotonic() > deadline:
             say("out of time; run it again to go on")
             return
-        given = known.setdefault(row.model, Given(named[row.model], args.data, bases / row.model))
+        if row.model not in known:
+            known[row.model] = Given(named[row.model], args.data, bases / row.model)
+        given = known[row.model]
         exact = next((line["float_perplexity"] for line in done if line["model"] == row.model), None)
         exact = given.perplexity(given.folder) if exact is None else exact
         found = run(row, given, args.environments, args.threads)

@@ -21,6 +21,7 @@ import trimtab as tt
 from gguf_models import FAMILIES, byte_level_tokenizer
 from trimtab.errors import UserError
 from trimtab.formats import get
+from trimtab.formats.compressed_tensors import unread
 from trimtab.formats.export_size import export_sizes
 from trimtab.methods import Rtn
 from trimtab.models.layout import auto_class
@@ -99,15 +100,19 @@ def test_what_transformers_splits_is_not_written_packed() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["falcon", "nanochat"])
-def test_what_transformers_initialises_is_not_written_packed(model_type: str) -> None:
+def test_what_transformers_initialises_is_not_written_packed(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it reads, `_init_weights` of these families asks for a `weight` that layers of packed codes have not."""
+    monkeypatch.setattr(unread, "_ASKED", {})
     packed, config = get("compressed-tensors"), families.tiny_config(model_type)
     with pytest.raises(
         UserError, match=rf"stops at matrices that are codes, .* in a {model_type} model; export to dense"
     ):
         packed.require_config(config)
-    packed.require_config(config, "vllm")
     packed.require_config(families.tiny_config("qwen3_moe"))
+    # A model is laid out to know: once for a family, and not for vLLM.
+    monkeypatch.setattr(unread, "_initialises", lambda _: pytest.fail("asked again"))
+    packed.require_config(families.tiny_config("qwen3_moe"))
+    packed.require_config(families.tiny_config("xlstm"), "vllm")
 
 
 # ---- a whole run ----------------------------------------------------------------------------------------------------

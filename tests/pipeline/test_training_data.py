@@ -100,6 +100,23 @@ def test_nothing_is_loaded_for_nothing_to_learn(model: Path, tmp_path: Path, mon
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "prompted"),
+    [({"holdout": 0.3}, True), ({"holdout": 0.3, "loss": "full"}, False), ({"eval_path": "text.jsonl"}, False)],
+    ids=["held out", "learned in full", "another text"],
+)
+def test_held_out_prompts_that_are_not_learned_are_known(
+    data: dict[str, Any], prompted: bool, model: Path, tmp_path: Path
+) -> None:
+    """Of them the perplexity is one of more than what training learns; of a text it is not, whatever is trained on."""
+    tiny.text(tmp_path / "text.jsonl")
+    file = tiny.jsonl(tmp_path / "rows.jsonl", *({"instruction": f"{i}?", "output": f"{i} is it"} for i in range(12)))
+    data = {key: str(tmp_path / value) if key == "eval_path" else value for key, value in data.items()}
+    values = tiny.recipe(model, file, tmp_path / "run")
+    values["data"] = {"path": str(file), "block_tokens": 64, **data}
+    assert checks.gather(from_dict(values), False, False).prompted == prompted
+
+
 def test_a_base_model_learns_conversations_from_several_files(tmp_path: Path) -> None:
     """No chat template, no held-out text, no number of steps: all three follow from the recipe and are saved."""
     model = tiny.model(tmp_path / "base", template=None)

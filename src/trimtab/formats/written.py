@@ -20,7 +20,7 @@ from trimtab.layers.experts import Holding
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.models.kv_cache import current
-from trimtab.models.opening import owners_of_experts
+from trimtab.models.opening import owner_of, owners_of_experts
 from trimtab.models.replaceable import linears_beside
 from trimtab.models.saved_names import held_as
 from trimtab.models.targets import Target
@@ -127,7 +127,7 @@ def layers_of(model: "PreTrainedModel") -> list[Layer]:
     experts, held = owners_of_experts(model), held_as(model)
     found = []
     for name, layer in quant_layers(model).items():
-        owner = name.rsplit(".", 2)[0]
+        owner = owner_of(name)
         expert = held if owner in experts else ""
         beside = linears_beside(model, name)
         found.append(describe(name, kind(layer), layer, kv, beside, expert, experts.get(owner, 0)))

@@ -15,6 +15,11 @@ def closed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if stacks(module))
 
 
+def owner_of(layer: str) -> str:
+    """The name of the experts that a matrix of one is in: `mlp.experts` of `mlp.experts.3.down_proj`."""
+    return layer.rsplit(".", 2)[0]
+
+
 def owners_of_experts(model: nn.Module) -> dict[str, int]:
     """How many matrices the experts of each block have, by their owner's name: of those that are open, or can be."""
     found = {}
@@ -32,7 +37,7 @@ def layers_of_experts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Li
 
 def open_experts(model: nn.Module, layers: Iterable[str] | None = None) -> None:
     """Open, in place, the experts that these layers are of; of all that there are without `layers`."""
-    owners = None if layers is None else {name.rsplit(".", 2)[0] for name in layers}
+    owners = None if layers is None else set(map(owner_of, layers))
     for name, module in list(closed_experts(model)):
         if owners is None or name in owners:
             open_up(module)

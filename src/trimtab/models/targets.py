@@ -17,7 +17,7 @@ from trimtab.layers.experts import Holding
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.methods.base import Method
 from trimtab.methods.rtn import Rtn
-from trimtab.models.opening import owners_of_experts
+from trimtab.models.opening import owner_of, owners_of_experts
 from trimtab.models.origin import grids_of
 from trimtab.models.replaceable import layers_of, linears_beside, refuse, refuse_model
 from trimtab.models.saved_names import held_as
@@ -116,7 +116,7 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             continue
         grid = None if isinstance(placement, str) else placement
         rank = own_ranks.get(name) if kind in ("linear", "head") else None
-        owner = name.rsplit(".", 2)[0]
+        owner = owner_of(name)
         expert = held if owner in experts else ""
         beside = frozenset[str]() if expert else linears_beside(model, name)  # one that is not open has no owner yet
         target = Target(

@@ -80,7 +80,9 @@ def gather(recipe: Recipe, overwrite: bool, resume: bool) -> RunContext:
     watched = None
     if recipe.train.steps and recipe.train.evaluate_steps is not None:
         watched = while_training(recipe, tokenizer, held_out, vocabulary, blocks)
-    return RunContext(source, tokenizer, rows, labelled, blocks, start, notes, watched, read, seen)
+    learned = recipe.data.loss if recipe.data is not None and recipe.train.steps else "full"
+    prompted = learned != "full" and held_out is not None and "prompt" in held_out.column_names
+    return RunContext(source, tokenizer, rows, labelled, blocks, start, notes, watched, read, seen, prompted)
 
 
 def check_extras(recipe: Recipe) -> None:

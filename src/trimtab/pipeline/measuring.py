@@ -32,8 +32,8 @@ class Measuring:
     Args:
         recipe: of the run.
         given: what the run has read.
-        metrics: gets `perplexity`, `answers`, `tasks`, and `perplexity_of` where rows have prompts: training learns their
-            answers alone, so that its loss may fall while the perplexity of whole rows rises.
+        metrics: gets `perplexity`, `answers`, `tasks`, and `perplexity_of` where held-out rows have prompts: training
+            learns answers alone, so that its loss may fall while the perplexity of whole rows rises.
         say: told what is measured.
     """
 
@@ -95,8 +95,7 @@ class Measuring:
             model, _ = load(str(folder), dtype=recipe.dtype, device=recipe.device, quiet=True, shard=True)
         if held_out is not None:
             self._metrics["perplexity"]["tuned"] = perplexity(model, held_out)
-            learned = "full" if recipe.data is None else recipe.data.loss
-            if learned != "full" and self._given.texts is not None and "prompt" in self._given.texts.rows.features:
+            if self._given.prompted:
                 self._metrics["perplexity_of"] = "whole rows, prompts included"
         if block.tasks and not self._parts:
             self._tasks(folder, model)

@@ -46,6 +46,8 @@ class RunContext:
     """What was read to train on, or None."""
     overview: Overview | None = None
     """What of it training will see; None without training."""
+    prompted: bool = False
+    """Whether held-out rows have prompts, which their perplexity counts and training does not learn."""
 
 
 def calibration(recipe: Recipe, rows: Any, tokenizer: Any) -> Start | None:

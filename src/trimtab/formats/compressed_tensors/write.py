@@ -61,7 +61,7 @@ from trimtab.formats.directory import Shards, write_surroundings
 from trimtab.formats.files import Files, Held
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight, CodebookWeight
-from trimtab.models.opening import owners_of_experts
+from trimtab.models.opening import owner_of, owners_of_experts
 from trimtab.quant import mxfp4
 from trimtab.quant.activations import ActivationQuantizer, Activations
 from trimtab.quant.grid import CodebookGrid, Grid, Range
@@ -243,7 +243,7 @@ class CompressedTensors(Format):
         remedy = "give all experts one grid, or export to dense"
         blocks: dict[str, list[Layer]] = {}
         for layer in experts:
-            blocks.setdefault(layer.name.rsplit(".", 2)[0], []).append(layer)
+            blocks.setdefault(owner_of(layer.name), []).append(layer)
         for block in blocks.values():
             if any(layer.grid is None for layer in block) or len(block) < block[0].experts:
                 cause = f"{block[0].name} is beside some in float, and no engine reads such a block"
@@ -261,8 +261,8 @@ class CompressedTensors(Format):
     def require_config(self, config: Any, engine: str | None = None) -> None:
         """Raise a `UserError` too for a family that transformers does not read in this format, unless for vLLM."""
         super().require_config(config, engine)
-        why = next(unread(config), None)
-        if why is not None and engine in (None, "transformers"):
+        why = next(unread(config), None) if engine in (None, "transformers") else None
+        if why is not None:
             raise UserError(
                 f"export: {self.name}: transformers {why} in a {config.model_type} model; export to dense, or with "
                 "--engine vllm, where it was not tried"
@@ -285,7 +285,7 @@ class CompressedTensors(Format):
             name, layer = held.name, held.layer
             scheme, parts = _layer(held, writing.dtype)
             schemes.setdefault(scheme, []).extend(held.names)
-            if held.of.rsplit(".", 2)[0] in experts:
+            if owner_of(held.of) in experts:
                 of_experts.add(scheme)
             for part, tensor in parts.items():
                 shards.add(f"{name}.{part}", tensor)

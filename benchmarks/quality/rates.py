@@ -3,10 +3,10 @@
 A cell is a method on a grid, with a rank and a number of steps. It is trained with the default rates, and with each of them
 a factor of three away, the other kept; while the best stands at an end, one more is tried there. The value is the loss on
 held-out text. The model is stories260K, trained on TinyStories in float32, 4 x 64 tokens a step, scheduled as by
-`trimtab run`; on SmolLM2-135M and WikiText-2 a few cells are held against the same defaults.
+`trimtab run`; on larger models and WikiText-2 a few cells are held against the same defaults.
 
     python benchmarks/quality/rates.py --data DIR [--steps 30 100 300] [--methods lr-qat ...] [--bits 2 3] [--minutes 60]
-    python benchmarks/quality/rates.py --data DIR --model smollm2-135m --steps 32 100
+    python benchmarks/quality/rates.py --data DIR --model smollm2-135m --steps 32 100       or a file or folder
     python benchmarks/report.py rates                             docs/rates.md
 
 Every run is a line of benchmarks/results/rates.jsonl; what stands there is not run again. DIR holds stories260k,
@@ -46,7 +46,7 @@ METHODS = ("lr-qat", "peqa", "qat", "qlora", "loftq", "q-bara", "qa-lora", "qa-b
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a model and its text are, below DIR unless the model has a name, and the groups of its grids."""
+    """Where a model's texts are, below DIR, and the groups of its grids."""
 
     texts: tuple[str, str]
     """To train on, and held out."""
@@ -55,12 +55,10 @@ class Setting:
     """Of the MLP's second matrix: stories260K's is 172 wide, 4 x 43."""
 
 
-SETTINGS = {
-    STORIES: Setting(("tinystories/train.jsonl", "tinystories/valid.jsonl"), 32, 43),
-    SMOLLM2: Setting(("wikitext2/train.part.txt", "wikitext2/test.raw.txt"), 64, 64),
-}
+TINY = Setting(("tinystories/train.jsonl", "tinystories/valid.jsonl"), 32, 43)
+REAL = Setting(("wikitext2/train.part.txt", "wikitext2/test.raw.txt"), 64, 64)
 CHECKS = (("lr-qat", 3, 32), ("qlora", "nf4", 32))
-"""Method, width and rank of what is tried on SmolLM2."""
+"""Method, width and rank of what is tried on a larger model."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,10 @@ class Cell:
         return default(methods.make(self.method).kind, self.steps, self.bits if isinstance(self.bits, int) else None)
 
 
-def checks(steps: Iterable[int]) -> Iterator[Cell]:
-    """Of SmolLM2."""
+def checks(steps: Iterable[int], model: str) -> Iterator[Cell]:
+    """Of a larger model."""
     for length in steps:
-        yield from (Cell(method, bits, rank, length, SMOLLM2) for method, bits, rank in CHECKS)
+        yield from (Cell(method, bits, rank, length, model) for method, bits, rank in CHECKS)
 
 
 def cells(steps: Iterable[int], names: Iterable[str], widths: Iterable[int] = BITS) -> Iterator[Cell]:
@@ -101,19 +99,24 @@ def cells(steps: Iterable[int], names: Iterable[str], widths: Iterable[int] = BI
 
 
 def text_windows(file: Path, tokenizer: Any, length: int) -> Tensor:
-    """Rows of a .jsonl file, each behind the token that begins a text, or a whole text; cut into (windows, length)."""
+    """Rows of a .jsonl file, each behind the token that begins a text, or a whole text; cut into (windows, length).
+
+    Of a whole text each window begins with that token where the tokenizer puts it before everything (Gemma's).
+    """
     text, ids, many = file.read_text(encoding="utf-8"), list[int](), file.suffix == ".jsonl"
+    bos = tokenizer.bos_token_id
     for part in [json.loads(line)["text"] for line in text.splitlines()] if many else [text]:
-        first = [tokenizer.bos_token_id] if many else []
-        ids += [*first, *tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+        ids += [*([bos] if many else []), *tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
+    before = not many and bos is not None and tokenizer("a")["input_ids"][0] == bos
+    windows = torch.tensor(ids[: len(ids) // (length - before) * (length - before)]).view(-1, length - before)
+    return torch.cat((torch.full((len(windows), 1), bos), windows), 1) if before else windows
 
 
 class Study:
     """Model and data, read once."""
 
     def __init__(self, model: str, data: Path) -> None:
-        self.setting = SETTINGS[model]
+        self.setting = TINY if model == STORIES else REAL
         self.path = str(data / model) if (data / model).is_dir() else model
         tokenizer = open_source(self.path).tokenizer()
         self.train, held = (text_windows(data / file, tokenizer, 2 * LENGTH) for file in self.setting.texts)
@@ -134,9 +137,13 @@ class Study:
         return loss_on(model, self.held)
 
 
-def train(model: Any, windows: Tensor, rates: Rates, steps: int, seed: int = 0, batch: int = BATCH) -> float:
-    """Train what asks for gradients, as `trimtab run` schedules it; the last loss, not finite where it left the numbers."""
-    optimizer = torch.optim.AdamW(param_groups(model, *rates), betas=BETAS, weight_decay=0.0)
+def train(model: Any, windows: Tensor, rates: Rates | None, steps: int, seed: int = 0, batch: int = BATCH) -> float:
+    """Train what asks for gradients, as `trimtab run` schedules it, by these rates or the library's own.
+
+    Returns the last loss, not finite where it left the numbers.
+    """
+    groups = param_groups(model, *(rates or ()), steps=steps)
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
     warm = round(WARMUP * steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: s / max(1, warm) if s < warm else (steps - s) / max(1, steps - warm)
@@ -196,7 +203,7 @@ def fill(study: Study, cell: Cell, deadline: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", choices=SETTINGS, default=STORIES)
+    parser.add_argument("--model", default=STORIES)
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--bits", type=int, nargs="+", default=list(BITS), choices=BITS)
@@ -204,8 +211,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     study, deadline = Study(given.model, given.data), time.monotonic() + 60 * given.minutes
-    some = cells(given.steps, given.methods, given.bits) if given.model == STORIES else checks(given.steps)
-    for cell in some:
+    tiny = given.model == STORIES
+    for cell in cells(given.steps, given.methods, given.bits) if tiny else checks(given.steps, Path(given.model).stem):
         try:
             fill(study, cell, deadline)
         except TimeoutError:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.files import RESULTS, read
-from benchmarks.quality import harness, starts_report
+from benchmarks.quality import harness, orders_report, starts_report
 from benchmarks.quality.quality import MODEL, SEEDS, STEP_TOKENS, STEPS, TASK_ITEMS, TEST_TOKENS, WINDOW, seeds_of
 from benchmarks.quality.rows import HEADLINES, ROWS
 from benchmarks.tables import interval
@@ -227,7 +227,7 @@ def page() -> str:
     missing = _missing(cells, list(ROWS))
     lines += ["", "## Not run", "", ", ".join(missing) + "." if missing else "Nothing: every cell above was run."]
     lines += [] if models else [f"A second model: none of {', '.join(HEADLINES)}."]
-    lines += ["", *_harness(), "", *starts_report.section()]
+    lines += ["", *orders_report.section(), "", *_harness(), "", *starts_report.section()]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -116,7 +116,7 @@ class Study:
         self.setting, stories = setting, setting.path == "stories260k"
         self.path = str(data / setting.path) if stories else setting.path
         tokenizer = open_source(self.path).tokenizer()
-        texts = rates.SETTINGS[setting.path].texts
+        texts = (rates.TINY if stories else rates.REAL).texts
         self.train, held = (rates.text_windows(data / file, tokenizer, setting.length) for file in texts)
         self.held = held[: setting.held]
 

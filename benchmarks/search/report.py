@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from benchmarks.files import RESULTS
-from benchmarks.search import repair, tuned_report
+from benchmarks.search import repair, sampled_report, tuned_report
 
 AIM, AIM_TRIALS = 0.99, 40
 
@@ -179,4 +179,5 @@ def page() -> str:
     lines += pruning(json.loads(pruned.read_text())) if pruned.exists() else []
     lines += tuned_report.section(RESULTS)
     lines += repair.report()
+    lines += sampled_report.section()
     return "\n".join(lines) + "\n"

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.files import RESULTS, add, read, say
-from benchmarks.quality.rates import SETTINGS, SMOLLM2, loss_on, text_windows
+from benchmarks.quality.rates import REAL, SMOLLM2, loss_on, text_windows
 from trimtab.models.load import load_float, open_source
 
 OUT = RESULTS / "yardstick.jsonl"
@@ -82,7 +82,7 @@ class Given:
         if not (folder / "config.json").exists():
             load_float(path, dtype=torch.float32).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        train, held = (text_windows(data / text, tokenizer, LENGTH) for text in SETTINGS[SMOLLM2].texts)
+        train, held = (text_windows(data / text, tokenizer, LENGTH) for text in REAL.texts)
         self.held = held[:HELD]
         save_file({"train": train}, folder.with_suffix(".texts"))
 

@@ -97,8 +97,23 @@ def test_a_stack_that_is_gone_is_not_found_without_a_word() -> None:
     assert not list(layers_in(experts))
 
 
+@pytest.mark.parametrize("broken", ["of two dimensions", "not there", "without its bias"])
+def test_what_only_declares_itself_a_stack_is_none(broken: str) -> None:
+    """Each matters by itself: a module of transformers' declarations may hold anything."""
+    experts = experts_of(mixture("gpt_oss"))
+    assert len(stacks(experts)) == 2
+    if broken == "of two dimensions":
+        experts.down_proj = torch.nn.Parameter(torch.zeros(4, 4))
+    elif broken == "not there":
+        experts.down_proj = None
+    else:
+        experts.down_proj_bias = None
+    assert not stacks(experts)
+
+
 def test_names_lead_back_to_stacks() -> None:
     assert closed("model.layers.0.mlp.experts.3.down_proj.weight") == ("model.layers.0.mlp.experts.down_proj", 3)
+    assert closed("experts.3.up_proj.weight") == ("experts.up_proj", 3)
     assert closed("mlp.experts.11.up_proj.bias") == ("mlp.experts.up_proj_bias", 11)
     assert closed("mlp.experts.11.up_proj.codes") is None
     assert closed("model.layers.mlp.down_proj.weight") is None

@@ -124,6 +124,20 @@ def test_a_master_starts_at_the_levels_that_a_start_gave(grid: Grid) -> None:
         assert torch.equal(adapter.master, stored.dequantize(torch.float32))  # type: ignore[union-attr]
 
 
+def test_a_master_is_idle_until_a_code_or_a_scale_of_it_moves() -> None:
+    base, adapter = Qat().build(cases.random(cases.N, cases.K, seed=0), Grid(4, 32, "real", "float32"))
+    assert isinstance(adapter, MasterLevels)
+    assert adapter.idle(base)
+    with torch.no_grad():
+        kept = adapter.scale[0, 0].clone()
+        adapter.scale[0, 0] *= 1 + 1e-5  # no code moves
+        assert not adapter.idle(base)
+        adapter.scale[0, 0] = kept
+        assert adapter.idle(base)
+        adapter.master[0, 0] += 2 * adapter.scale.max()
+    assert not adapter.idle(base)
+
+
 def test_the_table_of_methods() -> None:
     """One row each: its names, its own grid, what it is and what may be set."""
     rows = {names.split(", ")[0]: (names, grid, options) for names, grid, _, options in methods.table()}

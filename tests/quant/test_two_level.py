@@ -10,6 +10,7 @@ from trimtab.errors import UserError
 from trimtab.layers.weights import AffineWeight
 from trimtab.quant import two_level
 from trimtab.quant.grid import Grid, k_quant, of_width, set_range
+from trimtab.quant.two_level import TWO_LEVEL
 from trimtab.recipe.rules import parse_grid
 
 FORMS = [(name, which) for name in cases.INTEGERS for which in (0, 1) if cases.INTEGERS[name][which] != (0, 0)]
@@ -97,6 +98,30 @@ def test_zeros_and_what_is_not_finite() -> None:
     assert two_level.split(made, (1, 63), 8).product().equal(made)
     broken = two_level.split(torch.tensor([[torch.nan] * 8 + [torch.inf] * 8]), (1, 63), 8)
     assert broken.super_NS.isnan().all()
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-12])
+@pytest.mark.parametrize("name", cases.INTEGERS)
+def test_a_scale_that_float16_cannot_hold_is_the_least_one(name: str, tiny: float) -> None:
+    """Never 0, by which no level could be divided; offsets may be 0."""
+    kind, j = TWO_LEVEL[name], groups(name)
+    x = torch.full((1, j), tiny)
+    assert two_level.nearest(x, kind.scales, j).abs().tolist() == [[2.0**-24] * j]
+    if kind.zero == "real":
+        assert two_level.nearest(x, kind.offsets, j).tolist() == [[0.0] * j]
+
+
+@pytest.mark.parametrize("name", cases.INTEGERS)
+def test_a_group_of_one_value_keeps_it(name: str) -> None:
+    """Among others in its super-block; and one whose scale happens to be 1 keeps its own."""
+    grid = k_quant(name)
+    assert grid.group is not None
+    w = cases.random(2, 256, seed=3)
+    w[0, : grid.group] = 0.75
+    w[1] *= (2**grid.bits - 1) / (w[1].max() - w[1].min())
+    found = AffineWeight.quantize(w, grid).dequantize(torch.float32)
+    step = (w.amax(1) - w.amin(1)) / (2**grid.bits - 1)
+    assert ((found - w).abs().amax(1) <= 1.5 * step).all()
 
 
 def test_what_is_on_no_two_levels_is_refused() -> None:

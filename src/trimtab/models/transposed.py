@@ -25,6 +25,11 @@ def is_transposed(module: Any) -> bool:
     return type(module) is Conv1D and getattr(module._parameters.get("weight"), "ndim", 0) == 2
 
 
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer in float, however it holds its matrix."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
 def as_linear(module: nn.Module) -> nn.Module:
     """A linear layer on the memory of one that is transposed, with its hooks; any other module as it is."""
     if not is_transposed(module):

@@ -52,6 +52,7 @@ class Dense(Format):
     summary = "plain safetensors in the model's dtype"
     forms = ()
     dense = ALL_KINDS
+    transposed = True
     adapters = "merged"
     experts = ("alone", "stack")
     engines = _ENGINES

@@ -16,8 +16,13 @@ from trimtab.models.sources import SafetensorsSource
 from trimtab.models.transformers_bridge import quant_layers
 
 SIZES: dict[str, Any] = {
-    **{"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 96, "n_positions": 64},
-    **{"bos_token_id": 1, "eos_token_id": 2},
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "vocab_size": 96,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 CONFIGS: dict[str, Any] = {"gpt2": GPT2Config, "openai-gpt": OpenAIGPTConfig}
 IDS = torch.arange(24).view(2, 12) * 3 % 96

@@ -11,20 +11,22 @@ import peft
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_export_gptq import unpacked
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import trimtab as tt
 from exported import linears, tensors, write
-from test_export_gptq import unpacked
 from transposed import CONFIGS, FIRST, FOUR, close, logits, plain, read, saved, shake, turned
 from trimtab.errors import UserError
 from trimtab.formats.compressed_tensors import write as compressed_tensors
 from trimtab.formats.export_size import export_sizes
 from trimtab.methods import Lora, LrQat, Method, Peqa, QBara, Qlora, Rtn
+from trimtab.models import sources
 from trimtab.models.packed import PackedSource
 from trimtab.models.prepare import prepare_meta
 from trimtab.models.sources import open_source
+from trimtab.models.targets import targets
 from trimtab.models.with_adapter import load_model
 from trimtab.recipe.rules import parse_rules
 
@@ -121,7 +123,7 @@ def test_peft_computes_the_same(case: str, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out/base")
     untuned = logits(base)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # PEFT warns where it has to put `fan_in_fan_out` right
+        warnings.filterwarnings("error", message="fan_in_fan_out")  # which PEFT puts right with a warning
         theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out")
     ours = logits(model)
     moved = (ours - untuned).abs().max()
@@ -136,9 +138,9 @@ def test_what_peft_trained_is_continued(tmp_path: Path, monkeypatch: pytest.Monk
         peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
     )
     shake(theirs)
+    for p in theirs.parameters():
+        p.data = p.data.bfloat16().float() if p.requires_grad else p.data  # which ours are stored in
     theirs.save_pretrained(tmp_path / "lora")
-    from trimtab.models import sources
-
     monkeypatch.setattr(sources, "read_tokenizer", lambda _: "a tokenizer")
     model, _ = load_model(str(tmp_path / "m"), str(tmp_path / "lora"), dtype=torch.float32)
     close(logits(model), logits(theirs))
@@ -186,8 +188,6 @@ def test_others_are_refused_by_name(format_: str, tmp_path: Path) -> None:
 
 
 def test_sizes_that_are_told_in_advance(tmp_path: Path) -> None:
-    from trimtab.models.targets import targets
-
     model, rules = turned(), parse_rules(FOUR)
     chosen = targets(model, Peqa(), rules)
     told = export_sizes(model, chosen, Peqa(), dtype=torch.float32)

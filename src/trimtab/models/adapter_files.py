@@ -53,9 +53,7 @@ def _made_by_peft(model: "PreTrainedModel") -> bool:
     (grid, *others) = grids
     if others or not isinstance(grid, CodebookGrid) or grid.codebook not in _BITSANDBYTES or grid.group != 64:
         return False
-    linear = {
-        n for n, m in model.named_modules() if (isinstance(m, QuantLinear) or is_linear(m)) and m is not head
-    }
+    linear = {n for n, m in model.named_modules() if (isinstance(m, QuantLinear) or is_linear(m)) and m is not head}
     return set(rounded) == linear
 
 

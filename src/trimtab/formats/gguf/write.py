@@ -39,7 +39,7 @@ from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, We
 from trimtab.models.architecture import Gguf, in_language_model, language_model, sees_or_hears
 from trimtab.models.finite import require_finite
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
-from trimtab.models.transposed import as_linear
+from trimtab.models.transposed import is_transposed
 from trimtab.quant.grid import AnyGrid, Grid, Range
 from trimtab.quant.two_level import SUPER
 
@@ -191,12 +191,11 @@ def _tensors(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Value]]:
             yield f"{name}.weight", layer.base.dequantize(dtype) if plain else layer.base
         if any(name.startswith(f"{above}.base") for above in ours):
             continue
-        module = as_linear(module)
         kept = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for key, p in (module._parameters | kept).items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
-                yield f"{name}.{key}", p.data
+                yield f"{name}.{key}", p.data.T if key == "weight" and is_transposed(module) else p.data
 
 
 def _entries(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import gguf
 import numpy as np
 import peft
 import pytest
@@ -17,12 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 import trimtab as tt
 from exported import linears, tensors, write
+from gguf_models import GPT2, byte_level_tokenizer, random_model
 from transposed import CONFIGS, FIRST, FOUR, close, logits, plain, read, saved, shake, turned
 from trimtab.errors import UserError
 from trimtab.formats.compressed_tensors import write as compressed_tensors
 from trimtab.formats.export_size import export_sizes
+from trimtab.formats.gguf.write import save as save_gguf
 from trimtab.methods import Lora, LrQat, Method, Peqa, QBara, Qlora, Rtn
 from trimtab.models import sources
+from trimtab.models.load import load_float
 from trimtab.models.packed import PackedSource
 from trimtab.models.prepare import prepare_meta
 from trimtab.models.sources import open_source
@@ -210,3 +214,77 @@ def test_plain_is_what_the_tests_compare_with() -> None:
     """The oracle itself: another model than the float one, by more than rounding of sums."""
     model = tt.prepare(turned(), Rtn(), FOUR)
     assert (logits(plain(model)) - logits(turned())).abs().max() > 0.1
+
+
+# ---- GGUF ---------------------------------------------------------------------------------------------------------------
+
+PARTS = {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+
+
+def gguf_file(folder: Path, config: Any, method: Method, rules: Any) -> tuple[Any, Path]:
+    """A GPT-2, and the file that it is written to."""
+    model = tt.prepare(random_model(config).float(), method, rules)
+    save_gguf(folder / "model.gguf", model, byte_level_tokenizer(), name="tiny")
+    return model, folder / "model.gguf"
+
+
+@pytest.mark.parametrize("name", GPT2)
+def test_gguf_is_laid_out_as_by_the_converter_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    """Matrices turned, positions in float32, and these keys; whether it is the same model is asked of llama.cpp."""
+    rules = [{"match": "*.1.mlp.c_fc", "grid": None}, *FOUR]
+    model, file = gguf_file(tmp_path, GPT2[name], Rtn(), rules)
+    reader, theirs = gguf.GGUFReader(file), random_model(GPT2[name]).float()
+    there = {t.name: t for t in reader.tensors}
+    for block in range(3):
+        for own, part in PARTS.items():
+            tensor, layer = there[f"blk.{block}.{part}.weight"], model.get_submodule(f"transformer.h.{block}.{own}")
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            whole = layer.weight.T if type(layer) is Conv1D else layer.base.dequantize(torch.float32)
+            assert np.array_equal(values, whole.detach().numpy())
+    assert np.array_equal(there["position_embd.weight"].data, theirs.transformer.wpe.weight.detach().numpy())
+    config = theirs.config
+    head = {"output.weight"} if not config.tie_word_embeddings else set()
+    ends = {"token_embd.weight", "position_embd.weight", "output_norm.weight", "output_norm.bias"} | head
+    parts = [*PARTS.values(), "attn_norm", "ffn_norm"]
+    assert set(there) == ends | {f"blk.{i}.{p}.{k}" for i in range(3) for p in parts for k in ("weight", "bias")}
+    said = {n.removeprefix("gpt2."): f.contents() for n, f in reader.fields.items() if n.startswith("gpt2.")}
+    assert said.pop("attention.layer_norm_epsilon") == pytest.approx(config.layer_norm_epsilon)
+    assert said == {
+        **{"vocab_size": 260, "context_length": 128, "embedding_length": 64, "block_count": 3},
+        **{"feed_forward_length": config.n_inner or 256, "attention.head_count": 4},
+        **{"attention.key_length": 16, "attention.value_length": 16},
+    }
+
+
+def test_a_gguf_file_is_a_base_code_for_code(tmp_path: Path) -> None:
+    """Read with the codes that it has, tuned, and written back with what was not tuned as it was; floats are floats."""
+    rules = [{"match": "*.1.mlp.c_fc", "grid": None}, *FOUR]
+    ours, file = gguf_file(tmp_path, GPT2["gpt2"], Rtn(), rules)
+    same = [{"match": "*.1.mlp.c_fc", "grid": None}, {"match": "*", "grid": "same"}]
+    model, _ = tt.load(str(file), Rtn(), same, dtype=torch.float32)
+    for name, layer in linears(ours).items():
+        assert torch.equal(linears(model)[name].base.codes, layer.base.codes)  # type: ignore[arg-type]
+    assert torch.equal(logits(model), logits(ours))
+    floats, _ = tt.load(str(file), Lora(rank=2), [{"match": "*", "grid": "float"}], dtype=torch.float32)
+    close(logits(floats), logits(ours))
+    close(logits(load_float(str(file), dtype=torch.float32)), logits(ours))
+    tuned, _ = tt.load(str(file), LrQat(rank=2), same, dtype=torch.float32)
+    shake(tuned)
+    tt.fold(tuned)
+    (tmp_path / "again").mkdir()
+    save_gguf(tmp_path / "again/model.gguf", tuned, None, name="tiny", source=file)
+    back, _ = tt.load(str(tmp_path / "again/model.gguf"), Rtn(), same, dtype=torch.float32)
+    assert torch.equal(logits(back), logits(tuned))
+    one, other = ({t.name: t.data for t in gguf.GGUFReader(f).tensors} for f in (file, tmp_path / "again/model.gguf"))
+    changed = {n for n in one if not np.array_equal(one[n], other[n])}
+    assert changed
+    assert changed <= {f"blk.{i}.{part}.weight" for i in range(3) for part in PARTS.values()}
+    assert "blk.1.ffn_up.weight" not in changed
+
+
+def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path) -> None:
+    model = tt.prepare(turned(activation_function="relu"), Rtn(), FOUR)
+    with pytest.raises(UserError, match="GGUF: activation_function relu, which llama.cpp does not compute for gpt2"):
+        write(model, "gguf", tmp_path / "out")
+    with pytest.raises(UserError, match="GGUF: openai-gpt models are not written"):
+        write(tt.prepare(turned("openai-gpt"), Rtn(), FOUR), "gguf", tmp_path / "out")

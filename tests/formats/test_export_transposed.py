@@ -250,9 +250,14 @@ def test_gguf_is_laid_out_as_by_the_converter_of_llama_cpp(name: str, tmp_path: 
     said = {n.removeprefix("gpt2."): f.contents() for n, f in reader.fields.items() if n.startswith("gpt2.")}
     assert said.pop("attention.layer_norm_epsilon") == pytest.approx(config.layer_norm_epsilon)
     assert said == {
-        **{"vocab_size": 260, "context_length": 128, "embedding_length": 64, "block_count": 3},
-        **{"feed_forward_length": config.n_inner or 256, "attention.head_count": 4},
-        **{"attention.key_length": 16, "attention.value_length": 16},
+        "vocab_size": 260,
+        "context_length": 128,
+        "embedding_length": 64,
+        "block_count": 3,
+        "feed_forward_length": config.n_inner or 256,
+        "attention.head_count": 4,
+        "attention.key_length": 16,
+        "attention.value_length": 16,
     }
 
 
@@ -284,7 +289,7 @@ def test_a_gguf_file_is_a_base_code_for_code(tmp_path: Path) -> None:
 
 def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path) -> None:
     model = tt.prepare(turned(activation_function="relu"), Rtn(), FOUR)
-    with pytest.raises(UserError, match="GGUF: activation_function relu, which llama.cpp does not compute for gpt2"):
+    with pytest.raises(UserError, match=r"GGUF: activation_function relu, which llama\.cpp does not compute for gpt2"):
         write(model, "gguf", tmp_path / "out")
     with pytest.raises(UserError, match="GGUF: openai-gpt models are not written"):
         write(tt.prepare(turned("openai-gpt"), Rtn(), FOUR), "gguf", tmp_path / "out")

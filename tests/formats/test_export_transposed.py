@@ -34,9 +34,6 @@ from trimtab.models.targets import targets
 from trimtab.models.with_adapter import load_model
 from trimtab.recipe.rules import parse_rules
 
-NF4: list[dict[str, Any]] = [{"match": "*", "grid": {"codebook": "nf4", "group": 64}}]
-
-
 # ---- GPTQ ---------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,8 @@ from exported import tensors
 from transposed import CONFIGS, FIRST, FOUR, IDS, close, logits, plain, read, saved, shake, turned, with_other_classes
 from trimtab.bit_search.space import units
 from trimtab.errors import UserError
-from trimtab.methods import ALL, LrQat, Peqa, Rtn, make
+from trimtab.methods import ALL, LrQat, Peqa, Qlora, Rtn, make
+from trimtab.models.adapter_files import belongs_to
 from trimtab.models.load import load_float
 from trimtab.models.replaceable import layers_of
 from trimtab.models.share import shares
@@ -28,6 +29,7 @@ from trimtab.models.transformers_bridge import quant_layers
 from trimtab.models.transposed import as_linear
 from trimtab.pruning.structures import layout
 
+NF4: list[dict[str, Any]] = [{"match": "*", "grid": {"codebook": "nf4", "group": 64}}]
 SUBMODULES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -132,6 +134,27 @@ def test_rules_mix_widths_and_floats(tmp_path: Path) -> None:
     tt.export(tmp_path / "s", "dense")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "s" / "dense", dtype=torch.float32)
     assert torch.equal(logits(theirs), logits(plain(model)))
+
+
+def test_an_adapter_is_merged(tmp_path: Path) -> None:
+    """Into a dense matrix, which is written as the family keeps it."""
+    model = tt.prepare(turned(n_embd=64), Qlora(rank=2), NF4)
+    shake(model)
+    expected = logits(model)
+    tt.fold(model, merge=True)
+    assert (logits(model) - expected).abs().max() < 2e-2 * expected.abs().max(), "rounded once, to bfloat16"
+    wanted = logits(plain(model, n_embd=64))
+    tt.save(model, tmp_path / "s")
+    tt.export(tmp_path / "s", "dense")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "s" / "dense", dtype=torch.float32)
+    assert torch.equal(logits(theirs), wanted)
+
+
+def test_an_adapter_belongs_to_the_checkpoint_as_peft_reads_it(tmp_path: Path) -> None:
+    """bitsandbytes rounds each Conv1D, too, so one that stays in float is another base."""
+    folder = saved(tmp_path / "m", n_embd=64)
+    assert belongs_to(read(folder, Qlora(rank=2), NF4)) == str(folder)
+    assert belongs_to(read(folder, Qlora(rank=2), [{"match": "*.c_fc", "grid": None}, *NF4])) is None
 
 
 def test_copies_remember_it(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from trimtab.layers.experts import stacks
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models.architecture import language_model, text_config
 from trimtab.models.opening import layers_of_experts
-from trimtab.models.transposed import as_linear
+from trimtab.models.transposed import as_linear, is_linear
 from trimtab.recipe.rules import Kind
 
 SAME_AS_LINEAR = ("FalconLinear",)
@@ -197,7 +197,7 @@ def _tied(model: Any, name: str, head: Any, embedding: Any) -> bool:
 
 
 def _linear(module: Any) -> bool:
-    return isinstance(module, QuantLinear | nn.Linear)
+    return isinstance(module, QuantLinear) or is_linear(module)
 
 
 def linears_beside(model: Any, name: str) -> frozenset[str]:

@@ -258,14 +258,15 @@ def test_gguf_is_laid_out_as_by_the_converter_of_llama_cpp(name: str, tmp_path: 
     }
 
 
-def test_a_gguf_file_is_a_base_code_for_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", GPT2)
+def test_a_gguf_file_is_a_base_code_for_code(name: str, tmp_path: Path) -> None:
     """Read with the codes that it has, tuned, and written back with what was not tuned as it was; floats are floats."""
     rules = [{"match": "*.1.mlp.c_fc", "grid": None}, *FOUR]
-    ours, file = gguf_file(tmp_path, GPT2["gpt2"], Rtn(), rules)
+    ours, file = gguf_file(tmp_path, GPT2[name], Rtn(), rules)
     same = [{"match": "*.1.mlp.c_fc", "grid": None}, {"match": "*", "grid": "same"}]
     model, _ = tt.load(str(file), Rtn(), same, dtype=torch.float32)
-    for name, layer in linears(ours).items():
-        assert torch.equal(linears(model)[name].base.codes, layer.base.codes)  # type: ignore[arg-type]
+    for own, layer in linears(ours).items():
+        assert torch.equal(linears(model)[own].base.codes, layer.base.codes)  # type: ignore[arg-type]
     assert torch.equal(logits(model), logits(ours))
     floats, _ = tt.load(str(file), Lora(rank=2), [{"match": "*", "grid": "float"}], dtype=torch.float32)
     close(logits(floats), logits(ours))

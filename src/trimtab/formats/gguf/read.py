@@ -85,6 +85,7 @@ class GgufSource(ModelSource):
             self._reader = _Reader(path)
             self._tensors = {t.name: t for t in self._reader.tensors}
         self._names: dict[str, str] = {}
+        self._transposed: set[str] = set()
         self._processor: TensorProcessor | None = None
         self._answers: dict[str, Any] = {}
 
@@ -231,7 +232,7 @@ class GgufSource(ModelSource):
         """A tensor of the file as transformers converts it; but a matrix that is to be `transposed` stays (N, K)."""
         assert self._processor is not None
         found: np.ndarray = self._processor.process(
-            values, name, tensor_key_mapping=self._names, parsed_parameters={}
+            values, name, tensor_key_mapping=self._names, parsed_parameters={"tensors": {}}
         ).weights
         return found.T if name in self._transposed else found
 

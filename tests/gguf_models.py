@@ -12,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     Glm4Config,
+    GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -90,6 +91,14 @@ GEMMA4: dict[str, Any] = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
 }
+GPT2: dict[str, Any] = {
+    "gpt2": GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=128, vocab_size=260, bos_token_id=EOS, eos_token_id=EOS),
+    "gpt2 with a head and a width of its own": GPT2Config(
+        n_embd=64, n_layer=3, n_head=4, n_positions=128, n_inner=96, vocab_size=260, bos_token_id=EOS, eos_token_id=EOS,
+        tie_word_embeddings=False, layer_norm_epsilon=1e-4,
+    ),
+}  # fmt: skip
+"""No rotation, no groups of heads, and matrices that transformers keeps transposed."""
 WRITTEN: dict[str, Any] = {
     "smollm3": SmolLM3Config(**{**QWEN2, "num_hidden_layers": 5}),
     "phi3": Phi3Config(**QWEN2, sliding_window=None),

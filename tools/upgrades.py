@@ -114,6 +114,14 @@ REACHES = (
     ),
     Reach(
         library="transformers",
+        what="`Conv1D` of `pytorch_utils`, its class exchanged for `nn.Linear`'s in a copy, and `Module._parameters`",
+        why="a layer that a family keeps transposed becomes a linear layer on the same memory, its hooks with it",
+        where=("models/transposed.py::is_transposed", "models/transposed.py::as_linear"),
+        test="tests/models/test_transposed.py::test_an_open_layer_is_on_the_same_memory",
+        names=("_parameters",),
+    ),
+    Reach(
+        library="transformers",
         what="what `use_experts_implementation` sets on experts, and their `_apply_gate`",
         why="experts are told by what they declare, and what a family does between two products stays its own",
         where=("layers/experts.py::stacks", "layers/experts.py::QuantExperts"),

@@ -24,7 +24,7 @@ from trimtab.formats.export import Options, write
 from trimtab.formats.export_size import export_sizes
 from trimtab.formats.file_size import file_size
 from trimtab.methods import LrQat, Rtn
-from trimtab.models.opening import open_experts
+from trimtab.models.opening import open_layers
 from trimtab.models.saved_names import SavedNames, held_as
 from trimtab.models.targets import targets
 from trimtab.models.transformers_bridge import cast_floats
@@ -175,7 +175,7 @@ def test_a_search_has_a_unit_for_all_experts_of_a_block() -> None:
     """Engines run all of them at one width."""
     with torch.device("meta"):
         model = mixture("qwen3_moe")
-    open_experts(model)
+    open_layers(model)
     found = space(model, LrQat(rank=2), bits=[4, 8], grid=Grid(4, 32), dtype=torch.bfloat16)
     assert [u.name for u in found.units[:4]] == [f"model.layers.0.{n}" for n in ("qkv", "o", "gate_up", "down")]
     assert found.units[3].layers == tuple(f"model.layers.0.mlp.experts.{e}.down_proj" for e in range(4))
@@ -183,7 +183,7 @@ def test_a_search_has_a_unit_for_all_experts_of_a_block() -> None:
 
 def test_rows_of_stacks_are_found_in_checkpoints() -> None:
     model = mixture("qwen3_moe")
-    open_experts(model)
+    open_layers(model)
     owner = "model.layers.1.mlp.experts"
     found = SavedNames(model).pieces(owner, "gate_up_proj", 128)
     assert [(p.layer, p.rows) for p in found[3]] == [

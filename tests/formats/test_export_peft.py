@@ -197,7 +197,7 @@ def test_every_field_of_peft_is_known_to_be_harmless_or_refused(tmp_path: Path, 
             *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "peft_type"),
             *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode"),
             *("runtime_config", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-            *("megatron_core", "qalora_group_size"),
+            *("megatron_core", "qalora_group_size", "fan_in_fan_out"),
         }
         return
     with pytest.raises(UserError, match=rf"adapter_config\.json: {field} is .*not a plain LoRA.*merge_and_unload"):
@@ -210,7 +210,6 @@ def test_every_field_of_peft_is_known_to_be_harmless_or_refused(tmp_path: Path, 
         {"use_dora": True},
         {"bias": "lora_only"},
         {"modules_to_save": ["lm_head"]},
-        {"fan_in_fan_out": True},
         {"trainable_token_indices": [1]},
         {"layer_replication": [[0, 2]]},
         {"alora_invocation_tokens": [1]},

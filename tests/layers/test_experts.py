@@ -16,7 +16,7 @@ import trimtab as tt
 from experts import CONFIGS, FOUR, logits, mixture
 from trimtab.layers.experts import QuantExperts, closed, layers_in, open_up, stacks
 from trimtab.methods import LrQat, Rtn
-from trimtab.models.opening import open_experts
+from trimtab.models.opening import open_layers
 
 
 def experts_of(model: Any) -> Any:
@@ -131,7 +131,7 @@ def test_a_plan_spreads_tokens_evenly() -> None:
     """On the meta device nobody knows what the router chooses."""
     with torch.device("meta"):
         model = mixture("mixtral")
-        open_experts(model)
+        open_layers(model)
         rows: list[int] = []
         for layer in experts_of(model).modules():
             if isinstance(layer, torch.nn.Linear):

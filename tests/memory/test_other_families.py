@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, OPTConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, GPT2Config, OPTConfig, PreTrainedConfig
 
 import tiny
 import trimtab
@@ -18,6 +18,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "falcon": FalconConfig(**SIZES),
     "falcon, new": FalconConfig(**SIZES, new_decoder_architecture=True, num_kv_heads=2),
     "bloom": BloomConfig(vocab_size=260, hidden_size=64, n_layer=2, n_head=4),
+    "gpt2": GPT2Config(vocab_size=260, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0),
 }
 
 

@@ -34,7 +34,7 @@ from trimtab.models.prepare import fold, prepare
 from trimtab.models.transformers_bridge import quant_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from gguf_models import FAMILIES, MIXTURES, QWEN2, SIZES, WRITTEN, byte_level_tokenizer, random_model
+from gguf_models import FAMILIES, GPT2, MIXTURES, QWEN2, SIZES, WRITTEN, byte_level_tokenizer, random_model
 
 PYTHON = os.environ.get("TRIMTAB_LLAMA_CPP_PYTHON")
 
@@ -50,6 +50,7 @@ CONFIGS: dict[str, Any] = {
     **FAMILIES,
     **WRITTEN,
     **MIXTURES,
+    **GPT2,
     "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "linear": LlamaConfig(**SIZES, rope_parameters={**ROPE, "rope_type": "linear"}),
     "llama3": LlamaConfig(**SIZES, rope_parameters={**ROPE, **LLAMA3}),
@@ -108,6 +109,14 @@ def test_mixed_widths(tmp_path: Path) -> None:
 
 def test_tuned_experts(tmp_path: Path) -> None:
     check_tuned([{"match": "*", "grid": {"bits": 4, "group": 32}}], tmp_path, MIXTURES["qwen3_moe"])
+
+
+def test_a_tuned_model_that_transformers_keeps_transposed(tmp_path: Path) -> None:
+    check_tuned(
+        [{"match": "*.0.*", "grid": {"bits": 8, "group": 64}}, {"match": "*", "grid": {"bits": 4, "group": 32}}],
+        tmp_path,
+        GPT2["gpt2"],
+    )
 
 
 def check_tuned(rules: list[dict[str, Any]], tmp_path: Path, config: Any = FAMILIES["llama"]) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -199,6 +200,25 @@ def test_mixed_widths(tmp_path: Path) -> None:
 def test_dense(tmp_path: Path) -> None:
     model = prepared({"match": "*", "grid": {"codebook": "nf4", "group": 32}}, method=Rtn())
     found = served(model, export(model, tmp_path / "out", "dense"))
+    assert found.rms_logprob < 2 * noise(model)
+    assert found.top1_agreement > 0.9
+
+
+GPT2 = GPT2Config(
+    n_embd=128, n_layer=2, n_head=4, n_positions=128, vocab_size=260, bos_token_id=0, eos_token_id=0, initializer_range=0.06
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dense", pytest.param("gptq", marks=needs_four_bits)])
+def test_layers_that_a_family_keeps_transposed(tmp_path: Path, name: str) -> None:
+    """vLLM turns what GPT-2's files hold in float, and leaves GPTQ's words: one layer of each kind."""
+    torch.manual_seed(0)
+    rules: list[dict[str, Any]] = [
+        {"match": "*.0.mlp.c_proj", "grid": None},
+        {"match": "*", "grid": {"bits": 4, "group": 64}},
+    ]
+    model = tt.prepare(AutoModelForCausalLM.from_config(GPT2).bfloat16().eval(), Rtn(), rules)
+    found = served(model, export(model, tmp_path / "out", name))
     assert found.rms_logprob < 2 * noise(model)
     assert found.top1_agreement > 0.9
 

@@ -20,7 +20,7 @@ from trimtab.data.sources import Texts
 from trimtab.data.templates import set_template
 from trimtab.devices import release
 from trimtab.models.load import load_float
-from trimtab.models.opening import open_experts
+from trimtab.models.opening import open_layers
 from trimtab.models.sources import ModelSource, open_source
 from trimtab.recipe import texts
 from trimtab.recipe.recipe import Recipe
@@ -76,7 +76,7 @@ class Bench:
         """In float, until `free`."""
         found = self.recipe
         model = load_float(found.model.path, dtype=found.dtype, device=found.device, source=self.source)
-        open_experts(model)
+        open_layers(model)
         return model
 
     def windows(self, rows: Any, tokens: int) -> torch.Tensor:

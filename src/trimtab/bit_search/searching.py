@@ -37,7 +37,7 @@ from trimtab.formats.export import check_exports
 from trimtab.formats.file_size import float_bytes, parse_bytes
 from trimtab.memory.plan import plan
 from trimtab.memory.process import memory_errors
-from trimtab.models.opening import open_experts
+from trimtab.models.opening import open_layers
 from trimtab.models.positions import require_length
 from trimtab.models.sources import open_source
 from trimtab.models.targets import placed_targets, targets
@@ -76,7 +76,7 @@ class Search:
         if source.prepared:
             raise UserError(f"{recipe.model.path}: already quantized; a search starts from the float model")
         self._skeleton = source.layout()
-        open_experts(self._skeleton)
+        open_layers(self._skeleton)
         require_length(self._skeleton, recipe.data.block_tokens, "data.block_tokens")
         others, template = recipe.rules or [], _template(self._skeleton, recipe, self.block.units)
         self.recipe = for_every_width(recipe, template)

@@ -63,6 +63,8 @@ class Layer:
     """How many matrices the experts of its block have, where it is one of them: of those in float nobody may be told."""
     beside: frozenset[str] = frozenset()
     """Last parts of the names of its owner's linear layers, its own among them."""
+    transposed: bool = False
+    """Whether its family keeps its matrix as (K, N), as transformers' Conv1D does."""
 
     @property
     def joined(self) -> tuple[str, ...]:
@@ -180,6 +182,8 @@ class Format(ABC):
     """What becomes of an output adapter: refused, added to a dense matrix, or written as an adapter."""
     experts: ClassVar[tuple[Holding, ...]] = ()
     """Holdings of experts that it is written in, beside models without any."""
+    transposed: ClassVar[bool] = False
+    """Whether it holds layers of which the family keeps the matrix transposed, and its readers run them."""
     engines: ClassVar[tuple[Engine, ...]]
     whole: ClassVar[bool] = True
     """Whether it holds all of a model that also sees or hears; else its language model."""

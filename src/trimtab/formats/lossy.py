@@ -19,6 +19,7 @@ from trimtab.formats.refusals import not_run
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.layers.weights import AffineWeight, DenseWeight, Weight
 from trimtab.models.finite import require_held
+from trimtab.models.transposed import replace_by
 from trimtab.quant.grid import Grid, Zero
 
 
@@ -106,5 +107,5 @@ def _change(model: Any, layer: Layer, grid: Grid | None, dtype: torch.dtype) -> 
         new: Any = QuantEmbedding(base, old.dtype, old.padding_idx, old.scale)
     else:
         new = QuantLinear(base, None, old.bias)
-    model.set_submodule(layer.name, new)
+    replace_by(model, layer.name, new)
     return Change(replace(layer, grid=grid, adapter=None), error, whole.square().sum().item())

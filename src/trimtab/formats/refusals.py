@@ -29,6 +29,10 @@ def refusals(format_: Format, layers: Sequence[Layer], dtype: torch.dtype, engin
         return [
             Refusal("the model's experts", cause, "export to dense or to another engine's format, or keep to native")
         ]
+    turned = next((x for x in layers if x.transposed and x.grid is not None), None)
+    if turned is not None and not (format_.transposed or format_.everything):
+        cause = f"{turned.name} is one, and {format_.name} is read into layers of nn.Linear alone"
+        return [Refusal("the model's Conv1D layers", cause, "export to dense or gptq, or keep to native")]
     found = [f for layer in layers if isinstance(f := format_.form(layer, dtype), Refusal)]
     whole = format_.model_refusal(layers, engine)
     found += [] if whole is None else [whole]

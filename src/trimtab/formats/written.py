@@ -70,7 +70,9 @@ def _of_target(
         bias = torch.empty(target.shape[0], dtype=dtype) if target.bias else None
         rounds = target.kind == "linear" and target.grid is not None
         layer = QuantLinear(*method.build(source, target.grid), bias, inputs=plug(activations) if rounds else None)
-    return folded(layer, merge) if fold else layer
+    found = folded(layer, merge) if fold else layer
+    found.transposed = target.transposed
+    return found
 
 
 def plug(activations: Activations | None) -> ActivationQuantizer | None:
@@ -112,6 +114,7 @@ def describe(
         expert=expert,
         experts=experts,
         beside=beside,
+        transposed=getattr(layer, "transposed", False),
     )
 
 

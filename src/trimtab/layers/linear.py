@@ -152,6 +152,8 @@ class QuantLinear(_Stored):
         self.inputs = inputs
         self.head_dtype: torch.dtype | None = None
         """Of a model's head: the dtype that the model computes in, which follows `.to(dtype)`."""
+        self.transposed = False
+        """Whether its family keeps its matrix as (K, N), so that files of floats hold it so (`models.transposed`)."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.head_dtype is not None:

@@ -29,7 +29,7 @@ from trimtab.methods import Method
 from trimtab.models import decoder
 from trimtab.models.architecture import architecture_of
 from trimtab.models.asked import windowed
-from trimtab.models.opening import open_experts
+from trimtab.models.opening import open_layers
 from trimtab.models.targets import Target, placed_targets
 from trimtab.quant.grid import AnyGrid, CodebookGrid, Grid, of_width
 from trimtab.recipe.recipe import Recipe
@@ -144,7 +144,7 @@ class _Skeleton:
 
     def __init__(self, recipe: Recipe, model: "PreTrainedModel") -> None:
         self.recipe, self.model, self.teaching, self.count = recipe, model, teaching(recipe), count_of(recipe)
-        open_experts(model)
+        open_layers(model)
         self.asked = placed_targets(model, recipe.method, recipe.rules)
         blocks = list(decoder.blocks(model)) if architecture_of(model).blocks else []
         self.even = not _has_masks(model.config.get_text_config())

@@ -26,7 +26,7 @@ from trimtab.errors import UserError
 from trimtab.kernels import tuning, workspace
 from trimtab.models import decoder
 from trimtab.models.architecture import architecture_of
-from trimtab.models.opening import open_experts
+from trimtab.models.opening import open_layers
 from trimtab.models.prepare import prepare
 from trimtab.models.sources import ModelSource
 from trimtab.models.targets import placed_targets
@@ -94,7 +94,7 @@ def speed(recipe: Recipe, source: ModelSource, seconds: float | None = None) -> 
 
 def _made(recipe: Recipe, model: "PreTrainedModel", blocks: int) -> "PreTrainedModel":
     """The first blocks of a model with random weights, prepared for training."""
-    open_experts(model)
+    open_layers(model)
     targets = placed_targets(model, recipe.method, recipe.rules)
     if architecture_of(model).blocks:
         decoder.set_blocks(model, list(decoder.blocks(model))[:blocks])

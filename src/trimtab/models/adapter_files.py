@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.layers.adapter import Adapter
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.kv_cache import current
 from trimtab.models.origin import rounded_from
 from trimtab.models.prepared import quant_layers
+from trimtab.models.transposed import is_linear
 from trimtab.quant.grid import CodebookGrid
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _made_by_peft(model: "PreTrainedModel") -> bool:
     (grid, *others) = grids
     if others or not isinstance(grid, CodebookGrid) or grid.codebook not in _BITSANDBYTES or grid.group != 64:
         return False
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear) and m is not head}
+    linear = {n for n, m in model.named_modules() if (isinstance(m, QuantLinear) or is_linear(m)) and m is not head}
     return set(rounded) == linear
 
 
@@ -68,7 +69,7 @@ def write_adapter(folder: Path, model: "PreTrainedModel", base: str) -> None:
         (a, b), ranks[name], alphas[name] = factors(adapter)
         tensors |= {tensor_name(name, "A"): a, tensor_name(name, "B"): b}
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
-    text = json.dumps(config(ranks, alphas, base), indent=2) + "\n"
+    text = json.dumps(config(ranks, alphas, base, any_transposed(model)), indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
@@ -87,7 +88,13 @@ def factors(adapter: Adapter) -> tuple[tuple[Tensor, Tensor], int, float]:
     return (a.to(dtype), b.to(dtype)), a.shape[0], a.shape[0] * delta.shape.gain
 
 
-def config(ranks: dict[str, int], alphas: dict[str, float], base: str) -> dict[str, Any]:
+def any_transposed(model: "PreTrainedModel") -> bool:
+    """Whether the base of any adapter keeps its matrix as (K, N): PEFT's `fan_in_fan_out`, which it puts right by layer."""
+    layers = (x for x in quant_layers(model).values() if isinstance(x, QuantLinear))
+    return any(layer.transposed and layer.adapter is not None for layer in layers)
+
+
+def config(ranks: dict[str, int], alphas: dict[str, float], base: str, transposed: bool) -> dict[str, Any]:
     """`adapter_config.json` of layers with these ranks and alphas."""
     rank, alpha = mode(ranks.values()), mode(alphas.values())
     return {
@@ -99,6 +106,7 @@ def config(ranks: dict[str, int], alphas: dict[str, float], base: str) -> dict[s
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
+        "fan_in_fan_out": transposed,
         "bias": "none",
         "target_modules": sorted(ranks),
         "rank_pattern": {n: r for n, r in ranks.items() if r != rank},

@@ -36,7 +36,7 @@ class Rope(NamedTuple):
 
 def rope(config: Any) -> Rope:
     """The rotary embeddings of a config, which has one set of parameters or one for each kind of layer."""
-    parameters = config.rope_parameters
+    parameters = getattr(config, "rope_parameters", None) or {}
     return Rope(parameters.get("full_attention", parameters) or {}, parameters.get("sliding_attention"))
 
 

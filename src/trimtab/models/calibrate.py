@@ -11,6 +11,7 @@ recorded once, in a pass through the model in which every block hands its input 
 Legend: W windows, L tokens in a window, D hidden size, K in features of a layer.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -103,15 +104,17 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def first_inputs(model: Any, blocks: list[str], tokens_WL: Tensor) -> tuple[list[Tensor], dict[str, dict[str, Any]]]:
-    """The first block's input for each window (1, L, D), and the other arguments of every block."""
+    """The first block's input for each window (1, L, D), and the other arguments of every block, by their names."""
     states: list[Tensor] = []
     calls: dict[str, dict[str, Any]] = {}
 
-    def handing_on(block: str) -> Callable[..., Tensor]:
-        def forward(hidden: Tensor, **call: Any) -> Tensor:
+    def handing_on(block: str, module: nn.Module) -> Callable[..., Tensor]:
+        _, _, *names = inspect.signature(type(module).forward).parameters
+
+        def forward(hidden: Tensor, *unnamed: Any, **call: Any) -> Tensor:
             if block == blocks[0]:
                 states.append(hidden)
-            calls[block] = call
+            calls[block] = dict(zip(names, unnamed, strict=False)) | call
             return hidden
 
         return forward
@@ -119,7 +122,7 @@ def first_inputs(model: Any, blocks: list[str], tokens_WL: Tensor) -> tuple[list
     modules = {block: model.get_submodule(block) for block in blocks}
     try:
         for block, module in modules.items():
-            module.forward = handing_on(block)
+            module.forward = handing_on(block, module)
         device = next(iter(model.get_input_embeddings().parameters())).device
         for window in tokens_WL.to(device).split(1):
             model.base_model(input_ids=window, use_cache=False)

@@ -35,6 +35,8 @@ class Stored(NamedTuple):
     kind: str
     """safetensors' name of its dtype."""
     shape: tuple[int, ...]
+    packed: bool = False
+    """Whether it stands for codes, which lie along the input dimension where a family keeps floats as (K, N), too."""
 
     @property
     def dtype(self) -> torch.dtype | None:

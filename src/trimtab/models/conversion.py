@@ -30,6 +30,7 @@ from trimtab.errors import UserError
 from trimtab.layers.experts import Stack, closed, stacks
 from trimtab.models.checkpoint import Checkpoint
 from trimtab.models.opening import closed_experts
+from trimtab.models.transposed import is_transposed
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Conversion:
         self._stacks: dict[str, Stack] = {
             f"{name}.{s.name}": s for name, module in closed_experts(model) for s in stacks(module)
         }
+        self._transposed = {f"{name}.weight" for name, module in model.named_modules() if is_transposed(module)}
         self._by_target: dict[str, _Made] = {}
         self._stands_for: dict[str, str] = {}
         self.absent: set[str] = set()
@@ -90,7 +92,8 @@ class Conversion:
         for one in made:
             self._check_kinds(one)
             for name, result in self._tried(one, model).items():
-                self._check_shape(one, name, result, model)
+                along = name in self._transposed and not self._lies_turned(one, name)
+                self._check_shape(one, name, result.T if along else result, model)
                 self._by_target[name] = one
         self._report(model, unexpected)
         self._tie(model)
@@ -226,7 +229,7 @@ class Conversion:
     # ---- reading ----------------------------------------------------------------------------------------------------
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor:
-        """The tensor of this name in the model, a copy.
+        """The tensor of this name in the model, a copy; the matrix of a layer that is `transposed` as (N, K).
 
         Args:
             name: as the model calls it.
@@ -241,7 +244,12 @@ class Conversion:
             raise self.lacking(name)
         made = self._by_target[name]
         mapped = self._checkpoint.mapped(part for _, part in made.parts)
-        return self._converted(made, name, mapped, dtype, device)
+        found = self._converted(made, name, mapped, dtype, device)
+        return found.T.contiguous() if self._lies_turned(made, name) else found
+
+    def _lies_turned(self, made: _Made, name: str) -> bool:
+        """Whether the files hold a matrix as (K, N): floats of a layer that is `transposed`, never codes."""
+        return name in self._transposed and not self._checkpoint.tensors[made.parts[0][1]].packed
 
     def _expert(self, name: str, expert: int, dtype: torch.dtype | None, device: torch.device) -> Tensor:
         """One matrix, or one bias, of a stack of experts. No other expert is read where the files hold each by itself, or

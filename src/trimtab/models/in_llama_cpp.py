@@ -47,6 +47,8 @@ class Gguf:
     """Whether layers of linear attention, gated delta nets, stand between those of full attention."""
     keys: frozenset[str] = frozenset()
     """Keys of its files that no other family's have."""
+    learned_positions: bool = False
+    """Whether positions are an embedding instead of a rotation, and norms are LayerNorms with biases: GPT-2's way."""
     epsilon: float | None = None
     """Of norms that have no parameters; None where norms have, and the config says theirs."""
     experts: Mapping[str, str] = field(default_factory=dict)
@@ -136,5 +138,6 @@ GGUF: Mapping[str, Gguf] = {
     "olmo": Gguf(architecture="olmo", permuted=True, epsilon=1e-5, factors={"attention.clamp_kqv": "clip_qkv"}),
     "olmo2": Gguf(architecture="olmo2", head="apart"),
     "olmo3": Gguf(architecture="olmo2", head="apart", window_every=4),
+    "gpt2": Gguf(architecture="gpt2", learned_positions=True),
 }
 """By transformers' `model_type`."""

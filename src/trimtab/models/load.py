@@ -24,7 +24,7 @@ from trimtab.models import believable
 from trimtab.models.arriving import Arrivals, fill_stored
 from trimtab.models.finite import require_finite
 from trimtab.models.layout import move_made, require_lasting, tensors_of
-from trimtab.models.opening import open_experts
+from trimtab.models.opening import open_layers
 from trimtab.models.origin import note_rounded, remember
 from trimtab.models.prepare import finish, place, prepare_by
 from trimtab.models.reload import reload
@@ -131,7 +131,7 @@ def _prepared(
     found.bind(model)
     move_made(model, device)
     todo = targets(model, chosen, parsed) if changes or not found.prepared else []
-    open_experts(model, (target.name for target in todo))
+    open_layers(model, (target.name for target in todo))
     arrivals = Arrivals(model, found, device, parting)
     if start is None or not todo:
         arrivals.expect([target.name for target in todo])

@@ -1,4 +1,4 @@
-"""Experts in a model of transformers: which layers they are before they are open, and opening those that become ours."""
+"""What is no linear layer in a model of transformers and can be opened to some: stacks of experts, transposed matrices."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,6 +8,7 @@ from torch import nn
 from trimtab.layers.experts import QuantExperts, layers_in, open_up, stacks
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import DenseWeight
+from trimtab.models.transposed import as_linear
 
 
 def closed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -35,12 +36,15 @@ def layers_of_experts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Li
     return ((f"{name}.{own}", layer) for own, layer in layers_in(module))
 
 
-def open_experts(model: nn.Module, layers: Iterable[str] | None = None) -> None:
-    """Open, in place, the experts that these layers are of; of all that there are without `layers`."""
-    owners = None if layers is None else set(map(owner_of, layers))
-    for name, module in list(closed_experts(model)):
-        if owners is None or name in owners:
+def open_layers(model: nn.Module, layers: Iterable[str] | None = None) -> None:
+    """Open, in place, what these layers are or are in; all that there is without `layers`."""
+    wanted = None if layers is None else set(layers)
+    owners = None if wanted is None else set(map(owner_of, wanted))
+    for name, module in list(model.named_modules()):
+        if stacks(module) and (owners is None or name in owners):
             open_up(module)
+        elif (linear := as_linear(module)) is not module and (wanted is None or name in wanted):
+            model.set_submodule(name, linear)
 
 
 def hold_the_rest(model: nn.Module) -> None:

@@ -141,7 +141,7 @@ class PackedCheckpoint(Checkpoint):
             with self._about(layer):
                 self.forms[name] = packing.form(layer, parts, small)
             self._parts[name] = parts
-            self.tensors[name] = Stored(parts[packing.marker].file, "F32", self.forms[name].shape)
+            self.tensors[name] = Stored(parts[packing.marker].file, "F32", self.forms[name].shape, packed=True)
 
     @contextmanager
     def _about(self, layer: str) -> Iterator[None]:

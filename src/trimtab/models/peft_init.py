@@ -34,6 +34,8 @@ FREE = frozenset(
         # what acts in training alone, or names where things are from
         *("lora_dropout", "inference_mode", "runtime_config", "task_type", "auto_mapping", "peft_version"),
         *("base_model_name_or_path", "revision"),
+        # how the base holds its matrices, which PEFT puts right by each layer's class; factors are the same either way
+        "fan_in_fan_out",
         # read only together with a field that is refused (megatron_config, use_qalora)
         *("megatron_core", "qalora_group_size"),
     }

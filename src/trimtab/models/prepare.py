@@ -22,7 +22,7 @@ from trimtab.models.atomic import put_back_on_failure
 from trimtab.models.conversion import require_names_that_last
 from trimtab.models.decoder import embedding_scale
 from trimtab.models.finite import look_at, require_finite, require_held, tell_small
-from trimtab.models.opening import hold_the_rest, open_experts
+from trimtab.models.opening import hold_the_rest, open_layers
 from trimtab.models.origin import note_rounded
 from trimtab.models.replaceable import refuse
 from trimtab.models.sharding import is_sharded
@@ -30,6 +30,7 @@ from trimtab.models.share import tell
 from trimtab.models.starting import Filling, Start, place_started
 from trimtab.models.targets import Target, targets
 from trimtab.models.transformers_bridge import attach, freeze, quant_layers, untie
+from trimtab.models.transposed import replace_by
 from trimtab.quant.grid import Grid
 from trimtab.recipe.rules import Rule, parse_rules
 from trimtab.words import and_more
@@ -48,7 +49,7 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
         dtype = old.dtype if isinstance(old, QuantEmbedding) else old.weight.dtype
         scale = old.scale if isinstance(old, QuantEmbedding) else embedding_scale(model, old)
         base = base_weight(source, target.grid)
-        new: nn.Module = QuantEmbedding(base, dtype, old.padding_idx, scale)  # type: ignore[arg-type]
+        new: QuantLinear | QuantEmbedding = QuantEmbedding(base, dtype, old.padding_idx, scale)  # type: ignore[arg-type]
     elif target.kind == "tied":
         embedding = model.get_input_embeddings()
         assert isinstance(embedding, QuantEmbedding)
@@ -62,7 +63,7 @@ def place(model: "PreTrainedModel", target: Target, source: Source, method: Meth
     if target.kind != "tied":
         look_at(model, target.name, base, source)
     new.train(old.training)
-    model.set_submodule(target.name, new)
+    replace_by(model, target.name, new)
 
 
 def fitted_starts(model: "PreTrainedModel") -> list[str]:
@@ -146,7 +147,7 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
 
     first = not quant_layers(model)
     with put_back_on_failure(model):
-        open_experts(model, (target.name for target in todo))
+        open_layers(model, (target.name for target in todo))
         for target in todo:
             refuse(target.name, model.get_submodule(target.name), loaded=True)
         if start is None:
@@ -162,7 +163,7 @@ def prepare_by(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] |
 def prepare_meta(model: "PreTrainedModel", method: Method, rules: Sequence[Rule] | None) -> None:
     """Prepare a model on the meta device, in place: what plans of memory and of files are computed from."""
     todo = targets(model, method, rules)
-    open_experts(model, (target.name for target in todo))
+    open_layers(model, (target.name for target in todo))
     for target in todo:
         old: Any = model.get_submodule(target.name)
         place(model, target, old.base if hasattr(old, "base") else old.weight.detach(), method)

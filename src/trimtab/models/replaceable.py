@@ -1,13 +1,13 @@
 """Which layers of a model may become ours: only those that are known to compute `x W^T + b` with a plain float weight.
 
-    linear       exact `nn.Linear` (and `SAME_AS_LINEAR`) of the language model
+    linear       exact `nn.Linear` (and `SAME_AS_LINEAR`) of the language model, and `Conv1D` (`transposed`)
     head         the linear layer after it, where it has a weight of its own; else it is tied and follows the embedding
     embedding    exact `nn.Embedding`, or one that multiplies its rows by a number as Gemma's does
 
 Everything else stays in float, each kind with a reason that the rules, the errors and the line after `prepare` can give:
 routers (a rounded router sends tokens to other experts), vision and audio towers with their projectors, layers whose
-owner reads their weight itself, weights that two layers share, and look-alikes (`Conv1D`, fused experts, layers that
-other libraries put in place of `nn.Linear`).
+owner reads their weight itself, weights that two layers share, and look-alikes (subclasses of `Conv1D`, fused experts,
+layers that other libraries put in place of `nn.Linear`).
 
 The road not taken: `isinstance(module, nn.Linear)`. Every library that quantizes or adapts subclasses it, so that a layer
 of 8-bit codes was read as one of floats.
@@ -27,6 +27,7 @@ from trimtab.layers.experts import stacks
 from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models.architecture import language_model, text_config
 from trimtab.models.opening import layers_of_experts
+from trimtab.models.transposed import as_linear, is_linear
 from trimtab.recipe.rules import Kind
 
 SAME_AS_LINEAR = ("FalconLinear",)
@@ -64,7 +65,8 @@ def layers_of(model: Any) -> Layers:
     models = {type(m) for m in modules.values() if hasattr(type(m), "get_input_embeddings")}
     offered: dict[str, tuple[Kind, nn.Module]] = {}
     left: dict[str, str] = {}
-    for name, module in modules.items():
+    for name, kept in modules.items():
+        module = as_linear(kept)
         if module is embedding:
             if isinstance(module, QuantEmbedding) or plain_embedding(module):
                 offered[name] = ("embedding", module)
@@ -86,8 +88,8 @@ def layers_of(model: Any) -> Layers:
                 left |= dict.fromkeys(experts, ELSEWHERE)
             else:
                 offered |= {own: ("linear", layer) for own, layer in experts.items()}
-        elif type(module).__name__ == "Conv1D":
-            left[name] = f"a {type(module).__name__}, which keeps its weight transposed"
+        elif any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
+            left[name] = f"a {type(module).__name__}, which is not a plain Conv1D"
     return Layers(offered, left)
 
 
@@ -195,7 +197,7 @@ def _tied(model: Any, name: str, head: Any, embedding: Any) -> bool:
 
 
 def _linear(module: Any) -> bool:
-    return isinstance(module, QuantLinear | nn.Linear)
+    return isinstance(module, QuantLinear) or is_linear(module)
 
 
 def linears_beside(model: Any, name: str) -> frozenset[str]:

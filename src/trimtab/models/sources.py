@@ -33,6 +33,7 @@ from trimtab.models.finite import require_finite
 from trimtab.models.layout import layout, made_at_random, put, tensors_of
 from trimtab.models.registration import known_readers, reader_of
 from trimtab.models.transformers_bridge import QUANT_METHOD
+from trimtab.models.transposed import is_transposed
 from trimtab.models.whole import check, checking
 from trimtab.reading import first_line, read_mapping, told
 
@@ -62,7 +63,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device = CPU) -> Tensor | Weight:
-        """The parameter or buffer of this name, as it is stored.
+        """The parameter or buffer of this name, as it is stored; of layers that are `transposed` the matrix (N, K), too.
 
         Args:
             name: as the model calls it.
@@ -370,6 +371,7 @@ def fill(module: nn.Module, name: str, full: str, source: ModelSource, device: t
         return
     value = source.read(full, old.dtype, device)
     value = value.dequantize(old.dtype) if isinstance(value, Weight) else value.to(old.dtype)
+    value = value.T.contiguous() if name == "weight" and is_transposed(module) else value
     require_finite(value, full)
     require_shape(source, full, value.shape, old.shape)
     put(module, name, value)

@@ -47,6 +47,8 @@ class Target:
     """How many matrices the experts of its block have, where it is one of them."""
     beside: frozenset[str] = frozenset()
     """Last parts of the names of its owner's linear layers, its own among them."""
+    transposed: bool = False
+    """Whether its family keeps its matrix as (K, N)."""
     untrained: str = ""
     """Why the method cannot train on the grid that the layer keeps; it stays as it is then, without an adapter."""
 
@@ -129,6 +131,7 @@ def placed_targets(model: "PreTrainedModel", method: Method, rules: Sequence[Rul
             beside=beside,
             expert=expert,
             experts=experts.get(owner, 0),
+            transposed=getattr(module, "transposed", False),
         )
         found.append(_checked(target, module, method, name in kept))
     return sorted(found, key=lambda t: t.kind != "embedding")

@@ -34,9 +34,10 @@ from trimtab.models.buffers import guard, keep_with_state, not_remade
 from trimtab.models.finite import require_finite
 from trimtab.models.kv_cache import current, install
 from trimtab.models.offloading import follow, refuse_other_parting
-from trimtab.models.opening import leave_unmarked, open_experts
+from trimtab.models.opening import leave_unmarked, open_layers
 from trimtab.models.origin import remember
 from trimtab.models.prepared import become_prepared, compute_dtype, mark, quant_layers
+from trimtab.models.transposed import replace_by
 from trimtab.quant import packing
 from trimtab.quant.activations import KvCache
 from trimtab.reading import told
@@ -172,13 +173,13 @@ class TrimtabQuantizer(HfQuantizer):
     def _lay_out(self, model: "PreTrainedModel", dtype: torch.dtype) -> None:
         """Put our layers in the places of those that they replaced."""
         config, tied_to = self.quantization_config, None
-        open_experts(model, config.layers)
+        open_layers(model, config.layers)
         # Embeddings come before their tied heads in every model we know, but nothing promises it.
         for name in sorted(config.layers, key=lambda n: "embedding" not in config.specs[config.layers[n]]):
             with torch.device("meta"):
                 layer = linear.from_spec(config.specs[config.layers[name]], dtype, tied_to)
             _require_place(model, name, layer)
-            model.set_submodule(name, layer)
+            replace_by(model, name, layer)
             tied_to = layer if isinstance(layer, QuantEmbedding) else tied_to
         set_reading(model, True)
         if config.kv is not None:  # transformers keeps the name of an attention out of config.json
@@ -247,7 +248,7 @@ def _require_place(model: "PreTrainedModel", name: str, layer: QuantLinear | Qua
     """Raise a `UserError` if a layer of the config's specs is not of the shape that the rest of the config says."""
     weight = getattr(model.get_submodule(name), "weight", None)
     found, wanted = tuple(layer.base.shape), None if weight is None else tuple(weight.shape)
-    if wanted is not None and wanted not in (found, found[::-1]):  # Conv1D has its matrix transposed
+    if wanted is not None and wanted != found:
         raise UserError(
             f"{_where(model)} gives {name} the shape {found}, and the rest of config.json {wanted}; "
             "save or fetch the model again"

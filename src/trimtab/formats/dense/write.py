@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.formats.declaration import ALL_KINDS, Engine, Format, Writing
 from trimtab.formats.directory import Shards, write_surroundings
 from trimtab.formats.files import Files, Held
+from trimtab.models.transposed import in_file
 
 _ENGINES = (
     Engine(name="transformers", bits=(), zeros=()),
@@ -38,7 +39,7 @@ def add_dense(shards: Shards, held: Held, dtype: torch.dtype) -> None:
 def add_matrix(shards: Shards, held: Held, matrix_NK: Tensor | None) -> None:
     """Write this matrix (none for a tied head) and the bias of one of our layers, or the rows that are held of them."""
     if matrix_NK is not None and not getattr(held.layer, "tied", False):
-        shards.add(f"{held.name}.weight", matrix_NK[held.rows])
+        shards.add(f"{held.name}.weight", in_file(held.layer, matrix_NK[held.rows]))
     bias = getattr(held.layer, "bias", None)
     if bias is not None:
         shards.add(f"{held.name}.bias", (bias if matrix_NK is None else bias.to(matrix_NK.dtype))[held.rows])
@@ -51,6 +52,7 @@ class Dense(Format):
     summary = "plain safetensors in the model's dtype"
     forms = ()
     dense = ALL_KINDS
+    transposed = True
     adapters = "merged"
     experts = ("alone", "stack")
     engines = _ENGINES

@@ -75,6 +75,7 @@ class Gguf(Format):
     summary = "one file of blocks of 32 or k-quants, for llama.cpp; a tuned GGUF file keeps all that was not tuned"
     forms = _forms()
     experts = ("alone", "stack")
+    transposed = True
     engines = (Engine(name="llama.cpp", bits=tuple(range(1, 9)), zeros=_ZEROS, tables=("mxfp4",)),)
 
     def require_config(self, config: Any, engine: str | None = None) -> None:

@@ -11,6 +11,7 @@ be another model. What is written is held against the model once more (`settings
 
     Granite, OLMo, SmolLM3   their own    the same order
     Qwen, Gemma, Phi, OLMo 2 their own    rows as they are; fused q, k, v and fused gate and up stay fused
+    GPT-2                    its own      rows as they are, of matrices that transformers keeps transposed (`transposed`)
     Qwen3.5                  its own      heads of values in another order where they are more than those of keys (`delta`)
     Gemma 4                  its own      sizes by kind of layer (`by_layer`), norms as they are
     GLM-4                    its own      rows as they are: there transformers rotates neighbours, too
@@ -44,6 +45,7 @@ _COMPUTED = frozenset(
         *("linear_num_value_heads", "original_max_position_embeddings"),
         *("attn_logit_softcapping", "final_logit_softcapping", "per_layer_config", "vocab_size_per_layer_input"),
         *("hidden_size_per_layer_input", "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp"),
+        *("n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon"),
     }
 )
 """Fields of a config that are written, or held against what is compiled in."""
@@ -53,7 +55,7 @@ _OF_NO_MATTER = frozenset(
         *("pretraining_tp", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id"),
         *("_name_or_path", "model_type", "output_hidden_states", "output_attentions", "return_dict", "problem_type"),
         *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
-        *("quantization_config", "chunk_size_feed_forward", "resid_pdrop", "embd_pdrop"),
+        *("quantization_config", "chunk_size_feed_forward", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
     }
 )
 """Fields that no logit of a model in use depends on."""
@@ -160,16 +162,18 @@ def metadata(config: Any, vocabulary_rows: int) -> dict[str, Any]:
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": settings.inner_size(config),
         "attention.head_count": config.num_attention_heads,
         "attention.key_length": d,
         "attention.value_length": d,
     }
     if found.by_layer:
         values |= by_layer.metadata(config)
-    else:
+    elif not found.learned_positions:
         values["attention.head_count_kv"] = config.num_key_value_heads
-    if found.epsilon is None:
+    if found.learned_positions:
+        values["attention.layer_norm_epsilon"] = float(config.layer_norm_epsilon)
+    elif found.epsilon is None:
         values["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     else:
         values["attention.layer_norm_epsilon"] = found.epsilon
@@ -192,6 +196,8 @@ def metadata(config: Any, vocabulary_rows: int) -> dict[str, Any]:
 
 def _rope(config: Any) -> dict[str, Any]:
     full, local = rope(config)
+    if not full:
+        return {}
     values: dict[str, Any] = {"rope.freq_base": float(full["rope_theta"])}
     if local is not None:
         values |= {"rope.freq_base_swa": float(local["rope_theta"])} if family(config).windowed_base else {}
@@ -267,8 +273,8 @@ def asked(name: str) -> str:
 
 
 def values(found: Gguf, name: str, value: Tensor) -> Tensor:
-    """The numbers of a float parameter as llama.cpp takes them: matrices as they are, all else in float32."""
+    """The numbers of a float parameter as llama.cpp takes them: matrices as they are, positions and all else in float32."""
     if delta.INSIDE in name:
         return delta.values(name, value)
     shift = found.norm_shift if name.endswith("norm.weight") else 0.0
-    return value if value.dim() > 1 else value.float() + shift
+    return value if value.dim() > 1 and not name.endswith(".wpe.weight") else value.float() + shift

@@ -32,6 +32,7 @@ from trimtab.models import believable
 from trimtab.models.finite import require_finite
 from trimtab.models.origin import note_grids
 from trimtab.models.sources import ModelSource
+from trimtab.models.transposed import is_transposed
 from trimtab.quant.grid import Range
 from trimtab.reading import require_regular, told
 
@@ -84,6 +85,7 @@ class GgufSource(ModelSource):
             self._reader = _Reader(path)
             self._tensors = {t.name: t for t in self._reader.tensors}
         self._names: dict[str, str] = {}
+        self._transposed: set[str] = set()
         self._processor: TensorProcessor | None = None
         self._answers: dict[str, Any] = {}
 
@@ -183,6 +185,8 @@ class GgufSource(ModelSource):
                 f"{self.path}: transformers cannot read its model ({error}); use its safetensors"
             ) from error
         self._processor, self._names = processor, {hf_name: name for name, hf_name in hf_of.items()}
+        turned = (f"{name}.weight" for name, module in model.named_modules() if is_transposed(module))
+        self._transposed = {self._names[name] for name in turned if name in self._names}
 
     def bind(self, model: PreTrainedModel) -> None:
         """Learn which tensor is which parameter of this (meta-device) model.
@@ -221,10 +225,16 @@ class GgufSource(ModelSource):
                 return _reordered(weight, order).to(device)
         with told(lambda words: f"{self.path}: tensor {tensor.name} cannot be read ({words}); fetch it again"):
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            processed = self._processor.process(
-                values, tensor.name, tensor_key_mapping=self._names, parsed_parameters={}
-            )
-        return torch.from_numpy(np.require(processed.weights, np.float32, ("C", "W"))).to(device)
+            converted = self._converted(values, tensor.name)
+        return torch.from_numpy(np.require(converted, np.float32, ("C", "W"))).to(device)
+
+    def _converted(self, values: np.ndarray, name: str) -> np.ndarray:
+        """A tensor of the file as transformers converts it; but a matrix that is to be `transposed` stays (N, K)."""
+        assert self._processor is not None
+        found: np.ndarray = self._processor.process(
+            values, name, tensor_key_mapping=self._names, parsed_parameters={"tensors": {}}
+        ).weights
+        return found.T if name in self._transposed else found
 
     def _check_length(self) -> None:
         """Look whether the file is as long as when it was mapped: what is behind its end ends the process, at a touch."""
@@ -234,14 +244,11 @@ class GgufSource(ModelSource):
     def _row_order(self, tensor: Any) -> Tensor | None:
         """Where each row of a matrix comes from, found by sending row numbers through transformers' conversion.
 
-        None where that does more than move rows (GPT-2's matrices are turned): then its numbers are converted.
+        None where that does more than move rows: then its numbers are converted.
         """
-        assert self._processor is not None
         numbers = np.arange(int(tensor.shape[1]), dtype=np.float32)[:, None]
         with told(lambda words: f"{self.path}: tensor {tensor.name} has not the rows that its keys say ({words})"):
-            moved = self._processor.process(
-                numbers, tensor.name, tensor_key_mapping=self._names, parsed_parameters={}
-            ).weights
+            moved = self._converted(numbers, tensor.name)
         only_moved = moved.shape == numbers.shape and np.array_equal(np.sort(moved, 0), numbers)
         return torch.from_numpy(moved[:, 0].astype(np.int64)) if only_moved else None
 

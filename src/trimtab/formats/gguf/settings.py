@@ -187,11 +187,19 @@ def _place(config: Any, key: str) -> str | None:
     return next((name for name in _DIRECT[key] if hasattr(config, name)), None)
 
 
+def inner_size(config: Any) -> int:
+    """Features between the two products of an MLP; families that have `n_inner` take four times their own for None."""
+    name = _place(config, "feed_forward_length")
+    return int(getattr(config, name or "", None) or 4 * config.hidden_size)
+
+
 def _held(config: Any, key: str) -> Any:
     """What a model computes with, where a key of a file is one number of it; None where it has no such number."""
     name, family = _place(config, key), architecture_of(config).gguf
     if name is None and family is not None and key == "attention.layer_norm_epsilon":
         return family.epsilon
+    if name == "n_inner":
+        return inner_size(config)
     return None if name is None else getattr(config, name)
 
 

@@ -39,6 +39,7 @@ from trimtab.layers.weights import AffineWeight, CodebookWeight, DenseWeight, We
 from trimtab.models.architecture import Gguf, in_language_model, language_model, sees_or_hears
 from trimtab.models.finite import require_finite
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
+from trimtab.models.transposed import is_transposed
 from trimtab.quant.grid import AnyGrid, Grid, Range
 from trimtab.quant.two_level import SUPER
 
@@ -194,7 +195,7 @@ def _tensors(model: Any, dense: Collection[str]) -> Iterator[tuple[str, Value]]:
         for key, p in (module._parameters | kept).items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
-                yield f"{name}.{key}", p.data
+                yield f"{name}.{key}", p.data.T if key == "weight" and is_transposed(module) else p.data
 
 
 def _entries(

@@ -8,7 +8,7 @@
     W[n, k] = scales[g, n] * (q - z)      symmetric: z = 2^(b-1)
 
 All layers share one width and group (with `dynamic` rules gptqmodel could mix; we do not write them). Real zeros do not
-fit, and scales are float16: portable and float16 ones are exact.
+fit, and scales are float16: portable and float16 ones are exact. Of transformers' Conv1D the codes lie as of any layer.
 
 Legend: N out features, K in features, G groups in a row, b bits.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.formats.declaration import DENSE, Engine, Form, Format, Layer, Refusal, Writing
 from trimtab.formats.dense.write import add_dense
@@ -28,6 +28,7 @@ from trimtab.formats.files import Files
 from trimtab.formats.manifest import write_json
 from trimtab.layers.linear import QuantLinear
 from trimtab.layers.weights import AffineWeight
+from trimtab.models.transposed import is_linear
 from trimtab.quant.grid import Grid, Range
 from trimtab.quant.int32_packing import pack_int32
 
@@ -58,6 +59,7 @@ class Gptq(Format):
     name = "gptq"
     summary = "GPTQ v2: one grid for all layers, for gptqmodel, transformers with it, and vLLM"
     forms = (Form(name="gptq_v2", bits=(2, 3, 4, 8), zeros=("symmetric", "integer"), scales="float16"),)
+    transposed = True
     engines = (
         Engine(name="gptqmodel", bits=(2, 3, 4, 8), zeros=("symmetric", "integer")),
         Engine(
@@ -104,9 +106,7 @@ class Gptq(Format):
             if layer.bias is not None:
                 shards.add(f"{name}.bias", layer.bias.to(writing.dtype))
         shards.close()
-        skipped = [
-            n for n, m in writing.model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")
-        ]
+        skipped = [n for n, m in writing.model.named_modules() if is_linear(m) and not n.endswith("lm_head")]
         made = config(grids[0], all(grid.zero == "symmetric" for grid in grids), skipped)
         write_json(folder / "quantize_config.json", made)
         write_surroundings(folder, writing.model, writing.tokenizer, writing.dtype, made)

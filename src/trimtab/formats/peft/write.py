@@ -24,7 +24,7 @@ from trimtab.formats.directory import Shards, write_surroundings
 from trimtab.formats.files import Files
 from trimtab.formats.manifest import write_json
 from trimtab.layers.linear import QuantLinear
-from trimtab.models.adapter_files import config, factors, tensor_name
+from trimtab.models.adapter_files import any_transposed, config, factors, tensor_name
 from trimtab.models.transformers_bridge import quant_layers
 
 
@@ -35,6 +35,7 @@ class PeftLora(Format):
     summary = "LoRA files, and the dequantized base that they were trained on"
     forms = ()
     dense = ALL_KINDS
+    transposed = True
     adapters = "kept"
     engines = (
         Engine(name="transformers", bits=(), zeros=()),
@@ -83,4 +84,4 @@ class PeftLora(Format):
             tensors.add(tensor_name(name, "A"), a)
             tensors.add(tensor_name(name, "B"), b)
         tensors.close()
-        write_json(folder / "adapter_config.json", config(ranks, alphas, "base"))
+        write_json(folder / "adapter_config.json", config(ranks, alphas, "base", any_transposed(writing.model)))

@@ -110,6 +110,17 @@ def test_a_name_inside_another_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_is_float_to_every_reader_whatever_its_name_is(tmp_path: Path) -> None:
+    """GIT calls it `output`, which is a part of other layers' names."""
+    model = prepared(everywhere(bits=4, group=32), tied=False)
+    model.layers = head = model.lm_head
+    del model.lm_head
+    model.get_output_embeddings = lambda: head  # type: ignore[method-assign,assignment]
+    write(model, "awq", tmp_path / "out")
+    assert settings(tmp_path / "out")["modules_to_not_convert"] is None
+    assert torch.equal(tensors(tmp_path / "out")["layers.weight"], head.weight)
+
+
 def test_refused(tmp_path: Path) -> None:
     def refuses(words: str, *rules: dict[str, Any], method: Method | None = None, **options: Any) -> None:
         with pytest.raises(UserError, match=words):

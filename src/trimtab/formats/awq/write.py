@@ -85,6 +85,9 @@ class Awq(Format):
             UserError: naming a layer in float whose name readers would find in that of a packed one.
         """
         grids, skipped = write_layers(folder, writing, packed)
+        head = writing.model.get_output_embeddings()
+        heads = {name for name, module in writing.model.named_modules() if module is head}  # float to every reader
+        skipped = [name for name in skipped if name not in heads]
         for layer in (name for name, form in writing.forms.items() if form is not DENSE):
             for part in (name for name in skipped if name in layer):
                 raise UserError(

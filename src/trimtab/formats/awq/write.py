@@ -10,8 +10,8 @@ were found; AutoAWQ's layout is
 and its config has one group size for all layers. It holds what GPTQ's layout does at 4 bits, where N is a multiple of 8;
 vLLM's kernels read integer zeros here, and not there. transformers by itself reads neither.
 
-Readers look for the names of `modules_to_not_convert` *inside* the names of layers. A layer in float whose name is part of
-that of a packed one would take that along, so it is refused.
+Readers look for the names of `modules_to_not_convert` *inside* the names of layers (transformers at their beginning and
+end). A layer in float whose name is a part of that of a packed one would take that along, so it is refused.
 
 Legend: N out features, K in features, G groups in a row.
 """

@@ -20,6 +20,11 @@ def add(file: Path, values: dict[str, Any]) -> None:
         lines.write(json.dumps(values) + "\n")
 
 
+def put(file: Path, rows: list[dict[str, Any]]) -> None:
+    """These lines, in place of what stands there."""
+    file.write_text("".join(json.dumps(values) + "\n" for values in rows))
+
+
 def say(text: str) -> None:
     """Print with the time."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)

@@ -85,6 +85,13 @@ def _mrope(*sections: int) -> dict[str, Any]:
     }
 
 
+QWEN3_5: dict[str, Any] = {
+    **_mrope(2, 1, 1)["text_config"],
+    "head_dim": 32,  # of which a quarter is rotated
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+QWEN3_5["rope_parameters"]["partial_rotary_factor"] = 0.25
 ZAMBA: dict[str, Any] = {
     "layers_block_type": ["mamba", "hybrid"] * 2,
     "num_hidden_layers": 4,
@@ -162,7 +169,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "num_blocks": 2,
         }
     },
-    "qwen3_5_text": {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "qwen3_5": {"text_config": QWEN3_5},
+    "qwen3_5_text": QWEN3_5,
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},

@@ -1,6 +1,7 @@
 """What becomes of every causal family of the installed transformers: prepared, trained, folded, saved, read back, exported.
 
     python benchmarks/families/every.py [NAMES]      a line for each family into results/families.jsonl, as it ends
+    python benchmarks/families/every.py --exports awq      this column alone, into the lines that stand there
     python benchmarks/report.py models               docs/models.md
 
 Models are tiny and random (`tests/families.py`, but with at least 32 inputs to a layer, which is a block of GGUF's), tuned
@@ -16,7 +17,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import families
 import gguf_models
 import trimtab as tt
 from benchmarks.families.report import FILE
-from benchmarks.files import add, read, say
+from benchmarks.files import add, put, read, say
 from trimtab.errors import UserError
 from trimtab.evaluation import serving
 from trimtab.formats import ALL
@@ -129,8 +130,8 @@ ENGINES: dict[str, dict[str, Callable[[PreTrainedModel, Path], None]]] = {
 """Engines that are tried on an export, where they are installed."""
 
 
-def row_of(name: str) -> dict[str, Any]:
-    """What became of a family."""
+def row_of(name: str, exports: Sequence[str] = EXPORTS) -> dict[str, Any]:
+    """What became of a family, in these formats."""
     row: dict[str, Any] = {"family": name}
     if name in families.NOT_BUILT:
         return row | {"prepare": f"not tried: {families.NOT_BUILT[name]}"}
@@ -148,7 +149,7 @@ def row_of(name: str) -> dict[str, Any]:
         attempt(row, "train", lambda: step_twice(model), folder)
         attempt(row, "fold", lambda: folded(model), folder)
         attempt(row, "reload", lambda: reloaded(model, tokenizer, folder / "saved"), folder)
-        for format_ in EXPORTS:
+        for format_ in exports:
             with contextlib.suppress(_Ended):
                 attempt(row, format_, lambda to=format_: tt.export(str(folder / "saved"), to, folder / to), folder)
                 for engine, serves in ENGINES.get(format_, {}).items():
@@ -160,13 +161,21 @@ def main() -> None:
     """Try all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--exports", nargs="+", choices=EXPORTS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("trimtab").setLevel(logging.ERROR)
     larger = {families.VOCABULARY: _TOKENS, 16: _LEAST}
     families.SMALL.update({name: larger.get(size, size) for name, size in families.SMALL.items()})
-    for name in options.names or families.families():
+    for row in read(FILE) if options.exports else ():
+        if row.get("reload") == "yes" and not all(format_ in row for format_ in options.exports):
+            gc.freeze()
+            found = row_of(row["family"], options.exports)
+            columns = {key: value for key, value in found.items() if key.partition(" in ")[0] in options.exports}
+            put(FILE, [row | columns if row["family"] == other["family"] else other for other in read(FILE)])
+            say(f"{row['family']}: {columns}")
+    for name in () if options.exports else options.names or families.families():
         if any(row["family"] == name for row in read(FILE)) and not options.names:
             continue
         gc.freeze()  # loading collects garbage, which takes long where all of transformers is imported

@@ -9,7 +9,7 @@ FILE = RESULTS / "families.jsonl"
 _STAGES = ("prepare", "train", "fold", "reload")
 _EXPORTS = (
     *("dense", "dense in transformers", "compressed-tensors", "compressed-tensors in transformers"),
-    *("gptq", "gguf", "gguf in llama.cpp", "mlx"),
+    *("gptq", "awq", "gguf", "gguf in llama.cpp", "mlx"),
 )
 
 

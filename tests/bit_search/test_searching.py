@@ -434,6 +434,7 @@ def test_a_width_that_a_format_cannot_hold_is_refused_first(tmp_path: Path) -> N
         ("compressed-tensors", [4], None),
         ("gptq", [4, 16], None),  # nothing but float layers is no model that is wanted
         ("gptq", [4, 8], "export: gptq"),
+        ("awq", [4, 8], "export: awq"),
     ],
 )
 def test_several_widths_that_a_format_cannot_hold_are_refused_first(

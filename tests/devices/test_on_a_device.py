@@ -38,7 +38,7 @@ def saved(pretend_cuda: Pretend, whole: Path, text: Path, tmp_path_factory: pyte
         whole, text, out, model={"device": OURS}, rules=GRID,
         start={"name": "gptq", "tokens": 128}, distill={"teacher": "cached", "top_k": 8}, train={"evaluate_steps": 3},
         evaluate={"baselines": ["float", "rounded"], "prompt": "2 plus 3?", "answer_tokens": 3},
-        export=["native", "dense", "gguf", "compressed-tensors", "gptq", "mlx"],
+        export=["native", "dense", "gguf", "compressed-tensors", "gptq", "awq", "mlx"],
     )  # fmt: skip
     metrics, where = pretend_cuda(stages.ran, values)
     assert where == {OURS}
@@ -138,7 +138,7 @@ def test_commands(pretend_cuda: Pretend, saved: Path, text: Path, tmp_path: Path
 
 
 def test_exports_are_the_same_from_every_device(pretend_cuda: Pretend, saved: Path, tmp_path: Path) -> None:
-    names = ["gguf", "gptq", "mlx", "compressed-tensors", "dense"]
+    names = ["gguf", "gptq", "awq", "mlx", "compressed-tensors", "dense"]
     there = pretend_cuda(stages.exported, str(saved), names, str(tmp_path / "there"), OURS)
     assert there == stages.exported(str(saved), names, str(tmp_path / "here"), "cpu")
     assert len(there) == len(names)

@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -50,6 +51,7 @@ GEMMA3 = {**SIZES, **GEMMA, "num_hidden_layers": 6}
         ("mlx", LlamaConfig(**SIZES, rope_parameters={**YARN, "truncate": False}), "without truncate"),
         ("mlx", LlamaConfig(**SIZES, rope_parameters={**ROPE, "rope_type": "linear", "partial_rotary_factor": 0.5}),
          r"partial_rotary_factor 0\.5"),
+        ("gguf", Qwen3_5TextConfig(**{**SIZES, "head_dim": 16}), r"mrope_section \[11, 11, 10\] in heads of 16"),
         ("mlx", Gemma3TextConfig(**GEMMA3, final_logit_softcapping=30.0), "final_logit_softcapping"),
         ("mlx", Gemma3TextConfig(**GEMMA3, attn_logit_softcapping=50.0), "attn_logit_softcapping"),
     ],
@@ -67,7 +69,7 @@ def test_a_recipe_is_refused_before_anything_is_loaded(name: str, config: Any, c
         get(name).require_config(config)
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "dense", "peft"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq", "dense", "peft"])
 def test_an_engine_that_takes_other_heads_is_refused(name: str, tmp_path: Path) -> None:
     get(name).require_config(WIDE)
     get(name).require_config(Qwen2Config(**QWEN2), "vllm")
@@ -116,7 +118,7 @@ def test_a_width_that_is_stored_wider_is_said_with_both_sizes(
     assert said is None or f"export: {name}: {said}" in lines[0]
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "mlx", "dense"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq", "mlx", "dense"])
 def test_ends_template_and_dtype_come_along(name: str, tmp_path: Path) -> None:
     model = prepared(EMBEDDING, everywhere(bits=4, group=32, scale_dtype="portable"))
     model.generation_config.eos_token_id = [2, 7]

@@ -161,8 +161,8 @@ KV = {"kv": tt.KvCache(4)}, "a KV cache of 4 bits"
 @pytest.mark.parametrize(
     ("name", "asked", "words"),
     [
-        *((name, *ROUNDED) for name in ("gptq", "gguf", "dense", "peft")),
-        *((name, *KV) for name in ("compressed-tensors", "gptq", "gguf", "dense", "peft")),
+        *((name, *ROUNDED) for name in ("gptq", "awq", "gguf", "dense", "peft")),
+        *((name, *KV) for name in ("compressed-tensors", "gptq", "awq", "gguf", "dense", "peft")),
     ],
 )
 def test_what_engines_would_leave_unrounded_is_refused(tmp_path: Path, name: str, asked: Any, words: str) -> None:

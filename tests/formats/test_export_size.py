@@ -59,6 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str, Activations | 
         Activations(8, symmetric=False),
     ),
     "gptq": ({"name": "peqa"}, INTEGER, "gptq", None),
+    "awq": ({"name": "peqa"}, INTEGER, "awq", None),
     "gguf, Q4_0": ({"name": "peqa"}, SYMMETRIC, "gguf", None),
     "gguf, Q4_1": ({"name": "qa-hira"}, REAL, "gguf", None),
     "gguf, embeddings": (

@@ -16,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import trimtab as tt
 from experts import IDS, mixture
 from trimtab.errors import UserError
+from trimtab.formats.export import same
 from trimtab.formats.mxfp4.read import Mxfp4Source
 from trimtab.layers.weights import CodebookWeight
 from trimtab.methods import Qlora, Rtn
@@ -72,6 +73,14 @@ def test_experts_code_for_code(folder: Path) -> None:
             assert torch.equal(mxfp4.to_blocks(base.integer_codes()), blocks[e])
             assert torch.equal(base.absmax, scales[e])
             assert torch.equal(base.dequantize(torch.bfloat16), theirs[e].T)
+
+
+def test_what_holds_it_is_named(folder: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"that is read and not written \(mxfp4\): native holds its codes, and dense"
+    ) as raised:
+        same(opened(folder))
+    assert str(raised.value).startswith("export: same: ")
 
 
 def test_as_transformers_dequantizes_it(folder: Path) -> None:

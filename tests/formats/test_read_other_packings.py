@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import test_read_packed as packed
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -16,6 +17,7 @@ import trimtab as tt
 from exported import everywhere, linears, llama, prepared, tensors, write
 from trimtab.errors import UserError
 from trimtab.formats.auto_round.read import AutoRoundGptq
+from trimtab.formats.export import same
 from trimtab.formats.mlx.read import MlxPacking
 from trimtab.layers.weights import AffineWeight
 from trimtab.methods import LrQat
@@ -38,8 +40,37 @@ def test_words_of_auto_round(packing: str, bits: int) -> None:
     assert torch.equal(found.range().scale_NG, theirs["scale"].float())
 
 
+@pytest.mark.parametrize("packing", ["awq", "gptq"])
+def test_auto_round_goes_back_as_what_its_packing_is_of(
+    packing: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The very tensors, as the other library's own."""
+    folder, _ = packed.exported(tmp_path, packing, {"bits": 4, "zero": "integer", "group": 32})
+    theirs = "auto_round:auto_awq" if packing == "awq" else "auto_round:gptqmodel"
+    packed.edit(folder, lambda _: None, quant_method="auto-round", packing_format=theirs, sym=False)
+    source = open_source(str(folder))
+    assert same(source) == packing
+    assert f"export: same: auto-round is written as {packing}, whose codes, scales and zeros it has" in caplog.text
+    model, tokenizer = tt.load(str(folder))
+    tt.save(model, tmp_path / "saved", tokenizer)
+    recipe = tiny.recipe(folder, tiny.text(tmp_path / "data.jsonl"), tmp_path / "out", rules=None)
+    (tmp_path / "saved/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert tt.export(str(tmp_path / "saved")).format == packing
+    before, after = tensors(folder), tensors(tmp_path / "saved" / packing)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_what_is_not_written_names_what_holds_it(tmp_path: Path) -> None:
+    fp8_folder(tmp_path / "fp8", "fp8", "rows")
+    with pytest.raises(
+        UserError, match=r"not written \(fp8\): its floats of 8 bits are dequantized once, .* dense holds them"
+    ):
+        same(open_source(str(tmp_path / "fp8")))
+
+
 def test_a_folder_of_auto_round_with_widths_of_their_own(tmp_path: Path) -> None:
-    """By name and by a pattern; it goes back as GPTQ's second version."""
+    """By name and by a pattern."""
     folder, ours = packed.exported(tmp_path, "gptq", {"bits": 4, "group": 32})
     wide = {n: layer for n, layer in linears(ours).items() if n.endswith(("0.mlp.up_proj", "down_proj"))}
     forms = {n: Grid(8, 32) if n.endswith("up_proj") else Grid(2, 64) for n in wide}
@@ -64,7 +95,17 @@ def test_a_folder_of_auto_round_with_widths_of_their_own(tmp_path: Path) -> None
         found = linears(model)[name].base
         assert torch.equal(found.integer_codes(), wanted.integer_codes()), name
         assert torch.equal(found.dequantize(torch.float32), wanted.dequantize(torch.float32)), name
-    assert open_source(str(folder)).came_in == "gptq"
+    assert same(open_source(str(folder))) == "gptq"
+    with pytest.raises(
+        UserError, match=r"int8 g32 .* beside int4 g32 .*; give all layers one, or export to compressed-tensors"
+    ):
+        write(model, "gptq", tmp_path / "gptq")
+    with pytest.raises(
+        UserError, match=r"has float16 scales, .*, or compute in float16 .`model.dtype`., which holds them"
+    ):
+        write(model, "compressed-tensors", tmp_path / "bfloat16")
+    model, _ = tt.load(str(folder), dtype=torch.float16)
+    assert write(model, "compressed-tensors", tmp_path / "float16", engine="transformers").kind == "exact"
     for key, value in {"packing_format": "auto_round:llm_compressor", "act_bits": 8, "data_type": "mx_fp"}.items():
         packed.edit(folder, lambda _: None, **{**settings, "data_type": "int", "act_bits": 16, key: value})
         with pytest.raises(UserError, match=rf"model.path: .*quantization_config: packing_format .*{value}.* are read"):

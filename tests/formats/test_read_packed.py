@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -27,7 +26,7 @@ from trimtab.models.checkpoint import Stored
 from trimtab.models.packed import Packing
 from trimtab.models.sources import open_source
 
-GRIDS = [
+GRIDS: list[dict[str, Any]] = [
     {"bits": bits, "zero": zero, "group": group}
     for bits, zero, group in [
         (2, "integer", 32), (3, "symmetric", 32), (4, "symmetric", 32), (4, "integer", None), (8, "integer", 32),
@@ -69,8 +68,11 @@ def same(found: QuantLinear, wanted: QuantLinear) -> None:
     assert torch.equal(one.dequantize(torch.float64), other.dequantize(torch.float64))
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("format_", ["gptq", "compressed-tensors"])
+HELD = [(format_, grid) for format_ in ("gptq", "compressed-tensors") for grid in GRIDS]
+HELD += [("awq", {"bits": 4, "zero": "integer", "group": group}) for group in (32, None)]
+
+
+@pytest.mark.parametrize(("format_", "grid"), HELD, ids=str)
 def test_what_we_export_is_read_and_exported_again(tmp_path: Path, format_: str, grid: dict[str, Any]) -> None:
     folder, ours = exported(tmp_path, format_, grid)
     model, _ = tt.load(str(folder))
@@ -85,7 +87,7 @@ def test_what_we_export_is_read_and_exported_again(tmp_path: Path, format_: str,
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
-@pytest.mark.parametrize("format_", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("format_", ["gptq", "awq", "compressed-tensors"])
 def test_it_is_trained_on_its_grid_and_goes_back(tmp_path: Path, format_: str) -> None:
     folder, _ = exported(tmp_path, format_, {"bits": 4, "zero": "integer", "group": 32})
     model, _ = tt.load(str(folder), LrQat(rank=4))
@@ -102,11 +104,11 @@ def test_it_is_trained_on_its_grid_and_goes_back(tmp_path: Path, format_: str) -
     }
 
 
-@pytest.mark.parametrize("format_", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("format_", ["gptq", "awq", "compressed-tensors"])
 def test_scales_that_are_none(tmp_path: Path, format_: str) -> None:
     """A scale of zero is a group of zeros, which can be trained; one that is not a number is refused by name."""
     name = "model.layers.1.mlp.up_proj"
-    part = "scales" if format_ == "gptq" else "weight_scale"
+    part = "weight_scale" if format_ == "compressed-tensors" else "scales"
     folder, ours = exported(tmp_path, format_, {"bits": 4, "zero": "integer", "group": 32})
 
     def put(value: float) -> None:
@@ -148,15 +150,16 @@ def test_same_is_what_a_model_has() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_gives_it_back_in_its_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_", ["gptq", "awq"])
+def test_a_run_gives_it_back_in_its_format(tmp_path: Path, format_: str) -> None:
     rules = [everywhere(bits=4, zero="integer", group=32)]
     model, tokenizer = tt.load(str(tiny.model(tmp_path / "float")), rules=rules)
-    write(model, "gptq", tmp_path / "theirs")
+    write(model, format_, tmp_path / "theirs")
     tokenizer.save_pretrained(tmp_path / "theirs")
     data, changes = tiny.text(tmp_path / "data.jsonl"), {"rules": None, "export": ["same"], "train": {"steps": 3}}
     tt.run(tiny.recipe(tmp_path / "theirs", data, tmp_path / "out", **changes))
-    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["export"] == ["gptq"]
-    again, whole = (linears(tt.load(str(folder))[0]) for folder in (tmp_path / "out" / "gptq", tmp_path / "out"))
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["export"] == [format_]
+    again, whole = (linears(tt.load(str(folder))[0]) for folder in (tmp_path / "out" / format_, tmp_path / "out"))
     for name, layer in whole.items():
         same(again[name], layer)
 
@@ -164,7 +167,10 @@ def test_a_run_gives_it_back_in_its_format(tmp_path: Path) -> None:
 def test_a_format_that_is_not_written_is_not_given_back(tmp_path: Path) -> None:
     four_bits(tmp_path / "theirs", "nf4", False)
     data = tiny.text(tmp_path / "data.jsonl")
-    with pytest.raises(UserError, match=r"export: same: .* is in a format that is read and not written"):
+    with pytest.raises(
+        UserError,
+        match=r"is in a format that is read and not written \(bitsandbytes\): native holds its codes, and dense",
+    ):
         tt.run(tiny.recipe(tmp_path / "theirs", data, tmp_path / "out", rules=None, export=["same"]))
 
 
@@ -230,50 +236,49 @@ def test_what_gptq_cannot_mean_here_is_refused_by_name(tmp_path: Path) -> None:
 # ---- AWQ ------------------------------------------------------------------------------------------------------------
 
 
-def awq_words(values_RN: np.ndarray) -> Tensor:
-    """AutoAWQ's loops: eight columns a word, in its order."""
-    order, packed = [0, 2, 4, 6, 1, 3, 5, 7], np.zeros((values_RN.shape[0], values_RN.shape[1] // 8), np.uint32)
-    for column in range(packed.shape[1]):
-        for i in range(8):
-            packed[:, column] |= values_RN[:, column * 8 + order[i]].astype(np.uint32) << (i * 4)
-    return torch.from_numpy(packed.view(np.int32))
-
-
 def test_words_of_autoawq() -> None:
-    draw = np.random.default_rng(0)
-    codes_KN, zeros_GN = draw.integers(0, 16, (64, 24)), draw.integers(0, 16, (2, 24))
-    scales_GN = torch.from_numpy(draw.normal(1, 0.1, (2, 24)).astype(np.float16))
-    stored = {"qweight": awq_words(codes_KN), "qzeros": awq_words(zeros_GN), "scales": scales_GN}
-    found = read(AwqPacking({"bits": 4, "version": "gemm", "group_size": 32}), stored)
-    wanted = (codes_KN - zeros_GN.repeat(32, 0)) * scales_GN.double().numpy().repeat(32, 0)
-    assert np.array_equal(found.dequantize(torch.float64).numpy(), wanted.T)
+    theirs = load_file(Path(__file__).parents[1] / "stored/awq.safetensors")
+    parts = {part: theirs[part] for part in ("qweight", "qzeros", "scales")}
+    found = read(AwqPacking({"bits": 4, "version": "gemm", "group_size": 32}), parts)
+    assert torch.equal(found.integer_codes(), theirs["codes"])
+    assert torch.equal(found.range().zero_NG, theirs["zero"].float())
+    assert torch.equal(found.range().scale_NG, theirs["scale"].float())
     assert (found.grid.bits, found.grid.group, found.grid.zero, found.grid.scale_dtype) == (4, 32, "integer", "float16")
 
 
 def test_a_folder_of_awq(tmp_path: Path) -> None:
-    folder, ours = exported(tmp_path, "gptq", {"bits": 4, "zero": "integer", "group": 32})
-
-    def as_awq(found: dict[str, Tensor]) -> None:
-        for name, layer in linears(ours).items():
-            range_ = layer.base.range()  # type: ignore[operator]
-            del found[f"{name}.g_idx"]
-            found[f"{name}.qweight"] = awq_words(layer.base.integer_codes().T.numpy())  # type: ignore[operator]
-            found[f"{name}.qzeros"] = awq_words(range_.zero_NG.T.numpy())
-
-    as_gptq = tensors(folder)
-    edit(folder, as_awq, quant_method="awq", version="gemm")
-    model, _ = tt.load(str(folder))
+    """In float16, as they lie on hubs; it goes back as it came, and into GPTQ's layout."""
+    folder, ours = exported(tmp_path, "awq", {"bits": 4, "zero": "integer", "group": 32, "scale_dtype": "float16"})
+    edit(folder, lambda _: None, version="GEMM", zero_point=True, backend="autoawq")
+    model, _ = tt.load(str(folder), dtype=torch.float16)
     for name, layer in linears(ours).items():
         same(linears(model)[name], layer)
-    write(model, "gptq", tmp_path / "again")
-    again = tensors(tmp_path / "again")
-    assert again.keys() == as_gptq.keys()
-    assert all(torch.equal(again[name], tensor) for name, tensor in as_gptq.items())
+    before = {name: t for name, t in tensors(folder).items() if t.dtype != torch.bfloat16}
+    assert open_source(str(folder)).came_in == "awq"
+    for engine in (None, "vllm", "vllm-cpu", "gptqmodel"):
+        assert write(model, "awq", tmp_path / f"{engine}", engine=engine).kind == "exact"
+        after = tensors(tmp_path / f"{engine}")
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert write(model, "gptq", tmp_path / "gptq").kind == "exact"
+    tiny.tokenizer().save_pretrained(tmp_path / "gptq")
+    for name, layer in linears(tt.load(str(tmp_path / "gptq"), dtype=torch.float16)[0]).items():
+        same(layer, linears(ours)[name])
     with pytest.raises(UserError, match="zero that is integer, which vllm does not run in gptq"):
         write(model, "gptq", tmp_path / "no", engine="vllm")
     edit(folder, lambda _: None, version="gemv")
     with pytest.raises(UserError, match="packed for 'gemv'"):
         tt.load(str(folder))
+
+
+def test_vllm_rounds_scales_to_the_dtype_it_computes_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, _ = exported(tmp_path, "awq", {"bits": 4, "zero": "integer", "group": 32, "scale_dtype": "float16"})
+    model, _ = tt.load(str(folder), dtype=torch.bfloat16)
+    words = r"float16 scales in a model that computes in bfloat16, which vllm does not run in awq; compute in float16"
+    with pytest.raises(UserError, match=words):
+        write(model, "awq", tmp_path / "no", engine="vllm")
+    caplog.clear()
+    assert write(model, "awq", tmp_path / "out").kind == "exact"
+    assert "its float16 scales are exact in the file, and rounded by vllm or vllm-cpu to bfloat16" in caplog.text
 
 
 # ---- compressed-tensors ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def folder(path: Path, config: dict[str, Any] | None = None, *names: str, export
 def run(tmp_path: Path) -> Path:
     """A run with every kind of export."""
     made = folder(tmp_path / "run", {"quantization_config": {"quant_method": "trimtab"}}, "model.safetensors")
-    for name in ("compressed-tensors", "gptq"):
+    for name in ("compressed-tensors", "gptq", "awq"):
         folder(made / name, {"quantization_config": {"quant_method": name}}, export=True)
     folder(made / "mlx", {"quantization": {"bits": 4}}, export=True)
     folder(made / "dense", {}, export=True)
@@ -44,6 +44,7 @@ def run(tmp_path: Path) -> Path:
 COMMANDS = {
     "compressed-tensors": "vllm serve {}/compressed-tensors --port 8000",
     "gptq": "vllm serve {}/gptq --port 8000",
+    "awq": "vllm serve {}/awq --port 8000",
     "dense": "vllm serve {}/dense --port 8000",
     "peft": "vllm serve {0}/peft/base --enable-lora --lora-modules peft={0}/peft --max-lora-rank 32 --port 8000",
     "gguf": "llama-server --model {}/gguf/model.gguf --port 8000",
@@ -55,7 +56,7 @@ def test_commands(run: Path) -> None:
     found = held(run)
     assert [h.format for h in found] == ["native", *sorted(COMMANDS)]
     assert {h.format: h.line(8000) for h in found[1:]} == {k: v.format(run) for k, v in COMMANDS.items()}
-    assert [h.format for h in serving(run)] == ["compressed-tensors", "gptq", "dense", "peft", "gguf", "mlx"]
+    assert [h.format for h in serving(run)] == ["compressed-tensors", "gptq", "awq", "dense", "peft", "gguf", "mlx"]
     assert [h.format for h in serving(run, "llama.cpp")] == ["gguf"]
     assert [h.format for h in held(run / "gguf" / "model.gguf")] == ["gguf"]
     sizes = {h.format: h.bytes for h in found}

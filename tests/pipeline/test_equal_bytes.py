@@ -24,7 +24,7 @@ def write(given: Path, out: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tt.save(*_swapped(str(given / "model"), out / "saved"), max_shard_size=30_000)
-    for name in ("dense", "gguf", "compressed-tensors", "gptq", "mlx"):
+    for name in ("dense", "gguf", "compressed-tensors", "gptq", "awq", "mlx"):
         tt.export(str(out / "saved"), name)
     model, tokenizer = tt.load(str(given / "model"), Qlora(rank=2))
     tt.save(model, out / "adapted", tokenizer)

@@ -129,6 +129,20 @@ def test_gptq_folders_are_read(tmp_path: Path) -> None:
         serving.engine_logprobs(export(model, tmp_path / "integer", "gptq"), "vllm", BLOCKS)
 
 
+@needs_four_bits
+@pytest.mark.parametrize("zero", ["symmetric", "integer"])
+def test_awq_folders_are_read(tmp_path: Path, zero: str) -> None:
+    """With integer zeros, which vLLM does not run in GPTQ's layout, and a layer in float."""
+    rules = [
+        {"match": "*.0.mlp.down_proj", "grid": None},
+        {"match": "*", "grid": {"bits": 4, "group": 64, "zero": zero}},
+    ]
+    model = prepared(*rules)
+    found = served(model, export(model, tmp_path / "out", "awq", engine="vllm-cpu"))
+    assert found.rms_logprob < 2 * noise(model)
+    assert found.top1_agreement > 0.9
+
+
 def test_experts_are_served_dense_and_their_codes_refused(tmp_path: Path) -> None:
     """The names are those of the family's checkpoints; for packed experts vLLM has kernels on GPUs alone."""
     torch.manual_seed(0)

@@ -1,10 +1,11 @@
 """Formats that engines load, one file each, found by name; each is written from the stored codes.
 
-native  compressed-tensors  gptq  gguf  mlx  dense  peft
+native  compressed-tensors  gptq  awq  gguf  mlx  dense  peft
 """
 
 from trimtab.errors import UserError, nearest
 from trimtab.extras import require_library
+from trimtab.formats.awq.write import Awq
 from trimtab.formats.compressed_tensors.write import CompressedTensors
 from trimtab.formats.declaration import Format
 from trimtab.formats.dense.write import Dense
@@ -14,7 +15,7 @@ from trimtab.formats.mlx.write import Mlx
 from trimtab.formats.native.write import Native
 from trimtab.formats.peft.write import PeftLora
 
-ALL: tuple[Format, ...] = (Native(), CompressedTensors(), Gptq(), Gguf(), Mlx(), Dense(), PeftLora())
+ALL: tuple[Format, ...] = (Native(), CompressedTensors(), Gptq(), Awq(), Gguf(), Mlx(), Dense(), PeftLora())
 """Every format, in the order of the tables."""
 
 

@@ -87,6 +87,8 @@ class Form:
     kinds: tuple[Kind, ...] = ("linear",)
     group_of: int = 1
     """A group (per channel: K) must be a multiple of this."""
+    rows_of: int = 1
+    """N must be a multiple of this."""
     channel: bool = True
     scales: Literal["model", "any"] | ScaleDtype = "model"
     """Dtype of scales and offsets in the file: the model's, the grid's own, or this one."""
@@ -127,6 +129,8 @@ class Engine:
     """Zeros that it runs only where all quantized layers share one grid."""
     fuses: bool = False
     """Whether it joins layers of one block (`architecture.FUSED`), which must then be of one form."""
+    casts_scales: bool = False
+    """Whether it rounds the scales of the file to the dtype that the model computes in."""
     rounded: tuple[Rounded, ...] = ()
     kv: tuple[str, ...] = ("float",)
     """Dtypes of the KV cache."""
@@ -268,15 +272,22 @@ def _mismatch(forms: Sequence[Form], layer: Layer, dtype: torch.dtype, name: str
         (lambda f: grid.zero in f.zeros, f"has {grid.bits}-bit codes with a zero that is {grid.zero}", "zeros"),
         (lambda f: f.channel or grid.group is not None, "has one scale per channel", "channel"),
         (lambda f: group % f.group_of == 0, f"has groups of {group}", "group_of"),
+        (lambda f: layer.shape[0] % f.rows_of == 0, f"has {layer.shape[0]} outputs", "rows_of"),
         (lambda f: _scales_fit(f, grid, dtype), f"has {grid.scale_dtype} scales", "scales"),
     )
     left = list(forms)
     for test, found, what in tests:
         kept = [form for form in left if test(form)]
         if not kept:
-            return Refusal(layer.name, f"{found}, which {name} does not hold", _remedy(left, what, dtype))
+            more = _or_compute_in(left, grid) if what == "scales" else ""
+            return Refusal(layer.name, f"{found}, which {name} does not hold", _remedy(left, what, dtype) + more)
         left = kept
     return None
+
+
+def exact_in(grid: Grid, dtype: torch.dtype) -> bool:
+    """Whether a grid's scales, as they are stored, are exact in a dtype."""
+    return dtype in _EXACT[grid.scale_dtype]
 
 
 def _scales_fit(form: Form, grid: Grid, dtype: torch.dtype) -> bool:
@@ -290,6 +301,12 @@ def _takes(form: Form, scale_dtype: str, dtype: torch.dtype) -> bool:
     return (dtype if form.scales == "model" else torch.float16) in _EXACT[scale_dtype]
 
 
+def _or_compute_in(forms: Sequence[Form], grid: Grid) -> str:
+    """The model's dtype that would hold a grid's scales, where forms store them in that."""
+    fits = any(form.scales == "model" for form in forms) and grid.two_level is None
+    return f", or compute in {grid.scale_dtype} (`model.dtype`), which holds them" if fits else ""
+
+
 def _remedy(forms: Sequence[Form], what: str, dtype: torch.dtype) -> str:
     if what == "bits":
         return f"use a grid of {in_words(sorted({b for f in forms for b in f.bits}))} bits"
@@ -299,6 +316,8 @@ def _remedy(forms: Sequence[Form], what: str, dtype: torch.dtype) -> str:
         return f"use a group that is a multiple of {min(f.group_of for f in forms)}"
     if what == "group_of":
         return f"use a group that is a multiple of {in_words(sorted({f.group_of for f in forms}))}"
+    if what == "rows_of":
+        return f"leave it in float with `grid: null` (a multiple of {in_words(sorted({f.rows_of for f in forms}))} is held)"
     fits = [name for name in _EXACT for f in forms if _takes(f, name, dtype)]
     return f"use `scale_dtype: {in_words(dict.fromkeys(fits))}`"
 

@@ -29,12 +29,12 @@ from trimtab.formats.directory import check_replaceable, replacing
 from trimtab.formats.file_size import SHARD_BYTES, parse_bytes
 from trimtab.formats.lossy import Change, make_room
 from trimtab.formats.manifest import MANIFEST, add, entries, write_json
-from trimtab.formats.refusals import refusals
+from trimtab.formats.refusals import refusals, rounded_by_engines
 from trimtab.formats.written import layers_of, planned
 from trimtab.layers.linear import QuantLinear
 from trimtab.models.load import load
 from trimtab.models.origin import check_not_read_from
-from trimtab.models.sources import open_source, resolve
+from trimtab.models.sources import ModelSource, open_source, resolve
 from trimtab.models.targets import Target
 from trimtab.models.transformers_bridge import compute_dtype, quant_layers
 from trimtab.outputs import output
@@ -192,13 +192,13 @@ def _dense(format_: Format, layers: Sequence[Layer], forms: dict[str, Form]) -> 
 
 
 def _forms(format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> dict[str, Form]:
-    """The form of each layer; says which of them take more bits than the codes have."""
+    """The form of each layer; says which of them take more bits than the codes have, and whose scales engines round."""
     found = {}
     for layer in layers:
         form = format_.form(layer, dtype)
         assert not isinstance(form, Refusal), form
         found[layer.name] = form
-    for line in widened(format_, layers, found, dtype):
+    for line in (*widened(format_, layers, found, dtype), *rounded_by_engines(format_, layers, dtype)):
         _log.warning("export: %s: %s", format_.name, line)
     return found
 
@@ -243,7 +243,7 @@ def export(
             f"{directory}: was not saved by trimtab; run a recipe with `method: rtn` on it, then export that"
         )
     if name == "same":
-        name = _base_format(directory)
+        name = same(_base(directory))
     format_ = writer(name)
     laid_out = opened.layout()
     format_.require_config(laid_out.config, options.engine)
@@ -270,16 +270,29 @@ def export(
     return report
 
 
-def _base_format(directory: str) -> str:
-    """The format that the base of a saved model came in, over any number of runs."""
+def same(base: ModelSource) -> str:
+    """The format that an opened base goes back in; a line says so where its files call themselves something else.
+
+    Raises:
+        UserError: if none that is written holds it, with what does.
+    """
+    if base.came_in is None:
+        raise UserError(
+            f"export: same: {base.path} is in a format that is read and not written ({base.by}): {base.instead}; name one"
+        )
+    if base.by is not None and base.by != base.came_in:
+        _log.warning("export: same: %s is written as %s, whose codes, scales and zeros it has", base.by, base.came_in)
+    return base.came_in
+
+
+def _base(directory: str) -> ModelSource:
+    """The base of a saved model, over any number of runs."""
     path, seen = directory, set[str]()
     while path not in seen:
         seen.add(path)
         source = open_source(path)
         if not source.prepared:
-            if source.came_in is None:
-                raise UserError(f"export: same: {path} is in a format that is read and not written; name another")
-            return source.came_in
+            return source
         saved = resolve(path) / "recipe.yaml"
         if not saved.is_file():
             break

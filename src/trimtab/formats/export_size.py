@@ -3,6 +3,7 @@
     native                 as `file_size` bounds it
     compressed-tensors     b bits a code in words of 32, a scale and a packed zero for each group
     gptq                   the same with float16 scales, zeros always, and the group of each input
+    awq                    as gptq, without the groups of inputs
     gguf                   blocks of 32 codes: w bits each, a float16 scale, and a float16 minimum where the type has one;
                            k-quants: blocks of 256, with integers for their groups besides
     mlx                    w bits a code, a scale and a bias for each group of at most 128
@@ -145,9 +146,11 @@ def _matrix(format_: Format, layer: Layer, form: Form, dtype: torch.dtype) -> in
         assert wide is not None
         size = next(g for g in GROUPS if (grid.group or k) % g == 0)
         return n * _words(k * wide) + 2 * n * (k // size) * dtype.itemsize
-    if format_.name == "gptq":
-        codes = _words(k * grid.bits) * n
-        return codes + groups * (2 * n + _words(n * grid.bits)) + 4 * k
+    if format_.name in ("gptq", "awq"):
+        codes, of_inputs = (
+            (_words(k * grid.bits) * n, 4 * k) if format_.name == "gptq" else (_words(n * grid.bits) * k, 0)
+        )
+        return codes + groups * (2 * n + _words(n * grid.bits)) + of_inputs
     if form.width == 8:  # whole bytes, where inputs are rounded
         return n * k + n * groups * (dtype.itemsize + zeros)
     # Each layer has its shape beside it, and checkpoints that hold each expert by itself hold gate and up apart.

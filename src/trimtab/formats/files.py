@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.formats.directory import float_tensors
 from trimtab.layers.experts import QuantExperts, names
@@ -18,6 +18,7 @@ from trimtab.layers.linear import QuantEmbedding, QuantLinear
 from trimtab.models.replaceable import is_router
 from trimtab.models.saved_names import Piece, SavedNames, has_experts
 from trimtab.models.transformers_bridge import quant_layers
+from trimtab.models.transposed import is_linear
 
 Ours = QuantLinear | QuantEmbedding
 _ALL = slice(None)
@@ -95,7 +96,7 @@ class Files:
             for n in modules
             if self._saved is not None and is_router(n, modules) and "weight" in modules[n]._parameters
         )
-        found = dict.fromkeys([*(n for n, m in modules.items() if isinstance(m, nn.Linear)), *routers])
+        found = dict.fromkeys([*(n for n, m in modules.items() if is_linear(m)), *routers])
         weights = {f"{name}.weight": modules[name]._parameters["weight"] for name in found}
         saved = [n for name, weight in weights.items() for n, _ in self._named(name, weight.detach())]
         return [name.removesuffix(".weight") for name in saved]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trimtab.formats.declaration import DENSE, Engine, Format, Layer, Refusal, Rounded, in_words
+from trimtab.formats.declaration import DENSE, Engine, Format, Layer, Refusal, Rounded, exact_in, in_words
 from trimtab.quant.activations import Activations
 from trimtab.quant.grid import CodebookGrid, Grid
 
@@ -71,11 +71,35 @@ def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: tor
         if objection is None and alone and len({x.grid and x.grid.describe() for x in packed}) > 1:
             cause = f"has a zero that is {grid.zero} in a model of several grids"
             objection = cause, "give all layers one grid, or other zeros"
+        if objection is None and engine.casts_scales and not exact_in(grid, dtype):
+            name = str(dtype).removeprefix("torch.")
+            cause = f"has {grid.scale_dtype} scales in a model that computes in {name}"
+            objection = cause, f"compute in {grid.scale_dtype} (`model.dtype`), or use `scale_dtype: portable`"
         if objection is not None:
             cause, remedy = objection
             cause = f"{cause}, which {engine.name} does not run in {format_.name}"
             found.append(Refusal(layer.name, cause, f"{remedy}; see `trimtab formats` for what engines run"))
     return found
+
+
+def rounded_by_engines(format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> list[str]:
+    """A line where an engine rounds scales that the file holds exactly; said before it is written.
+
+    Args:
+        format_: what holds them.
+        layers: the quantized layers of a model.
+        dtype: what the model computes in.
+    """
+    engines = [e.name for e in format_.engines if e.casts_scales]
+    held = [x for x in layers if isinstance(x.grid, Grid) and format_.form(x, dtype) is not DENSE]
+    kinds = dict.fromkeys(x.grid.scale_dtype for x in held if isinstance(x.grid, Grid) and not exact_in(x.grid, dtype))
+    if not engines or not kinds:
+        return []
+    computes, stored = str(dtype).removeprefix("torch."), in_words(kinds)
+    return [
+        f"its {stored} scales are exact in the file, and rounded by {in_words(engines)} to {computes}, in which the model "
+        f"computes; for these engines, compute in {stored} (`model.dtype`)"
+    ]
 
 
 def _objection(engine: Engine, inputs: Activations | None, grid: Grid) -> tuple[str, str] | None:

@@ -19,7 +19,8 @@ def table(formats: Sequence[Format]) -> list[tuple[str, ...]]:
                 rows.append(("", engine.name, "all", "all", "all", "", "", "all", kv))
                 continue
             joins = "joined layers alike" if engine.fuses else ""
-            rows.append(("", engine.name, *_run(engine), joins, "", "float", kv))
+            cast = [*([joins] if joins else []), *(["in the model's dtype"] if engine.casts_scales else [])]
+            rows.append(("", engine.name, *_run(engine), ", ".join(cast), "", "float", kv))
             for rounded in engine.rounded:
                 kinds = ", ".join(kind.describe() for kind in rounded.inputs)
                 rows.append(("", engine.name, *_run(rounded), joins, "", kinds, kv))

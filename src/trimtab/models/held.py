@@ -21,6 +21,7 @@ from trimtab.reading import read_mapping
 _ENGINES = {
     "compressed-tensors": "vllm",
     "gptq": "vllm",
+    "awq": "vllm",
     "dense": "vllm",
     "peft": "vllm",
     "gguf": "llama.cpp",

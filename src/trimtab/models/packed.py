@@ -26,7 +26,7 @@ from trimtab.errors import UserError
 from trimtab.layers.weights import Weight
 from trimtab.models.checkpoint import Checkpoint, Stored
 from trimtab.models.origin import note_grids
-from trimtab.models.sources import SafetensorsSource, quantization_of
+from trimtab.models.sources import ModelSource, SafetensorsSource, quantization_of
 from trimtab.quant.grid import AnyGrid, ScaleDtype
 from trimtab.reading import told
 from trimtab.words import and_more
@@ -66,6 +66,8 @@ class Packing(ABC):
     """Those of them that are small, and say more than their headers."""
     written_as: ClassVar[str | None] = None
     """The format of ours that writes it."""
+    instead: ClassVar[str] = ModelSource.instead
+    """What holds it, where none does."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
@@ -192,13 +194,13 @@ class PackedSource(SafetensorsSource):
         except UserError as error:
             raise UserError(f"model.path: {path}: {error}") from error
         super().__init__(path, checkpoint := PackedCheckpoint(path, how))
+        self.by = str(how.settings.get("quant_method", "mlx"))
         if not checkpoint.forms:
-            by = how.settings.get("quant_method", "MLX")
             raise UserError(
-                f"{path}: its quantization_config says {by}, and no layer in its files is stored so; take the config.json "
-                "that was saved with the weights"
+                f"{path}: its quantization_config says {self.by}, and no layer in its files is stored so; take the "
+                "config.json that was saved with the weights"
             )
-        self.came_in = packing.written_as
+        self.came_in, self.instead = packing.written_as, packing.instead
         floats = [name.removesuffix(".weight") for name, form in checkpoint.forms.items() if form.grid is None]
         if floats:
             _log.warning(

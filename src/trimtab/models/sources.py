@@ -49,7 +49,11 @@ class ModelSource(ABC):
     weights: ClassVar[bool] = True
     """Whether there are weights to read."""
     came_in: str | None = None
-    """The format, of those that are written, that it is in."""
+    """The format, of those that are written, that holds it code for code: its own, or the one that its own is made of."""
+    by: str | None = None
+    """Who quantized it, by the word of its files, if anyone."""
+    instead: str = "native holds its codes, and dense the matrices that they stand for"
+    """What holds it, where it is in no format that is written."""
     floats: ClassVar[bool] = False
     """Whether they are a float model's."""
 

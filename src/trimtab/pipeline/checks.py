@@ -15,7 +15,7 @@ from trimtab.errors import UserError
 from trimtab.evaluation.harness import check_tasks
 from trimtab.extras import require
 from trimtab.formats import writer
-from trimtab.formats.export import check_exports
+from trimtab.formats.export import check_exports, same
 from trimtab.models.attention import check_attention
 from trimtab.models.positions import check_length
 from trimtab.models.sources import ModelSource, open_source
@@ -104,9 +104,7 @@ def with_its_formats(recipe: Recipe) -> Recipe:
     """The recipe with the format that its base came in for `same` among its exports."""
     if "same" not in recipe.export:
         return recipe
-    found = open_source(recipe.model.path).came_in
-    if found is None:
-        raise UserError(f"export: same: {recipe.model.path} is in a format that is read and not written; name another")
+    found = same(open_source(recipe.model.path))
     return recipe.model_copy(update={"export": list(dict.fromkeys(found if n == "same" else n for n in recipe.export))})
 
 

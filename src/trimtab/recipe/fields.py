@@ -11,7 +11,7 @@ from trimtab.data.sources import Source
 from trimtab.errors import UserError
 from trimtab.recipe.changing import AFTER, CONTENT, HABIT, LENGTH, MEASURED, PLACE, RATE, SPLIT
 
-FormatName = Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft", "same"]
+FormatName = Literal["native", "compressed-tensors", "gptq", "awq", "gguf", "mlx", "dense", "peft", "same"]
 """Formats that a recipe can export to: those of `trimtab.formats`, and that of its base."""
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -364,7 +364,7 @@ class SearchBlock(Block):
     """Number of trials, besides the uniform widths."""
     budget: str | int | None = None
     """Largest size of the stored weights, such as 90MiB: never exceeded."""
-    budget_of: Literal["native", "compressed-tensors", "gptq", "gguf", "mlx", "dense", "peft"] = "native"
+    budget_of: Literal["native", "compressed-tensors", "gptq", "awq", "gguf", "mlx", "dense", "peft"] = "native"
     """The format in which sizes are counted. For other formats than native that is the size of the tensors, without the
     header (in GGUF with the vocabulary). GGUF stores 2 and 3 bits in 4, unless rules ask for k-quants."""
     budget_training: str | int | None = None

@@ -23,32 +23,34 @@ from trimtab.models.checkpoint import Stored
 from trimtab.models.packed import SCALE_DTYPES, Form, PackedSource, Packing
 from trimtab.quant.grid import Grid, Range
 
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_BITS, _A_WORD = 4, 8
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight codes has the lowest bits of a word, which the next, and so on."""
+BITS, A_WORD = 4, 8
 
 
 class AwqPacking(Packing):
     """Eight codes of one input's outputs in a word."""
 
+    written_as = "awq"
     marker = "qweight"
     needed = ("qzeros", "scales")
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
-        bits, version = settings.get("bits", settings.get("w_bit", _BITS)), str(settings.get("version", "gemm"))
-        if bits != _BITS or version.lower() != "gemm":
+        bits, version = settings.get("bits", settings.get("w_bit", BITS)), str(settings.get("version", "gemm"))
+        if bits != BITS or version.lower() != "gemm":
             raise UserError(f"quantization_config: AWQ of {bits} bits packed for {version!r}; 4 bits, gemm is read")
 
     def form(self, layer: str, headers: Mapping[str, Stored], small: Mapping[str, Tensor]) -> Form:
         """From the shapes of codes and scales."""
         (k, words), (groups, n) = headers["qweight"].shape, headers["scales"].shape
         group = group_of(self.settings_of(layer), k, groups)
-        if words * _A_WORD != n or group is None:
-            raise UserError(f"4-bit codes of {k} x {words * _A_WORD} do not go with scales of {groups} x {n}")
+        if words * A_WORD != n or group is None:
+            raise UserError(f"4-bit codes of {k} x {words * A_WORD} do not go with scales of {groups} x {n}")
         if headers["scales"].kind not in SCALE_DTYPES:
             raise UserError(f"scales are stored as {headers['scales'].kind}; float16 is what the format has")
         scale_dtype = SCALE_DTYPES[headers["scales"].kind]
-        return Form((n, k), Grid(_BITS, None if group < 1 else group, "integer", scale_dtype))
+        return Form((n, k), Grid(BITS, None if group < 1 else group, "integer", scale_dtype))
 
     def weight(self, tensors: Mapping[str, Tensor], form: Form) -> AffineWeight:
         """Codes, zeros and scales as they stand."""
@@ -60,9 +62,9 @@ class AwqPacking(Packing):
 
 def _unpacked(words_RW: Tensor) -> Tensor:
     """uint8 (R, 8 W) of words (R, W)."""
-    found = torch.empty(*words_RW.shape, _A_WORD, dtype=torch.uint8)
-    for i, column in enumerate(_ORDER):
-        found[..., column] = ((words_RW >> (_BITS * i)) & 0xF).to(torch.uint8)
+    found = torch.empty(*words_RW.shape, A_WORD, dtype=torch.uint8)
+    for i, column in enumerate(ORDER):
+        found[..., column] = ((words_RW >> (BITS * i)) & 0xF).to(torch.uint8)
     return found.flatten(1)
 
 

@@ -28,6 +28,7 @@ KIND = "F8_E4M3"
 class Fp8Packing(Packing):
     """A scale for each block of a weight, or one for all of it."""
 
+    instead = "its floats of 8 bits are dequantized once, as they are read: dense holds them, others a grid of `rules`"
     marker = "weight_scale_inv"
     needed = ("weight",)
     optional = ("activation_scale", "input_scale")

@@ -33,9 +33,14 @@ def metadata(config: Any) -> dict[str, Any]:
         config.linear_num_value_heads,
         config.linear_value_head_dim * config.linear_num_value_heads,
     )
-    sections = config.rope_parameters.get("mrope_section", [11, 11, 10])
     found: dict[str, Any] = {f"ssm.{key}": value for key, value in zip(KEYS, values, strict=True)}
-    return found | {"full_attention_interval": period(config), "rope.dimension_sections": [*sections, 0]}
+    return found | {"full_attention_interval": period(config), "rope.dimension_sections": [*sections(config), 0]}
+
+
+def sections(config: Any) -> list[int]:
+    """How many rotary frequencies are of positions in time, height and width: equal ones in a text."""
+    found: list[int] = config.rope_parameters.get("mrope_section", [11, 11, 10])
+    return found
 
 
 def period(config: Any) -> int:

@@ -129,6 +129,8 @@ def _attention(config: Any, found: Gguf) -> Iterator[str]:
         yield "bidirectional attention"
     if found.by_layer and not by_layer.shares_as_llama_cpp(config):
         yield f"num_kv_shared_layers {config.num_kv_shared_layers} after layers of other kinds than sliding, full"
+    if found.delta_nets and sum(delta.sections(config)) > head_dim(config):
+        yield f"mrope_section {delta.sections(config)} in heads of {head_dim(config)}"
     if found.delta_nets and config.linear_key_head_dim != config.linear_value_head_dim:
         yield f"linear_value_head_dim {config.linear_value_head_dim} with keys of {config.linear_key_head_dim}"
     if found.large_layers is not None and config.query_pre_attn_scalar != settings.attention_scalar(config, found):

@@ -86,7 +86,7 @@ class Mxfp4Source(SafetensorsSource):
     """
 
     floats = False
-    came_in = None
+    came_in, by = None, "mxfp4"
 
     def __init__(self, path: Path) -> None:
         self._packed = _Checkpoint(path)

@@ -1,8 +1,8 @@
 """Whether the default rates are near the best: every trained method, at several widths, ranks and lengths of training.
 
 A cell is a method on a grid, with a rank and a number of steps. It is trained with the default rates, and with each of them
-a factor of three away, the other kept; while the best stands at an end, one more is tried there. The value is the loss on
-held-out text. The model is stories260K, trained on TinyStories in float32, 4 x 64 tokens a step, scheduled as by
+a factor of at most three away, the other kept; while the best stands at an end, one more is tried there. The value is the
+loss on held-out text. The model is stories260K, trained on TinyStories in float32, 4 x 64 tokens a step, scheduled as by
 `trimtab run`; on larger models and WikiText-2 a few cells are held against the same defaults.
 
     python benchmarks/quality/rates.py --data DIR [--steps 30 100 300] [--methods lr-qat ...] [--bits 2 3] [--minutes 60]
@@ -173,31 +173,57 @@ def _loss(model: Any, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def fill(study: Study, cell: Cell, deadline: float) -> None:
-    """Run what is missing of a cell: the default, its neighbours, and on where an end is the best."""
-    own = cell.default()
+class Runs:
+    """What is known of cells, each run a line of the file, and what adds to it."""
 
-    def value(rates: Rates) -> float:
-        about = asdict(cell) | {"lr": rates.delta, "lr_scale": rates.scale}
-        for row in read(OUT):
-            if all(row[k] == v for k, v in about.items()):
-                return float(row["loss"])
-        if time.monotonic() > deadline:
+    def __init__(self, study: Study, deadline: float) -> None:
+        self.study, self.deadline = study, deadline
+
+    def value(self, cell: Cell, rates: Rates) -> float:
+        """The held-out loss, run where it is not known.
+
+        Raises:
+            TimeoutError: where there is no time for another run.
+        """
+        known = self._known(cell)
+        if rates in known:
+            return known[rates]
+        if time.monotonic() > self.deadline:
             raise TimeoutError
-        loss = study.run(cell, rates)
-        add(OUT, about | {"loss": loss})
+        loss = self.study.run(cell, rates)
+        add(OUT, asdict(cell) | {"lr": rates.delta, "lr_scale": rates.scale, "loss": loss})
         say(f"{cell} {rates.delta:.3g} {rates.scale:.3g}: {loss:.4f}")
         return loss
 
-    value(own)
-    for name in cell.moves:
-        found = {e: value(own._replace(**{name: getattr(own, name) * APART**e})) for e in (-1, 0, 1)}
-        for _ in range(FURTHER):
-            best = min(found, key=lambda e: found[e])
-            if best not in (min(found), max(found)):
-                break
-            beyond = best + (1 if best > 0 else -1)
-            found[beyond] = value(own._replace(**{name: getattr(own, name) * APART**beyond}))
+    def fill(self, cell: Cell) -> None:
+        """Each rate apart: a run on either side of the default, and further ones while the best is the last of its side."""
+        own = cell.default()
+        self.value(cell, own)
+        for name in cell.moves:
+            for side in (1 / APART, APART):
+                if not any(1 < factor ** math.log(side, APART) < APART * 1.01 for factor in self._around(cell, name)):
+                    self.value(cell, own._replace(**{name: getattr(own, name) * side}))
+            for _ in range(FURTHER):
+                around = self._around(cell, name)
+                best = min(around, key=lambda factor: around[factor])
+                if best not in (min(around), max(around)):
+                    break
+                beyond = best * (APART if best > 1 else 1 / APART)
+                self.value(cell, own._replace(**{name: getattr(own, name) * beyond}))
+
+    def _known(self, cell: Cell) -> dict[Rates, float]:
+        about = asdict(cell).items()
+        rows = [row for row in read(OUT) if all(row[key] == value for key, value in about)]
+        return {Rates(row["lr"], row["lr_scale"]): row["loss"] for row in rows}
+
+    def _around(self, cell: Cell, name: str) -> dict[float, float]:
+        """Losses by what one rate is multiplied with, the other at its default."""
+        own = cell.default()
+        return {
+            getattr(rates, name) / getattr(own, name): loss
+            for rates, loss in self._known(cell).items()
+            if rates == own._replace(**{name: getattr(rates, name)})
+        }
 
 
 def main() -> None:
@@ -212,12 +238,15 @@ def main() -> None:
     torch.set_num_threads(1)
     study, deadline = Study(given.model, given.data), time.monotonic() + 60 * given.minutes
     tiny = given.model == STORIES
-    for cell in cells(given.steps, given.methods, given.bits) if tiny else checks(given.steps, Path(given.model).stem):
-        try:
-            fill(study, cell, deadline)
-        except TimeoutError:
-            say("out of time; run it again to go on")
-            return
+    some = cells(given.steps, given.methods, given.bits) if tiny else checks(given.steps, Path(given.model).stem)
+    runs, todo = Runs(study, deadline), [cell for cell in some if cell.method in given.methods]
+    try:
+        for cell in todo:
+            runs.value(cell, cell.default())
+        for cell in todo:
+            runs.fill(cell)
+    except TimeoutError:
+        say("out of time; run it again to go on")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ ABOUT = (
 )
 STUDY = (
     "stories260K on TinyStories, groups of 32 (43 in the MLP's second matrix), 4 x 64 tokens a step, one seed. Each cell",
-    f"is trained with the default rates and with each rate a factor of {APART:g} away, further while an end is best. The",
+    f"is trained with the default rates and others up to a factor of {APART:g} away, or further where an end is best. The",
     "number is the share by which the default's held-out loss lies above the best one's; in bold where that is more than",
     f"{NEAR:.0%}, with what the best run multiplied rates by. `python benchmarks/quality/rates.py --data DIR`.",
 )

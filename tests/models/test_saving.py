@@ -208,6 +208,6 @@ def test_what_bitsandbytes_would_not_round_so_is_saved_whole(name: str, path: Pa
 
 
 def test_a_commit_is_named_as_peft_reads_it() -> None:
-    found = config({"q": 4}, {"q": 4.0}, "owner/base@abc123")
+    found = config({"q": 4}, {"q": 4.0}, "owner/base@abc123", False)
     assert (found["base_model_name_or_path"], found["revision"]) == ("owner/base", "abc123")
-    assert config({"q": 4}, {"q": 4.0}, "owner/base")["revision"] is None
+    assert config({"q": 4}, {"q": 4.0}, "owner/base", False)["revision"] is None

@@ -55,9 +55,9 @@ def section() -> list[str]:
         "",
         *table(head, [_against(some, uniform) for some in own.values()]),
         "",
-        f"Of {len(sample)} random widths of as many bytes, {better} are below uniform widths (one seed): the best by "
-        f"{uniform[0] - min(tuned):.4f}; their median lies {statistics.median(tuned) - uniform[0]:.4f} above, the worst "
-        f"{max(tuned) - uniform[0]:.4f}.",
+        f"Of {len(sample)} random widths of as many bytes, {better} are below uniform widths (one seed). Against those, the "
+        f"best of them is at {min(tuned) - uniform[0]:+.4f}, their median at {statistics.median(tuned) - uniform[0]:+.4f}, "
+        f"the worst at {max(tuned) - uniform[0]:+.4f}.",
         f"Losses before tuning and after it go together: rank correlation {_rank_correlation(before, tuned):.2f}; after "
         f"tuning the sample's losses spread over {max(tuned) - min(tuned):.3f}, before it over "
         f"{max(before) - min(before):.3f}.",

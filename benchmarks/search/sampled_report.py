@@ -55,7 +55,7 @@ def section() -> list[str]:
         "",
         *table(head, [_against(some, uniform) for some in own.values()]),
         "",
-        f"Of {len(sample)} random widths of as many bytes, {better} are below uniform widths (one seed). Against those, the "
+        f"Of {len(sample)} random widths of as many bytes, {better} are below uniform widths (one seed). Against those the "
         f"best of them is at {min(tuned) - uniform[0]:+.4f}, their median at {statistics.median(tuned) - uniform[0]:+.4f}, "
         f"the worst at {max(tuned) - uniform[0]:+.4f}.",
         f"Losses before tuning and after it go together: rank correlation {_rank_correlation(before, tuned):.2f}; after "

@@ -126,11 +126,10 @@ class Study:
     def __init__(self, data: Path) -> None:
         self.path = str(data / MODEL)
         tokenizer = open_source(self.path).tokenizer()
-        read_as = lambda file: text_windows(data / file, tokenizer, LENGTH)  # noqa: E731
-        stories = read_as("tinystories/train.jsonl"), read_as("tinystories/valid.jsonl")[:HELD]
-        plays = read_as("tinyshakespeare/input.txt")
+        files = "tinystories/train.jsonl", "tinystories/valid.jsonl", "tinyshakespeare/input.txt"
+        learned, held, plays = (text_windows(data / file, tokenizer, LENGTH) for file in files)
         last = len(plays) // 10
-        self.texts = {STORIES: stories, SHAKESPEARE: (plays[:-last], plays[-last:][:HELD])}
+        self.texts = {STORIES: (learned, held[:HELD]), SHAKESPEARE: (plays[:-last], plays[-last:][:HELD])}
 
     def float_loss(self, text: str) -> float:
         """Of the untuned model."""

@@ -5,17 +5,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.files import RESULTS, read
-from benchmarks.quality.orders import ROWS, SHAKESPEARE, STORIES, Row
+from benchmarks.quality.orders import HELD, LENGTH, ROWS, SHAKESPEARE, STORIES, TRAINED, Row
+from benchmarks.quality.rates import BATCH
 from benchmarks.tables import interval, table
 
 Found = dict[str, dict[int, dict[int, dict[str, Any]]]]
 """By row, steps, then seed; rows that are not trained have 0 steps."""
 
 TEXT = (
-    "The papers' claims on a model that never was quantized: stories260K, float32, 4 x 64 tokens a step, the library's",
-    "own rates. On TinyStories, which it was trained on, rounding is repaired; on Shakespeare another domain is learned.",
-    "Values are held-out nats a token (12,288 tokens), after ± the 95 % interval of the mean over seeds. Differences are",
-    "paired by seeds: *yes* and *no* are claimed only where the interval leaves out 0. `benchmarks/quality/orders.py`.",
+    f"The papers' claims on a model that never was quantized: stories260K, float32, {BATCH} x {TRAINED} tokens a step, the",
+    "library's own rates. On TinyStories, which it was trained on, rounding is repaired; on Shakespeare another domain",
+    f"is learned. Values are held-out nats a token ({HELD * LENGTH:,} tokens), after ± the 95 % interval of the mean over",
+    "seeds. Differences are paired by seeds: *yes* and *no* are claimed only where the interval leaves out 0.",
+    "`python benchmarks/quality/orders.py --data DIR`.",
 )
 TITLES = {
     **{

@@ -200,9 +200,9 @@ class Runs:
         own = cell.default()
         self.value(cell, own)
         for name in cell.moves:
-            for side in (1 / APART, APART):
-                if not any(1 < factor ** math.log(side, APART) < APART * 1.01 for factor in self._around(cell, name)):
-                    self.value(cell, own._replace(**{name: getattr(own, name) * side}))
+            for side in (-1, 1):
+                if not any(1 < factor**side < APART * 1.01 for factor in self._around(cell, name)):
+                    self.value(cell, own._replace(**{name: getattr(own, name) * APART**side}))
             for _ in range(FURTHER):
                 around = self._around(cell, name)
                 best = min(around, key=lambda factor: around[factor])

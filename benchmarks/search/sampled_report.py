@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.files import RESULTS, read
-from benchmarks.search.sampled import BITS
+from benchmarks.search.sampled import BITS, STEPS
 from benchmarks.tables import interval, table
 
 TEXT = (
     "stories260K (float32, never quantized), four parts of each of its five layers at 2, 3 or 4 bits per channel, within",
-    "the bytes of 3 bits everywhere. Each is tuned by LR-QAT of rank 8 for 100 steps. `benchmarks/search/sampled.py`.",
+    f"the bytes of 3 bits everywhere. Each is tuned by LR-QAT of rank 8 for {STEPS} steps. `benchmarks/search/sampled.py`.",
 )
 
 

@@ -3,6 +3,7 @@ compared with the words that gptqmodel's packing made (`stored/gptq_v2.py`).
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 import trimtab as tt
 from exported import EMBEDDING, everywhere, linears, prepared, shake, tensors, write
 from trimtab.errors import UserError
+from trimtab.formats.files import Files, Held
 from trimtab.formats.gptq.write import packed
 from trimtab.methods import LrQat
 from trimtab.quant.grid import Grid, Range
@@ -78,3 +80,26 @@ def test_float_layers_are_named(tmp_path: Path) -> None:
     write(model, "gptq", tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert sorted(config["dynamic"]) == [rf"-:^model\.layers\.{i}\.mlp\.down_proj$" for i in range(2)]
+
+
+@pytest.mark.parametrize("format_", ["gptq", "awq"])
+def test_rows_of_a_layer_that_files_hold_apart(format_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families' checkpoints may have two tensors where the model has one: each gets its own codes, zeros and scales."""
+    model = prepared(everywhere(bits=4, zero="integer", group=32), tied=False)
+    write(model, format_, tmp_path / "whole")
+    plain = Files.layers
+
+    def in_halves(files: Files) -> Iterator[Held]:
+        for held in plain(files):
+            middle = held.layer.base.shape[0] // 2
+            yield held._replace(name=f"{held.name}.0", rows=slice(0, middle))
+            yield held._replace(name=f"{held.name}.1", rows=slice(middle, None))
+
+    monkeypatch.setattr(Files, "layers", in_halves)
+    write(model, format_, tmp_path / "halves")
+    whole, halves = tensors(tmp_path / "whole"), tensors(tmp_path / "halves")
+    for name in linears(model):
+        for part in ("qweight", "qzeros", "scales"):
+            assert torch.equal(torch.cat([halves[f"{name}.{i}.{part}"] for i in (0, 1)], 1), whole[f"{name}.{part}"])
+        if (bias := whole.get(f"{name}.bias")) is not None:
+            assert torch.equal(torch.cat([halves[f"{name}.{i}.bias"] for i in (0, 1)]), bias)

@@ -57,6 +57,18 @@ def test_gptq_holds_codes_along_the_inputs(name: str, tmp_path: Path) -> None:
     assert any(left.replace(".", r"\.") in pattern for pattern in config["dynamic"])
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_lossy_export_changes_lies_as_it_lay(name: str, tmp_path: Path) -> None:
+    """A square matrix above all, which would be read either way."""
+    square = "transformer.h.0.attn.c_proj"
+    model = tt.prepare(turned(name), Rtn(), [{"match": square, "grid": {"codebook": "nf4", "group": 32}}, *FOUR])
+    assert write(model, "gptq", tmp_path / "gptq", allow_lossy=True).kind == "lossy"
+    whole = linears(model)[square].dequantize(torch.float32)
+    assert whole.shape == (32, 32)
+    write(model, "dense", tmp_path / "dense")
+    assert torch.equal(tensors(tmp_path / "dense")[f"{square}.weight"], whole.T)
+
+
 def test_gptq_of_such_a_model_is_a_base_code_for_code(tmp_path: Path) -> None:
     """Read as it stands, trained on its grid, dequantized where a rule wants floats or the whole of it in float."""
     ours = tt.prepare(turned(), Rtn(), FOUR)
@@ -256,6 +268,14 @@ def test_gguf_is_laid_out_as_by_the_converter_of_llama_cpp(name: str, tmp_path: 
         "attention.key_length": 16,
         "attention.value_length": 16,
     }
+
+
+def test_positions_are_in_float32_whatever_the_model_computes_in(tmp_path: Path) -> None:
+    """As llama.cpp's converter writes them; embeddings of tokens, which are as large, are in the model's dtype."""
+    model = tt.prepare(random_model(GPT2["gpt2"]).bfloat16(), Rtn(), FOUR)
+    save_gguf(tmp_path / "model.gguf", model, byte_level_tokenizer(), name="tiny")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (kinds["position_embd.weight"], kinds["token_embd.weight"]) == ("F32", "BF16")
 
 
 @pytest.mark.parametrize("name", GPT2)

@@ -4,6 +4,7 @@ Oracle: transformers' own model, given the matrices that ours multiplies with, t
 """
 
 import copy
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -22,6 +23,7 @@ from trimtab.bit_search.space import units
 from trimtab.errors import UserError
 from trimtab.methods import ALL, LrQat, Peqa, Qlora, Rtn, make
 from trimtab.models.adapter_files import belongs_to
+from trimtab.models.calibrate import first_inputs, hidden_of
 from trimtab.models.load import load_float
 from trimtab.models.replaceable import layers_of
 from trimtab.models.share import shares
@@ -179,6 +181,29 @@ def test_starts_that_run_the_model(start: str, tmp_path: Path) -> None:
     assert (logits(model) - wanted).norm() < (rounded - wanted).norm()
 
 
+def test_blocks_are_called_as_the_model_calls_them() -> None:
+    """GPT-2 hands its mask on without a name; without it, a token would see those that follow."""
+    model = turned(attn_implementation="eager")
+    blocks = ["transformer.h.0", "transformer.h.1"]
+    states, calls = first_inputs(model, blocks, IDS[:1])
+    with torch.no_grad():
+        wanted = model.transformer(IDS[:1], output_hidden_states=True).hidden_states
+        found = hidden_of(model.get_submodule(blocks[0])(states[0], **calls[blocks[0]]))
+    assert torch.equal(states[0], wanted[0])
+    assert torch.equal(found, wanted[1])
+    assert calls[blocks[1]]["attention_mask"] is not None
+
+
+def test_arguments_without_a_name_to_go_by_are_an_error() -> None:
+    """Never dropped: the block would be called otherwise than the model calls it."""
+    model = turned()
+    block = type(model.get_submodule("transformer.h.0"))
+    odd = type("Odd", (block,), {"forward": lambda self, hidden, *rest: block.forward(self, hidden, *rest)})
+    model.get_submodule("transformer.h.0").__class__ = odd
+    with pytest.raises(ValueError, match="zip"):
+        first_inputs(model, ["transformer.h.0"], IDS[:1])
+
+
 def test_subclasses_and_look_alikes_stay_in_float() -> None:
     model = with_other_classes(turned())
     expected = logits(model)
@@ -221,6 +246,18 @@ def test_shapes_that_do_not_fit_are_said_as_they_lie(tmp_path: Path) -> None:
     save_file(found | {name: found[name].T.contiguous()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"mlp\.c_fc\.weight has shape \(128, 32\), the config says \(32, 128\)"):
         read(folder, Rtn())
+
+
+def test_a_config_whose_shapes_lie_turned_is_refused(tmp_path: Path) -> None:
+    tt.save(tt.prepare(turned(), Rtn(), FOUR), tmp_path / "s")
+    config = json.loads((tmp_path / "s/config.json").read_text())
+    shapes = [spec["weight"] for spec in config["quantization_config"]["specs"] if spec["weight"]["shape"] == [96, 32]]
+    for spec in shapes:
+        spec["shape"] = [32, 96]
+    (tmp_path / "s/config.json").write_text(json.dumps(config))
+    (tmp_path / "s/manifest.json").unlink()  # with it, a changed file is one that was not written
+    with pytest.raises(UserError, match=r"c_attn the shape \(32, 96\), and the rest of config\.json \(96, 32\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "s")
 
 
 def test_shares_and_the_plan_count_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -198,7 +198,7 @@ def _forms(format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> dict
         form = format_.form(layer, dtype)
         assert not isinstance(form, Refusal), form
         found[layer.name] = form
-    for line in (*widened(format_, layers, found, dtype), *rounded_by_engines(format_, layers, dtype)):
+    for line in (*widened(format_, layers, found, dtype), *rounded_by_engines(format_, layers, found, dtype)):
         _log.warning("export: %s: %s", format_.name, line)
     return found
 

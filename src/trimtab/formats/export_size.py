@@ -147,10 +147,8 @@ def _matrix(format_: Format, layer: Layer, form: Form, dtype: torch.dtype) -> in
         size = next(g for g in GROUPS if (grid.group or k) % g == 0)
         return n * _words(k * wide) + 2 * n * (k // size) * dtype.itemsize
     if format_.name in ("gptq", "awq"):
-        codes, of_inputs = (
-            (_words(k * grid.bits) * n, 4 * k) if format_.name == "gptq" else (_words(n * grid.bits) * k, 0)
-        )
-        return codes + groups * (2 * n + _words(n * grid.bits)) + of_inputs
+        codes = _words(k * grid.bits) * n + 4 * k if format_.name == "gptq" else _words(n * grid.bits) * k
+        return codes + groups * (2 * n + _words(n * grid.bits))
     if form.width == 8:  # whole bytes, where inputs are rounded
         return n * k + n * groups * (dtype.itemsize + zeros)
     # Each layer has its shape beside it, and checkpoints that hold each expert by itself hold gate and up apart.

@@ -3,11 +3,11 @@
 A layer is refused where no form takes it, a model where an engine that runs its layers one by one joins unlike ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from trimtab.formats.declaration import DENSE, Engine, Format, Layer, Refusal, Rounded, exact_in, in_words
+from trimtab.formats.declaration import DENSE, Engine, Form, Format, Layer, Refusal, Rounded, exact_in, in_words
 from trimtab.quant.activations import Activations
 from trimtab.quant.grid import CodebookGrid, Grid
 
@@ -82,18 +82,21 @@ def not_run(engine: Engine, format_: Format, layers: Sequence[Layer], dtype: tor
     return found
 
 
-def rounded_by_engines(format_: Format, layers: Sequence[Layer], dtype: torch.dtype) -> list[str]:
+def rounded_by_engines(
+    format_: Format, layers: Sequence[Layer], forms: Mapping[str, Form], dtype: torch.dtype
+) -> list[str]:
     """A line where an engine rounds scales that the file holds exactly; said before it is written.
 
     Args:
         format_: what holds them.
         layers: the quantized layers of a model.
+        forms: of each, by its name.
         dtype: what the model computes in.
     """
     engines = [e.name for e in format_.engines if e.casts_scales]
-    held = [x for x in layers if isinstance(x.grid, Grid) and format_.form(x, dtype) is not DENSE]
-    kinds = dict.fromkeys(x.grid.scale_dtype for x in held if isinstance(x.grid, Grid) and not exact_in(x.grid, dtype))
-    if not engines or not kinds:
+    grids = [x.grid for x in layers if isinstance(x.grid, Grid) and forms[x.name] is not DENSE] if engines else []
+    kinds = dict.fromkeys(grid.scale_dtype for grid in grids if not exact_in(grid, dtype))
+    if not kinds:
         return []
     computes, stored = str(dtype).removeprefix("torch."), in_words(kinds)
     return [

@@ -109,12 +109,13 @@ def first_inputs(model: Any, blocks: list[str], tokens_WL: Tensor) -> tuple[list
     calls: dict[str, dict[str, Any]] = {}
 
     def handing_on(block: str, module: nn.Module) -> Callable[..., Tensor]:
-        _, _, *names = inspect.signature(type(module).forward).parameters
+        known = inspect.signature(type(module).forward).parameters.values()
+        _, _, *names = (p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD)
 
         def forward(hidden: Tensor, *unnamed: Any, **call: Any) -> Tensor:
             if block == blocks[0]:
                 states.append(hidden)
-            calls[block] = dict(zip(names, unnamed, strict=False)) | call
+            calls[block] = dict(zip(names[: len(unnamed)], unnamed, strict=True)) | call
             return hidden
 
         return forward

